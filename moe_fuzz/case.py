@@ -1,0 +1,294 @@
+"""A case: one test as a small JSON value. It holds no tensors; every tensor is a function of it (see generator.py).
+
+    {"moe_fuzz": 1, "op": "topk_softmax", "target": "topk_softmax@torch", "mode": "eager", "seed": 7,
+     "config": {"experts": "0-59", "top_k": 4, "dtype": "bfloat16", …},
+     "steps": [{"rows": "0-6", "padding": "5-6", "faults": [{"name": "nan_rows", "tensor": "logits", "rows": "5-6"}]}],
+     "digest": "…"}
+
+`digest` guards against a damaged file. It may be left out, and is when a case is written by hand.
+The inline form is `mfz1:` followed by the same JSON, compressed, in URL-safe base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moe_fuzz.errors import CaseError
+from moe_fuzz.labels import Labels
+
+FORMAT = 1
+INLINE_PREFIX = "mfz1:"
+MODES = ("eager",)
+MAX_STEPS = 64
+MAX_BYTES = 1 << 20  # of a case's JSON, so that a hostile file cannot fill the memory
+MAX_ROWS = 1 << 20
+MAX_SEED = 2**63 - 1
+
+Scalar = bool | int | float | str
+_WORD = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_TARGET = re.compile(r"[a-z][a-z0-9_]{0,63}@\S.{0,1000}")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An adversity laid into one tensor. `rows` names row labels; empty for faults that concern the whole tensor."""
+
+    name: str
+    tensor: str = ""
+    rows: Labels = field(default_factory=Labels)
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"name": self.name}
+        if self.tensor:
+            data["tensor"] = self.tensor
+        if self.rows:
+            data["rows"] = str(self.rows)
+        return data
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the target: its token rows, those of them that are padding, and its faults."""
+
+    rows: Labels
+    padding: Labels = field(default_factory=Labels)
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return len(self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"rows": str(self.rows)}
+        if self.padding:
+            data["padding"] = str(self.padding)
+        if self.faults:
+            data["faults"] = [fault.to_json() for fault in self.faults]
+        return data
+
+    def keep_rows(self, rows: Labels) -> Step:
+        """The step with these rows only; a fault that named rows and has none left goes too."""
+        faults = (replace(f, rows=f.rows & rows) if f.rows else f for f in self.faults)
+        kept = tuple(new for new, old in zip(faults, self.faults, strict=True) if new.rows or not old.rows)
+        return Step(rows, self.padding & rows, kept)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test. `config` is validated by the op's space; `target` is who was under test when the case was made."""
+
+    op: str
+    config: Mapping[str, Scalar]
+    steps: tuple[Step, ...]
+    seed: int
+    mode: str = "eager"
+    target: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", dict(sorted(self.config.items())))
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def experts(self) -> Labels:
+        return Labels.parse(str(self.config["experts"]))
+
+    @property
+    def fault_names(self) -> tuple[str, ...]:
+        return tuple(sorted({fault.name for step in self.steps for fault in step.faults}))
+
+    def with_config(self, **changes: Scalar) -> Case:
+        return replace(self, config={**self.config, **changes})
+
+    def with_step(self, index: int, step: Step) -> Case:
+        return replace(self, steps=(*self.steps[:index], step, *self.steps[index + 1 :]))
+
+    # ---- JSON -------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"moe_fuzz": FORMAT, "op": self.op}
+        if self.target:
+            data["target"] = self.target
+        data |= {"mode": self.mode, "seed": self.seed, "config": dict(self.config)}
+        data["steps"] = [step.to_json() for step in self.steps]
+        data["digest"] = _digest(data)
+        return data
+
+    @property
+    def digest(self) -> str:
+        """12 hexadecimal digits that stand for everything in the case."""
+        return str(self.to_json()["digest"])
+
+    def dumps(self, indent: int | None = None) -> str:
+        separators = (",", ":") if indent is None else None
+        return json.dumps(self.to_json(), indent=indent, separators=separators)
+
+    def inline(self) -> str:
+        """The case as one word, `mfz1:…`, that outlives the machine it was found on."""
+        packed = zlib.compress(self.dumps().encode(), level=9)
+        return INLINE_PREFIX + base64.urlsafe_b64encode(packed).rstrip(b"=").decode()
+
+    @classmethod
+    def from_json(cls, data: Any) -> Case:
+        """The case in `data`, or CaseError naming the field. What only the op knows, its space validates (ops)."""
+        record = _record(data, "", {"moe_fuzz", "op", "target", "mode", "seed", "config", "steps", "digest"})
+        version = record.get("moe_fuzz")
+        if version != FORMAT or isinstance(version, bool):
+            raise CaseError("moe_fuzz", f"this is not a case of format {FORMAT} (found {version!r})",
+                            "a case file begins with {\"moe_fuzz\": 1, \"op\": …}; write one with `moe-fuzz show`")
+        op = _text(record, "op", _WORD)
+        target = _text(record, "target", _TARGET) if "target" in record else ""
+        mode = _text({"mode": "eager"} | record, "mode", _WORD)
+        if mode not in MODES:
+            raise CaseError("mode", f"{mode!r} is not one of {', '.join(MODES)}")
+        seed = record.get("seed")
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+            raise CaseError("seed", f"must be an integer from 0 to 2^63-1, not {seed!r}")
+        config = record.get("config")
+        if not isinstance(config, dict):
+            raise CaseError("config", "must be an object")
+        for key, value in config.items():
+            if not isinstance(value, bool | int | float | str):
+                raise CaseError(f"config.{key}", f"must be a number, a string or a boolean, not {value!r}")
+        steps = record.get("steps")
+        if not isinstance(steps, list) or not 1 <= len(steps) <= MAX_STEPS:
+            raise CaseError("steps", f"must be a list of 1 to {MAX_STEPS} steps")
+        case = cls(op, config, tuple(_step(s, f"steps[{i}]") for i, s in enumerate(steps)), seed, mode, target)
+        if "digest" in record and record["digest"] != case.digest:
+            raise CaseError("digest", f"says {record['digest']!r}, but the contents give {case.digest!r}: "
+                            "the file is damaged, or was edited", "to accept an edit, delete the digest line")
+        return case
+
+    @classmethod
+    def loads(cls, text: str) -> Case:
+        """Reads the JSON of a case, or its inline form."""
+        text = text.strip()
+        if text.startswith(INLINE_PREFIX):
+            text = _unpack(text)
+        return cls.from_json(parse_json(text))
+
+    @classmethod
+    def load(cls, path: Path) -> Case:
+        return cls.loads(read_text(path))
+
+
+def loads_sequence(text: str) -> tuple[Case, ...]:
+    """Reads a list of cases that ran in one process: `{"moe_fuzz_sequence": 1, "cases": [...]}`."""
+    record = _record(parse_json(text), "", {"moe_fuzz_sequence", "cases"})
+    cases = record.get("cases")
+    if record.get("moe_fuzz_sequence") != FORMAT or not isinstance(cases, list):
+        raise CaseError("moe_fuzz_sequence", f"this is not a sequence of format {FORMAT}")
+    return tuple(Case.from_json(case) for case in cases)
+
+
+def dumps_sequence(cases: Iterable[Case]) -> str:
+    return json.dumps({"moe_fuzz_sequence": FORMAT, "cases": [case.to_json() for case in cases]}, indent=1)
+
+
+def read_text(path: Path) -> str:
+    """A file's text, or CaseError with the reason it cannot be read."""
+    try:
+        if path.stat().st_size > MAX_BYTES * MAX_STEPS:
+            raise CaseError("", f"{path} is too large to be a case ({path.stat().st_size} bytes)")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CaseError("", f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CaseError("", f"{path} is not text: {error.reason} at byte {error.start}") from error
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON: no NaN, no Infinity, no key twice."""
+
+    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        data = dict(pairs)
+        if len(data) != len(pairs):
+            raise CaseError("", "a key stands twice in one object of the JSON")
+        return data
+
+    def no_constant(name: str) -> Any:
+        raise CaseError("", f"{name} is not a JSON number")
+
+    try:
+        return json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise CaseError("", f"not JSON: {error}") from error
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in data.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+
+def _unpack(text: str) -> str:
+    body = text[len(INLINE_PREFIX) :]
+    try:
+        packed = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
+        unpacker = zlib.decompressobj()
+        raw = unpacker.decompress(packed, MAX_BYTES)
+        if not unpacker.eof:
+            raise CaseError("", "the inline case is cut short, or too large")
+        return raw.decode()
+    except (binascii.Error, zlib.error, UnicodeDecodeError, ValueError) as error:
+        raise CaseError("", f"the inline case is damaged: {error}", "copy the whole word, from mfz1: to its end") from error
+
+
+def _record(data: Any, where: str, keys: set[str]) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise CaseError(where, f"must be an object, not {type(data).__name__}")
+    unknown = sorted(set(data) - keys)
+    if unknown:
+        raise CaseError(f"{where}.{unknown[0]}".lstrip("."), "unknown key", f"the keys are {', '.join(sorted(keys))}")
+    return data
+
+
+def _text(record: Mapping[str, Any], key: str, pattern: re.Pattern[str], where: str = "") -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise CaseError(f"{where}.{key}".lstrip("."), f"must be a name, not {value!r}")
+    return value
+
+
+def _labels(record: Mapping[str, Any], key: str, where: str) -> Labels:
+    value = record.get(key, "")
+    if not isinstance(value, str):
+        raise CaseError(f"{where}.{key}", f"must be a string like \"0-6,9\", not {value!r}")
+    try:
+        return Labels.parse(value)
+    except ValueError as error:
+        raise CaseError(f"{where}.{key}", str(error)) from error
+
+
+def _step(data: Any, where: str) -> Step:
+    record = _record(data, where, {"rows", "padding", "faults"})
+    if "rows" not in record:
+        raise CaseError(f"{where}.rows", "is missing")
+    rows, padding = _labels(record, "rows", where), _labels(record, "padding", where)
+    if len(rows) > MAX_ROWS:
+        raise CaseError(f"{where}.rows", f"{len(rows)} rows are more than {MAX_ROWS}")
+    if not padding.issubset(rows):
+        raise CaseError(f"{where}.padding", "names a row that the step does not have")
+    faults = record.get("faults", [])
+    if not isinstance(faults, list) or len(faults) > 64:
+        raise CaseError(f"{where}.faults", "must be a list of at most 64 faults")
+    return Step(rows, padding, tuple(_fault(f, f"{where}.faults[{i}]", rows) for i, f in enumerate(faults)))
+
+
+def _fault(data: Any, where: str, rows: Labels) -> Fault:
+    record = _record(data, where, {"name", "tensor", "rows"})
+    name = _text(record, "name", _WORD, where)
+    tensor = _text(record, "tensor", _WORD, where) if "tensor" in record else ""
+    named = _labels(record, "rows", where)
+    if not named.issubset(rows):
+        raise CaseError(f"{where}.rows", "names a row that the step does not have")
+    return Fault(name, tensor, named)

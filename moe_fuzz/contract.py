@@ -1,0 +1,81 @@
+"""What a target promises: its numerical contract and its capabilities. Free of torch: both sides of the pipe use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+#: What a router writes on a row that is flagged as padding.
+#: distinct: k distinct ids, finite weights · minus_one: id -1, weight 0 · num_experts: id E, weight 0 ·
+#: zero_weight: id 0, weight 0 · garbage: anything at all, even nothing
+PADDING_DIALECTS = ("distinct", "minus_one", "num_experts", "zero_weight", "garbage")
+
+#: What a finding breaks: what the target's own project documents or its callers rely on, or our stricter rule.
+FINDING_CLASSES = ("contract", "robustness")
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The numerical contract of a target: the checks take their bounds from it and from nothing else."""
+
+    compute: str = "float32"  # dtype in which scores and weights are computed
+    deterministic: bool = False  # same input, same bits
+    batch_invariant: bool = False  # a row's bits depend on that row alone: not on its position, on T, on other rows
+    ties: str = "any"  # "any" | "lowest_index_first"
+    padding: tuple[str, ...] = ("distinct",)  # the dialects it can speak; only asked for where `is_padding` is taken
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Inside these limits a refusal is a violation; outside them a clear error is `rejected`."""
+
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    min_experts: int = 1
+    max_experts: int = 1024
+    max_top_k: int = 32
+    renormalize: tuple[bool, ...] = (False, True)
+    bias: bool = True
+    scale: bool = True
+    is_padding: bool = True
+    strided: bool = True  # takes inputs whose rows are not packed
+    out: bool = False  # writes into `out=(...)` buffers when given
+    alignment: int = 16  # bytes to which every input and output must be aligned; 1: element alignment is enough
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """All the parent knows of a target: told by the worker, which alone loads it."""
+
+    name: str  # op@provider
+    op: str
+    provider: str
+    origin: str = ""  # where the code was found: a file, or package and version
+    contract: Contract = field(default_factory=Contract)
+    capabilities: Capabilities = field(default_factory=Capabilities)
+    clauses: Mapping[str, str] = field(default_factory=dict)  # check -> the documented clause that makes it `contract`
+
+    def finding_class(self, check: str) -> str:
+        """`contract` where the target's own project promises what the check asks, else `robustness`."""
+        return "contract" if check in self.clauses or "*" in self.clauses else "robustness"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TargetInfo:
+        return cls(
+            name=data["name"],
+            op=data["op"],
+            provider=data["provider"],
+            origin=data["origin"],
+            contract=_record(Contract, data["contract"]),
+            capabilities=_record(Capabilities, data["capabilities"]),
+            clauses=dict(data["clauses"]),
+        )
+
+
+def _record(kind: type, data: Mapping[str, Any]) -> Any:
+    names = {f.name for f in fields(kind)}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in names})

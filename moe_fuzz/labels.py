@@ -1,0 +1,120 @@
+"""Labels: a sorted set of row or expert numbers, written the way cpusets are: `0-6,9`.
+
+A case names its rows and experts by label, and every value of a tensor is a function of the labels, not of the
+position. So when a row or an expert is taken away, what is left keeps its values.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+MAX_LABEL = 2**31 - 1
+_SPAN = re.compile(r"(\d{1,10})(?:-(\d{1,10}))?")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """An immutable sorted set of labels, stored as half-open spans that neither touch nor overlap."""
+
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def range(cls, count: int) -> Labels:
+        """The labels 0 … count-1."""
+        return cls(((0, count),)) if count > 0 else cls()
+
+    @classmethod
+    def of(cls, values: Iterable[int]) -> Labels:
+        """The set of the given labels, in any order, duplicates allowed."""
+        spans: list[tuple[int, int]] = []
+        for value in sorted(set(values)):
+            if spans and spans[-1][1] == value:
+                spans[-1] = (spans[-1][0], value + 1)
+            else:
+                spans.append((value, value + 1))
+        return cls(tuple(spans))
+
+    @classmethod
+    def parse(cls, text: str) -> Labels:
+        """Reads `0-6,9`; the empty string is the empty set. Raises ValueError unless written in ascending order."""
+        spans: list[tuple[int, int]] = []
+        for part in text.split(",") if text else ():
+            match = _SPAN.fullmatch(part)
+            if match is None:
+                raise ValueError(f"{part!r} is neither a number nor a range like 0-6")
+            start = int(match[1])
+            stop = int(match[2] or match[1]) + 1
+            if stop <= start or stop - 1 > MAX_LABEL:
+                raise ValueError(f"{part!r} is empty or beyond {MAX_LABEL}")
+            if spans and start <= spans[-1][1]:
+                raise ValueError(f"{part!r} is out of order, or touches the range before it")
+            spans.append((start, stop))
+        return cls(tuple(spans))
+
+    def __str__(self) -> str:
+        return ",".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in self.spans)
+
+    @cached_property
+    def _count(self) -> int:
+        return sum(b - a for a, b in self.spans)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __bool__(self) -> bool:
+        return bool(self.spans)
+
+    def __iter__(self) -> Iterator[int]:
+        for start, stop in self.spans:
+            yield from range(start, stop)
+
+    def __contains__(self, label: object) -> bool:
+        if not isinstance(label, int):
+            return False
+        index = bisect.bisect_right(self.spans, label, key=lambda span: span[0]) - 1
+        return index >= 0 and label < self.spans[index][1]
+
+    def __and__(self, other: Labels) -> Labels:
+        spans: list[tuple[int, int]] = []
+        for a, b in self.spans:
+            for c, d in other.spans:
+                if max(a, c) < min(b, d):
+                    spans.append((max(a, c), min(b, d)))
+        return Labels(tuple(sorted(spans)))
+
+    def __or__(self, other: Labels) -> Labels:
+        return Labels.of([*self, *other])
+
+    def __sub__(self, other: Labels) -> Labels:
+        return Labels.of(label for label in self if label not in other)
+
+    def issubset(self, other: Labels) -> bool:
+        return len(self & other) == len(self)
+
+    def first(self, count: int) -> Labels:
+        """The `count` smallest labels."""
+        spans: list[tuple[int, int]] = []
+        for a, b in self.spans:
+            if count <= 0:
+                break
+            spans.append((a, min(b, a + count)))
+            count -= b - a
+        return Labels(tuple(spans))
+
+    def last(self, count: int) -> Labels:
+        """The `count` largest labels."""
+        return self - self.first(max(0, len(self) - count))
+
+    def positions(self, within: Labels) -> list[int]:
+        """The positions of these labels in `within`, ascending; labels absent from `within` are left out."""
+        found: list[int] = []
+        base = 0
+        for a, b in within.spans:
+            for c, d in self.spans:
+                found.extend(base + label - a for label in range(max(a, c), min(b, d)))
+            base += b - a
+        return found

@@ -1,0 +1,64 @@
+"""What one run of a case gave. Free of torch: the worker writes it, the parent reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+PASS = "pass"
+VIOLATION = "violation"  # a check says no
+CRASH = "crash"  # the worker died: a signal, an abort, an exit
+HANG = "hang"  # the worker was killed at its deadline
+OOM = "out-of-memory"
+REJECTED = "rejected"  # outside the target's declared capabilities, refused with a clear error
+FLAKY = "flaky"  # seen once, not seen again in fresh workers
+KINDS = (PASS, VIOLATION, CRASH, HANG, OOM, REJECTED, FLAKY)
+BAD = (VIOLATION, CRASH, HANG)
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One rule broken, at its first bad coordinate."""
+
+    check: str  # the check that says so; `crash` and `hang` for a worker that died
+    symptom: str  # a short slug that stays the same while the case shrinks: "duplicate-id", "logits:right:read"
+    message: str  # one sentence for a person
+    tensor: str = ""
+    where: tuple[int, ...] = ()  # first bad coordinate
+    expected: str = ""
+    got: str = ""
+    budget: float | None = None  # error over bound, where there is a bound
+    site: str = ""  # file:line of the kernel or launcher, where it is known
+
+
+@dataclass(frozen=True)
+class Verdict:
+    kind: str
+    violations: tuple[Violation, ...] = ()
+    seconds: float = 0.0  # wall time of the case in the worker
+    fence_seconds: float = 0.0  # of it: making, filling, protecting and checking fences
+    parity: bool = False  # the case counts as parity: binding proved that wrong outputs are rejected on it
+    budget: float = 0.0  # largest error over bound that was still accepted
+    detail: str = ""  # for a person: a traceback's tail, the reason of a rejection
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bad(self) -> bool:
+        return self.kind in BAD
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(check, symptom) of the first violation: what must stay the same while a case is minimized."""
+        return (self.violations[0].check, self.violations[0].symptom) if self.violations else (self.kind, "")
+
+    def only(self, *keep: Violation) -> Verdict:
+        return replace(self, violations=keep)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Verdict:
+        violations = tuple(Violation(**{**v, "where": tuple(v["where"])}) for v in data["violations"])
+        return cls(**{**data, "violations": violations})
