@@ -60,8 +60,8 @@ if not GPUS:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-if Path(moe_fuzz.__file__).resolve().is_relative_to(ROOT):  # imported by now, so the root is no longer needed
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+assert moe_fuzz.__path__, "imported above, so that its submodules are found without the root on sys.path"
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -82,7 +82,7 @@ def _why_not(item: pytest.Item) -> str:
     if multi is not None:
         if len(multi.args) != 1 or not isinstance(multi.args[0], int):
             raise pytest.UsageError(f"{item.nodeid}: write the number of GPUs, as in @pytest.mark.multigpu(2)")
-        if GPUS < multi.args[0]:
+        if multi.args[0] > GPUS:
             return f"needs {multi.args[0]} CUDA devices, this machine has {GPUS}"
     if not GPUS and item.get_closest_marker("gpu"):
         return "needs a CUDA device, this machine has none"
