@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from moe_fuzz.errors import UsageError
-from moe_fuzz.fence.options import FenceOptions
+from moe_fuzz.options import FenceOptions
 
 if TYPE_CHECKING:
     import torch

@@ -342,7 +342,7 @@ def test_options_travel_as_json(hard: tuple[str, ...] | None) -> None:
 
 
 def test_options_need_no_torch() -> None:
-    program = "import sys, moe_fuzz.fence.options; sys.exit(bool({'torch', 'numpy', 'triton'} & set(sys.modules)))"
+    program = "import sys, moe_fuzz.options; sys.exit(bool({'torch', 'numpy', 'triton'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-P", "-c", program], check=False).returncode == 0
 
 

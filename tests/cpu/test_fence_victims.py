@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moe_fuzz.fence.options import FenceOptions
+from moe_fuzz.options import FenceOptions
 
 SEGV = int(signal.SIGSEGV)
 SIZE = 8 * 16 * 4  # bytes of src and of dst
