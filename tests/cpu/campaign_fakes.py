@@ -63,7 +63,9 @@ class ToySpace:
 SPACE = ToySpace()
 
 
-def toy(experts: int = 8, top_k: int = 2, rows: int = 4, faults: Sequence[str] = (), seed: int = 1, **config: object) -> Case:
+def toy(
+    experts: int = 8, top_k: int = 2, rows: int = 4, faults: Sequence[str] = (), seed: int = 1, **config: object
+) -> Case:
     """A case of the toy op with one step; each fault lies on its last row."""
     last = Labels.range(rows).last(1)
     values = {"experts": str(Labels.range(experts)), "top_k": top_k, "dtype": "float32", "bias": False} | config
@@ -87,7 +89,8 @@ def toy_rounds(draw: st.DrawFn) -> Cases:
     cases = []
     for _ in range(draw(st.integers(1, 6))):
         rows = draw(st.sampled_from([0, 1, 2, 7, 16, 33]))
-        faults = draw(st.lists(st.sampled_from(["nan_rows", "ties", "inf_rows"]), unique=True, max_size=3)) if rows else []
+        names = st.lists(st.sampled_from(["nan_rows", "ties", "inf_rows"]), unique=True, max_size=3)
+        faults = draw(names) if rows else []
         cases.append(toy(experts, top_k, rows, faults, draw(st.integers(0, 2**63 - 1)), dtype=dtype, bias=bias))
     return tuple(cases)
 

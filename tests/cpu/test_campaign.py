@@ -6,6 +6,12 @@ import json
 from collections import Counter
 
 import pytest
+
+from moe_fuzz.campaign import events
+from moe_fuzz.campaign.findings import load_findings
+from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
+from moe_fuzz.verdict import OOM, REJECTED, Verdict
 from tests.cpu.campaign_fakes import (
     GOOD,
     TARGET,
@@ -20,12 +26,6 @@ from tests.cpu.campaign_fakes import (
     when,
 )
 
-from moe_fuzz.campaign import events
-from moe_fuzz.campaign.findings import load_findings
-from moe_fuzz.campaign.state import StateDir
-from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
-from moe_fuzz.verdict import OOM, REJECTED, Verdict
-
 
 def nan_on_odd(case):
     return "nan_rows" in case.fault_names and len(case.experts) % 2 == 1
@@ -35,7 +35,7 @@ def ran(made):
     return Counter(case.digest for case in made.pool.leased)
 
 
-# ---- the list of cases --------------------------------------------------------------------------------------------------
+# ---- the list of cases ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cases", [1, 3, 64, 65, 333])
@@ -79,7 +79,7 @@ def test_a_budget_in_seconds_ends(tmp_path):
     assert summary.exit_code == 0
 
 
-# ---- findings -----------------------------------------------------------------------------------------------------------
+# ---- findings -------------------------------------------------------------------------------------------------------
 
 
 def test_a_bug_is_found_minimized_and_reported_once(tmp_path):
@@ -200,7 +200,7 @@ def test_max_findings_stops_the_campaign(tmp_path):
     assert summary.cases < 20_000
 
 
-# ---- exit codes ---------------------------------------------------------------------------------------------------------
+# ---- exit codes -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [REJECTED, OOM])
@@ -240,7 +240,7 @@ def test_a_broken_pool_ends_the_campaign_with_its_error(tmp_path):
     assert list((tmp_path / "inflight").iterdir())
 
 
-# ---- interruption -------------------------------------------------------------------------------------------------------
+# ---- interruption ---------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
