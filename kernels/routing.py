@@ -89,10 +89,10 @@ def _block(tokens: int, expert_pad: int) -> tuple[int, int]:
 
     On a device they depend on E alone: with T in it, a row's bits could depend on T. Up to 128 experts a warp covers
     whole rows; beyond, one warp takes one row, so that the k reductions never cross warps.
-    In the interpreter a program costs the same whatever its block, so there are at most 4 of them.
+    In the interpreter a program costs the same whatever its block, so there are at most 2 of them.
     """
     if _INTERPRETED:
-        return min(triton.next_power_of_2(triton.cdiv(tokens, 4)), (1 << 20) // expert_pad), 4
+        return min(triton.next_power_of_2(triton.cdiv(tokens, 2)), (1 << 20) // expert_pad), 4
     return (512 // expert_pad, 4) if expert_pad <= 128 else (1, 1)
 
 

@@ -18,7 +18,7 @@ from moe_fuzz.campaign.minimize import Minimized, Reducer
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.verdict import HANG, Verdict, Violation
-from moe_fuzz.worker.protocol import RunOptions
+from moe_fuzz.options import RunOptions
 
 _PACKAGES = ("torch", "triton", "numpy", "vllm", "sglang", "flashinfer-python")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.verdict import Verdict
-from moe_fuzz.worker.protocol import RunOptions
+from moe_fuzz.options import RunOptions
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

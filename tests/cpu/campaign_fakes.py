@@ -19,7 +19,7 @@ from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
 from moe_fuzz.labels import Labels
 from moe_fuzz.verdict import CRASH, PASS, VIOLATION, Verdict, Violation
-from moe_fuzz.worker.protocol import FenceOptions, RunOptions
+from moe_fuzz.options import FenceOptions, RunOptions
 
 Judge = Callable[[Case, Cases, RunOptions], Verdict]  # (case, what this process ran before, options)
 TARGET = "toy@fake"

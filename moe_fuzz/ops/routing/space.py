@@ -73,6 +73,7 @@ class RoutingSpace:
     faults = text.FAULTS
     places = _PLACES
     presets = PRESETS
+    sizes = ("experts", "top_k")
 
     @cached_property
     def tensors(self) -> Mapping[str, str]:
