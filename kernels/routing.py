@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: What is written on a flagged row: None leaves it to the router, an id comes with weight 0.
 DIALECTS = ("distinct", "minus_one", "num_experts", "zero_weight", "garbage")
 _INTERPRETED = triton.knobs.runtime.interpret
 
