@@ -11,7 +11,7 @@ import torch
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.fence import unwritten
-from moe_fuzz.ops.routing.inputs import Inputs
+from moe_fuzz.ops.routing.inputs import Inputs, benign_rows
 from moe_fuzz.reference.routing import defined_rows, softmax_scores
 
 U = 2.0**-24  # unit roundoff of float32
@@ -113,6 +113,17 @@ class RoutingObservation:
     def defined(self) -> torch.Tensor:
         """bool [T]: not flagged, and the reference of the scores is finite."""
         return defined_rows(self.logits, self.bias, self.top_k) & ~self.flagged
+
+    @cached_property
+    def healed(self) -> tuple[Inputs, Outputs]:
+        """The same call with ordinary logits in all rows that are not defined; the call itself where there are none."""
+        positions = (~self.defined).nonzero().flatten()
+        if not len(positions):
+            return self.inputs, self.outputs
+        logits = self.logits.clone()
+        logits[positions] = benign_rows(self.case, self.step_index, positions.tolist())
+        inputs = self.inputs.replace(logits=logits)
+        return inputs, self.call(inputs)
 
     # ---- outputs ----------------------------------------------------------------------------------------------------
 
