@@ -58,11 +58,11 @@ PROFILES = {
 def parse_duration(value: Any) -> float:
     """Seconds: `90`, `1.5`, `"90s"`, `"2m"`, `"1h30m"`. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r} is not a duration: write seconds, or a text like \"90s\", \"2m\", \"1h30m\"")
+        raise ValueError(f'{value!r} is not a duration: write seconds, or a text like "90s", "2m", "1h30m"')
     if isinstance(value, str):
         text = value.strip().lower()
         if not _DURATION.fullmatch(text):
-            raise ValueError(f"{value!r} is not a duration: write seconds, or a text like \"90s\", \"2m\", \"1h30m\"")
+            raise ValueError(f'{value!r} is not a duration: write seconds, or a text like "90s", "2m", "1h30m"')
         parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text)
         value = sum(float(number) * _UNITS[unit] for number, unit in parts)
     seconds = float(value)
@@ -78,7 +78,7 @@ def parse_size(value: Any) -> int:
     else:
         match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
         if match is None:
-            raise ValueError(f"{value!r} is not a size: write bytes, or a text like \"512MB\" or \"4GiB\"")
+            raise ValueError(f'{value!r} is not a size: write bytes, or a text like "512MB" or "4GiB"')
         power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
         size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
     if size < 64 << 20:

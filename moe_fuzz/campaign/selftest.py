@@ -15,14 +15,17 @@ from typing import Any, Protocol
 from moe_fuzz import strategies
 from moe_fuzz.campaign.drive import derive_seed, drive
 from moe_fuzz.campaign.interfaces import Pool
+from moe_fuzz.campaign.locate import is_memory_fault, locate
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.ops import get_space
-from moe_fuzz.verdict import REJECTED, Verdict, Violation
-from moe_fuzz.options import RunOptions
+from moe_fuzz.options import FenceOptions, RunOptions
+from moe_fuzz.verdict import REJECTED, Verdict
 
 BATCH = 16  # cases handed to a worker at once: few, because a bug found ends the batch's use
 _ROUNDS = 50  # rounds drawn at once
+FENCE = "fence"  # the check that is no code: the worker dies in a fence, and the parent says which
+_NO_FENCE = FenceOptions(hard=(), readonly=False, own=False)
 
 
 class Planted(Protocol):
@@ -79,9 +82,14 @@ def run_planted(
     start = time.monotonic()
     cases = itertools.islice(draw(planted.op, pool.describe(target), device, seed), max_cases)
     outcome = Outcome(planted.name, target, planted.check, planted.upstream, False, 0, 0.0)
-    for case, verdict in _verdicts(cases, target, pool, RunOptions(checks=checks), start + max_seconds):
-        fired = {violation.check for violation in verdict.violations}
-        caught = _violation(verdict, planted.check)
+    options = _options(checks)
+    for case, verdict in _verdicts(cases, target, pool, options, start + max_seconds):
+        violations = verdict.violations
+        if planted.check == FENCE and is_memory_fault(verdict.key):
+            tensors = get_space(case.op).tensors
+            violations = (locate(pool, (case,), target, options, verdict, verdict.key, tensors), *violations[1:])
+        fired = {violation.check for violation in violations}
+        caught = next((violation for violation in violations if violation.check == planted.check), None)
         outcome = replace(
             outcome,
             cases=outcome.cases + 1,
@@ -95,23 +103,24 @@ def run_planted(
     return replace(outcome, seconds=time.monotonic() - start)
 
 
-def run_alone(planted: Planted, pool: Pool, seed: int, max_cases: int, max_seconds: float, device: str = "cpu") -> Outcome:
+def run_alone(
+    planted: Planted, pool: Pool, seed: int, max_cases: int, max_seconds: float, device: str = "cpu"
+) -> Outcome:  # fmt: skip
     """Proves that only its check finds the bug: found with that check alone, and silence from all others together on
     as many cases."""
     every = tuple(get_space(planted.op).checks)
     outcome = run_planted(planted, pool, seed, max_cases, max_seconds, (planted.check,), device)
     rest = tuple(check for check in every if check != planted.check)
     start = time.monotonic()
-    target = target_of(planted)
-    cases = itertools.islice(draw(planted.op, pool.describe(target), device, seed), outcome.cases)
+    cases = itertools.islice(draw(planted.op, pool.describe(outcome.target), device, seed), outcome.cases)
     fired: set[str] = set()
     ran = 0
-    for _, verdict in _verdicts(cases, target, pool, RunOptions(checks=rest), start + max_seconds):
+    for _, verdict in _verdicts(cases, outcome.target, pool, _options(rest), start + max_seconds):
         ran += 1
         fired |= {violation.check for violation in verdict.violations}
-    # cut short by time, the silence proves nothing
-    silent = not fired and ran == outcome.cases
-    return replace(outcome, others=tuple(sorted(fired)), silent=silent, seconds=outcome.seconds + time.monotonic() - start)
+    silent = not fired and ran == outcome.cases  # cut short by time, the silence proves nothing
+    seconds = outcome.seconds + time.monotonic() - start
+    return replace(outcome, others=tuple(sorted(fired)), silent=silent, seconds=seconds)
 
 
 def target_of(planted: Planted) -> str:
@@ -129,6 +138,11 @@ def draw(op: str, info: TargetInfo, device: str, start: int) -> Iterator[Case]:
             yield from cases
 
 
+def _options(checks: tuple[str, ...] | None) -> RunOptions:
+    """These checks and no other: the fences stand only where they are asked for."""
+    return RunOptions(checks=checks) if checks is None or FENCE in checks else RunOptions(checks, _NO_FENCE)
+
+
 def _verdicts(
     cases: Iterator[Case], target: str, pool: Pool, options: RunOptions, until: float
 ) -> Iterator[tuple[Case, Verdict]]:
@@ -140,7 +154,3 @@ def _verdicts(
         with pool.lease() as worker:
             verdicts = worker.run(batch, target, options)
         yield from zip(batch, verdicts, strict=True)
-
-
-def _violation(verdict: Verdict, check: str) -> Violation | None:
-    return next((violation for violation in verdict.violations if violation.check == check), None)

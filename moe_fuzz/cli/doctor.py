@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -36,13 +37,10 @@ class Line:
 @click.command(short_help="Look at this machine: what works, what does not, and the way out.")
 @params.workers
 @params.device
-@params.deadline
 @params.memory
 @params.state_dir
 @click.pass_context
-def command(
-    ctx: click.Context, workers: int | None, device: str, deadline: float, memory: int | None, state_dir: Path
-) -> None:
+def command(ctx: click.Context, workers: int | None, device: str, memory: int | None, state_dir: Path) -> None:
     """Look at this machine: versions, GPU, fences, workers, the state directory, and which targets can run.
 
     Exit code 3 if something essential is broken.
@@ -85,29 +83,24 @@ def judge_versions(found: dict[str, Any], problem: str) -> Iterator[Line]:
             yield Line(FAIL, name, f"cannot be imported: {found[f'{name}_error']}", f"pip install --upgrade {name}")
         else:
             yield Line(OK, name, str(found[name]))
-    if _version(found.get("triton")) < (3, 7) and _version(found.get("numpy")) >= (2, 4):
+    both = "triton" in found and "numpy" in found
+    if both and _version(found["triton"]) < (3, 7) and _version(found["numpy"]) >= (2, 4):
         yield Line(
             FAIL, "triton", f"the interpreter of triton {found['triton']} does not work with numpy {found['numpy']}",
             "pip install 'numpy<2.4', or 'triton>=3.7'",
         )  # fmt: skip
 
 
-def _version(text: Any) -> tuple[int, ...]:
-    """`3.7.1+git` → (3, 7). A missing package counts as none of the known traps."""
-    parts = str(text).split(".") if text else ["9999"]
-    numbers = []
-    for part in parts[:2]:
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers) if text else ()
+def _version(text: str) -> tuple[int, ...]:
+    """`3.7.1+git` → (3, 7)."""
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
 def judge_gpu(gpus: tuple[machine.Gpu, ...], found: dict[str, Any]) -> Iterator[Line]:
     seen = found.get("gpus", [])
     if seen:
-        memory = gpus[0].memory if gpus else None
-        yield Line(OK, "gpu", f"{len(seen)}: {', '.join(sorted(set(seen)))}" + (f", {machine.human(memory)}" if memory else ""))
+        memory = f", {machine.human(gpus[0].memory)}" if gpus and gpus[0].memory else ""
+        yield Line(OK, "gpu", f"{len(seen)}: {', '.join(sorted(set(seen)))}{memory}")
     elif gpus:
         build = f"is built for CUDA {found['cuda_build']}" if found.get("cuda_build") else "is built without CUDA"
         yield Line(
@@ -129,7 +122,7 @@ def judge_workers(count: int, device: str, limit: int | None, available: int | N
 
 def judge_fence(answer: probes.Answer) -> Line:
     if answer.problem:
-        return Line(FAIL, "fence", answer.problem, "without fences no access out of bounds is seen: report this machine")
+        return Line(FAIL, "fence", answer.problem, "without fences no access out of bounds is seen; report this line")
     return Line(OK, "fence", f"a read beyond a fenced tensor ends the process with {answer.said}, as it must")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.findings import load_findings
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.cli import params
@@ -29,8 +30,9 @@ def command(as_json: bool, state_dir: Path) -> None:
     elif not found:
         click.echo(f"no findings in {state_dir}")
     else:
-        rows = [
-            (f.id, f.target, f.check, f.symptom, f.finding_class, str(f.times_seen), f.first_seen[:16], f.label) for f in found
-        ]
-        table(rows, _HEAD)
+        table([_row(finding) for finding in found], _HEAD)
         click.echo("\n`moe-fuzz show ID` shows one, `moe-fuzz replay ID` runs it again")
+
+
+def _row(f: Finding) -> tuple[str, ...]:
+    return (f.id, f.target, f.check, f.symptom, f.finding_class, str(f.times_seen), f.first_seen[:16], f.label)

@@ -47,7 +47,7 @@ COMMANDS = {
 }
 
 #: Which keys of the configuration a command takes. The others are not for it, though they are valid.
-_WORKER_KEYS = ("workers", "device", "state_dir", "deadline", "memory")
+_WORKER_KEYS = ("device", "state_dir", "deadline", "memory")
 _KEYS = {
     "run": tuple(key.replace("-", "_") for key in config.KEYS),
     "replay": _WORKER_KEYS,
@@ -56,7 +56,7 @@ _KEYS = {
     "findings": ("state_dir",),
     "selftest": ("workers", "device", "memory"),
     "list": (),
-    "doctor": _WORKER_KEYS,
+    "doctor": ("workers", "device", "state_dir", "memory"),
 }
 _EXIT_HELP = (
     "0 clean · 1 a new confirmed finding · 2 usage or configuration · 3 environment, or nothing ran · "

@@ -24,19 +24,30 @@ from moe_fuzz.worker.pool import Pool
 @click.argument("case", metavar="ID|CASE")
 @click.option("--target", metavar="TARGET", help="The target it fails on, if not the one the case names.")
 @params.option(
-    "minimize-time", "--time", "minimize_time", type=params.DURATION, default=60.0, show_default=True, metavar="SECONDS",
+    "minimize-time",
+    "--time",
+    "minimize_time",
+    type=params.DURATION,
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
     help="When to stop with the smallest case so far.",
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the smaller case to this file.")
-@params.workers
 @params.device
 @params.deadline
 @params.memory
 @params.state_dir
 def command(
-    case: str, target: str | None, minimize_time: float, output: Path | None, workers: int | None, device: str,
-    deadline: float, memory: int | None, state_dir: Path,
-) -> None:  # fmt: skip
+    case: str,
+    target: str | None,
+    minimize_time: float,
+    output: Path | None,
+    device: str,
+    deadline: float,
+    memory: int | None,
+    state_dir: Path,
+) -> None:
     """Take away from CASE what its failure does not need. Findings are already minimized when they are reported; this
     is for more time, or for a case of your own."""
     found = source.load(case, state_dir)
@@ -74,7 +85,9 @@ def _failure(pool: PoolLike, found: source.Source, target: str, options: RunOpti
     if verdict.kind in (REJECTED, OOM):
         raise EnvironmentProblem(f"the case cannot run on {target}: {verdict.kind}", verdict.detail)
     if not verdict.bad:
-        raise UsageError(f"the case does not fail on {target}", "there is nothing to minimize; --target names another one")
+        raise UsageError(
+            f"the case does not fail on {target}", "nothing is to be minimized; --target names another one"
+        )
     if found.finding is not None and holds(verdict, found.finding.raw):
         return found.finding.raw
     return verdict.key

@@ -53,19 +53,35 @@ def option(key: str, *flags: str, **settings: Any) -> Callable[[F], F]:
 
 
 state_dir = option(
-    "state-dir", "--state-dir", type=click.Path(file_okay=False, path_type=Path), default=config.DEFAULT_STATE_DIR,
-    show_default=True, help="Where findings, corpus and statistics are kept.",
+    "state-dir",
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=config.DEFAULT_STATE_DIR,
+    show_default=True,
+    help="Where findings, corpus and statistics are kept.",
 )
 device = option(
-    "device", "--device", type=click.Choice(config.DEVICES), default="auto", show_default=True,
+    "device",
+    "--device",
+    type=click.Choice(config.DEVICES),
+    default="auto",
+    show_default=True,
     help="auto: cuda where there is a GPU, else Triton's interpreter on the CPU.",
 )
 workers = option(
-    "workers", "--workers", type=click.IntRange(1, MAX_WORKERS), metavar="N",
+    "workers",
+    "--workers",
+    type=click.IntRange(1, MAX_WORKERS),
+    metavar="N",
     help="Worker processes. [default: one a GPU, or one a core]",
 )
 deadline = option(
-    "deadline", "--deadline", type=DURATION, default=10.0, metavar="SECONDS", show_default=True,
+    "deadline",
+    "--deadline",
+    type=DURATION,
+    default=10.0,
+    metavar="SECONDS",
+    show_default=True,
     help="After this long a case counts as a hang.",
 )
 memory = option("memory", "--memory", type=SIZE, metavar="SIZE", help="Memory limit of a worker, e.g. 8GiB.")

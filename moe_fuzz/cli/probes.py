@@ -10,7 +10,10 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import moe_fuzz
 
 _VERSIONS = """
 import importlib, json, platform
@@ -31,6 +34,7 @@ print(json.dumps(found))
 # Reads the last byte of a fenced tensor, says so, then reads the next one. Surviving that is the failure.
 _GUARD = """
 import ctypes, sys
+sys.path.append({root!r})  # where this package lies, be it installed or not
 import torch
 from moe_fuzz.fence import open_arena
 from moe_fuzz.options import FenceOptions
@@ -67,7 +71,7 @@ def versions(python: str = sys.executable, timeout: float = 120.0) -> tuple[dict
 
 def guard(python: str = sys.executable, timeout: float = 120.0) -> Answer:
     """Whether one byte beyond a fenced tensor kills the process, and the last byte inside does not."""
-    done = _run(_GUARD, python, timeout)
+    done = _run(_GUARD.format(root=str(Path(moe_fuzz.__file__).parents[1])), python, timeout)
     if isinstance(done, Answer):
         return done
     inside = "inside" in done.stdout.split()
@@ -81,7 +85,8 @@ def guard(python: str = sys.executable, timeout: float = 120.0) -> Answer:
 
 def _run(program: str, python: str, timeout: float) -> subprocess.CompletedProcess[str] | Answer:
     try:
-        return subprocess.run([python, "-P", "-c", program], capture_output=True, text=True, timeout=timeout, check=False)
+        command = [python, "-P", "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
         return Answer(problem=f"no answer in {timeout:.0f} s")
     except OSError as error:

@@ -35,17 +35,22 @@ class Answer:
 @click.command(short_help="Run one case again: FIXED (0), FAILED (1) or ERROR (3).", epilog=source.CASE_HELP)
 @click.argument("case", metavar="CASE|ID")
 @click.option("--target", metavar="TARGET", help="Run it on this target instead of the one the case names.")
-@click.option("--times", type=click.IntRange(1, 1000), metavar="N", help="Tries. [default: 1; 3 for what fails sometimes]")
-@params.workers
+@click.option("--times", type=click.IntRange(1, 1000), metavar="N", help="Tries. [default: 1; 3 for a flaky one]")
 @params.device
 @params.deadline
 @params.memory
 @params.state_dir
 @click.pass_context
 def command(
-    ctx: click.Context, case: str, target: str | None, times: int | None, workers: int | None, device: str,
-    deadline: float, memory: int | None, state_dir: Path,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    case: str,
+    target: str | None,
+    times: int | None,
+    device: str,
+    deadline: float,
+    memory: int | None,
+    state_dir: Path,
+) -> None:
     """Run CASE again in a fresh process, and say FIXED (exit code 0), FAILED (1) or ERROR (3).
 
     ERROR means that the question has no answer here: the target is not available, does not take such a case, or the
@@ -100,7 +105,8 @@ def compare(finding: Finding, verdict: Verdict) -> str:
     if holds(verdict, finding.raw) or holds(verdict, (finding.check, finding.symptom)):
         return f"the same failure as in finding {finding.id}: {finding.check} {finding.symptom}"
     check, symptom = verdict.key
-    return f"another failure than in finding {finding.id}: that was {finding.check} {finding.symptom}, this is {check} {symptom}"
+    was = f"{finding.check} {finding.symptom}"
+    return f"another failure than in finding {finding.id}: that was {was}, this is {check} {symptom}"
 
 
 def describe(violation: Violation) -> list[str]:

@@ -10,11 +10,11 @@ import click
 
 from moe_fuzz import config, report
 from moe_fuzz.campaign.engine import Campaign
-from moe_fuzz.campaign.events import Event, TargetUnavailable
-from moe_fuzz.campaign.settings import Settings
+from moe_fuzz.campaign.events import Summary, TargetUnavailable
+from moe_fuzz.campaign.plan import Settings
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.cli import params
-from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EnvironmentProblem, UsageError
+from moe_fuzz.errors import EXIT_CLEAN, EnvironmentProblem, UsageError
 from moe_fuzz.ops import get_space
 from moe_fuzz.report.plain import Plain
 from moe_fuzz.report.terminal import Terminal
@@ -27,20 +27,32 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in config.P
 @click.command(short_help="Run a campaign: generate cases, confirm and minimize what fails.")
 @click.argument("targets", nargs=-1, metavar="[TARGET]...", envvar="MOE_FUZZ_TARGETS")
 @params.option("time", "--time", type=params.DURATION, metavar="SECONDS", help="How long, e.g. 90, 2m, 1h30m.")
-@params.option("cases", "--cases", type=click.IntRange(1), metavar="N", help="How many cases, instead of or besides --time.")
-@params.option("seed", "--seed", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Same seed, same plan. [default: random]")
+@params.option("cases", "--cases", type=click.IntRange(1), metavar="N", help="How many cases; with --time, at most.")
+@params.option("seed", "--seed", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Same seed, same plan.")
 @params.option(
-    "profile", "--profile", type=click.Choice(tuple(config.PROFILES)), default="default", show_default=True,
+    "profile",
+    "--profile",
+    type=click.Choice(tuple(config.PROFILES)),
+    default="default",
+    show_default=True,
     help=f"A budget by name: {_PROFILES}.",
 )
 @params.target_op
 @params.option("checks", "--checks", type=params.NAMES, metavar="NAME,…", help="These checks only. [default: all]")
 @params.option(
-    "minimize-time", "--minimize-time", type=params.DURATION, metavar="SECONDS",
+    "minimize-time",
+    "--minimize-time",
+    type=params.DURATION,
+    metavar="SECONDS",
     help="For making one finding smaller. [default: the profile's]",
 )
 @params.option(
-    "report", "--report", "reports", type=params.REPORT, multiple=True, metavar="KIND=PATH",
+    "report",
+    "--report",
+    "reports",
+    type=params.REPORT,
+    multiple=True,
+    metavar="KIND=PATH",
     help="Also write a report, e.g. ndjson=events.ndjson. May be given several times.",
 )
 @params.workers
@@ -50,10 +62,22 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in config.P
 @params.state_dir
 @click.pass_context
 def command(
-    ctx: click.Context, targets: tuple[str, ...], time: float | None, cases: int | None, seed: int | None, profile: str,
-    op: str | None, checks: tuple[str, ...] | None, minimize_time: float | None, reports: tuple[tuple[str, Path], ...],
-    workers: int | None, device: str, deadline: float, memory: int | None, state_dir: Path,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    targets: tuple[str, ...],
+    time: float | None,
+    cases: int | None,
+    seed: int | None,
+    profile: str,
+    op: str | None,
+    checks: tuple[str, ...] | None,
+    minimize_time: float | None,
+    reports: tuple[tuple[str, Path], ...],
+    workers: int | None,
+    device: str,
+    deadline: float,
+    memory: int | None,
+    state_dir: Path,
+) -> None:
     """Run a campaign on each TARGET; without one, on every target that this machine can run.
 
     TARGET is op@provider (topk_softmax@torch), an op (every provider of it), a provider (every op of it),
@@ -86,8 +110,13 @@ def command(
             summary = Campaign(settings, pool, state, broadcast).run()
     finally:
         broadcast.close()
-    lost = summary.exit_code == EXIT_CLEAN and any(name != "on the screen" for name in broadcast.failed)
-    ctx.exit(EXIT_ENVIRONMENT if lost else summary.exit_code)
+    if summary.exit_code == EXIT_CLEAN:
+        lost = [name for name in broadcast.failed if name in opened]
+        if lost:
+            raise EnvironmentProblem(f"nothing was found, but the report {lost[0]} could not be written to its end")
+        if time is None and cases is None:
+            check_floor(summary, chosen)
+    ctx.exit(summary.exit_code)
 
 
 def expand(targets: Sequence[str], op: str | None) -> tuple[str, ...]:
@@ -102,9 +131,17 @@ def validate_checks(checks: tuple[str, ...] | None, targets: Sequence[str]) -> N
     known = {check for name in targets for check in get_space(name.partition("@")[0]).checks}
     for check in checks or ():
         if check not in known:
-            raise UsageError(
-                f"there is no check {check!r}{config.did_you_mean(check, known)}", f"the checks are {', '.join(sorted(known))}"
-            )
+            meant = config.did_you_mean(check, known)
+            raise UsageError(f"there is no check {check!r}{meant}", f"the checks are {', '.join(sorted(known))}")
+
+
+def check_floor(summary: Summary, profile: config.Profile) -> None:
+    """Raises EnvironmentProblem if so little ran in the profile's time that its silence means nothing."""
+    if not summary.interrupted and summary.cases < profile.floor:
+        raise EnvironmentProblem(
+            f"only {summary.cases} cases ran, and the profile {profile.name} asks for {profile.floor}",
+            "a busy or slow machine? give more --time, or say with --cases how many are enough",
+        )
 
 
 def available(names: Sequence[str], pool: Pool, emit: report.Broadcast) -> tuple[str, ...]:
@@ -115,8 +152,7 @@ def available(names: Sequence[str], pool: Pool, emit: report.Broadcast) -> tuple
             try:
                 pool.describe(name)
             except EnvironmentProblem as error:
-                event: Event = TargetUnavailable(name, error.message, error.hint)
-                emit(event)
+                emit(TargetUnavailable(name, error.message, error.hint))
             else:
                 yield name
 

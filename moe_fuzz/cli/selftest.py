@@ -25,19 +25,27 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Prove that the checks can fire: find every planted bug.")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--only", is_flag=True, help="Prove instead that a check is needed: it alone finds the bugs planted for it.")
-@click.option("--cases", type=click.IntRange(1), default=2000, show_default=True, metavar="N", help="At most, for each bug.")
-@click.option("--time", type=params.DURATION, default=120.0, show_default=True, metavar="SECONDS", help="At most, for each bug.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Same seed, same cases.")
-@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the outcomes to this file.")
+@click.option("--only", is_flag=True, help="Prove that a check is needed: it alone finds its bug.")
+@click.option("--cases", type=click.IntRange(1), default=2000, show_default=True, metavar="N", help="For each bug.")
+@click.option("--time", type=params.DURATION, default=120.0, show_default=True, metavar="SECONDS", help="For each bug.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Same seed, same plan.")
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Also write a JSON file.")
 @params.workers
 @params.device
 @params.memory
 @click.pass_context
 def command(
-    ctx: click.Context, names: tuple[str, ...], only: bool, cases: int, time: float, seed: int, path: Path | None,
-    workers: int | None, device: str, memory: int | None,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    names: tuple[str, ...],
+    only: bool,
+    cases: int,
+    time: float,
+    seed: int,
+    path: Path | None,
+    workers: int | None,
+    device: str,
+    memory: int | None,
+) -> None:
     """Run a small campaign on each planted bug, a kernel broken the way a real one was, until the check that must
     catch it does. Exit code 1 if any is missed.
     """
@@ -68,7 +76,8 @@ def choose(names: Iterable[str]) -> Sequence[Planted]:
     by_name: dict[str, Planted] = {bug.name: bug for bug in PLANTED}
     for name in names:
         if name not in by_name:
-            raise UsageError(f"there is no planted bug {name!r}{did_you_mean(name, by_name)}", f"there are {', '.join(by_name)}")
+            meant = did_you_mean(name, by_name)
+            raise UsageError(f"there is no planted bug {name!r}{meant}", f"there are {', '.join(by_name)}")
     return [by_name[name] for name in dict.fromkeys(names)] or list(PLANTED)
 
 
@@ -94,8 +103,9 @@ def run_all(chosen: Sequence[Planted], one: Callable[[Planted], Outcome], worker
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
     word = "found" if outcome.passed else "MISSED" if not outcome.found else "NOT ALONE"
-    seconds = f"{outcome.seconds:.1f}"
-    return (outcome.name, word, outcome.check, str(outcome.cases), seconds, " ".join(outcome.others) or "-", outcome.upstream)
+    others = " ".join(outcome.others) or "-"
+    cost = (str(outcome.cases), f"{outcome.seconds:.1f}")
+    return (outcome.name, word, outcome.check, *cost, others, outcome.upstream)
 
 
 def why(outcome: Outcome) -> str:

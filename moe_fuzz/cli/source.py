@@ -71,10 +71,11 @@ def _by_id(text: str, state_dir: Path) -> Source:
     findings = {finding.id: finding for finding in load_findings(StateDir(state_dir))}
     found = [name for name in findings if name == text] or [name for name in findings if text and name.startswith(text)]
     if len(found) > 1:
-        raise UsageError(f"{text!r} begins the ids of {len(found)} findings", f"write more of one: {', '.join(found[:5])}")
+        hint = f"write more of one: {', '.join(found[:5])}"
+        raise UsageError(f"{text!r} begins the ids of {len(found)} findings", hint)
     if not found:
         what = f"there is neither a file nor a finding {_short(text)!r}{did_you_mean(text, findings)}"
-        hint = f"`moe-fuzz findings` lists those in {state_dir}" if findings else f"there are no findings in {state_dir}"
+        hint = f"`moe-fuzz findings` lists those in {state_dir}" if findings else f"no findings are in {state_dir}"
         raise UsageError(what, f"{hint}; an inline case begins with {INLINE_PREFIX}")
     finding = findings[found[0]]
     cases = (*finding.sequence, finding.case)

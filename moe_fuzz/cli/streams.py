@@ -47,7 +47,7 @@ def quiet(stream: TextIO | None) -> TextIO:
     """`stream`, deaf to a closed pipe; a character that the encoding lacks is replaced. None (a closed descriptor, as
     after `>&-`) becomes a stream to nowhere."""
     if stream is None:
-        return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- lives as long as the process
+        return open(os.devnull, "w", encoding="utf-8")
     stream.flush()
     raw = io.BufferedWriter(_QuietRaw(stream.fileno()))
     encoding = getattr(stream, "encoding", None) or "utf-8"

@@ -64,14 +64,14 @@ def open_report(kind: str, path: Path) -> Report:
     before a campaign begins, not after it."""
     known = kinds()
     if kind not in known:
-        raise UsageError(
-            f"there is no report of kind {kind!r}{did_you_mean(kind, known)}", f"the kinds are {', '.join(sorted(known))}"
-        )
+        meant = did_you_mean(kind, known)
+        raise UsageError(f"there is no report of kind {kind!r}{meant}", f"the kinds are {', '.join(sorted(known))}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return known[kind].open(path)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}", f"choose another place: --report {kind}=PATH") from error
+        hint = f"choose another place: --report {kind}=PATH"
+        raise UsageError(f"{path} cannot be written: {error.strerror}", hint) from error
 
 
 class Broadcast:

@@ -12,7 +12,8 @@ from moe_fuzz.campaign import events
 from moe_fuzz.report import plain, text
 from moe_fuzz.verdict import BAD
 
-_STYLES = {"FOUND": "bold red", "warning": "yellow", "not available": "yellow", "worker lost": "yellow", "gone": "green"}
+_WARN = ("warning", "not available", "worker lost")
+_STYLES = {"FOUND": "bold red", "gone": "green"} | dict.fromkeys(_WARN, "yellow")
 
 
 class Terminal:

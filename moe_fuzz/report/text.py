@@ -1,4 +1,4 @@
-"""The words of a campaign, for whatever shows them to a person. No line here is wrapped: a replay line must stay whole."""
+"""The words of a campaign, for whatever shows them to a person. No line is wrapped: a replay line must stay whole."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def header(event: CampaignStarted) -> list[str]:
         )
         if part
     )
-    where = "Triton's interpreter on the CPU" if event.device == "cpu" else event.device
-    lines = [
-        f"moe-fuzz {event.version}: {budget or 'no limit'}, seed {event.seed}, "
-        f"{count(event.workers, 'worker')} on {where}" + (", going on with an interrupted campaign" if event.resumed else "")
-    ]
+    where = "the CPU" if event.device == "cpu" else event.device
+    workers = f"{count(event.workers, 'worker')} on {where}"
+    lines = [f"moe-fuzz {event.version}: {budget or 'no limit'}, seed {event.seed}, {workers}"]
+    if event.resumed:
+        lines.append("going on with an interrupted campaign")
     lines += [_target(info) for info in event.targets]
     return lines + [f"note: {note}" for note in event.notes]
 
@@ -138,14 +138,16 @@ def _row(row: TargetRow) -> str:
 def _rest(result: Summary, state_dir: str) -> list[str]:
     lines = []
     if not result.new and not result.known and any(row.ran for row in result.rows):
-        lines.append(
-            "No case broke a rule. That is evidence for the cases that ran, no proof: a longer --time or another --seed "
-            "tries others."
-        )
+        lines += [
+            "No case broke a rule. That is evidence for the cases that ran, and no proof:",
+            "a longer --time or another --seed tries others.",
+        ]
     if result.flaky:
-        lines.append(f"{count(result.flaky, 'bad case')} could not be shown again in fresh workers (flaky); not counted.")
+        lines.append(f"{count(result.flaky, 'bad case')} not seen again in fresh workers (flaky), so not counted.")
     if result.unexamined:
-        lines.append(f"{count(result.unexamined, 'bad case')} left unexamined for want of time; the next run takes them up.")
+        lines.append(
+            f"{count(result.unexamined, 'bad case')} not examined for want of time: the next run takes them up."
+        )
     lines.append(f"seed {result.seed}; findings and corpus are in {state_dir}")
     if result.new:
         files = "report.md (an issue to file), case.json, repro.py"
