@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 #: What a router writes on a row that is flagged as padding.
 #: distinct: k distinct ids, finite weights · minus_one: id -1, weight 0 · num_experts: id E, weight 0 ·
@@ -23,6 +23,7 @@ class Contract:
     deterministic: bool = False  # same input, same bits
     batch_invariant: bool = False  # a row's bits depend on that row alone: not on its position, on T, on other rows
     ties: str = "any"  # "any" | "lowest_index_first"
+    ordered: bool = False  # the slots of a row stand in descending order of biased score
     padding: tuple[str, ...] = ("distinct",)  # the dialects it can speak; only asked for where `is_padding` is taken
 
 
@@ -74,6 +75,31 @@ class TargetInfo:
             capabilities=_record(Capabilities, data["capabilities"]),
             clauses=dict(data["clauses"]),
         )
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+#: Where `declares` leaves what an implementation promises.
+DECLARATION = "__moe_fuzz__"
+
+
+def declares(
+    contract: Contract | None = None,
+    capabilities: Capabilities | None = None,
+    clauses: Mapping[str, str] | None = None,
+) -> Callable[[_F], _F]:
+    """Says what the decorated implementation promises; without it, moe-fuzz assumes as little as the signature shows.
+
+    clauses: for each check, the sentence of the project's own documentation that promises what the check asks
+    (`"*"` for all checks). A finding of such a check is of class `contract`, any other of class `robustness`.
+    """
+
+    def attach(function: _F) -> _F:
+        promise = {"contract": contract, "capabilities": capabilities, "clauses": dict(clauses or {})}
+        setattr(function, DECLARATION, promise)
+        return function
+
+    return attach
 
 
 def _record(kind: type, data: Mapping[str, Any]) -> Any:

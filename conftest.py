@@ -1,0 +1,95 @@
+"""How the tests run on the machine at hand. pytest loads this file first, in every xdist worker too.
+
+Four things happen here, each before any test module is imported:
+
+1. Without a GPU, TRITON_INTERPRET=1 goes into the environment, because Triton decides between compiler and interpreter
+   when a kernel is *defined*. With a GPU the variable is left alone.
+2. An xdist worker gets one OpenMP thread. Otherwise every worker starts as many threads as the machine has cores, and
+   N workers fight over them N-fold.
+3. The repository root leaves `sys.path`. `python -m pytest` puts it there, and then our top-level `kernels/` would
+   answer for Hugging Face's package of that name. Our own code is `moe_fuzz.kernels`, found through the installation.
+4. `-n auto` gets an answer, and tests marked `gpu`, `multigpu(n)` or `sanitizer` are skipped with a reason where the
+   machine cannot run them.
+
+None of it asks torch: importing it takes seconds, and a CUDA context in the pytest process would hold memory on a GPU
+that belongs to the workers. Nor is any of it in moe_fuzz/pytest_plugin.py, which is loaded into other projects' test
+runs, where these decisions are not ours.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_fuzz
+
+ROOT = Path(__file__).resolve().parent
+DEVICES = Path("/dev")
+
+
+def gpu_count() -> int:
+    """How many NVIDIA GPUs this process may use: the device files it can see, limited by CUDA_VISIBLE_DEVICES."""
+    present = len(list(DEVICES.glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not present:
+        return present
+    named = []
+    for entry in visible.split(","):
+        if entry.strip() in ("", "-1"):  # CUDA ignores everything from the first invalid entry on
+            break
+        named.append(entry)
+    return min(present, len(named))
+
+
+def cpu_count() -> int:
+    """The cores this process may run on, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
+def gpu_slots() -> int:
+    """How many tests may use the GPUs at once: one a GPU, until a worker pool divides a GPU's memory among several."""
+    return gpu_count()
+
+
+GPUS = gpu_count()
+
+if not GPUS:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+assert moe_fuzz.__path__, "imported above, so that its submodules are found without the root on sys.path"
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: one worker a GPU slot, or a core where there is no GPU."""
+    return gpu_slots() if GPUS else cpu_count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        reason = _why_not(item)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_not(item: pytest.Item) -> str:
+    """The reason why this machine cannot run the test, or the empty string."""
+    multi = item.get_closest_marker("multigpu")
+    if multi is not None:
+        if len(multi.args) != 1 or not isinstance(multi.args[0], int):
+            raise pytest.UsageError(f"{item.nodeid}: write the number of GPUs, as in @pytest.mark.multigpu(2)")
+        if multi.args[0] > GPUS:
+            return f"needs {multi.args[0]} CUDA devices, this machine has {GPUS}"
+    if not GPUS and item.get_closest_marker("gpu"):
+        return "needs a CUDA device, this machine has none"
+    if item.get_closest_marker("sanitizer"):
+        if not GPUS:
+            return "needs a CUDA device for compute-sanitizer, this machine has none"
+        if shutil.which("compute-sanitizer") is None:
+            return "needs compute-sanitizer on the PATH"
+    return ""

@@ -1,0 +1,67 @@
+"""Confirmation: a bad case must be bad again in fresh workers before anybody is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_fuzz.campaign.interfaces import Cases, Pool
+from moe_fuzz.case import Case
+from moe_fuzz.verdict import HANG, Verdict, Violation
+from moe_fuzz.options import RunOptions
+
+TRIES = 3
+Key = tuple[str, str]  # (check, symptom)
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """The bad case, and the cases that must run before it in one process (none if it fails alone)."""
+
+    case: Case
+    sequence: Cases
+    verdict: Verdict
+    reproduces: str  # "always" | "sometimes 1/3"
+
+    @property
+    def always(self) -> bool:
+        return self.reproduces == "always"
+
+
+def matching(verdict: Verdict, key: Key) -> Violation | None:
+    """The verdict's violation with this check and symptom."""
+    return next((v for v in verdict.violations if (v.check, v.symptom) == key), None)
+
+
+def holds(verdict: Verdict, key: Key) -> bool:
+    """Whether a verdict shows the same failure. One without violations is known by its kind alone."""
+    return matching(verdict, key) is not None or (verdict.bad and not verdict.violations and verdict.key == key)
+
+
+def rerun(pool: Pool, cases: Cases, target: str, options: RunOptions) -> Verdict:
+    """The verdict of the last of `cases`, all run in this order by one worker that never ran anything else."""
+    with pool.fresh() as worker:
+        return worker.run(cases, target, options)[-1]
+
+
+def confirm(pool: Pool, target: str, case: Case, history: Cases, key: Key, options: RunOptions) -> Confirmation | None:
+    """Runs the case again, alone, then after its history. None: it does not come back, so it is flaky."""
+    # A hang costs a whole first deadline to see; once is enough, since nothing but a hang takes that long.
+    enough = 1 if key[0] == HANG else TRIES
+    seen: list[Verdict] = []
+    tried = 0
+    while tried < TRIES and len(seen) < enough:
+        verdict = rerun(pool, (case,), target, options)
+        tried += 1
+        if holds(verdict, key):
+            seen.append(verdict)
+    if seen:
+        return Confirmation(case, (), seen[0], _how_often(len(seen), tried))
+    if history:
+        verdict = rerun(pool, (*history, case), target, options)
+        if holds(verdict, key):
+            return Confirmation(case, history, verdict, "always")
+    return None
+
+
+def _how_often(seen: int, tried: int) -> str:
+    return "always" if seen == tried else f"sometimes {seen}/{tried}"

@@ -1,0 +1,137 @@
+"""The drivers: threads that take units of the plan, draw their rounds, and have workers run them.
+
+There is one more than there are workers, so that drawing overlaps running. A worker is leased for each round.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Protocol
+
+from moe_fuzz.campaign.drive import Enough, derive_seed, drive
+from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space
+from moe_fuzz.campaign.plan import ROUND, Unit
+from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.errors import MoeFuzzError
+from moe_fuzz.verdict import PASS, Verdict
+from moe_fuzz.options import RunOptions
+
+MIN_EXAMPLES = 16  # Hypothesis begins to climb on the score half-way through its examples
+CASES_A_ROUND = 8  # about what a round holds: how many examples a shard's budget makes
+
+
+class Host(Protocol):
+    """The campaign, as far as its drivers know it."""
+
+    def next_unit(self) -> Unit | None:
+        """The next piece of the plan, or None when there is no more to do."""
+        ...
+
+    def over(self, unit: Unit) -> bool:
+        """Whether to leave the unit at once."""
+        ...
+
+    def verdict(self, unit: Unit, at: int, cases: Cases, verdict: Verdict, history: Cases) -> None:
+        """A verdict of case `at` of the unit, the last of `cases`."""
+        ...
+
+    def finished(self, unit: Unit) -> None: ...
+
+    def failed(self, error: BaseException) -> None: ...
+
+
+class Drivers:
+    """`count` threads; daemons, so that a hung call cannot keep the process alive after an interrupt."""
+
+    def __init__(
+        self, host: Host, pool: Pool, state: StateDir, sources: Sources, options: RunOptions,
+        seed: int, device: str, known: dict[str, tuple[TargetInfo, Space]],
+    ) -> None:  # fmt: skip
+        self._host = host
+        self._pool = pool
+        self._state = state
+        self._sources = sources
+        self._options = options
+        self._seed = seed
+        self._device = device
+        self._known = known
+        self._threads: list[threading.Thread] = []
+
+    def start(self, count: int) -> None:
+        for slot in range(count):
+            thread = threading.Thread(target=self._work, args=(str(slot),), name=f"driver-{slot}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+    def join(self, seconds: float) -> None:
+        for thread in self._threads:
+            thread.join(seconds / len(self._threads))
+
+    def _work(self, slot: str) -> None:
+        try:
+            while (unit := self._host.next_unit()) is not None:
+                if self._run(unit, slot):
+                    self._host.finished(unit)
+        except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
+            self._host.failed(error)
+
+    def _run(self, unit: Unit, slot: str) -> bool:
+        """Runs a unit to its end; False if it was left before."""
+        ran = 0
+
+        def run(cases: Cases) -> float | None:
+            nonlocal ran
+            if self._host.over(unit):
+                raise Enough
+            cases = cases[: unit.budget - ran]
+            score = self._round(unit, slot, ran, cases)
+            ran += len(cases)
+            if ran >= unit.budget:
+                raise Enough
+            return score
+
+        if unit.phase == "grid":
+            try:
+                for part in _rounds(unit.cases):
+                    run(part)
+            except Enough:
+                pass
+            return ran >= unit.budget
+        info, space = self._known[unit.target]
+        rounds = self._sources.rounds(space, info, self._device)
+        take = 0
+        while ran < unit.budget and not self._host.over(unit):
+            before = ran
+            examples = max(MIN_EXAMPLES, unit.budget // CASES_A_ROUND)
+            drive(rounds, derive_seed(self._seed, unit.target, unit.phase, unit.index, take), examples, run)
+            if ran == before and not self._host.over(unit):
+                raise MoeFuzzError(f"the strategies of {unit.target} draw no cases", "this is a bug in moe-fuzz")
+            take += 1
+        return ran >= unit.budget
+
+    def _round(self, unit: Unit, slot: str, at: int, cases: Cases) -> float | None:
+        """Has a worker run the cases; the largest error over bound among those that passed."""
+
+        def on_verdict(index: int, verdict: Verdict, history: Cases) -> None:
+            self._host.verdict(unit, at + index, cases[: index + 1], verdict, history)
+
+        if not cases:
+            return None
+        with self._pool.lease() as worker:
+            self._state.begin_round(slot, unit.target, cases)
+            verdicts = worker.run(cases, unit.target, self._options, on_verdict)
+            self._state.end_round(slot)
+        return max((verdict.budget for verdict in verdicts if verdict.kind == PASS), default=None)
+
+
+def _rounds(cases: Cases) -> Iterator[Cases]:
+    for at in range(0, len(cases), ROUND):
+        yield cases[at : at + ROUND]
+
+

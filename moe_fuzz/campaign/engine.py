@@ -1,0 +1,297 @@
+"""The campaign: resume what was cut, replay what is known, run the plan, examine what is bad, sum up.
+
+    inflight, pending → known findings → grid → generation        drivers, in threads: run the plan, offer bad verdicts
+                                                                  this thread: examines them, one after the other
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from moe_fuzz._version import __version__
+from moe_fuzz.campaign import events
+from moe_fuzz.campaign.badcase import BadCase
+from moe_fuzz.campaign.drive import derive_seed
+from moe_fuzz.campaign.drivers import Drivers
+from moe_fuzz.campaign.events import Summary
+from moe_fuzz.campaign.examine import Examiner
+from moe_fuzz.campaign.findings import RenderRepro
+from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space, own_sources
+from moe_fuzz.campaign.plan import GRID_SHARE, Settings, Unit, units
+from moe_fuzz.campaign.progress import Plan
+from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.campaign.stats import Stats
+from moe_fuzz.campaign.summary import summarize
+from moe_fuzz.campaign.tally import Tally
+from moe_fuzz.campaign.triage import Triage
+from moe_fuzz.case import Case
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.errors import EnvironmentProblem
+from moe_fuzz.verdict import Verdict
+from moe_fuzz.options import RunOptions
+
+PROGRESS_EVERY = 0.25  # seconds
+POLL = 0.1  # seconds
+MAX_REPLAYS = 2  # of a round that was running when a campaign was killed
+PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
+
+__all__ = ["Campaign", "Settings", "Summary"]
+
+
+class Campaign:
+    """One budgeted run of many cases. `emit` hears one event at a time, from any thread."""
+
+    def __init__(
+        self, settings: Settings, pool: Pool, state: StateDir, emit: Callable[[events.Event], None], *,
+        sources: Sources | None = None, render_repro: RenderRepro | None = None,
+    ) -> None:  # fmt: skip
+        self._settings = settings
+        self._pool = pool
+        self._state = state
+        self._listener = emit
+        self._sources = sources or own_sources()
+        self._render = render_repro
+        self._options = RunOptions(
+            checks=settings.checks, deadline=settings.deadline, first_deadline=settings.first_deadline
+        )
+        self._lock = threading.RLock()
+        self._emitting = threading.RLock()
+        self._stop = threading.Event()
+        self._interrupted = False
+        self._error: BaseException | None = None
+        self._tally = Tally()  # of this run
+        self._unit_tallies: dict[Unit, Tally] = {}
+        self._phase = ""
+        self._last_progress = 0.0
+        self._start = time.monotonic()
+        self._targets: dict[str, tuple[TargetInfo, Space]] = {}
+        self._unavailable: dict[str, EnvironmentProblem] = {}
+
+    def run(self) -> Summary:
+        """Runs it all. Raises MoeFuzzError where no campaign is possible; an interrupt ends in a Summary with 130."""
+        with self._state:
+            return self._run()
+
+    def _run(self) -> Summary:
+        self._state.listener = lambda message: self._emit(events.Note(message))
+        for message in self._state.notes:
+            self._emit(events.Note(message))
+        self._state.notes.clear()
+        self._plan = Plan.open(self._settings, self._state)
+        self._stats = Stats(self._state)
+        self._describe()
+        examiners = {
+            target: Examiner(self._pool, info, space, self._options, self._settings.device)
+            for target, (info, space) in self._targets.items()
+        }
+        self._triage = Triage(self._state, examiners, self._emit, self._flaky, self._render)
+        self._header()
+        try:
+            self._save(finished=False)
+            self._campaign()
+        except KeyboardInterrupt:
+            self._interrupted = True
+        finally:
+            self._stop.set()
+        return self._finish()
+
+    def _describe(self) -> None:
+        for target in self._settings.targets:
+            try:
+                info = self._pool.describe(target)
+            except EnvironmentProblem as problem:
+                self._unavailable[target] = problem
+            else:
+                self._targets[target] = (info, self._sources.space(info.op))
+
+    def _header(self) -> None:
+        settings, infos = self._settings, tuple(info for info, _ in self._targets.values())
+        notes = settings.notes
+        if settings.device == "cpu":
+            notes = (*notes, "device cpu: Triton kernels run in its interpreter, without CUDA graphs")
+        self._emit(
+            events.CampaignStarted(
+                __version__, infos, settings.device, settings.workers, self._plan.seed, settings.cases,
+                settings.seconds, str(self._state.path), self._plan.resumed, notes,
+            )
+        )  # fmt: skip
+        for target, problem in self._unavailable.items():
+            self._emit(events.TargetUnavailable(target, problem.message, problem.hint))
+
+    # ---- the phases -------------------------------------------------------------------------------------------------
+
+    def _campaign(self) -> None:
+        if not self._targets:
+            return
+        # Known findings come before whatever an earlier run left, so that what they explain is not examined again.
+        self._triage.replay_known(self._plan.new, self._stop.is_set)
+        self._resume()
+        self._units = self._plan_units()
+        drivers = Drivers(
+            self, self._pool, self._state, self._sources, self._options, self._plan.seed, self._settings.device,
+            self._targets,
+        )  # fmt: skip
+        self._drivers = drivers
+        drivers.start(self._settings.workers + 1)
+        try:
+            while not self._enough():
+                drivers_done = not drivers.alive  # asked before the line is, so that a last offer is not missed
+                if self._error is not None:
+                    raise self._error
+                if not self._triage.work(self._reducer_seconds):
+                    if drivers_done:
+                        break
+                    time.sleep(POLL)
+                self._progress()
+            self._stop.set()
+            drivers.join(2 * self._settings.first_deadline)
+        except KeyboardInterrupt:
+            self._interrupted = True
+            self._stop.set()
+            drivers.join(PATIENCE)
+        if self._error is not None:
+            raise self._error
+
+    def _resume(self) -> None:
+        """Runs again what was running when an earlier campaign was killed, and puts its bad cases back in line."""
+        rounds = [left for left in self._state.left_rounds() if left[1] in self._targets]
+        waiting = self._triage.resume()
+        if rounds or waiting:
+            self._emit(events.PhaseStarted("resume", len(rounds) + waiting))
+        for name, target, cases, attempts in rounds:
+            if attempts >= MAX_REPLAYS:
+                self._state.set_aside(f"inflight/{name}.json", f"the campaign died {attempts} times while it ran")
+                continue
+            self._state.begin_round(name, target, cases, attempts + 1)
+
+            self._replay(target, cases)
+            self._state.end_round(name)
+
+    def _replay(self, target: str, cases: Cases) -> None:
+        def on_verdict(at: int, verdict: Verdict, history: Cases) -> None:
+            if verdict.bad:
+                self._triage.offer((-1, at), BadCase(target, cases[at], verdict, history))
+
+        with self._pool.lease() as worker:
+            worker.run(cases, target, self._options, on_verdict)
+
+    def _plan_units(self) -> Iterator[Unit]:
+        def grid(target: str) -> Iterator[Case]:
+            info, space = self._targets[target]
+            return self._sources.grid(space, info, self._settings.device, derive_seed(self._plan.seed, target, "grid"))
+
+        return (unit for unit in units(self._settings, tuple(self._targets), grid) if not self._plan.is_done(unit))
+
+    # ---- what the drivers ask and tell (drivers.Host) ---------------------------------------------------------------
+
+    def next_unit(self) -> Unit | None:
+        with self._lock:
+            for unit in self._units:
+                if self._over_all():
+                    return None
+                if self.over(unit):
+                    continue
+                self._unit_tallies[unit] = Tally()
+                if unit.phase != self._phase:
+                    self._phase = unit.phase
+                    self._emit(events.PhaseStarted(unit.phase, self._settings.cases))
+                return unit
+            return None
+
+    def over(self, unit: Unit) -> bool:
+        seconds = self._settings.seconds
+        grid_over = unit.phase == "grid" and seconds is not None and self._plan.seconds > seconds / GRID_SHARE
+        return grid_over or self._over_all()
+
+    def verdict(self, unit: Unit, at: int, cases: Cases, verdict: Verdict, history: Cases) -> None:
+        if self._interrupted:  # what the closing pool does to its workers is no verdict
+            return
+        self._tally.count(unit.target, verdict)
+        self._unit_tallies[unit].count(unit.target, verdict)
+        if verdict.bad:
+            if verdict.key[1].startswith("killed:"):
+                self._emit(events.WorkerLost(unit.target, verdict.key[1]))
+            self._triage.offer((unit.order, at), BadCase(unit.target, cases[-1], verdict, history))
+        self._progress()
+
+    def finished(self, unit: Unit) -> None:
+        with self._lock:
+            self._plan.done(unit, self._unit_tallies.pop(unit))
+            self._save(finished=False)
+
+    def failed(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._stop.set()
+
+    # ---- budgets ----------------------------------------------------------------------------------------------------
+
+    def _over_all(self) -> bool:
+        seconds = self._settings.seconds
+        return self._stop.is_set() or (seconds is not None and self._plan.seconds >= seconds)
+
+    def _enough(self) -> bool:
+        most = self._settings.max_findings
+        return most is not None and len(self._triage.new) >= most
+
+    def _reducer_seconds(self) -> float:
+        """What a reduction may take: its own budget, and all of them together no more than that beyond the time."""
+        budget = self._settings.minimize_seconds
+        if self._settings.seconds is None:
+            return budget
+        return min(budget, self._settings.seconds + budget - self._plan.seconds)
+
+    # ---- telling and saving -----------------------------------------------------------------------------------------
+
+    def _emit(self, event: events.Event) -> None:
+        with self._emitting:
+            self._listener(event)
+
+    def _progress(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if now - self._last_progress < PROGRESS_EVERY:
+                return
+            self._last_progress = now
+        total = Tally()
+        total.merge(self._plan.before)
+        total.merge(self._tally)
+        cases, seconds = total.cases, self._plan.seconds
+        rate = self._tally.cases / max(now - self._start, 1e-9)
+        etas = []
+        if self._settings.seconds is not None:
+            etas.append(max(0.0, self._settings.seconds - seconds))
+        if self._settings.cases is not None and rate:
+            etas.append((self._settings.cases - cases) / rate)
+        self._emit(
+            events.Progress(
+                cases, self._settings.cases, seconds, rate, total.verdicts(), len(self._triage.new),
+                self._triage.waiting, min(etas, default=None),
+            )
+        )  # fmt: skip
+
+    def _flaky(self, bad: BadCase) -> None:
+        self._tally.count_flaky(bad.target)
+        self._stats.flaky(bad)
+        self._emit(events.FlakySeen(bad.target, bad.case, bad.verdict))
+
+    def _save(self, finished: bool) -> None:
+        self._plan.save(self._settings, self._state, list(self._triage.new), finished)
+        self._stats.save(self._tally)
+
+    def _finish(self) -> Summary:
+        self._triage.leave()
+        self._triage.flush()
+        finished = not self._interrupted
+        with self._lock:
+            self._save(finished)
+        total = Tally()
+        total.merge(self._plan.before)
+        total.merge(self._tally)
+        reasons = {target: problem.message for target, problem in self._unavailable.items()}
+        summary = summarize(self._settings, self._plan, total, self._triage, reasons, self._interrupted)
+        self._emit(events.CampaignFinished(summary))
+        return summary
+

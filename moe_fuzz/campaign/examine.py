@@ -1,0 +1,127 @@
+"""From one bad case to one finding: confirm, minimize, locate, name. It writes nothing and knows no other finding."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from moe_fuzz._version import __version__
+from moe_fuzz.campaign.badcase import BadCase
+from moe_fuzz.campaign.confirm import TRIES, Confirmation, Key, confirm, holds, matching, rerun
+from moe_fuzz.campaign.finding import Finding, fingerprint, needed_features, place
+from moe_fuzz.campaign.interfaces import Cases, Pool, Space
+from moe_fuzz.campaign.locate import is_memory_fault, locate
+from moe_fuzz.campaign.minimize import Minimized, Reducer
+from moe_fuzz.case import Case
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.verdict import HANG, Verdict, Violation
+from moe_fuzz.options import RunOptions
+
+_PACKAGES = ("torch", "triton", "numpy", "vllm", "sglang", "flashinfer-python")
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """`progress(tries, case)` hears of every try of the reducer."""
+
+    pool: Pool
+    info: TargetInfo
+    space: Space
+    options: RunOptions
+    device: str
+
+    def examine(self, bad: BadCase, seconds: float, progress: Callable[[int, Case], None]) -> Finding | None:
+        """The finding, or None if the case is not bad again in fresh workers. `seconds` bounds the reducer."""
+        confirmed = confirm(self.pool, bad.target, bad.case, bad.history, bad.key, self.options)
+        if confirmed is None:
+            return None
+        minimized, verdict = self._minimize(confirmed, bad.key, seconds, progress)
+        violation = matching(verdict, bad.key) or Violation(*bad.key, verdict.detail or f"a {verdict.kind}")
+        cases = (*minimized.before, minimized.case)
+        if is_memory_fault(bad.key):
+            tries = 1 if confirmed.always else TRIES
+            tensors = dict(self.space.tensors)
+            violation = locate(self.pool, cases, bad.target, self.options, verdict, bad.key, tensors, tries)
+        return self._finding(bad, confirmed, minimized, replace(verdict, violations=(violation,)))
+
+    def still_fails(self, finding: Finding) -> bool:
+        """Whether a finding of an earlier campaign fails today, in fresh workers and under all checks."""
+        cases = (*finding.sequence, finding.case)
+        options = replace(self.options, checks=None)
+        tries = 1 if finding.reproduces == "always" else 2 * TRIES
+        return any(holds(rerun(self.pool, cases, finding.target, options), finding.raw) for _ in range(tries))
+
+    def _minimize(
+        self, confirmed: Confirmation, key: Key, seconds: float, progress: Callable[[int, Case], None]
+    ) -> tuple[Minimized, Verdict]:
+        target = confirmed.case.target
+        tries = 1 if confirmed.always else TRIES
+        verdicts: dict[Cases, Verdict] = {}
+        # A fresh worker's first call may take long; while reducing a hang that much patience would use up the budget
+        # on a try or two. So it goes by the short deadline, and the answer is checked with the long one.
+        hang = key[0] == HANG
+        options = replace(self.options, first_deadline=self.options.deadline) if hang else self.options
+
+        def fails(cases: Cases) -> bool:
+            for _ in range(tries):
+                verdict = rerun(self.pool, cases, target, options)
+                if holds(verdict, key):
+                    verdicts[cases] = verdict
+                    return True
+            return False
+
+        nothing = Minimized(confirmed.case, confirmed.sequence, 0, False, ())
+        if seconds <= 0:
+            return nothing, confirmed.verdict
+        minimized = Reducer(self.space, fails, seconds, progress=progress).run(confirmed.case, confirmed.sequence)
+        cases = (*minimized.before, minimized.case)
+        if cases not in verdicts:
+            return minimized, confirmed.verdict
+        if hang and not holds(rerun(self.pool, cases, target, self.options), key):
+            return nothing, confirmed.verdict
+        return minimized, verdicts[cases]
+
+    def _finding(self, bad: BadCase, confirmed: Confirmation, minimized: Minimized, verdict: Verdict) -> Finding:
+        violation = verdict.violations[0]
+        features = needed_features(self.space, minimized.case)
+        if minimized.before:
+            features = (*features, "after other cases")
+        site = place(violation.site)
+        before = self.space.label(bad.case)
+        return Finding(
+            id=fingerprint(bad.target, violation.check, violation.symptom, site, features),
+            target=bad.target,
+            check=violation.check,
+            symptom=violation.symptom,
+            message=violation.message,
+            finding_class=self.info.finding_class(violation.check),
+            clause=self.info.clauses.get(violation.check) or self.info.clauses.get("*", ""),
+            case=minimized.case,
+            verdict=verdict,
+            raw=bad.key,
+            features=features,
+            site=site,
+            sequence=minimized.before,
+            reproduces=confirmed.reproduces,
+            label=self.space.label(minimized.case),
+            minimized_from=before if minimized.case != bad.case else "",
+            minimal=minimized.complete,
+            explain=minimized.explain,
+            env=environment(self.info, self.device),
+            first_seen=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+
+def environment(info: TargetInfo, device: str) -> dict[str, str]:
+    """Versions for a report, from package metadata alone: nothing is imported."""
+    env = {"moe-fuzz": __version__, "target": info.name, "origin": info.origin, "device": device}
+    env |= {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            env[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return env

@@ -1,0 +1,109 @@
+"""A finding: a confirmed, minimized violation, and the fingerprint by which it is known again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from moe_fuzz.campaign.interfaces import Cases, Space
+from moe_fuzz.case import Case, Step
+from moe_fuzz.errors import CaseError
+from moe_fuzz.labels import Labels
+from moe_fuzz.verdict import Verdict
+
+_LINE = re.compile(r":\d+(?=$|[ ,:])")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`case` fails in a fresh worker; if `sequence` is not empty, only after those cases ran there before it."""
+
+    id: str
+    target: str
+    check: str
+    symptom: str
+    message: str
+    finding_class: str  # contract.FINDING_CLASSES
+    clause: str  # what the target's project promises, for the class `contract`
+    case: Case
+    verdict: Verdict
+    raw: tuple[str, str]  # (check, symptom) as a worker tells them, before a crash was located
+    features: tuple[str, ...]  # what the minimal case still needs
+    site: str = ""  # file and function, where they are known
+    sequence: Cases = ()
+    reproduces: str = "always"
+    label: str = ""
+    minimized_from: str = ""
+    minimal: bool = True  # False: the budget ended before the reducer did
+    explain: tuple[str, ...] = ()  # what was taken away
+    env: Mapping[str, str] = field(default_factory=dict)
+    first_seen: str = ""  # UTC, ISO 8601
+    times_seen: int = 1
+
+    @property
+    def title(self) -> str:
+        return f"{self.target}: {self.check} {self.symptom}"
+
+    @property
+    def replay(self) -> str:
+        """The line that shows it again. A sequence is too long for a line; its folder holds it."""
+        return f"moe-fuzz replay {self.id if self.sequence else self.case.inline()}"
+
+    def to_json(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data |= {"case": self.case.to_json(), "sequence": [case.to_json() for case in self.sequence]}
+        data |= {"verdict": self.verdict.to_json(), "raw": list(self.raw), "features": list(self.features)}
+        return data | {"explain": list(self.explain), "env": dict(self.env), "replay": self.replay}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Finding:
+        """Raises KeyError, TypeError, ValueError or CaseError if `data` is not a finding's."""
+        found = {key: value for key, value in data.items() if key != "replay"}
+        check, symptom = found["raw"]
+        found |= {"case": Case.from_json(found["case"]), "verdict": Verdict.from_json(found["verdict"])}
+        found |= {"sequence": tuple(Case.from_json(case) for case in found["sequence"]), "raw": (check, symptom)}
+        found |= {"features": tuple(found["features"]), "explain": tuple(found["explain"])}
+        return cls(**found)
+
+
+def place(site: str) -> str:
+    """A site without its line number, which every edit moves: `routing.py:9 in _kernel` → `routing.py in _kernel`."""
+    return _LINE.sub("", site)
+
+
+def fingerprint(target: str, check: str, symptom: str, site: str, features: Iterable[str]) -> str:
+    """10 hexadecimal digits: the same for the same defect, whatever shapes and seeds showed it."""
+    op, _, provider = target.partition("@")
+    parts = [op, provider, check, symptom, place(site), sorted(set(features))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
+
+
+def features_of(space: Space, case: Case) -> frozenset[str]:
+    """All classes a case belongs to: its config's, its faults', its mode's."""
+    faults = {f"fault:{name}" for name in case.fault_names}
+    mode = {f"mode={case.mode}"} if case.mode != "eager" else set()
+    return space.features(case) | faults | mode
+
+
+def needed_features(space: Space, case: Case) -> tuple[str, ...]:
+    """What sets a minimal case apart from the simplest case of its op: what its defect needs."""
+    return tuple(sorted(features_of(space, case) - features_of(space, simplest(space, case))))
+
+
+def simplest(space: Space, case: Case) -> Case:
+    """Where every case ends when nothing holds it: one step of one row, no faults, the simplest config."""
+    bare = replace(case, mode="eager", steps=(Step(case.steps[0].rows.first(1) or Labels.range(1)),))
+    try:
+        space.validate(bare)
+    except CaseError:
+        bare = case
+    for _ in range(10_000):
+        simpler = next(iter(space.simplify(bare)), None)
+        if simpler is None:
+            return bare
+        bare = simpler
+    raise AssertionError(f"{space.op}: space.simplify does not end at {space.label(bare)}")

@@ -1,0 +1,72 @@
+"""What a campaign asks of its neighbours, and no more: workers that run cases, and somebody who draws them.
+
+The pool of this host is one implementation (worker/pool.py); many hosts need another with the same face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moe_fuzz.case import Case
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.verdict import Verdict
+from moe_fuzz.options import RunOptions
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+Cases = tuple[Case, ...]
+OnVerdict = Callable[[int, Verdict, Cases], None]
+
+
+class Worker(Protocol):
+    def run(
+        self, cases: Sequence[Case], target: str, options: RunOptions, on_verdict: OnVerdict | None = None
+    ) -> list[Verdict]:
+        """Blocks until every case has its verdict. `on_verdict`'s last argument: what this very process ran before."""
+        ...
+
+
+class Pool(Protocol):
+    def describe(self, target: str) -> TargetInfo: ...
+
+    def lease(self) -> AbstractContextManager[Worker]: ...
+
+    def fresh(self) -> AbstractContextManager[Worker]: ...
+
+
+class Space(Protocol):
+    """The part of an op's space (ops/space.py) that reducing, naming and sorting of findings need."""
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def tensors(self) -> Any: ...  # a mapping: tensor -> "input" | "output"
+
+    def validate(self, case: Case) -> None: ...
+
+    def features(self, case: Case) -> frozenset[str]: ...
+
+    def simplify(self, case: Case) -> Iterator[Case]: ...
+
+    def label(self, case: Case) -> str: ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where cases come from."""
+
+    space: Callable[[str], Space]  # op -> its space
+    rounds: Callable[[Any, TargetInfo, str], SearchStrategy[Cases]]
+    grid: Callable[[Any, TargetInfo, str, int], Iterator[Case]]
+
+
+def own_sources() -> Sources:
+    """moe-fuzz's own spaces and strategies."""
+    from moe_fuzz import ops, strategies
+
+    return Sources(ops.get_space, strategies.rounds, strategies.grid)

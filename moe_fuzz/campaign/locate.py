@@ -1,0 +1,67 @@
+"""A memory fault carries no address. Running the case again with one tensor fenced at a time names the culprit.
+
+Each question goes to a fresh worker: does it still crash when only this is fenced? First with no fence at all (a fault
+that needs none is a wild access and stays a crash), then tensor by tensor, then the side, then the kind of access, and
+last whether it is a write into an input itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from moe_fuzz.campaign.confirm import Key, matching, rerun
+from moe_fuzz.campaign.interfaces import Cases, Pool
+from moe_fuzz.verdict import Verdict, Violation
+from moe_fuzz.options import FenceOptions, RunOptions
+
+MEMORY_FAULTS = ("SIGSEGV", "SIGBUS")
+OWN = "own"  # memory that the target allocated itself
+
+
+def is_memory_fault(key: Key) -> bool:
+    return key[0] == "crash" and key[1] in MEMORY_FAULTS
+
+
+def locate(
+    pool: Pool, cases: Cases, target: str, options: RunOptions, verdict: Verdict, key: Key, tensors: Mapping[str, str],
+    tries: int = 1,
+) -> Violation:  # fmt: skip
+    """The memory fault of the last case as a violation of check `fence`; the crash itself if no fence explains it.
+
+    Symptoms: `logits:right:read`, `ids:left:write`, `logits:inside:write` (an input was written to), `own:right:read`
+    (memory of the target's own). `tries`: runs a question, for a fault that is seen sometimes.
+    """
+    crash = matching(verdict, key)
+    assert crash is not None
+
+    def crashes(fence: FenceOptions) -> bool:
+        with_fence = replace(options, fence=fence)
+        return any(matching(rerun(pool, cases, target, with_fence), key) is not None for _ in range(tries))
+
+    nothing = FenceOptions(hard=(), sides="both", access="any", readonly=False, own=False)
+    if crashes(nothing):
+        return crash
+    candidates = {name: replace(nothing, hard=(name,)) for name in tensors} | {OWN: replace(nothing, own=True)}
+    for name, fence in candidates.items():
+        if crashes(fence):
+            side = next((side for side in ("right", "left") if crashes(replace(fence, sides=side))), "both")
+            writes = crashes(replace(fence, access="write"))
+            return _located(crash, name, side, "write" if writes else "read")
+    inputs = [name for name, role in tensors.items() if role == "input"]
+    written = [name for name in inputs if crashes(replace(nothing, hard=(name,), readonly=True))]
+    if len(written) == 1:
+        return _located(crash, written[0], "inside", "write")
+    if written:  # the read-only switch is one for all inputs here: which of them was written to cannot be told
+        return _located(crash, "inputs", "inside", "write")
+    return crash
+
+
+def _located(crash: Violation, tensor: str, side: str, access: str) -> Violation:
+    name = {OWN: "memory that the target allocated itself", "inputs": "one of its inputs"}.get(tensor, tensor)
+    if side == "inside":
+        message = f"writes into {name}, an input" if tensor != "inputs" else f"writes into {name}"
+    else:
+        edge = f"the {side} edge" if side != "both" else "an edge"
+        message = f"{access}s past {edge} of {name}"
+    return Violation("fence", f"{tensor}:{side}:{access}", message, tensor=tensor, got=crash.symptom, site=crash.site)

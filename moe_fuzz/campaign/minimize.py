@@ -1,0 +1,169 @@
+"""The reducer: from a failing case to the smallest one that fails the same way, whatever its origin.
+
+It works on the JSON value alone: cases that ran before, steps, faults, rows and padding, then the op's own simpler
+configs, and round again until nothing more can go. What is left keeps its values, because every value is a function of
+labels. Given the same verdicts it takes the same way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+from moe_fuzz.campaign.interfaces import Cases, Space
+from moe_fuzz.case import Case, Step
+from moe_fuzz.errors import CaseError
+from moe_fuzz.labels import Labels
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Minimized:
+    """`before` are the cases that must run first in the same process: the culprits; `case` is the victim."""
+
+    case: Case
+    before: Cases
+    tries: int
+    complete: bool  # False: the time was up first
+    explain: tuple[str, ...]
+
+
+class OutOfTime(Exception):
+    """The budget is spent; what was reached so far is the answer."""
+
+
+class Reducer:
+    """`fails(cases)` runs the cases in one fresh process and says whether the last one still fails the same way."""
+
+    def __init__(
+        self, space: Space, fails: Callable[[Cases], bool], seconds: float,
+        clock: Callable[[], float] = time.monotonic, progress: Callable[[int, Case], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._space = space
+        self._fails = fails
+        self._clock = clock
+        self._end = clock() + seconds
+        self._progress = progress
+        self._tried: dict[tuple[str, ...], bool] = {}
+        self._best: Cases = ()
+
+    def run(self, case: Case, before: Cases = ()) -> Minimized:
+        """Takes away what can go. `(*before, case)` must fail; it is not run again."""
+        self._best = (*before, case)
+        self._tried = {_digests(self._best): True}
+        complete = True
+        try:
+            while self._pass():
+                pass
+        except OutOfTime:
+            complete = False
+        tries = len(self._tried) - 1
+        last = self._best[-1]
+        return Minimized(last, self._best[:-1], tries, complete, _explain(case, last, len(before), len(self._best) - 1))
+
+    def _pass(self) -> bool:
+        """Every kind of reduction once; whether any of them helped."""
+        at_first = self._best
+        if len(self._best) > 1:  # first, because it makes every later try cheaper
+            ddmin(self._best[:-1], lambda kept: self._accept((*kept, self._best[-1])), may_be_empty=True)
+        # The victim first: what it does not need, its culprits rarely do.
+        for back in range(1, len(self._best) + 1):
+            self._reduce_case(len(self._best) - back)
+        return self._best != at_first
+
+    def _reduce_case(self, at: int) -> None:
+        def accept(case: Case) -> bool:
+            return self._accept((*self._best[:at], case, *self._best[at + 1 :]))
+
+        def now() -> Case:
+            return self._best[at]
+
+        def step_now(index: int) -> Step:
+            return now().steps[index]
+
+        def accept_step(index: int, step: Step) -> bool:
+            return accept(now().with_step(index, step))
+
+        ddmin(now().steps, lambda steps: accept(replace(now(), steps=steps)))
+        for index in range(len(now().steps)):
+            self._reduce_step(partial(accept_step, index), partial(step_now, index))
+        while any(accept(simpler) for simpler in self._space.simplify(now())):
+            pass
+
+    def _reduce_step(self, accept: Callable[[Step], bool], now: Callable[[], Step]) -> None:
+        ddmin(now().faults, lambda faults: accept(replace(now(), faults=faults)), may_be_empty=True)
+        if not now().rows:  # one row is the plain case; having none is a feature, kept only if the failure needs it
+            accept(replace(now(), rows=Labels.range(1)))
+        ddmin(tuple(now().rows), lambda rows: accept(now().keep_rows(Labels.of(rows))))
+        if now().padding:
+            accept(replace(now(), padding=Labels()))
+
+    def _accept(self, cases: Cases) -> bool:
+        """Tries; keeps what still fails. What was tried before is known and not taken again, so this ends."""
+        digests = _digests(cases)
+        if digests in self._tried:
+            return False
+        try:
+            for case in cases:
+                self._space.validate(case)
+        except CaseError:
+            return False
+        if self._clock() >= self._end:
+            raise OutOfTime
+        failed = self._fails(cases)
+        self._tried[digests] = failed
+        if failed:
+            self._best = cases
+        if self._progress is not None:
+            self._progress(len(self._tried) - 1, self._best[-1])
+        return failed
+
+
+def ddmin(items: Sequence[T], accept: Callable[[tuple[T, ...]], bool], may_be_empty: bool = False) -> tuple[T, ...]:
+    """Zeller's ddmin: a subset of `items`, in order, of which no single item can go. `accept` tells and remembers."""
+    kept = tuple(items)
+    if not kept or (may_be_empty and accept(())):
+        return ()
+    parts = 2
+    while len(kept) > 1:
+        chunks = _chunks(kept, parts)
+        subset = next((chunk for chunk in chunks if len(chunk) < len(kept) and accept(chunk)), None)
+        if subset is not None:
+            kept, parts = subset, 2
+            continue
+        rests = (tuple(x for other in chunks if other is not chunk for x in other) for chunk in chunks)
+        rest = next((rest for rest in rests if rest and parts > 2 and accept(rest)), None)
+        if rest is not None:
+            kept, parts = rest, max(parts - 1, 2)
+        elif parts < len(kept):
+            parts = min(len(kept), parts * 2)
+        else:
+            break
+    return kept
+
+
+def _chunks(items: tuple[T, ...], parts: int) -> list[tuple[T, ...]]:
+    bounds = [len(items) * i // parts for i in range(parts + 1)]
+    return [items[a:b] for a, b in itertools.pairwise(bounds) if b > a]
+
+
+def _digests(cases: Cases) -> tuple[str, ...]:
+    return tuple(case.digest for case in cases)
+
+
+def _explain(first: Case, last: Case, before: int, before_now: int) -> tuple[str, ...]:
+    """What was taken away, line by line."""
+    facts: list[tuple[str, object, object]] = [
+        ("cases before it", before, before_now),
+        ("steps", len(first.steps), len(last.steps)),
+        ("rows", sum(s.tokens for s in first.steps), sum(s.tokens for s in last.steps)),
+        ("padding rows", sum(len(s.padding) for s in first.steps), sum(len(s.padding) for s in last.steps)),
+        ("faults", ", ".join(first.fault_names) or "none", ", ".join(last.fault_names) or "none"),
+    ]
+    facts += [(key, value, last.config.get(key)) for key, value in first.config.items()]
+    return tuple(f"{name}: {old} → {new}" for name, old, new in facts if old != new)

@@ -1,0 +1,123 @@
+"""The plan of a campaign: what runs, in which pieces, from which seeds. The number of workers has no part in it.
+
+A piece is a unit: a slice of the pairwise grid, or a shard of generation (a run of Hypothesis from its own seed).
+One driver runs a unit from start to end, so the feedback inside a shard is the same in every run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_fuzz._version import __version__
+from moe_fuzz.campaign.interfaces import Cases
+from moe_fuzz.case import Case
+from moe_fuzz.errors import UsageError
+
+GRID_SHARE = 4  # the grid takes at most a quarter of the budget
+GRID_SLICE = 32  # cases in a unit of the grid
+GRID_LIMIT = 2048  # cases of the grid where the budget is time
+ROUND = 8  # cases of the grid in a round
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for. `cases` and `seconds` bound the campaign; with neither it runs until interrupted."""
+
+    targets: tuple[str, ...]
+    cases: int | None
+    seconds: float | None
+    seed: int | None
+    checks: tuple[str, ...] | None
+    device: str
+    workers: int
+    deadline: float = 10.0
+    first_deadline: float = 60.0  # for the first call of a compile key
+    minimize_seconds: float = 30.0  # for each finding
+    max_findings: int | None = None  # stop after this many new ones
+    shard_cases: int = 256
+    notes: tuple[str, ...] = ()  # for the header
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(dict.fromkeys(self.targets)))
+        if not self.targets:
+            raise UsageError("there is nothing to test: no target was given", "see `moe-fuzz list targets`")
+        for name in ("cases", "seconds", "max_findings"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} must be more than 0, not {value}")
+        for name in ("workers", "deadline", "first_deadline", "shard_cases"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be more than 0, not {getattr(self, name)}")
+
+    def key(self) -> dict[str, Any]:
+        """What an interrupted campaign must have in common with this one to be gone on with."""
+        return {
+            "version": __version__,
+            "targets": sorted(self.targets),
+            "cases": self.cases,
+            "seconds": self.seconds,
+            "checks": None if self.checks is None else sorted(self.checks),
+            "device": self.device,
+            "shard_cases": self.shard_cases,
+        }
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of the plan. `order` is its place in it."""
+
+    order: int
+    phase: str  # "grid" | "generate"
+    target: str
+    index: int  # among the units of its phase and target
+    budget: int  # cases
+    cases: Cases = ()  # of the grid
+
+    @property
+    def line(self) -> str:
+        """The row of units it belongs to; `index` counts inside it."""
+        return f"{self.phase}/{self.target}"
+
+
+def share(total: int, names: Sequence[str]) -> dict[str, int]:
+    """Splits `total` as evenly as can be; the first ones get what is left over."""
+    each, over = divmod(total, len(names))
+    return {name: each + (at < over) for at, name in enumerate(names)}
+
+
+def units(settings: Settings, targets: Sequence[str], grid: Callable[[str], Iterator[Case]]) -> Iterator[Unit]:
+    """All units in order: grid, then generation; the targets take turns. Endless if only time bounds the campaign."""
+    quotas: Mapping[str, int | None] = dict.fromkeys(targets)
+    if settings.cases is not None:
+        quotas = share(settings.cases, targets)
+    order = itertools.count()
+    grids: dict[str, Cases] = {}
+    for target, quota in quotas.items():
+        limit = GRID_LIMIT if quota is None else quota // GRID_SHARE
+        grids[target] = tuple(itertools.islice(grid(target), limit)) if limit else ()
+    slices = {target: _slices(cases) for target, cases in grids.items()}
+    for index in range(max((len(parts) for parts in slices.values()), default=0)):
+        for target in targets:
+            if index < len(slices[target]):
+                part = slices[target][index]
+                yield Unit(next(order), "grid", target, index, len(part), part)
+    left = {target: None if quota is None else quota - len(grids[target]) for target, quota in quotas.items()}
+    for index in itertools.count():
+        budgets = {target: _shard(settings.shard_cases, rest, index) for target, rest in left.items()}
+        if not any(budgets.values()):
+            return
+        for target, budget in budgets.items():
+            if budget:
+                yield Unit(next(order), "generate", target, index, budget)
+
+
+def _slices(cases: Cases) -> list[Cases]:
+    return [cases[at : at + GRID_SLICE] for at in range(0, len(cases), GRID_SLICE)]
+
+
+def _shard(size: int, total: int | None, index: int) -> int:
+    """The cases of a row's shard `index`, when the row has `total` in all."""
+    return size if total is None else max(0, min(size, total - size * index))

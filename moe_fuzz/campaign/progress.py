@@ -1,0 +1,87 @@
+"""campaign.json: how far the plan has come, so that an interrupted campaign goes on where it stopped."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_fuzz.campaign.plan import Settings, Unit
+from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.campaign.tally import Tally
+from moe_fuzz.labels import Labels
+
+FILE = "campaign.json"
+
+
+@dataclass
+class _Saved:
+    key: dict[str, Any]
+    seed: int
+    finished: bool
+    done: dict[str, Labels]
+    tally: Tally
+    elapsed: float
+    new: frozenset[str]
+
+
+@dataclass
+class Plan:
+    """Which units are done. `before` counts what they gave in earlier runs of this campaign, `elapsed` their time."""
+
+    seed: int
+    resumed: bool = False
+    before: Tally = field(default_factory=Tally)
+    elapsed: float = 0.0
+    new: frozenset[str] = frozenset()  # ids of the findings of earlier runs of this campaign
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._done: dict[str, Labels] = {}
+        self._tally = Tally()  # of done units only: the others run again
+        self._tally.merge(self.before)
+        self._start = time.monotonic()
+
+    @classmethod
+    def open(cls, settings: Settings, state: StateDir) -> Plan:
+        """Goes on with the campaign of the same settings (and seed, if one is given) that was cut; else a new one."""
+        saved = state.read(FILE, _parse)
+        same = saved is not None and not saved.finished and saved.key == settings.key()
+        if saved is None or not same or settings.seed not in (None, saved.seed):
+            return cls(secrets.randbits(32) if settings.seed is None else settings.seed)
+        plan = cls(saved.seed, True, saved.tally, saved.elapsed, saved.new)
+        plan._done = saved.done
+        return plan
+
+    def is_done(self, unit: Unit) -> bool:
+        return unit.index in self._done.get(unit.line, Labels())
+
+    def done(self, unit: Unit, tally: Tally) -> None:
+        with self._lock:
+            self._done[unit.line] = self._done.get(unit.line, Labels()) | Labels.of([unit.index])
+            self._tally.merge(tally)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this campaign, earlier runs included."""
+        return self.elapsed + time.monotonic() - self._start
+
+    def save(self, settings: Settings, state: StateDir, new: list[str], finished: bool) -> None:
+        with self._lock:
+            done = {line: str(indices) for line, indices in self._done.items()}
+            data = {"format": 1, "key": settings.key(), "seed": self.seed, "finished": finished, "done": done}
+            data |= {"tally": self._tally.to_json(), "elapsed": self.seconds, "new": sorted({*new, *self.new})}
+            state.write_json(FILE, data)
+
+
+def _parse(data: Any) -> _Saved:
+    if data["format"] != 1:
+        raise ValueError(f"format {data['format']!r} is not 1")
+    done = {str(line): Labels.parse(indices) for line, indices in data["done"].items()}
+    tally = Tally.from_json(data["tally"])
+    new = frozenset(map(str, data["new"]))
+    return _Saved(
+        dict(data["key"]), int(data["seed"]), bool(data["finished"]), done, tally, float(data["elapsed"]), new
+    )

@@ -1,0 +1,94 @@
+"""Counters of a campaign, one row for each target. Safe to use from every thread."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_fuzz.campaign.events import TargetRow
+from moe_fuzz.verdict import Verdict
+
+
+@dataclass
+class _Row:
+    verdicts: Counter[str] = field(default_factory=Counter)
+    parity: int = 0
+    budget: float = 0.0
+    seconds: float = 0.0
+    fence_seconds: float = 0.0
+    flaky: int = 0
+
+    def add(self, other: _Row) -> None:
+        self.verdicts.update(other.verdicts)
+        self.parity += other.parity
+        self.budget = max(self.budget, other.budget)
+        self.seconds += other.seconds
+        self.fence_seconds += other.fence_seconds
+        self.flaky += other.flaky
+
+
+class Tally:
+    """How many cases of each target gave which verdict, and what they cost."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows: dict[str, _Row] = {}
+
+    def count(self, target: str, verdict: Verdict) -> None:
+        one = _Row(
+            Counter({verdict.kind: 1}), int(verdict.parity), verdict.budget, verdict.seconds, verdict.fence_seconds
+        )
+        self._add(target, one)
+
+    def count_flaky(self, target: str) -> None:
+        self._add(target, _Row(flaky=1))
+
+    def merge(self, other: Tally) -> None:
+        with other._lock:
+            rows = [(target, row) for target, row in other._rows.items()]
+        for target, row in rows:
+            self._add(target, row)
+
+    def _add(self, target: str, row: _Row) -> None:
+        with self._lock:
+            self._rows.setdefault(target, _Row()).add(row)
+
+    @property
+    def cases(self) -> int:
+        with self._lock:
+            return sum(row.verdicts.total() for row in self._rows.values())
+
+    @property
+    def flaky(self) -> int:
+        with self._lock:
+            return sum(row.flaky for row in self._rows.values())
+
+    def verdicts(self) -> dict[str, int]:
+        with self._lock:
+            return dict(sum((row.verdicts for row in self._rows.values()), Counter()))
+
+    def row(self, target: str, new: Iterable[str], known: Iterable[str], unavailable: str) -> TargetRow:
+        """The summary's line; `new` and `known` are the targets of the findings."""
+        with self._lock:
+            row = self._rows.get(target, _Row())
+            return TargetRow(
+                target, row.verdicts.total(), dict(row.verdicts), row.parity, row.budget, row.seconds,
+                row.fence_seconds, list(new).count(target), list(known).count(target), row.flaky, unavailable,
+            )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        with self._lock:
+            return {target: vars(row) | {"verdicts": dict(row.verdicts)} for target, row in self._rows.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Tally:
+        """Raises TypeError, ValueError or AttributeError if `data` is not a tally's."""
+        tally = cls()
+        for target, fields in data.items():
+            verdicts = Counter({str(kind): int(count) for kind, count in fields["verdicts"].items()})
+            numbers = {name: value + 0 for name, value in fields.items() if name != "verdicts"}
+            tally._add(target, _Row(verdicts, **numbers))
+        return tally

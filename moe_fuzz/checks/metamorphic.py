@@ -1,0 +1,90 @@
+"""Relations between two calls, bit for bit: padding changes nothing, a row stands alone, the same gives the same."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_fuzz.checks import check
+from moe_fuzz.checks.observation import Outputs, RoutingObservation, first
+from moe_fuzz.ops.routing.inputs import Inputs, element_bits
+from moe_fuzz.verdict import Violation
+
+_REPEATS = 3
+
+
+def _differs(one: Outputs, other: Outputs) -> torch.Tensor:
+    """bool [T]: rows whose bits differ in weights or ids."""
+    found = torch.zeros(one.ids.shape[0], dtype=torch.bool)
+    for a, b in ((one.weights, other.weights), (one.ids, other.ids)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return torch.ones_like(found)
+        found |= (element_bits(a) != element_bits(b)).any(dim=1)
+    return found
+
+
+def _steady(seen: RoutingObservation, one: Inputs, other: Inputs, rows: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether both calls repeat their own bits: if not, the difference is nondeterminism and not this relation's."""
+    first_one, first_other = seen.call(one), seen.call(other)
+    for _ in range(_REPEATS):
+        if _differs(first_one, seen.call(one))[rows].any() or _differs(first_other, seen.call(other))[others].any():
+            return False
+    return True
+
+
+def _pick(outputs: Outputs, rows: torch.Tensor) -> Outputs:
+    return Outputs(outputs.weights[rows], outputs.ids[rows])
+
+
+def _violation(check_name: str, message: str, rows: torch.Tensor, one: Outputs, other: Outputs) -> list[Violation]:
+    """`one` and `other` hold the same rows; `rows` their positions in the case."""
+    at = first(_differs(one, other))[0]
+    slot = int((element_bits(one.weights[at : at + 1]) != element_bits(other.weights[at : at + 1])).any(0).int().argmax())
+    symptom = "ids" if not torch.equal(one.ids[at], other.ids[at]) else "weights"
+    row = int(rows[at])
+
+    def shown(outputs: Outputs) -> str:
+        return f"expert {int(outputs.ids[at, slot])} weight {float(outputs.weights[at, slot]).hex()}"
+
+    return [Violation(check_name, symptom, f"row {row}: {message}", symptom, (row, slot), shown(one), shown(other))]
+
+
+@check("routing", "determinism")
+def determinism(seen: RoutingObservation) -> list[Violation]:
+    """The same input twice, the same bits, where the target declares it."""
+    if not seen.info.contract.deterministic or not seen.tokens:
+        return []
+    rows = (~seen.unwritten & ~(seen.flagged & (seen.dialect == "garbage"))).nonzero().flatten()
+    one, other = _pick(seen.outputs, rows), _pick(seen.call(seen.inputs), rows)
+    if not _differs(one, other).any():
+        return []
+    return _violation("determinism", "the same input gave other bits when run again", rows, one, other)
+
+
+@check("routing", "isolation")
+def isolation(seen: RoutingObservation) -> list[Violation]:
+    """Other contents in the padding and undefined rows, the same bits in the real ones (P4 of the bug table)."""
+    rows = seen.defined.nonzero().flatten()
+    if not seen.info.contract.deterministic or seen.defined.all() or not len(rows):
+        return []
+    other_inputs, other = seen.healed
+    one = seen.outputs
+    if not _differs(one, other)[rows].any() or not _steady(seen, seen.inputs, other_inputs, rows, rows):
+        return []
+    message = "other contents in padding rows changed this real row"
+    return _violation("isolation", message, rows, _pick(one, rows), _pick(other, rows))
+
+
+@check("routing", "batch_invariance")
+def batch_invariance(seen: RoutingObservation) -> list[Violation]:
+    """Fewer rows in another order, the same bits in each. Padding is healed first: what it does, `isolation` says."""
+    rows = seen.defined.nonzero().flatten().flip(0)[::2]  # every second real row, from the last
+    if not seen.info.contract.batch_invariant or seen.tokens < 2 or not len(rows):
+        return []
+    base_inputs, base = seen.healed
+    fewer = {name: tensor[rows] for name, tensor in base_inputs.plain.items() if name in ("logits", "is_padding")}
+    other_inputs = base_inputs.replace(**fewer)
+    one, other = _pick(base, rows), seen.call(other_inputs)
+    everyone = torch.arange(len(rows))
+    if not _differs(one, other).any() or not _steady(seen, base_inputs, other_inputs, rows, everyone):
+        return []
+    return _violation("batch_invariance", "alone with fewer rows, this row has other bits", rows, one, other)

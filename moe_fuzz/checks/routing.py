@@ -1,0 +1,113 @@
+"""Parity of a router: is the selection a top-k, are the weights those of its own ids, within derived bounds."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_fuzz.checks import check
+from moe_fuzz.checks.observation import RoutingObservation, U, first, row_text
+from moe_fuzz.verdict import Violation
+
+
+@check("routing", "selection", parity=True)
+def selection(seen: RoutingObservation) -> list[Violation]:
+    """max(unselected) <= min(selected) + ε: set-valued, so that ties and near-ties may fall either way.
+
+    An inversion of i (selected) and j (not) is legal iff c_j - c_i <= δ_i + δ_j + u(|c_i| + |c_j|), which splits into
+    one number for each expert. A masked expert (logit -inf) under a bias has a score of 0 + bias for some routers and
+    -inf for others; both readings are accepted there.
+    """
+    if seen.top_k == seen.experts or not seen.judged.any():
+        return []
+    slack = seen.error + U * torch.where(seen.biased.isfinite(), seen.biased.abs(), torch.zeros_like(seen.biased))
+    high, low = seen.biased + slack, seen.biased - slack
+    if seen.bias is not None:
+        masked = seen.logits == -torch.inf
+        high, low = high.masked_fill(masked, torch.inf), low.masked_fill(masked, -torch.inf)
+    taken = torch.zeros_like(seen.biased, dtype=torch.bool)
+    taken.scatter_(1, torch.where(seen.sound_ids.view(-1, 1), seen.ids, torch.zeros_like(seen.ids)), True)
+    worst = high.masked_fill(~taken, torch.inf).min(dim=1)
+    best = low.masked_fill(taken, -torch.inf).max(dim=1)
+    wrong = seen.judged & (best.values > worst.values)
+    if not wrong.any():
+        return []
+    row = first(wrong)[0]
+    lost, won = int(best.indices[row]), int(worst.indices[row])
+    message = f"row {row} takes expert {won}, although expert {lost} has a higher score"
+    return [Violation("selection", "inversion", message, "ids", (row,),
+                      f"expert {lost} (score {float(seen.biased[row, lost]):.9g})",
+                      f"expert {won} (score {float(seen.biased[row, won]):.9g}); ids {row_text(seen.ids[row])}")]
+
+
+@check("routing", "ties")
+def ties(seen: RoutingObservation) -> list[Violation]:
+    """Of experts with equal logit and equal bias, the lowest index is taken, where the target declares it."""
+    if seen.info.contract.ties != "lowest_index_first" or seen.top_k == seen.experts or not seen.judged.any():
+        return []
+    rows = seen.judged.nonzero().flatten()
+    logits, chosen = seen.logits[rows].double(), seen.ids[rows]
+    taken = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
+    column = torch.arange(seen.experts)
+    for slot in range(seen.top_k):
+        expert = chosen[:, slot : slot + 1]
+        equal = logits == logits.gather(1, expert)
+        if seen.bias is not None:
+            equal &= seen.bias.view(1, -1) == seen.bias[expert]
+        passed_over = equal & ~taken & (column < expert)
+        if passed_over.any():
+            at, lower = first(passed_over)
+            row = int(rows[at])
+            return [Violation("ties", "higher-index", f"row {row}: expert {lower} ties with a taken one and has the lower index",
+                              "ids", (row, slot), f"expert {lower}", f"expert {int(expert[at])}")]  # fmt: skip
+    return []
+
+
+@check("routing", "order")
+def order(seen: RoutingObservation) -> list[Violation]:
+    """Slots stand in descending order of biased score, within ε, where the target declares it (sglang#8125)."""
+    if not seen.info.contract.ordered or not seen.judged.any():
+        return []
+    biased, error = seen.gather(seen.biased), seen.gather(seen.error)
+    slack = error + U * torch.where(biased.isfinite(), biased.abs(), torch.zeros_like(biased))
+    if seen.bias is not None:
+        slack = slack.masked_fill(seen.gather(seen.logits.double()) == -torch.inf, torch.inf)
+    wrong = (biased[:, 1:] - slack[:, 1:] > biased[:, :-1] + slack[:, :-1]) & seen.judged.view(-1, 1)
+    if not wrong.any():
+        return []
+    row, slot = first(wrong)
+    return [Violation("order", "ascending", f"row {row}: slot {slot + 1} has a higher score than slot {slot}", "ids",
+                      (row, slot + 1), f"at most {float(biased[row, slot]):.9g}", f"{float(biased[row, slot + 1]):.9g}")]
+
+
+@check("routing", "weights", parity=True)
+def weights(seen: RoutingObservation) -> list[Violation]:
+    """Weights against float64 scores of the kernel's own ids, within the rounding bound, elementwise.
+
+    Renormalized rows whose selected scores sum below 2^-40 are left to the target's epsilon: there `finite` alone rules.
+    """
+    score, error = seen.gather(seen.scores), seen.gather(seen.error)
+    judged = seen.judged.view(-1, 1)
+    if seen.renormalize:
+        total, total_error = score.sum(1, keepdim=True), error.sum(1, keepdim=True)
+        judged = judged & (total >= 2.0**-40)
+        total = torch.where(judged, total, torch.ones_like(total))
+        expected = score / total
+        error = (error + expected * total_error) / (total - total_error).clamp(min=2.0**-41)
+        error = error + (seen.top_k + 4) * U * expected
+    else:
+        expected = score
+    bound = seen.scale * (error + 4 * U * expected) + 2.0**-126
+    expected = seen.scale * expected
+    off = (seen.weights - expected).abs()
+    used = torch.where(judged, off / bound, torch.zeros_like(off))
+    wrong = ~(used <= 1)  # NaN is wrong
+    wrong &= torch.isfinite(seen.weights) & (seen.weights >= 0)  # what is not, `finite` reports
+    if wrong.any():
+        where = first(wrong)
+        row, slot = where
+        message = f"row {row}: the weight of expert {int(seen.ids[where])} is off by {float(used[where]):.3g} bounds"
+        return [Violation("weights", "off", message, "weights", (row, slot), f"{float(expected[where]):.9g}",
+                          f"{float(seen.weights[where]):.9g}", float(used[where]))]
+    if used.numel():
+        seen.budget["weights"] = float(torch.nan_to_num(used).max())
+    return []

@@ -1,0 +1,91 @@
+"""Rules that need no reference: shape and dtype, everything written, ids and weights that can be what they claim."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_fuzz.checks import check
+from moe_fuzz.checks.observation import RoutingObservation, first, row_text
+from moe_fuzz.fence import unwritten
+from moe_fuzz.verdict import Violation
+
+
+@check("routing", "structure")
+def structure(seen: RoutingObservation) -> list[Violation]:
+    """weights [T, k] float32 and ids [T, k] int32, on the inputs' device."""
+    found = []
+    shape = (seen.tokens, seen.top_k)
+    for name, tensor, dtype in (("weights", seen.outputs.weights, torch.float32), ("ids", seen.outputs.ids, torch.int32)):
+        if tuple(tensor.shape) != shape:
+            found.append(Violation("structure", f"{name}:shape", f"{name} has the wrong shape", name, (),
+                                   str(shape), str(tuple(tensor.shape))))
+        elif tensor.dtype != dtype:
+            found.append(Violation("structure", f"{name}:dtype", f"{name} has the wrong dtype", name, (),
+                                   str(dtype), str(tensor.dtype)))
+        elif tensor.device != seen.logits.device:
+            found.append(Violation("structure", f"{name}:device", f"{name} is on the wrong device", name, (),
+                                   str(seen.logits.device), str(tensor.device)))
+    return found
+
+
+@check("routing", "written")
+def written(seen: RoutingObservation) -> list[Violation]:
+    """No element still holds the poison it had before the call; flagged rows may under the dialect `garbage`."""
+    found = []
+    free = seen.flagged.view(-1, 1) if seen.dialect == "garbage" else torch.zeros(seen.tokens, 1, dtype=torch.bool)
+    for name, tensor in (("weights", seen.outputs.weights), ("ids", seen.outputs.ids)):
+        left = unwritten(tensor) & ~free
+        if left.any():
+            message = f"{int(left.sum())} of {left.numel()} elements of {name} were never written"
+            found.append(Violation("written", f"{name}:unwritten", message, name, first(left), "a value", "poison"))
+    return found
+
+
+@check("routing", "ids")
+def ids(seen: RoutingObservation) -> list[Violation]:
+    """k distinct ids in [0, E) on every row that no padding dialect rules, undefined rows included (vllm#39391)."""
+    outside = ((seen.ids < 0) | (seen.ids >= seen.experts)) & seen.lawful.view(-1, 1)
+    if outside.any():
+        where = first(outside)
+        return [Violation("ids", "out-of-range", f"row {where[0]} names an expert that does not exist", "ids", where,
+                          f"an id in [0, {seen.experts})", str(int(seen.ids[where])))]
+    twice = seen.lawful & ~seen.sound_ids
+    if twice.any():
+        row = first(twice)[0]
+        return [Violation("ids", "duplicate", f"row {row} names an expert twice", "ids", (row,),
+                          f"{seen.top_k} distinct ids", row_text(seen.ids[row]))]
+    return []
+
+
+@check("routing", "finite")
+def finite(seen: RoutingObservation) -> list[Violation]:
+    """Weights are finite and >= 0 on every row that no padding dialect rules (sglang#31017, flashinfer#3803)."""
+    wrong = ~(torch.isfinite(seen.weights) & (seen.weights >= 0)) & seen.lawful.view(-1, 1)
+    if not wrong.any():
+        return []
+    where = first(wrong)
+    value = float(seen.weights[where])
+    symptom = "nan" if value != value else "infinite" if abs(value) == float("inf") else "negative"
+    undefined = "" if bool(seen.defined[where[0]]) else ", whose logits are not finite,"
+    return [Violation("finite", symptom, f"row {where[0]}{undefined} has a weight that is {symptom}", "weights", where,
+                      "finite and >= 0", str(value))]
+
+
+@check("routing", "padding")
+def padding(seen: RoutingObservation) -> list[Violation]:
+    """A row flagged as padding carries exactly the declared dialect's id and weight."""
+    wanted = {"minus_one": -1, "num_experts": seen.experts, "zero_weight": 0}.get(seen.dialect)
+    if wanted is None:
+        return []
+    rows = (seen.flagged & ~seen.unwritten).view(-1, 1)
+    wrong = (seen.ids != wanted) & rows
+    if wrong.any():
+        where = first(wrong)
+        return [Violation("padding", "id", f"padding row {where[0]} does not carry the dialect's id", "ids", where,
+                          f"{wanted} ({seen.dialect})", str(int(seen.ids[where])))]
+    heavy = ~(seen.weights == 0) & rows
+    if heavy.any():
+        where = first(heavy)
+        return [Violation("padding", "weight", f"padding row {where[0]} has a weight", "weights", where,
+                          f"0 ({seen.dialect})", str(float(seen.weights[where])))]
+    return []

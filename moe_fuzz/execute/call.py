@@ -1,0 +1,45 @@
+"""One guarded call of a target: its exceptions become violations, those of our own code do not."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from moe_fuzz.verdict import Violation
+
+_T = TypeVar("_T")
+_MACHINERY = ("moe_fuzz/execute", "moe_fuzz/targets/bind.py", "moe_fuzz/fence", "site-packages/torch", "site-packages/triton",
+              "site-packages/numpy")  # fmt: skip
+
+
+class TargetError(Exception):
+    """The target raised: the violation it is, and the traceback for a person."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.text = "".join(traceback.format_exception(error))
+        message = (str(error).strip().splitlines() or [""])[0][:300]
+        name = type(error).__name__
+        self.out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message
+        self.violation = Violation("error", name, f"raised {name} on a valid input: {message}", expected="a result",
+                                   got=f"{name}: {message}", site=_site(error))
+
+
+def guarded(call: Callable[[], _T]) -> _T:
+    """Runs the target's code; whatever it raises comes out as TargetError."""
+    try:
+        return call()
+    except Exception as error:
+        raise TargetError(error) from error
+    except SystemExit as error:  # sys.exit in a kernel library is an error like any other
+        raise TargetError(error) from error
+
+
+def _site(error: BaseException) -> str:
+    """file:line in function of the innermost frame that is the target's own code."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(m in f.filename for m in _MACHINERY)]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""

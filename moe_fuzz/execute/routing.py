@@ -1,0 +1,89 @@
+"""A step of a routing case: inputs in fences, the call, then every check that the case and the options ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_fuzz.case import Case
+from moe_fuzz.checks import CHECKS, binding, metamorphic, routing, structural  # noqa: F401 - they register
+from moe_fuzz.checks.observation import Outputs, RoutingObservation
+from moe_fuzz.execute.call import guarded
+from moe_fuzz.fence import Arena
+from moe_fuzz.ops.routing.inputs import Inputs, materialize
+from moe_fuzz.targets.bind import Target
+from moe_fuzz.verdict import Violation
+from moe_fuzz.options import RunOptions
+
+
+class RoutingStep:
+    """Runs one step in an arena that stays open while its outputs are judged."""
+
+    def __init__(self, case: Case, index: int, target: Target, arena: Arena, options: RunOptions) -> None:
+        self.case, self.index, self.target, self.arena, self.options = case, index, target, arena, options
+        self.parity = False
+        self.budget = 0.0
+
+    def judge(self) -> list[Violation]:
+        """The violations of this step: of the first check that finds any, for what follows may be its consequence."""
+        inputs = materialize(self.case, self.index)
+        outputs = self._call(inputs)
+        if isinstance(outputs, Violation):
+            return [outputs]
+        seen = RoutingObservation(self.case, self.index, self.target.info, inputs, outputs, self._call_again)
+        found = self._selected("canary", self.arena.check)
+        checks = CHECKS["routing"]
+        found += self._selected("structure", lambda: checks["structure"](seen))
+        if not seen.shaped:
+            return found
+        for name, judge in checks.items():
+            if name != "structure":
+                found += self._selected(name, lambda judge=judge: judge(seen))
+        self.budget = max(seen.budget.values(), default=0.0)
+        self.parity = not found and not binding.binding(seen)
+        return found
+
+    def _selected(self, name: str, judge: Any) -> list[Violation]:
+        return list(judge()) if self.options.checks is None or name in self.options.checks else []
+
+    def _call_again(self, inputs: Inputs) -> Outputs:
+        outputs = self._call(inputs)
+        if isinstance(outputs, Violation):  # the shape of a result cannot depend on what a check replaced
+            raise TypeError(outputs.message)
+        return outputs
+
+    def _call(self, inputs: Inputs) -> Outputs | Violation:
+        """Places the inputs, protects them, and calls the target."""
+        capabilities = self.target.info.capabilities
+        arguments: dict[str, Any] = dict(inputs.options)
+        placed = inputs.place(self.arena, capabilities)
+        logits = placed.pop("logits")
+        arguments |= placed
+        tokens = inputs.plain["logits"].shape[0]
+        if self.case.config["out"]:
+            shape, alignment = (tokens, inputs.top_k), max(4, capabilities.alignment)
+            arguments["out"] = (
+                self.arena.tensor("weights", shape, torch.float32, role="output", alignment=alignment),
+                self.arena.tensor("ids", shape, torch.int32, role="output", alignment=alignment),
+            )
+        self.arena.protect()
+        try:
+            with self.arena.own():
+                result = guarded(lambda: self.target(logits, inputs.top_k, arguments))
+        finally:
+            self.arena.unprotect()
+        return _outputs(result, tokens)
+
+
+def _outputs(result: Any, tokens: int) -> Outputs | Violation:
+    """(weights, ids), or the violation that it is not that."""
+    if (
+        isinstance(result, tuple | list)
+        and len(result) >= 2
+        and all(isinstance(t, torch.Tensor) and t.dim() == 2 for t in result[:2])
+    ):
+        return Outputs(result[0], result[1])
+    kind = type(result).__name__ if not isinstance(result, tuple | list) else f"{type(result).__name__} of {len(result)}"
+    return Violation("structure", "result", "the result is not a pair of tensors (weights, ids)", expected="(weights, ids)",
+                     got=kind)

@@ -1,0 +1,79 @@
+"""Runs cases in a worker process: materialize, fence, call, check, and say what came of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+
+from moe_fuzz.case import Case
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.errors import CaseError
+from moe_fuzz.execute.call import TargetError
+from moe_fuzz.execute.interpreter import patch_language_once
+from moe_fuzz.execute.routing import RoutingStep
+from moe_fuzz.fence import open_arena
+from moe_fuzz.ops import get_space
+from moe_fuzz.targets.bind import Target, bind
+from moe_fuzz.verdict import OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
+from moe_fuzz.options import RunOptions
+
+
+class Runner:
+    """One per worker process. It keeps the targets it has loaded, and nothing else from case to case."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._targets: dict[str, Target] = {}
+        if device == "cpu":
+            patch_language_once()
+        torch.set_num_threads(1)  # a worker is one core's work; the pool decides how many there are
+
+    def describe(self, target: str) -> TargetInfo:
+        """What the target promises and can take; loads it."""
+        return self._bind(target).info
+
+    def run(self, case: Case, target: str, options: RunOptions) -> Verdict:
+        """One case from tensors to verdict. What the target does wrong is in the verdict, never raised."""
+        bound = self._bind(target)
+        space = get_space(case.op)
+        if bound.info.op != case.op:
+            raise CaseError("op", f"{target} implements {bound.info.op}, not {case.op}")
+        refusal = space.refusal(case, bound.info)
+        if refusal:
+            return Verdict(REJECTED, detail=refusal)
+        started = time.perf_counter()
+        verdict = Verdict(PASS)
+        for index in range(len(case.steps)):
+            verdict = self._step(case, index, bound, options, verdict)
+            if verdict.kind != PASS:
+                break
+        return replace(verdict, seconds=time.perf_counter() - started)
+
+    def _bind(self, target: str) -> Target:
+        if target not in self._targets:
+            self._targets[target] = bind(target)
+        return self._targets[target]
+
+    def _step(self, case: Case, index: int, target: Target, options: RunOptions, before: Verdict) -> Verdict:
+        with open_arena(self.device, options.fence, str(case.config["edge"])) as arena:
+            step = RoutingStep(case, index, target, arena, options)
+            violations: list[Violation] = []
+            detail = ""
+            try:
+                violations = step.judge()
+            except MemoryError as error:
+                return Verdict(OOM, detail=str(error))
+            except TargetError as error:
+                if error.out_of_memory:
+                    return Verdict(OOM, detail=error.text)
+                violations, detail = [error.violation], error.text
+            return Verdict(
+                VIOLATION if violations else PASS,
+                tuple(violations),
+                fence_seconds=before.fence_seconds + arena.seconds,
+                parity=step.parity and (index == 0 or before.parity),
+                budget=max(before.budget, step.budget),
+                detail=detail,
+            )

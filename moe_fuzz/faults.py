@@ -1,0 +1,229 @@
+"""The faults: adversities that serving brings and tests do not, each a small class that lays itself into a tensor.
+
+A fault on values writes into the rows a case names; a fault on layout changes where the elements lie. Both take all
+they need from the case's own generator, so that a fault is the same after rows or experts have been taken away.
+Which fault may lie where is said by the spaces (ops/*/space.py), by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from moe_fuzz import generator
+
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+#: quiet NaNs of both signs, the canonical one and one with a payload, as bits of each dtype
+_NANS = {
+    torch.float32: (0x7FC00000, 0xFFC00000, 0x7FC01234, 0xFFFFFFFF),
+    torch.bfloat16: (0x7FC0, 0xFFC0, 0x7FC5, 0xFFFF),
+    torch.float16: (0x7E00, 0xFE00, 0x7E05, 0xFFFF),
+}
+
+
+@dataclass
+class Canvas:
+    """A tensor while its faults are laid: plain memory, not yet fenced."""
+
+    name: str
+    values: torch.Tensor  # [rows, columns], in the dtype the target will see
+    rows: Sequence[int]  # label of each row
+    columns: Sequence[int]  # label of each column
+    seed: int
+    stride_gap: int = 0  # elements between the end of a row and the start of the next
+    offset: int = 0  # elements between the aligned start of the memory and the first element
+
+    def choose(self, positions: Sequence[int], count: int, fault: str) -> torch.Tensor:
+        """int64 [len(positions), columns] in [0, count): a fault's own choice at each place."""
+        rows = [self.rows[p] for p in positions]
+        return generator.choice(self.seed, f"{self.name}/{fault}", rows, self.columns, count)
+
+    def nans(self, positions: Sequence[int], fault: str) -> torch.Tensor:
+        """NaN [len(positions), columns] of both signs, with and without payload."""
+        dtype = self.values.dtype
+        bits = torch.tensor(_NANS[dtype], dtype=torch.int64).to(_BITS[dtype])  # wraps to the signed pattern
+        return bits[self.choose(positions, len(bits), fault)].view(dtype)
+
+
+class Fault:
+    """A kind of fault. `lay` changes the canvas at the given row positions (all rows, where the case names none)."""
+
+    name: ClassVar[str]
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        raise NotImplementedError
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def register(kind: type[Fault]) -> type[Fault]:
+    FAULTS[kind.name] = kind()
+    return kind
+
+
+@register
+class NanRows(Fault):
+    """Whole rows of NaN, as attention leaves them in CUDA-graph and data-parallel padding (vllm#37758, vllm#39391)."""
+
+    name = "nan_rows"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.values[positions] = canvas.nans(positions, self.name)
+
+
+@register
+class InfRows(Fault):
+    """Whole rows of +Inf."""
+
+    name = "inf_rows"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.values[positions] = torch.inf
+
+
+@register
+class NegInfRows(Fault):
+    """Whole rows of -Inf: every expert masked."""
+
+    name = "neg_inf_rows"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.values[positions] = -torch.inf
+
+
+@register
+class PartialNan(Fault):
+    """One place in three of a row is NaN."""
+
+    name = "partial_nan"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        hit = canvas.choose(positions, 3, self.name + "/where") == 0
+        nans = canvas.nans(positions, self.name)
+        canvas.values[positions] = torch.where(hit, nans, canvas.values[positions])
+
+
+@register
+class PartialInf(Fault):
+    """Of a row, one place in four is +Inf and one in four -Inf."""
+
+    name = "partial_inf"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        pick = canvas.choose(positions, 4, self.name)
+        row = canvas.values[positions]
+        row = torch.where(pick == 0, torch.full_like(row, torch.inf), row)
+        canvas.values[positions] = torch.where(pick == 1, torch.full_like(row, -torch.inf), row)
+
+
+@register
+class MaskedExperts(Fault):
+    """One expert in three is masked by -Inf; the row stays defined while k finite ones are left."""
+
+    name = "masked_experts"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        hit = canvas.choose(positions, 3, self.name) == 0
+        row = canvas.values[positions]
+        canvas.values[positions] = torch.where(hit, torch.full_like(row, -torch.inf), row)
+
+
+@register
+class HugeRows(Fault):
+    """The dtype's largest and smallest finite numbers, both signs, among ordinary values."""
+
+    name = "huge_rows"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        limits = torch.finfo(canvas.values.dtype)
+        table = torch.tensor([limits.max, limits.min, limits.max / 2, limits.min / 2], dtype=canvas.values.dtype)
+        pick = canvas.choose(positions, 8, self.name)
+        row = canvas.values[positions]
+        canvas.values[positions] = torch.where(pick < 4, table[pick.clamp(max=3)], row)
+
+
+@register
+class Ladder(Fault):
+    """±0, subnormals and a geometric ladder of magnitudes of both signs: where underflow and cancellation live."""
+
+    name = "ladder"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        limits = torch.finfo(canvas.values.dtype)
+        rungs = [0.0, -0.0, limits.tiny, -limits.tiny, limits.smallest_normal / 4, -limits.smallest_normal / 4]
+        rungs += [sign * 2.0**power for power in range(-14, 15, 2) for sign in (1, -1)]
+        table = torch.tensor(rungs, dtype=torch.float64).to(canvas.values.dtype)
+        canvas.values[positions] = table[canvas.choose(positions, len(rungs), self.name)]
+
+
+@register
+class Ties(Fault):
+    """Rows of few distinct values: a row is all equal, or of two values, or of ±0, so that every cut goes through a tie."""
+
+    name = "ties"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        table = torch.tensor([0.0, 0.0, -0.0, 1.0, 1.0, -1.0], dtype=canvas.values.dtype)
+        pick = canvas.choose(positions, len(table), self.name)
+        few = torch.tensor([1, 3, 5, 6])[generator.choice(
+            canvas.seed, f"{canvas.name}/{self.name}/few", [canvas.rows[p] for p in positions], [0], 4)]  # [P, 1]
+        canvas.values[positions] = table[pick % few]
+
+
+@register
+class StaleRows(Fault):
+    """The rows hold what an earlier step left there: finite, ordinary, and somebody else's."""
+
+    name = "stale_rows"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        rows = [canvas.rows[p] for p in positions]
+        old = generator.triangular(canvas.seed, canvas.name, rows, canvas.columns, stream=63)
+        canvas.values[positions] = (4 * old).to(canvas.values.dtype)
+
+
+@register
+class ExtremeBias(Fault):
+    """A bias of every sign and magnitude, 2^-14 to 2^14, zeros and -Inf among it (sglang#31017, sglang#3705)."""
+
+    name = "extreme_bias"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        rungs = [0.0, -0.0, -torch.inf, 0.5, -0.5, 11.0, -11.0]
+        rungs += [sign * 2.0**power for power in (-14, -7, -3, 3, 7, 14) for sign in (1, -1)]
+        table = torch.tensor(rungs, dtype=canvas.values.dtype)
+        canvas.values[positions] = table[canvas.choose(positions, len(rungs), self.name)]
+
+
+@register
+class NegativeBias(Fault):
+    """Every biased score is negative: a taken or masked expert that is reset to 0 wins (sglang#3705)."""
+
+    name = "negative_bias"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.values[positions] = -2.0 - canvas.values[positions].abs()
+
+
+@register
+class Noncontiguous(Fault):
+    """Rows stand apart, as in a slice of a wider buffer; what lies between them is no one's to touch."""
+
+    name = "noncontiguous"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.stride_gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 13))
+
+
+@register
+class Misaligned(Fault):
+    """The first element is not where vector loads want it: a storage offset of 1 to 3 elements."""
+
+    name = "misaligned"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.offset = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 3))

@@ -1,0 +1,72 @@
+"""What the routing ops say to a person: one line for each check and fault, and the label of a case."""
+
+from __future__ import annotations
+
+from moe_fuzz.case import Case
+from moe_fuzz.labels import Labels
+
+CHECKS = {
+    "error": "a valid input is taken: no exception inside the declared capabilities",
+    "structure": "outputs have the contract's shape, dtype and device",
+    "written": "every element of an output is written",
+    "ids": "the k ids of a row are distinct and name experts",
+    "finite": "weights are finite and not negative, on undefined rows too",
+    "padding": "rows flagged as padding follow the declared dialect",
+    "selection": "no unselected expert has a higher score than a selected one, beyond rounding",
+    "ties": "equal scores fall to the lowest index, where declared",
+    "order": "slots stand in descending order of score, where declared",
+    "weights": "weights agree with float64 for the kernel's own ids, within the rounding bound",
+    "fence": "no read or write outside a tensor, no write into an input",
+    "canary": "the slack bytes beside a tensor keep their pattern",
+    "isolation": "what stands in padding and undefined rows does not change a real row, bit for bit",
+    "batch_invariance": "a row's bits do not depend on its position or on the number of rows, where declared",
+    "determinism": "the same input gives the same bits, where declared",
+}
+
+FAULTS = {
+    "nan_rows": "whole rows of NaN, both signs, with and without payload",
+    "inf_rows": "whole rows of +Inf",
+    "neg_inf_rows": "whole rows of -Inf",
+    "partial_nan": "a third of a row is NaN",
+    "partial_inf": "a quarter of a row is +Inf, a quarter -Inf",
+    "masked_experts": "a third of the experts masked by -Inf",
+    "huge_rows": "the dtype's largest numbers of both signs",
+    "ladder": "zeros, subnormals, a ladder of magnitudes",
+    "ties": "rows of few distinct values",
+    "stale_rows": "rows hold an earlier step's data",
+    "extreme_bias": "a bias of every sign and magnitude, -Inf too",
+    "negative_bias": "a bias that makes every biased score negative",
+    "noncontiguous": "rows stand apart in a wider buffer",
+    "misaligned": "the first element is not aligned for vector loads",
+}
+
+
+def label(case: Case) -> str:
+    """`topk_softmax T=7 (2 padding) E=60 k=4 bfloat16 renormalize; nan_rows on logits rows 5-6`."""
+    config = case.config
+    parts = [case.op]
+    for step in case.steps:
+        parts.append(f"T={step.tokens}" + (f" ({len(step.padding)} padding)" if step.padding else ""))
+    parts += [f"E={len(case.experts)}", f"k={config['top_k']}", str(config["dtype"])]
+    parts += [name for name in ("renormalize", "bias", "out") if config[name]]
+    if config["is_padding"]:
+        parts.append(f"is_padding={config['padding']}")
+    if config["scale"] != 1.0:
+        parts.append(f"scale={config['scale']}")
+    if config["magnitude"] != 2:
+        parts.append(f"|logits|<2^{config['magnitude']}")
+    if config["edge"] != "right":
+        parts.append(f"fenced {config['edge']}")
+    faults = [
+        f"{fault.name} on {fault.tensor}" + _rows(fault.rows)
+        for step in case.steps
+        for fault in step.faults
+    ]
+    return " ".join(parts) + ("; " + ", ".join(faults) if faults else "")
+
+
+def _rows(rows: Labels) -> str:
+    if not rows:
+        return ""
+    text = str(rows)
+    return f" rows {text}" if len(text) <= 24 else f" ({len(rows)} rows)"

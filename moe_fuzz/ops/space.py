@@ -1,0 +1,81 @@
+"""A space: what the cases of an op may be. Free of torch; one instance per op, found by `moe_fuzz.ops.get_space`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from moe_fuzz.case import Case, Scalar
+from moe_fuzz.contract import TargetInfo
+
+
+@dataclass(frozen=True)
+class FaultPlace:
+    """A fault that may be laid on a tensor: on chosen rows, or on the tensor as a whole."""
+
+    fault: str
+    tensor: str
+    on_rows: bool
+    needs: str = ""  # the config flag without which the tensor does not exist
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One choice of a config, with the values of the dictionary, the simplest first."""
+
+    name: str
+    values: Sequence[Scalar]
+
+
+class Space(Protocol):
+    """The contract's shapes and dtypes as data: what to draw, what is valid, what is simpler, what it costs."""
+
+    op: str
+    description: str
+    checks: Mapping[str, str]  # name -> one line
+    faults: Mapping[str, str]  # name -> one line
+    places: tuple[FaultPlace, ...]
+    tensors: Mapping[str, str]  # name -> "input" | "output"
+    sizes: tuple[str, ...]  # the config fields that are sizes
+    presets: Mapping[str, Mapping[str, Scalar]]  # model -> the part of a config it fixes
+
+    def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
+        """The axes of a config inside the target's capabilities; `experts` holds counts."""
+        ...
+
+    def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
+        """The token counts of the dictionary that a case of this config can afford, the simplest first."""
+        ...
+
+    def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
+        """Repairs what was drawn axis by axis (k above E, a scale the target does not take) into a valid config."""
+        ...
+
+    def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
+        """The faults that can be laid into a case of this config for this target."""
+        ...
+
+    def validate(self, case: Case) -> None:
+        """Raises CaseError unless the case is one of this op's."""
+        ...
+
+    def refusal(self, case: Case, info: TargetInfo) -> str:
+        """Why the case lies outside the target's capabilities; empty if it lies inside."""
+        ...
+
+    def features(self, case: Case) -> frozenset[str]:
+        """The classes the case belongs to: what a finding may need, never raw shapes."""
+        ...
+
+    def simplify(self, case: Case) -> Iterator[Case]:
+        """Valid and strictly simpler cases, the most ambitious first."""
+        ...
+
+    def cost(self, case: Case, device: str) -> float:
+        """Estimated seconds in a worker."""
+        ...
+
+    def label(self, case: Case) -> str:
+        """One line for a person."""
+        ...

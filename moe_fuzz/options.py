@@ -1,0 +1,68 @@
+"""How a case is to be run. Free of torch: the parent sends it to the worker with each round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from moe_fuzz.errors import UsageError
+
+SIDES = ("both", "left", "right")
+ACCESS = ("any", "write")
+
+
+@dataclass(frozen=True)
+class FenceOptions:
+    """By default everything faults. After a crash the same case runs again with other options, which name the culprit:
+    one tensor hard at a time gives the tensor, `sides` the side, `access` the kind of access."""
+
+    hard: tuple[str, ...] | None = None  # tensors with real guards; None: all. The others get soft ones: only checked
+    sides: str = "both"  # "both" | "left" | "right": the side on which a hard tensor's guard is real
+    access: str = "any"  # "any": a real guard faults on reads and writes; "write": it can be read
+    readonly: bool = True  # inputs are read-only during the call, those with soft guards too
+    own: bool = True  # memory that the target allocates itself is fenced too
+
+    def __post_init__(self) -> None:
+        if self.sides not in SIDES:
+            raise UsageError(f"fence sides: {self.sides!r} is not one of {', '.join(SIDES)}")
+        if self.access not in ACCESS:
+            raise UsageError(f"fence access: {self.access!r} is not one of {', '.join(ACCESS)}")
+
+    def is_hard(self, name: str, side: str) -> bool:
+        """Whether the guard of tensor `name` on `side` ("left" | "right") is real."""
+        return (self.hard is None or name in self.hard) and self.sides in ("both", side)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FenceOptions:
+        hard = data.get("hard")
+        return cls(**{**_known(cls, data), "hard": None if hard is None else tuple(hard)})
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the worker is to do with a round, and how long the parent waits for a case of it."""
+
+    checks: tuple[str, ...] | None = None  # None: all of the op's
+    fence: FenceOptions = field(default_factory=FenceOptions)
+    deadline: float = 10.0  # seconds a case may take
+    first_deadline: float = 60.0  # seconds for the first case of a config in a process: it may compile
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunOptions:
+        checks = data.get("checks")
+        fence = FenceOptions.from_json(data.get("fence", {}))
+        return cls(**{**_known(cls, data), "checks": None if checks is None else tuple(checks), "fence": fence})
+
+
+def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(data) - {f.name for f in fields(cls)})
+    if unknown:
+        raise UsageError(f"{cls.__name__}: unknown key {unknown[0]!r}")
+    return dict(data)

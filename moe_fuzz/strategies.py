@@ -1,0 +1,135 @@
+"""What Hypothesis draws: rounds, that is, cases that share a config. And the pairwise grid that runs before it.
+
+Free of torch. Sizes come from the space's dictionary, never uniformly at random; presets mix with free draws; the
+faults of a round are a small random subset (swarm), so that one loud fault does not drown the others.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+from hypothesis import strategies as st
+
+from moe_fuzz.case import Case, Fault, Scalar, Step
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops.space import Axis, FaultPlace, Space
+
+MAX_ROUND = 16
+_SEEDS = st.integers(0, 2**62 - 1)
+
+
+@st.composite
+def configs(draw: st.DrawFn, space: Space, info: TargetInfo) -> dict[str, Scalar]:
+    """A config of the op inside the target's capabilities; one in four is that of a model people serve."""
+    axes = space.axes(info)
+    config: dict[str, Scalar] = {axis.name: draw(st.sampled_from(axis.values)) for axis in axes}
+    shape = draw(st.integers(0, 7))
+    if shape < 2:
+        allowed = {axis.name: axis.values for axis in axes}
+        preset = space.presets[draw(st.sampled_from(sorted(space.presets)))]
+        whole = draw(st.booleans())  # or its sizes alone: a branch for one shape may be wrong in one flag only
+        config |= {n: v for n, v in preset.items() if v in allowed[n] and (whole or n in space.sizes)}
+    elif shape == 2:  # every expert is taken
+        small = [e for e in next(a for a in axes if a.name == "experts").values if int(e) <= 32]
+        if small:
+            config["experts"] = config["top_k"] = draw(st.sampled_from(small))
+            config["top_k"] = min(int(config["top_k"]), info.capabilities.max_top_k)
+    return space.complete(config, info)
+
+
+@st.composite
+def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tuple[Case, ...]:
+    """1 to 16 cases of one config, each with rows, padding and faults of its own."""
+    config = draw(configs(space, info))
+    tokens = space.tokens(config, device)
+    places = space.places_for(config, info)
+    swarm = draw(st.lists(st.sampled_from(places), max_size=4, unique=True)) if places else []
+    variant = st.builds(
+        make_case,
+        space=st.just(space),
+        config=st.just(config),
+        tokens=st.sampled_from(tokens),
+        padding=st.integers(0, 4),
+        faults=st.lists(st.tuples(st.sampled_from(swarm), st.integers(0, 3)), max_size=3, unique_by=lambda f: f[0])
+        if swarm
+        else st.just([]),
+        seed=_SEEDS,
+        target=st.just(info.name),
+    )
+    return tuple(draw(st.lists(variant, min_size=1, max_size=MAX_ROUND)))
+
+
+def make_case(
+    space: Space,
+    config: Mapping[str, Scalar],
+    tokens: int,
+    padding: int,
+    faults: Sequence[tuple[FaultPlace, int]],
+    seed: int,
+    target: str,
+) -> Case:
+    """A case from small choices: `padding` in quarters of the rows (the tail), each fault with where it is laid."""
+    rows = Labels.range(tokens)
+    tail = rows.last(-(-tokens * padding // 4))
+    chosen = random.Random(seed)  # positions only; the values come from the case's generator
+    laid = []
+    for place, where in faults:
+        if not place.on_rows:
+            laid.append(Fault(place.fault, place.tensor))
+            continue
+        named = _fault_rows(rows, tail, where, chosen)
+        if named:
+            laid.append(Fault(place.fault, place.tensor, named))
+    return Case(space.op, config, (Step(rows, tail, tuple(laid)),), seed, target=target)
+
+
+def _fault_rows(rows: Labels, tail: Labels, where: int, chosen: random.Random) -> Labels:
+    """The padding tail, one row, some rows, or all rows."""
+    if where == 0 and tail:
+        return tail
+    if where == 3 or not rows:
+        return rows
+    count = 1 if where == 1 else chosen.randint(1, len(rows))
+    return Labels.of(chosen.sample(range(len(rows)), min(count, 64)))
+
+
+def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Case]:
+    """Cases that cover every pair of values of the dictionary: config axes, token counts, padding and faults.
+
+    Greedy and deterministic; the pairs covered first are those of the first cases, so a prefix is worth most.
+    """
+    chosen = random.Random(seed)
+    places: list[Scalar] = ["", *(f"{p.fault}@{p.tensor}" for p in space.places)]
+    axes = [*space.axes(info), Axis("fault", places), Axis("padding rows", (0, 1, 2, 4)), Axis("where", (0, 1, 2, 3))]
+    for row in pairwise(axes, chosen):
+        config = space.complete({axis.name: row[axis.name] for axis in axes[:-3]}, info)
+        place = next((p for p in space.places_for(config, info) if f"{p.fault}@{p.tensor}" == row["fault"]), None)
+        tokens = chosen.choice(space.tokens(config, device))
+        faults = [(place, int(row["where"]))] if place else []
+        yield make_case(space, config, tokens, int(row["padding rows"]), faults, chosen.getrandbits(62), info.name)
+
+
+def pairwise(axes: Sequence[Axis], chosen: random.Random) -> Iterator[dict[str, Scalar]]:
+    """Rows that together hold every pair of values of every two axes at least once."""
+    missing: dict[tuple[int, int], set[tuple[int, int]]] = {
+        (a, b): {(i, j) for i in range(len(axes[a].values)) for j in range(len(axes[b].values))}
+        for a, b in combinations(range(len(axes)), 2)
+    }
+    left = sum(map(len, missing.values()))
+    while left:
+        best: list[int] = []
+        best_gain = -1
+        for _ in range(8):
+            row = [chosen.randrange(len(axis.values)) for axis in axes]
+            pair = max(missing, key=lambda ab: len(missing[ab]))
+            row[pair[0]], row[pair[1]] = min(missing[pair], key=lambda _: chosen.random())
+            gain = sum((row[a], row[b]) in todo for (a, b), todo in missing.items())
+            if gain > best_gain:
+                best, best_gain = row, gain
+        for (a, b), todo in missing.items():
+            todo.discard((best[a], best[b]))
+        left -= best_gain
+        yield {axis.name: axis.values[i] for axis, i in zip(axes, best, strict=True)}

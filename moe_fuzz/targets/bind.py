@@ -1,0 +1,135 @@
+"""Binds a target: loads its code and reads off its signature what it can be given. Worker side.
+
+A function takes what its parameters name, in any library's spelling of them; what it does not name, it is never given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_fuzz.contract import DECLARATION, PADDING_DIALECTS, Capabilities, Contract, TargetInfo
+from moe_fuzz.errors import EnvironmentProblem, UsageError
+from moe_fuzz.planted.catalog import get_planted
+from moe_fuzz.targets import registry
+
+#: argument of the op -> the spellings in which implementations take it
+SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "renormalize": ("renormalize", "norm_topk_prob"),
+    "bias": ("bias", "correction_bias", "e_score_correction_bias"),
+    "scale": ("scale", "routed_scaling_factor"),
+    "is_padding": ("is_padding",),
+    "padding": ("padding",),
+    "out": ("out",),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One implementation under test, ready to be called with the op's own arguments."""
+
+    info: TargetInfo
+    function: Callable[..., Any]
+    keywords: Mapping[str, str]  # argument of the op -> this function's spelling
+
+    def __call__(self, logits: torch.Tensor, top_k: int, arguments: Mapping[str, Any]) -> Any:
+        """Calls the implementation with those of the op's arguments that it takes."""
+        return self.function(logits, top_k, **{self.keywords[k]: v for k, v in arguments.items() if k in self.keywords})
+
+
+def bind(name: str) -> Target:
+    """Loads the target of this full name. EnvironmentProblem if it cannot be loaded, UsageError if it is no target."""
+    op, source = registry.split(name)
+    location = registry.locate(name)
+    function, origin = _load(location)
+    promise = getattr(function, DECLARATION, {})
+    planted = get_planted(source.removeprefix("planted.")) if source.startswith("planted.") else None
+    if planted:
+        promise = {
+            "contract": Contract(**planted.contract),
+            "capabilities": Capabilities(**planted.capabilities),
+            "clauses": {"*": f"planted: the bug of {planted.upstream}"},
+        }
+    keywords, capabilities, contract = _read_signature(function, promise)
+    provider = source.partition(".")[0] if ":" not in source else "user"
+    info = TargetInfo(name, op, provider, origin, contract, capabilities, promise.get("clauses") or {})
+    return Target(info, function, keywords)
+
+
+def _load(location: str) -> tuple[Callable[..., Any], str]:
+    place, _, attribute = location.rpartition(":")
+    factory = attribute.endswith("()")
+    attribute = attribute.removesuffix("()")
+    try:
+        module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # noqa: BLE001 - a target's import may fail in any way; all are told to the user
+        raise EnvironmentProblem(f"{place} cannot be imported: {type(error).__name__}: {error}",
+                                 "the worker imports it afresh: what it needs must be installed, or lie beside it") from error
+    function: Any = module
+    for part in attribute.split("."):
+        if not hasattr(function, part):
+            raise UsageError(f"{place} has no {attribute!r}", f"it defines: {', '.join(_functions(module)) or 'no function'}")
+        function = getattr(function, part)
+    if factory:
+        function = inspect.unwrap(function)()  # unwrapped: a @fuzz test is its own factory underneath
+    if not callable(function):
+        raise UsageError(f"{location} is {type(function).__name__}, not a function")
+    return function, str(getattr(module, "__file__", place))
+
+
+def _module_from_file(path: Path) -> Any:
+    name = f"moe_fuzz_target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"no Python file {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))  # its neighbours, as when it is run as a script
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _functions(module: Any) -> list[str]:
+    return [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__ and n[0] != "_"]
+
+
+def _read_signature(
+    function: Callable[..., Any], promise: Mapping[str, Any]
+) -> tuple[dict[str, str], Capabilities, Contract]:
+    """What the function takes, and its promises cut down to that."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        parameters = {}  # a built-in without a signature: only the positional arguments
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    keywords = {
+        argument: next((s for s in spellings if s in parameters), argument)
+        for argument, spellings in SPELLINGS.items()
+        if takes_all or any(s in parameters for s in spellings)
+    }
+    declared: Capabilities | None = promise.get("capabilities")
+    capabilities = declared or Capabilities(out="out" in keywords)
+    capabilities = replace(
+        capabilities,
+        renormalize=capabilities.renormalize if "renormalize" in keywords else capabilities.renormalize[:1],
+        bias=capabilities.bias and "bias" in keywords,
+        scale=capabilities.scale and "scale" in keywords,
+        is_padding=capabilities.is_padding and "is_padding" in keywords,
+        out=capabilities.out and "out" in keywords,
+    )
+    contract: Contract | None = promise.get("contract")
+    if contract is None:
+        default = parameters["padding"].default if "padding" in parameters else None
+        contract = Contract(padding=(default,) if default in PADDING_DIALECTS else ("garbage",))
+    return keywords, capabilities, contract

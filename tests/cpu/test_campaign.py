@@ -1,0 +1,381 @@
+"""The campaign end to end, on fakes: the list of cases, findings, exit codes, interruption and resumption."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from moe_fuzz.campaign import events
+from moe_fuzz.campaign.findings import load_findings
+from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
+from moe_fuzz.verdict import OOM, REJECTED, Verdict
+from tests.cpu.campaign_fakes import (
+    GOOD,
+    TARGET,
+    FakePool,
+    Listener,
+    always_good,
+    bad,
+    campaign,
+    crash,
+    settings,
+    toy,
+    when,
+)
+
+
+def nan_on_odd(case):
+    return "nan_rows" in case.fault_names and len(case.experts) % 2 == 1
+
+
+def ran(made):
+    return Counter(case.digest for case in made.pool.leased)
+
+
+# ---- the list of cases ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cases", [1, 3, 64, 65, 333])
+def test_exactly_as_many_cases_as_asked_for(tmp_path, cases):
+    made = campaign(tmp_path, always_good, cases=cases)
+    summary = made.run()
+    assert summary.cases == len(made.pool.leased) == cases
+    assert summary.verdicts == {"pass": cases}
+    assert summary.exit_code == 0
+
+
+def test_the_list_of_cases_does_not_depend_on_the_number_of_workers(tmp_path):
+    one = campaign(tmp_path / "1", when(nan_on_odd), workers=1, cases=500)
+    three = campaign(tmp_path / "3", when(nan_on_odd), workers=3, cases=500)
+    assert one.run().cases == three.run().cases == 500
+    assert ran(one) == ran(three)
+    assert len(ran(one)) > 400
+
+
+def test_another_seed_gives_another_list(tmp_path):
+    lists = []
+    for seed in (1, 2):
+        made = campaign(tmp_path / str(seed), always_good, seed=seed, cases=100)
+        made.run()
+        lists.append(ran(made))
+    assert lists[0] != lists[1]
+
+
+def test_the_grid_takes_at_most_a_quarter_and_targets_share_evenly(tmp_path):
+    made = campaign(tmp_path, always_good, cases=41, targets=(TARGET, "toy@other"), shard_cases=7)
+    summary = made.run()
+    assert [(row.target, row.cases) for row in summary.rows] == [(TARGET, 21), ("toy@other", 20)]
+    phases = [event.name for event in made._listener.of(events.PhaseStarted)]
+    assert phases == ["grid", "generate"]
+
+
+def test_a_budget_in_seconds_ends(tmp_path):
+    summary = campaign(tmp_path, always_good, cases=None, seconds=0.5).run()
+    assert summary.cases > 10
+    assert 0.5 <= summary.seconds < 5
+    assert summary.exit_code == 0
+
+
+# ---- findings -------------------------------------------------------------------------------------------------------
+
+
+def test_a_bug_is_found_minimized_and_reported_once(tmp_path):
+    listener = Listener()
+    summary = campaign(tmp_path, when(nan_on_odd), listener, cases=400, workers=2).run()
+    [finding] = summary.new
+    assert summary.exit_code == 1
+    assert finding.case.fault_names == ("nan_rows",)
+    assert (len(finding.case.experts), finding.case.steps[0].tokens, finding.case.config["top_k"]) == (1, 1, 1)
+    assert finding.features == ("fault:nan_rows",)
+    assert (finding.finding_class, finding.reproduces) == ("contract", "always")
+    assert finding.times_seen > 1
+    [reported] = listener.of(events.FindingReported)
+    assert (reported.finding.id, reported.status) == (finding.id, "new")
+    [on_disk] = load_findings(StateDir(tmp_path))
+    assert on_disk == finding
+    assert not list((tmp_path / "pending").iterdir())
+    assert not list((tmp_path / "inflight").iterdir())
+
+
+def test_the_same_bug_has_the_same_fingerprint_whatever_the_seed(tmp_path):
+    ids = {campaign(tmp_path / str(s), when(nan_on_odd), seed=s, cases=400).run().new[0].id for s in range(4)}
+    assert len(ids) == 1
+
+
+def test_two_bugs_with_one_symptom_are_two_findings(tmp_path):
+    def either(case):
+        return nan_on_odd(case) or (case.config["bias"] and "ties" in case.fault_names)
+
+    summary = campaign(tmp_path, when(either), cases=600).run()
+    assert {finding.features for finding in summary.new} == {("fault:nan_rows",), ("bias", "fault:ties")}
+
+
+def test_a_known_finding_is_not_new_again(tmp_path):
+    first = campaign(tmp_path, when(nan_on_odd)).run()
+    listener = Listener()
+    second = campaign(tmp_path, when(nan_on_odd), listener, seed=8).run()
+    assert (first.exit_code, second.exit_code) == (1, 0)
+    assert [f.id for f in second.known] == [f.id for f in first.new]
+    assert not second.new
+    [reported] = listener.of(events.FindingReported)
+    assert reported.status == "known"
+
+
+def test_a_finding_that_is_fixed_is_told_and_explains_nothing(tmp_path):
+    [finding] = campaign(tmp_path, when(nan_on_odd)).run().new
+    listener = Listener()
+    summary = campaign(tmp_path, always_good, listener).run()
+    assert [event.finding.id for event in listener.of(events.FindingFixed)] == [finding.id]
+    assert [f.id for f in summary.fixed] == [finding.id]
+    assert (summary.exit_code, summary.known) == (0, ())
+    again = campaign(tmp_path, when(lambda case: nan_on_odd(case) and case.digest != finding.case.digest)).run()
+    assert again.exit_code == 1
+
+
+def test_what_does_not_come_back_is_flaky(tmp_path):
+    def judge(case, history, options):
+        return bad() if len(pool.leased) == 50 and pool.fresh_runs == 0 else GOOD
+
+    pool, listener = FakePool(judge), Listener()
+    summary = campaign(tmp_path, judge, listener, pool=pool).run()
+    assert (summary.exit_code, summary.flaky, summary.new) == (0, 1, ())
+    assert len(listener.of(events.FlakySeen)) == 1
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    assert [entry["target"] for entry in stats["flaky"]] == [TARGET]
+    assert not list((tmp_path / "pending").iterdir())
+
+
+def test_a_state_dependent_failure_names_culprit_and_victim(tmp_path):
+    def judge(case, history, options):
+        poisoned = any("inf_rows" in earlier.fault_names for earlier in history)
+        return bad("parity", "stale") if poisoned and case.config["bias"] else GOOD
+
+    summary = campaign(tmp_path, judge, cases=300).run()
+    assert summary.exit_code == 1
+    finding = summary.new[0]
+    [culprit] = finding.sequence
+    assert culprit.fault_names == ("inf_rows",)
+    assert culprit.steps[0].tokens == 1
+    assert finding.case.fault_names == ()
+    assert finding.replay == f"moe-fuzz replay {finding.id}"
+    assert (tmp_path / "findings" / finding.id / "sequence.json").exists()
+    assert load_findings(StateDir(tmp_path))[0].sequence == (culprit,)
+
+
+def test_a_memory_fault_is_located(tmp_path):
+    def judge(case, history, options):
+        fence = options.fence
+        if len(case.experts) < 8:
+            return GOOD
+        seen = fence.hard is None or "logits" in fence.hard
+        seen = seen and fence.sides in ("both", "right") and fence.access == "any"
+        return crash(site="routing.py:12 in _kernel") if seen else GOOD
+
+    [finding] = campaign(tmp_path, judge).run().new
+    assert (finding.check, finding.symptom) == ("fence", "logits:right:read")
+    assert finding.site == "routing.py in _kernel"
+    assert finding.raw == ("crash", "SIGSEGV")
+    assert len(finding.case.experts) == 8
+    again = campaign(tmp_path, judge, seed=9).run()
+    assert (again.exit_code, len(again.known)) == (0, 1)
+
+
+def test_the_number_of_minimized_findings_of_a_kind_is_capped(tmp_path):
+    def judge(case, history, options):
+        # Many faces of one symptom, none of which explains the others.
+        return bad() if len(case.fault_names) == 2 or case.config["dtype"] != "float32" else GOOD
+
+    listener = Listener()
+    summary = campaign(tmp_path, judge, listener, cases=600).run()
+    assert 1 <= len(summary.new) <= 3
+
+
+def test_max_findings_stops_the_campaign(tmp_path):
+    judge = when(lambda case: bool(case.fault_names))
+    summary = campaign(tmp_path, judge, cases=20_000, max_findings=1).run()
+    assert len(summary.new) == 1
+    assert summary.cases < 20_000
+
+
+# ---- exit codes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [REJECTED, OOM])
+def test_a_campaign_in_which_nothing_ran_is_not_clean(tmp_path, kind):
+    summary = campaign(tmp_path, lambda case, history, options: Verdict(kind)).run()
+    assert summary.exit_code == 3
+    assert "nothing ran" in summary.reason
+
+
+def test_an_unavailable_target_is_told_and_the_others_run(tmp_path):
+    listener, pool = Listener(), FakePool(always_good, unavailable=("toy@gone",))
+    summary = campaign(tmp_path, always_good, listener, pool=pool, targets=(TARGET, "toy@gone"), cases=50).run()
+    assert (summary.exit_code, summary.cases) == (3, 50)
+    assert [event.target for event in listener.of(events.TargetUnavailable)] == ["toy@gone"]
+    assert "not installed" in summary.reason
+
+
+def test_no_target_at_all(tmp_path):
+    pool = FakePool(always_good, unavailable=(TARGET,))
+    assert campaign(tmp_path, always_good, pool=pool).run().exit_code == 3
+    with pytest.raises(UsageError, match="no target"):
+        settings(targets=())
+
+
+@pytest.mark.parametrize("wrong", [{"cases": 0}, {"seconds": -1.0}, {"workers": 0}, {"deadline": float("nan")}])
+def test_settings_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        settings(**wrong)
+
+
+def test_a_broken_pool_ends_the_campaign_with_its_error(tmp_path):
+    def judge(case, history, options):
+        raise EnvironmentProblem("the zygote died", "look at its log")
+
+    with pytest.raises(EnvironmentProblem, match="zygote died"):
+        campaign(tmp_path, judge).run()
+    assert list((tmp_path / "inflight").iterdir())
+
+
+# ---- interruption ---------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing after it runs."""
+
+
+def test_an_interrupt_saves_and_the_next_run_goes_on(tmp_path):
+    whole = campaign(tmp_path / "whole", when(nan_on_odd), cases=600)
+    whole.run()
+
+    def cut(event):
+        if isinstance(event, events.Progress) and event.cases >= 150 and not cut.done:
+            cut.done = True
+            raise KeyboardInterrupt
+
+    cut.done = False
+    listener = Listener()
+    first = campaign(tmp_path / "cut", when(nan_on_odd), cut, cases=600)
+    first_summary = _run_interrupted(first)
+    second = campaign(tmp_path / "cut", when(nan_on_odd), listener, cases=600)
+    summary = second.run()
+    assert listener.of(events.CampaignStarted)[0].resumed
+    assert summary.cases == 600
+    assert set(ran(whole)) <= set(ran(first)) | set(ran(second))
+    assert len(second.pool.leased) < 600
+    assert summary.exit_code == 1  # what the first part found is still this campaign's news
+    assert first_summary is None or first_summary.exit_code == 130
+    third = Listener()
+    campaign(tmp_path / "cut", always_good, third, cases=600).run()
+    assert not third.of(events.CampaignStarted)[0].resumed
+
+
+def _run_interrupted(made):
+    try:
+        return made.run()
+    except KeyboardInterrupt:
+        return None
+
+
+def test_ctrl_c_in_the_main_thread_gives_a_summary_and_130(tmp_path):
+    listener = Listener()
+    made = campaign(tmp_path, when(nan_on_odd), listener, cases=100_000)
+
+    def work(seconds):
+        if len(made.pool.leased) > 100:
+            raise KeyboardInterrupt
+        return False
+
+    real = made._describe
+
+    def describe():
+        real()
+
+    made._describe = describe
+    made._after_triage = None
+    import moe_fuzz.campaign.engine as engine
+
+    class Interrupting(engine.Triage):
+        def work(self, seconds):
+            return work(seconds)
+
+    original, engine.Triage = engine.Triage, Interrupting
+    try:
+        summary = made.run()
+    finally:
+        engine.Triage = original
+    assert (summary.exit_code, summary.interrupted) == (130, True)
+    assert listener.of(events.CampaignFinished)[0].summary == summary
+    assert summary.unexamined == len(list((tmp_path / "pending").iterdir()))
+
+
+def test_a_kill_while_a_finding_is_examined_loses_nothing(tmp_path):
+    def killer(event):
+        if isinstance(event, events.FindingConfirming):
+            raise Killed
+
+    with pytest.raises(Killed):
+        campaign(tmp_path, when(nan_on_odd), killer, cases=100).run()
+    assert list((tmp_path / "pending").glob("*.json"))
+    listener = Listener()
+    # The cases of this run never fail, so the finding can only come from what was pending.
+    pool = FakePool(when(nan_on_odd))
+    summary = campaign(tmp_path, always_good, listener, pool=pool, cases=1, seed=99).run()
+    assert listener.of(events.PhaseStarted)[0].name == "resume"
+    assert [finding.features for finding in summary.new] == [("fault:nan_rows",)]
+    assert not list((tmp_path / "pending").iterdir())
+
+
+def test_a_round_in_flight_when_killed_is_run_first(tmp_path):
+    victim = toy(61, 4, 7, ["nan_rows"])
+    with StateDir(tmp_path) as state:
+        state.begin_round("0", TARGET, (toy(), victim))
+    made = campaign(tmp_path, when(nan_on_odd), cases=1, seed=99)
+    summary = made.run()
+    assert made.pool.leased[:2] == [toy(), victim]
+    assert summary.cases == 1  # what was replayed is not counted
+    assert len(summary.new) == 1
+    assert not list((tmp_path / "inflight").iterdir())
+
+
+def test_a_round_that_keeps_killing_the_campaign_is_set_aside(tmp_path):
+    with StateDir(tmp_path) as state:
+        state.begin_round("0", TARGET, (toy(),), attempts=2)
+    listener = Listener()
+    made = campaign(tmp_path, always_good, listener, cases=1)
+    made.run()
+    assert toy() not in made.pool.leased
+    assert any("died 2 times" in event.message for event in listener.of(events.Note))
+
+
+def test_an_interrupted_campaign_keeps_its_random_seed(tmp_path):
+    def killer(event):
+        if isinstance(event, events.Progress):
+            raise Killed
+
+    with pytest.raises(Killed):
+        campaign(tmp_path, always_good, killer, seed=None).run()
+    seed = json.loads((tmp_path / "campaign.json").read_text())["seed"]
+    assert campaign(tmp_path, always_good, seed=None).run().seed == seed
+    assert campaign(tmp_path, always_good, seed=None).run().seed != seed
+
+
+def test_events_are_json(tmp_path):
+    listener = Listener()
+    campaign(tmp_path, when(nan_on_odd), listener).run()
+    kinds = {json.loads(json.dumps(event.to_json()))["kind"] for event in listener.events}
+    assert {"campaign-started", "phase-started", "finding-reported", "campaign-finished"} <= kinds
+
+
+def test_strategies_that_draw_nothing_are_an_error(tmp_path):
+    from dataclasses import replace
+
+    from hypothesis import strategies as st
+
+    made = campaign(tmp_path, always_good)
+    made._sources = replace(made._sources, rounds=lambda space, info, device: st.just(()))
+    with pytest.raises(MoeFuzzError, match="draw no cases"):
+        made.run()
