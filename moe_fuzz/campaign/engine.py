@@ -29,8 +29,8 @@ from moe_fuzz.campaign.triage import Triage
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem
-from moe_fuzz.verdict import Verdict
 from moe_fuzz.options import RunOptions
+from moe_fuzz.verdict import Verdict
 
 PROGRESS_EVERY = 0.25  # seconds
 POLL = 0.1  # seconds

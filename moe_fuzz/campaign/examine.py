@@ -17,8 +17,8 @@ from moe_fuzz.campaign.locate import is_memory_fault, locate
 from moe_fuzz.campaign.minimize import Minimized, Reducer
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
-from moe_fuzz.verdict import HANG, Verdict, Violation
 from moe_fuzz.options import RunOptions
+from moe_fuzz.verdict import HANG, Verdict, Violation
 
 _PACKAGES = ("torch", "triton", "numpy", "vllm", "sglang", "flashinfer-python")
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
-from moe_fuzz.verdict import Verdict
 from moe_fuzz.options import RunOptions
+from moe_fuzz.verdict import Verdict
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

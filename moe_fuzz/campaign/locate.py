@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from moe_fuzz.campaign.confirm import Key, matching, rerun
 from moe_fuzz.campaign.interfaces import Cases, Pool
-from moe_fuzz.verdict import Verdict, Violation
 from moe_fuzz.options import FenceOptions, RunOptions
+from moe_fuzz.verdict import Verdict, Violation
 
 MEMORY_FAULTS = ("SIGSEGV", "SIGBUS")
 OWN = "own"  # memory that the target allocated itself

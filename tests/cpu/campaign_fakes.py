@@ -18,8 +18,8 @@ from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
 from moe_fuzz.labels import Labels
-from moe_fuzz.verdict import CRASH, PASS, VIOLATION, Verdict, Violation
 from moe_fuzz.options import FenceOptions, RunOptions
+from moe_fuzz.verdict import CRASH, PASS, VIOLATION, Verdict, Violation
 
 Judge = Callable[[Case, Cases, RunOptions], Verdict]  # (case, what this process ran before, options)
 TARGET = "toy@fake"
