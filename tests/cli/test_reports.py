@@ -52,6 +52,7 @@ def test_terminal_never_breaks_a_replay_line(finding: Finding) -> None:
         events.CampaignFinished(summary),
     ):
         terminal.handle(event)
+        terminal._live.refresh()  # else what is shown for a moment depends on the refreshing thread's luck
     terminal.close()
     shown = screen.getvalue()
     assert f"    moe-fuzz replay {finding.case.inline()}\n" in shown
