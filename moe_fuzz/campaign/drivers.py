@@ -15,8 +15,8 @@ from moe_fuzz.campaign.plan import ROUND, Unit
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import MoeFuzzError
+from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import PASS, Verdict
-from moe_fuzz.worker.protocol import RunOptions
 
 MIN_EXAMPLES = 16  # Hypothesis begins to climb on the score half-way through its examples
 CASES_A_ROUND = 8  # about what a round holds: how many examples a shard's budget makes

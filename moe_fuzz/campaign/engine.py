@@ -30,7 +30,6 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.verdict import Verdict
-from moe_fuzz.worker.protocol import RunOptions
 
 PROGRESS_EVERY = 0.25  # seconds
 POLL = 0.1  # seconds
@@ -53,9 +52,7 @@ class Campaign:
         self._listener = emit
         self._sources = sources or own_sources()
         self._render = render_repro
-        self._options = RunOptions(
-            checks=settings.checks, deadline=settings.deadline, first_deadline=settings.first_deadline
-        )
+        self._options = settings.options()
         self._lock = threading.RLock()
         self._emitting = threading.RLock()
         self._stop = threading.Event()

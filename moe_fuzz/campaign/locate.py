@@ -12,8 +12,9 @@ from dataclasses import replace
 
 from moe_fuzz.campaign.confirm import Key, matching, rerun
 from moe_fuzz.campaign.interfaces import Cases, Pool
+from moe_fuzz.case import Case
+from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.verdict import Verdict, Violation
-from moe_fuzz.worker.protocol import FenceOptions, RunOptions
 
 MEMORY_FAULTS = ("SIGSEGV", "SIGBUS")
 OWN = "own"  # memory that the target allocated itself
@@ -42,19 +43,23 @@ def locate(
     nothing = FenceOptions(hard=(), sides="both", access="any", readonly=False, own=False)
     if crashes(nothing):
         return crash
-    candidates = {name: replace(nothing, hard=(name,)) for name in tensors} | {OWN: replace(nothing, own=True)}
+    there = {name: role for name, role in tensors.items() if _is_there(cases[-1], name)}
+    candidates = {name: replace(nothing, hard=(name,)) for name in there} | {OWN: replace(nothing, own=True)}
     for name, fence in candidates.items():
         if crashes(fence):
             side = next((side for side in ("right", "left") if crashes(replace(fence, sides=side))), "both")
             writes = crashes(replace(fence, access="write"))
             return _located(crash, name, side, "write" if writes else "read")
-    inputs = [name for name, role in tensors.items() if role == "input"]
-    written = [name for name in inputs if crashes(replace(nothing, hard=(name,), readonly=True))]
-    if len(written) == 1:
-        return _located(crash, written[0], "inside", "write")
-    if written:  # the read-only switch is one for all inputs here: which of them was written to cannot be told
-        return _located(crash, "inputs", "inside", "write")
+    if crashes(replace(nothing, readonly=True)):
+        # The switch is one for all inputs: which of several was written to cannot be told.
+        inputs = [name for name, role in there.items() if role == "input"]
+        return _located(crash, inputs[0] if len(inputs) == 1 else "inputs", "inside", "write")
     return crash
+
+
+def _is_there(case: Case, tensor: str) -> bool:
+    """An optional tensor bears the name of the flag of the config that asks for it."""
+    return case.config.get(tensor, True) is not False
 
 
 def _located(crash: Violation, tensor: str, side: str, access: str) -> Violation:

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from moe_fuzz.campaign import events
+from moe_fuzz.campaign import engine, events
 from moe_fuzz.campaign.findings import load_findings
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
@@ -280,33 +280,19 @@ def _run_interrupted(made):
         return None
 
 
-def test_ctrl_c_in_the_main_thread_gives_a_summary_and_130(tmp_path):
+def test_ctrl_c_in_the_main_thread_gives_a_summary_and_130(tmp_path, monkeypatch):
     listener = Listener()
     made = campaign(tmp_path, when(nan_on_odd), listener, cases=100_000)
 
-    def work(seconds):
-        if len(made.pool.leased) > 100:
-            raise KeyboardInterrupt
-        return False
-
-    real = made._describe
-
-    def describe():
-        real()
-
-    made._describe = describe
-    made._after_triage = None
-    import moe_fuzz.campaign.engine as engine
 
     class Interrupting(engine.Triage):
         def work(self, seconds):
-            return work(seconds)
+            if len(made.pool.leased) > 100:
+                raise KeyboardInterrupt
+            return False
 
-    original, engine.Triage = engine.Triage, Interrupting
-    try:
-        summary = made.run()
-    finally:
-        engine.Triage = original
+    monkeypatch.setattr(engine, "Triage", Interrupting)
+    summary = made.run()
     assert (summary.exit_code, summary.interrupted) == (130, True)
     assert listener.of(events.CampaignFinished)[0].summary == summary
     assert summary.unexamined == len(list((tmp_path / "pending").iterdir()))
