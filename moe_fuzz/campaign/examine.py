@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import TRIES, Confirmation, Key, confirm, holds, matching, rerun
-from moe_fuzz.campaign.finding import Finding, fingerprint, needed_features, place
+from moe_fuzz.campaign.finding import Finding, features_of, fingerprint, needed_features, place
 from moe_fuzz.campaign.interfaces import Cases, Pool, Space
 from moe_fuzz.campaign.locate import is_memory_fault, locate
 from moe_fuzz.campaign.minimize import Minimized, Reducer
@@ -101,6 +101,7 @@ class Examiner:
             verdict=verdict,
             raw=bad.key,
             features=features,
+            scope=tuple(sorted(features_of(self.space, bad.case).intersection(features))),
             site=site,
             sequence=minimized.before,
             reproduces=confirmed.reproduces,
