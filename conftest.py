@@ -28,11 +28,12 @@ import pytest
 import moe_fuzz
 
 ROOT = Path(__file__).resolve().parent
+DEVICES = Path("/dev")
 
 
 def gpu_count() -> int:
     """How many NVIDIA GPUs this process may use: the device files it can see, limited by CUDA_VISIBLE_DEVICES."""
-    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    present = len(list(DEVICES.glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not present:
         return present

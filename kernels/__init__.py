@@ -1,0 +1,1 @@
+"""Triton kernels, one module a family. The contract of each is the docstring of its namesake in `reference/`."""

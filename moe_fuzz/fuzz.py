@@ -61,7 +61,6 @@ def fuzz(
     def decorate(factory: Callable[[], Any]) -> Callable[..., None]:
         @functools.wraps(factory)
         def test(*_self: object, **_fixtures: object) -> None:
-            __tracebackhide__ = True
             try:
                 target = target_name(op, factory)
                 with _state_folder(target) as folder:
@@ -222,7 +221,6 @@ def close() -> None:
 
 
 def _judge(target: str, folder: Path, summary: Summary) -> None:
-    __tracebackhide__ = True
     if summary.interrupted:
         raise KeyboardInterrupt
     findings = (*summary.new, *summary.known)  # a finding that an earlier run kept is no reason to pass
@@ -245,9 +243,8 @@ def _replay(finding: Finding, folder: Path) -> str:
 
 def _fail(message: str, replays: Sequence[str] = ()) -> NoReturn:
     """Fails the running test. The replay lines travel with the exception to the plugin, which lists them at the end."""
-    __tracebackhide__ = True
     import pytest
 
     failure = pytest.fail.Exception(message, pytrace=False)
     failure.moe_fuzz_replays = tuple(replays)  # type: ignore[attr-defined]
-    raise failure
+    raise failure from None

@@ -30,7 +30,8 @@ def configs(draw: st.DrawFn, space: Space, info: TargetInfo) -> dict[str, Scalar
     if shape < 2:
         allowed = {axis.name: axis.values for axis in axes}
         preset = space.presets[draw(st.sampled_from(sorted(space.presets)))]
-        config |= {name: value for name, value in preset.items() if value in allowed[name]}
+        whole = draw(st.booleans())  # or its sizes alone: a branch for one shape may be wrong in one flag only
+        config |= {n: v for n, v in preset.items() if v in allowed[n] and (whole or n in space.sizes)}
     elif shape == 2:  # every expert is taken
         small = [e for e in next(a for a in axes if a.name == "experts").values if int(e) <= 32]
         if small:

@@ -40,7 +40,7 @@ def locate(
         with_fence = replace(options, fence=fence)
         return any(matching(rerun(pool, cases, target, with_fence), key) is not None for _ in range(tries))
 
-    nothing = FenceOptions(hard=(), sides="both", access="any", readonly=False, own=False)
+    nothing = FenceOptions(hard=(), sides="both", access="any", readonly=(), own=False)
     if crashes(nothing):
         return crash
     there = {name: role for name, role in tensors.items() if _is_there(cases[-1], name)}
@@ -50,11 +50,9 @@ def locate(
             side = next((side for side in ("right", "left") if crashes(replace(fence, sides=side))), "both")
             writes = crashes(replace(fence, access="write"))
             return _located(crash, name, side, "write" if writes else "read")
-    if crashes(replace(nothing, readonly=True)):
-        # The switch is one for all inputs: which of several was written to cannot be told.
-        inputs = [name for name, role in there.items() if role == "input"]
-        return _located(crash, inputs[0] if len(inputs) == 1 else "inputs", "inside", "write")
-    return crash
+    inputs = [name for name, role in there.items() if role == "input"]
+    written = next((name for name in inputs if crashes(replace(nothing, readonly=(name,)))), None)
+    return _located(crash, written, "inside", "write") if written else crash
 
 
 def _is_there(case: Case, tensor: str) -> bool:
@@ -63,9 +61,9 @@ def _is_there(case: Case, tensor: str) -> bool:
 
 
 def _located(crash: Violation, tensor: str, side: str, access: str) -> Violation:
-    name = {OWN: "memory that the target allocated itself", "inputs": "one of its inputs"}.get(tensor, tensor)
+    name = "memory that the target allocated itself" if tensor == OWN else tensor
     if side == "inside":
-        message = f"writes into {name}, an input" if tensor != "inputs" else f"writes into {name}"
+        message = f"writes into {name}, an input"
     else:
         edge = f"the {side} edge" if side != "both" else "an edge"
         message = f"{access}s past {edge} of {name}"

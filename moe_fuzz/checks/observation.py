@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,7 +12,7 @@ import torch
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.fence import unwritten
-from moe_fuzz.ops.routing.inputs import Inputs
+from moe_fuzz.ops.routing.inputs import Inputs, benign_rows
 from moe_fuzz.reference.routing import defined_rows, softmax_scores
 
 U = 2.0**-24  # unit roundoff of float32
@@ -98,8 +99,8 @@ class RoutingObservation:
     def error(self) -> torch.Tensor:
         """δ [T, E]: how far a float32 softmax score may be from the float64 one (docs/numerics.md)."""
         x = self.logits.double()
-        distance = (x - x.amax(dim=1, keepdim=True)).abs() if self.experts else x
-        relative = (2 * distance + self.experts + 8) * U
+        distance = (x - x.amax(dim=1, keepdim=True)).abs()
+        relative = (2 * distance + self.experts + 2 * math.log(self.experts) + 16) * U
         scaled = torch.where(self.scores > 0, self.scores * relative, torch.zeros_like(relative))
         return torch.nan_to_num(scaled, nan=torch.inf) + 2.0**-126
 
@@ -113,6 +114,17 @@ class RoutingObservation:
     def defined(self) -> torch.Tensor:
         """bool [T]: not flagged, and the reference of the scores is finite."""
         return defined_rows(self.logits, self.bias, self.top_k) & ~self.flagged
+
+    @cached_property
+    def healed(self) -> tuple[Inputs, Outputs]:
+        """The same call with ordinary logits in all rows that are not defined; the call itself where there are none."""
+        positions = (~self.defined).nonzero().flatten()
+        if not len(positions):
+            return self.inputs, self.outputs
+        logits = self.logits.clone()
+        logits[positions] = benign_rows(self.case, self.step_index, positions.tolist())
+        inputs = self.inputs.replace(logits=logits)
+        return inputs, self.call(inputs)
 
     # ---- outputs ----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.execute.call import TargetError
+from moe_fuzz.execute.interpreter import patch_language_once
 from moe_fuzz.execute.routing import RoutingStep
 from moe_fuzz.fence import open_arena
 from moe_fuzz.ops import get_space
@@ -25,6 +26,8 @@ class Runner:
     def __init__(self, device: str) -> None:
         self.device = device
         self._targets: dict[str, Target] = {}
+        if device == "cpu":
+            patch_language_once()
         torch.set_num_threads(1)  # a worker is one core's work; the pool decides how many there are
 
     def describe(self, target: str) -> TargetInfo:

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from moe_fuzz.errors import UsageError
-from moe_fuzz.fence.options import FenceOptions
+from moe_fuzz.options import FenceOptions
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ class Arena(ABC):
 
     @abstractmethod
     def protect(self) -> None:
-        """Makes the inputs read-only until `unprotect`, unless `options.readonly` is off."""
+        """Makes the inputs read-only until `unprotect`, those that `options.readonly` names."""
 
     @abstractmethod
     def unprotect(self) -> None:

@@ -19,7 +19,7 @@ from moe_fuzz.errors import UsageError
 from moe_fuzz.fence import ROLES, Arena, FenceOptions, canary
 from moe_fuzz.fence.layout import Layout, contiguous, place
 from moe_fuzz.fence.mapping import NONE, PAGE, READ, SOFT, WRITE, Pool, protect
-from moe_fuzz.fence.own import OwnMemory
+from moe_fuzz.fence.own import own_memory
 from moe_fuzz.verdict import Violation
 
 OWN_ALIGNMENT = 16  # bytes, of memory that the target allocates itself
@@ -130,7 +130,7 @@ class CpuArena(Arena):
         return tensor
 
     def protect(self) -> None:
-        if self.options.readonly and not self._protected:
+        if not self._protected:
             self._protect_inputs(READ)
             self._protected = True
 
@@ -151,7 +151,7 @@ class CpuArena(Arena):
         return found
 
     def own(self) -> AbstractContextManager[object]:
-        return OwnMemory(self._own) if self.options.own and not self._closed else nullcontext()
+        return own_memory(self._own) if self.options.own and not self._closed else nullcontext()
 
     def close(self) -> None:
         if self._closed:
@@ -167,7 +167,7 @@ class CpuArena(Arena):
     def _protect_inputs(self, access: int) -> None:
         began = time.perf_counter()
         for placed in self._placed:
-            if placed.role == "input":
+            if placed.role == "input" and self.options.is_readonly(placed.name):
                 placed.protect(access)
         self.seconds += time.perf_counter() - began
 

@@ -8,11 +8,15 @@ whatever is not a plain strided tensor on the CPU, keep the memory they have.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+#: Gives poisoned memory with the geometry of a tensor, or None where there is none to give.
+Fence = Callable[[torch.Tensor], torch.Tensor | None]
 
 _aten = torch.ops.aten
 
@@ -33,12 +37,18 @@ _INITIALIZED = _overloads(
 _RESIZE = frozenset((_aten.resize_.default, _aten.resize_as_.default))
 
 
-class OwnMemory(TorchDispatchMode):
-    """`fence` gives memory with the geometry of a tensor, or None where there is none to give."""
-
-    def __init__(self, fence: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+class _OwnMemory(TorchDispatchMode):
+    def __init__(self, fence: Fence) -> None:
         super().__init__()
         self._fence = fence
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # else `torch.compile` would quietly run a compiled target eagerly
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports Dynamo at the first operation: a second, and 800 modules, in every worker
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -53,6 +63,24 @@ class OwnMemory(TorchDispatchMode):
         if fenced is None:
             return result
         return fenced.copy_(result) if initialized else fenced
+
+
+class _OwnMemoryBesideDynamo(_OwnMemory):
+    """Keeps Dynamo, once the target has loaded it, from compiling the fence."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def own_memory(fence: Fence) -> TorchDispatchMode:
+    """The mode that takes this thread's memory from `fence`."""
+    return (_OwnMemoryBesideDynamo if "torch._dynamo" in sys.modules else _OwnMemory)(fence)
 
 
 def _movable(result: Any) -> bool:

@@ -37,6 +37,7 @@ class Space(Protocol):
     faults: Mapping[str, str]  # name -> one line
     places: tuple[FaultPlace, ...]
     tensors: Mapping[str, str]  # name -> "input" | "output"
+    sizes: tuple[str, ...]  # the config fields that are sizes
     presets: Mapping[str, Mapping[str, Scalar]]  # model -> the part of a config it fixes
 
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:

@@ -18,7 +18,7 @@ import torch
 
 from moe_fuzz.contract import DECLARATION, PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.errors import EnvironmentProblem, UsageError
-from moe_fuzz.planted.catalog import PLANTED
+from moe_fuzz.planted.catalog import get_planted
 from moe_fuzz.targets import registry
 
 #: argument of the op -> the spellings in which implementations take it
@@ -51,11 +51,13 @@ def bind(name: str) -> Target:
     location = registry.locate(name)
     function, origin = _load(location)
     promise = getattr(function, DECLARATION, {})
-    planted = next((bug for bug in PLANTED if source == f"planted.{bug.name}"), None)
+    planted = get_planted(source.removeprefix("planted.")) if source.startswith("planted.") else None
     if planted:
-        promise = {"contract": Contract(**planted.contract), "clauses": {"*": planted.upstream}}
-        if planted.capabilities:
-            promise["capabilities"] = Capabilities(**planted.capabilities)
+        promise = {
+            "contract": Contract(**planted.contract),
+            "capabilities": Capabilities(**planted.capabilities),
+            "clauses": {"*": f"planted: the bug of {planted.upstream}"},
+        }
     keywords, capabilities, contract = _read_signature(function, promise)
     provider = source.partition(".")[0] if ":" not in source else "user"
     info = TargetInfo(name, op, provider, origin, contract, capabilities, promise.get("clauses") or {})

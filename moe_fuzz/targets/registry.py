@@ -49,7 +49,7 @@ def known(planted: bool = False) -> tuple[KnownTarget, ...]:
     found = dict(_OWN)
     found |= {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS) if "@" in entry.name}
     if planted:
-        found |= {f"{bug.op}@planted.{bug.name}": f"{bug.module}:{bug.function}" for bug in PLANTED}
+        found |= {bug.target: f"moe_fuzz.planted.{bug.module}:{bug.function}" for bug in PLANTED}
     return tuple(KnownTarget(name, location) for name, location in sorted(found.items()))
 
 

@@ -98,10 +98,22 @@ def test_tensor_side_and_access_are_named(tensor, side, access):
 
 def test_a_write_into_an_input():
     def judge(case, history, options):
-        return crash() if options.fence.readonly else GOOD
+        return crash() if options.fence.is_readonly("bias") and case.config["bias"] else GOOD
 
-    assert located(judge, toy(bias=False)).symptom == "logits:inside:write"
-    assert located(judge, toy(bias=True)).symptom == "inputs:inside:write"
+    found = located(judge, toy(bias=True))
+    assert (found.symptom, found.tensor) == ("bias:inside:write", "bias")
+    assert found.message == "writes into bias, an input"
+
+
+def test_a_tensor_that_the_case_has_not_is_not_asked_about():
+    asked = []
+
+    def judge(case, history, options):
+        asked.extend(options.fence.hard or ())
+        return GOOD
+
+    located(judge, toy(bias=False))
+    assert asked == ["logits", "ids"]
 
 
 def test_a_wild_access_stays_a_crash():

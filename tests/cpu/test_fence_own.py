@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -143,3 +145,29 @@ def test_off_by_option_and_after_the_block() -> None:
         with arena.own():
             assert is_fenced(torch.empty(3))
         assert not is_fenced(torch.empty(3))
+
+
+def test_dynamo_is_not_loaded_for_it() -> None:
+    program = """if True:
+        import sys, torch
+        from moe_fuzz.fence import open_arena, unwritten
+        with open_arena("cpu") as arena, arena.own():
+            assert unwritten(torch.empty(3)).all()
+        sys.exit("torch._dynamo" in sys.modules)"""
+    assert subprocess.run([sys.executable, "-P", "-c", program], check=False).returncode == 0
+
+
+def test_a_compiled_target_runs_compiled() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: x.clone() + 1, backend=backend)
+    x = torch.rand(5)
+    for _ in range(2):  # the first call loads Dynamo under the mode
+        with open_arena("cpu") as arena, arena.own():
+            assert torch.equal(compiled(x), x + 1)
+            assert is_fenced(torch.empty(3))
+    assert len(graphs) == 1

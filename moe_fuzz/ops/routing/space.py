@@ -73,6 +73,7 @@ class RoutingSpace:
     faults = text.FAULTS
     places = _PLACES
     presets = PRESETS
+    sizes = ("experts", "top_k")
 
     @cached_property
     def tensors(self) -> Mapping[str, str]:
@@ -215,9 +216,9 @@ class RoutingSpace:
 
 
 def _cpu_seconds(tokens: int, experts: int, top_k: int) -> float:
-    """An interpreted case with its reruns, roughly: a program's overhead, and numpy over the block for each slot."""
-    padded = 1 << (experts - 1).bit_length() if experts > 1 else 1
-    return 0.012 + 2e-9 * tokens * padded * (20 + 24 * top_k)
+    """An interpreted case with its reruns, fitted to measurements: launches, then numpy over the block for each slot."""
+    padded = 1 << (experts - 1).bit_length()
+    return 0.04 + 4e-4 * top_k + tokens * padded * (4e-7 + 7e-8 * top_k)
 
 
 def _parts(labels: Labels) -> Iterator[Labels]:

@@ -1,0 +1,156 @@
+"""The proof that the checks can fire: a small campaign on each planted bug, until the check that must catch it does.
+
+Nothing is read from disk and nothing is kept: the cases are a function of the op and the seed, so two self-tests of one
+version find the same bugs in the same cases.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from moe_fuzz import strategies
+from moe_fuzz.campaign.drive import derive_seed, drive
+from moe_fuzz.campaign.interfaces import Pool
+from moe_fuzz.campaign.locate import is_memory_fault, locate
+from moe_fuzz.case import Case
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.ops import get_space
+from moe_fuzz.options import FenceOptions, RunOptions
+from moe_fuzz.verdict import REJECTED, Verdict
+
+BATCH = 16  # cases handed to a worker at once: few, because a bug found ends the batch's use
+_ROUNDS = 50  # rounds drawn at once
+FENCE = "fence"  # the check that is no code: the worker dies in a fence, and the parent says which
+_NO_FENCE = FenceOptions(hard=(), readonly=False, own=False)
+
+
+class Planted(Protocol):
+    """What is read of a planted bug; they are declared in moe_fuzz.planted.catalog."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def op(self) -> str: ...
+    @property
+    def check(self) -> str: ...
+    @property
+    def upstream(self) -> str: ...
+    @property
+    def only(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one planted bug."""
+
+    name: str
+    target: str
+    check: str  # the check that must catch it
+    upstream: str
+    found: bool
+    cases: int
+    seconds: float
+    inline: str = ""  # the case that found it
+    message: str = ""  # what the check said of it
+    others: tuple[str, ...] = ()  # checks that fired too, before or with the expected one
+    silent: bool | None = None  # with `alone`: no other check fires on the same cases. None: not asked
+    seen: int = 0  # cases the target took; a bug cannot be found by cases that are all rejected
+
+    @property
+    def passed(self) -> bool:
+        return self.found and self.silent is not False
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "others": list(self.others), "passed": self.passed}
+
+
+def run_planted(
+    planted: Planted,
+    pool: Pool,
+    seed: int,
+    max_cases: int,
+    max_seconds: float,
+    checks: tuple[str, ...] | None = None,
+    device: str = "cpu",
+) -> Outcome:
+    """Runs cases on the planted bug until its check fires, or the budget is spent. `checks`: those on; None: all."""
+    target = target_of(planted)
+    start = time.monotonic()
+    cases = itertools.islice(draw(planted.op, pool.describe(target), device, seed), max_cases)
+    outcome = Outcome(planted.name, target, planted.check, planted.upstream, False, 0, 0.0)
+    options = _options(checks)
+    for case, verdict in _verdicts(cases, target, pool, options, start + max_seconds):
+        violations = verdict.violations
+        if planted.check == FENCE and is_memory_fault(verdict.key):
+            tensors = get_space(case.op).tensors
+            violations = (locate(pool, (case,), target, options, verdict, verdict.key, tensors), *violations[1:])
+        fired = {violation.check for violation in violations}
+        caught = next((violation for violation in violations if violation.check == planted.check), None)
+        outcome = replace(
+            outcome,
+            cases=outcome.cases + 1,
+            seen=outcome.seen + (verdict.kind != REJECTED),
+            others=tuple(sorted({*outcome.others, *fired} - {planted.check})),
+            found=caught is not None,
+        )
+        if caught is not None:
+            outcome = replace(outcome, inline=replace(case, target=target).inline(), message=caught.message)
+            break
+    return replace(outcome, seconds=time.monotonic() - start)
+
+
+def run_alone(
+    planted: Planted, pool: Pool, seed: int, max_cases: int, max_seconds: float, device: str = "cpu"
+) -> Outcome:  # fmt: skip
+    """Proves that only its check finds the bug: found with that check alone, and silence from all others together on
+    as many cases."""
+    every = tuple(get_space(planted.op).checks)
+    outcome = run_planted(planted, pool, seed, max_cases, max_seconds, (planted.check,), device)
+    rest = tuple(check for check in every if check != planted.check)
+    start = time.monotonic()
+    cases = itertools.islice(draw(planted.op, pool.describe(outcome.target), device, seed), outcome.cases)
+    fired: set[str] = set()
+    ran = 0
+    for _, verdict in _verdicts(cases, outcome.target, pool, _options(rest), start + max_seconds):
+        ran += 1
+        fired |= {violation.check for violation in verdict.violations}
+    silent = not fired and ran == outcome.cases  # cut short by time, the silence proves nothing
+    seconds = outcome.seconds + time.monotonic() - start
+    return replace(outcome, others=tuple(sorted(fired)), silent=silent, seconds=seconds)
+
+
+def target_of(planted: Planted) -> str:
+    return f"{planted.op}@planted.{planted.name}"
+
+
+def draw(op: str, info: TargetInfo, device: str, start: int) -> Iterator[Case]:
+    """The grid, then generated rounds without end: the same list for the same arguments."""
+    space = get_space(op)
+    yield from strategies.grid(space, info, device, start)
+    for part in itertools.count():
+        drawn: list[tuple[Case, ...]] = []
+        drive(strategies.rounds(space, info, device), derive_seed(start, info.name, part), _ROUNDS, drawn.append)
+        for cases in drawn:
+            yield from cases
+
+
+def _options(checks: tuple[str, ...] | None) -> RunOptions:
+    """These checks and no other: the fences stand only where they are asked for."""
+    return RunOptions(checks=checks) if checks is None or FENCE in checks else RunOptions(checks, _NO_FENCE)
+
+
+def _verdicts(
+    cases: Iterator[Case], target: str, pool: Pool, options: RunOptions, until: float
+) -> Iterator[tuple[Case, Verdict]]:
+    """Runs batches until the cases or the time are spent; verdicts in the order of the cases."""
+    while time.monotonic() < until:
+        batch: Sequence[Case] = tuple(itertools.islice(cases, BATCH))
+        if not batch:
+            return
+        with pool.lease() as worker:
+            verdicts = worker.run(batch, target, options)
+        yield from zip(batch, verdicts, strict=True)

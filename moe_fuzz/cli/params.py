@@ -1,0 +1,106 @@
+"""The types of option values, and the options that several commands share. Each option names its variable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from moe_fuzz import config
+
+F = TypeVar("F", bound=Callable[..., Any])
+MAX_WORKERS = 1024
+
+
+class _Parsed(click.ParamType):
+    """A value read by one of the configuration's own parsers, so that flag, variable and file speak one language."""
+
+    def __init__(self, name: str, parse: Callable[[Any], Any], done: type | tuple[type, ...]) -> None:
+        self.name = name
+        self._parse = parse
+        self._done = done
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, self._done):
+            return value
+        try:
+            return self._parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    items = value.split(",") if isinstance(value, str) else list(value)
+    names = tuple(item.strip() for item in items if item.strip())
+    if not names:
+        raise ValueError("names nothing: write names with commas in between")
+    return names
+
+
+DURATION = _Parsed("duration", config.parse_duration, float)
+SIZE = _Parsed("size", config.parse_size, int)
+REPORT = _Parsed("kind=path", config.parse_report, ())
+NAMES = _Parsed("name,name…", _words, ())
+
+
+def option(key: str, *flags: str, **settings: Any) -> Callable[[F], F]:
+    """A click option for a key of the configuration, with its variable."""
+    settings.setdefault("envvar", config.env_name(key))
+    return click.option(*flags, show_envvar=True, **settings)
+
+
+state_dir = option(
+    "state-dir",
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=config.DEFAULT_STATE_DIR,
+    show_default=True,
+    help="Where findings, corpus and statistics are kept.",
+)
+device = option(
+    "device",
+    "--device",
+    type=click.Choice(config.DEVICES),
+    default="auto",
+    show_default=True,
+    help="auto: cuda where there is a GPU, else Triton's interpreter on the CPU.",
+)
+workers = option(
+    "workers",
+    "--workers",
+    type=click.IntRange(1, MAX_WORKERS),
+    metavar="N",
+    help="Worker processes. [default: one a GPU, or one a core]",
+)
+deadline = option(
+    "deadline",
+    "--deadline",
+    type=DURATION,
+    default=10.0,
+    metavar="SECONDS",
+    show_default=True,
+    help="After this long a case counts as a hang.",
+)
+memory = option("memory", "--memory", type=SIZE, metavar="SIZE", help="Memory limit of a worker, e.g. 8GiB.")
+target_op = click.option("--op", metavar="OP", help="The op of a file.py:function or package.module:function target.")
+
+
+def pick_device(wanted: str) -> str:
+    """`cpu` or `cuda`, for `auto` by what the machine has."""
+    from moe_fuzz.cli.machine import gpus
+
+    if wanted != "auto":
+        return wanted
+    return "cuda" if gpus() else "cpu"
+
+
+def pick_workers(wanted: int | None, device: str) -> int:
+    """How many workers: as asked, else one a GPU, or one a core that this process may use."""
+    from moe_fuzz.cli.machine import gpus
+
+    if wanted is not None:
+        return wanted
+    return max(1, len(gpus())) if device == "cuda" else max(1, len(os.sched_getaffinity(0)))

@@ -1,0 +1,176 @@
+"""`moe-fuzz run`: a campaign."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from moe_fuzz import config, report
+from moe_fuzz.campaign.engine import Campaign
+from moe_fuzz.campaign.events import Summary, TargetUnavailable
+from moe_fuzz.campaign.plan import Settings
+from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.cli import params
+from moe_fuzz.errors import EXIT_CLEAN, EnvironmentProblem, UsageError
+from moe_fuzz.ops import get_space
+from moe_fuzz.report.plain import Plain
+from moe_fuzz.report.terminal import Terminal
+from moe_fuzz.targets import registry
+from moe_fuzz.worker.pool import Pool
+
+_PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in config.PROFILES.values())
+
+
+@click.command(short_help="Run a campaign: generate cases, confirm and minimize what fails.")
+@click.argument("targets", nargs=-1, metavar="[TARGET]...", envvar="MOE_FUZZ_TARGETS")
+@params.option("time", "--time", type=params.DURATION, metavar="SECONDS", help="How long, e.g. 90, 2m, 1h30m.")
+@params.option("cases", "--cases", type=click.IntRange(1), metavar="N", help="How many cases; with --time, at most.")
+@params.option("seed", "--seed", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Same seed, same plan.")
+@params.option(
+    "profile",
+    "--profile",
+    type=click.Choice(tuple(config.PROFILES)),
+    default="default",
+    show_default=True,
+    help=f"A budget by name: {_PROFILES}.",
+)
+@params.target_op
+@params.option("checks", "--checks", type=params.NAMES, metavar="NAME,…", help="These checks only. [default: all]")
+@params.option(
+    "minimize-time",
+    "--minimize-time",
+    type=params.DURATION,
+    metavar="SECONDS",
+    help="For making one finding smaller. [default: the profile's]",
+)
+@params.option(
+    "report",
+    "--report",
+    "reports",
+    type=params.REPORT,
+    multiple=True,
+    metavar="KIND=PATH",
+    help="Also write a report, e.g. ndjson=events.ndjson. May be given several times.",
+)
+@params.workers
+@params.device
+@params.deadline
+@params.memory
+@params.state_dir
+@click.pass_context
+def command(
+    ctx: click.Context,
+    targets: tuple[str, ...],
+    time: float | None,
+    cases: int | None,
+    seed: int | None,
+    profile: str,
+    op: str | None,
+    checks: tuple[str, ...] | None,
+    minimize_time: float | None,
+    reports: tuple[tuple[str, Path], ...],
+    workers: int | None,
+    device: str,
+    deadline: float,
+    memory: int | None,
+    state_dir: Path,
+) -> None:
+    """Run a campaign on each TARGET; without one, on every target that this machine can run.
+
+    TARGET is op@provider (topk_softmax@torch), an op (every provider of it), a provider (every op of it),
+    package.module:function, or file.py:function with --op.
+
+    Each finding is confirmed in a fresh process, made small, and kept in the state directory with a line that
+    replays it anywhere.
+    """
+    chosen = config.PROFILES[profile]
+    names = expand(targets, op)
+    validate_checks(checks, names)
+    device = params.pick_device(device)
+    count = params.pick_workers(workers, device)
+    opened = {f"{kind}={path}": report.open_report(kind, path) for kind, path in reports}
+    broadcast = report.Broadcast({**opened, "on the screen": screen()}, lambda text: click.echo(text, err=True))
+    state = StateDir(state_dir)
+    try:
+        with state, Pool(workers=count, device=device, memory_limit=memory, log_dir=state_dir / "logs") as pool:
+            settings = Settings(
+                targets=names if targets else available(names, pool, broadcast),
+                cases=cases,
+                seconds=time if time is not None or cases is not None else chosen.seconds,
+                seed=seed,
+                checks=checks,
+                device=device,
+                workers=count,
+                deadline=deadline,
+                minimize_seconds=chosen.minimize_seconds if minimize_time is None else minimize_time,
+            )
+            summary = Campaign(settings, pool, state, broadcast).run()
+    finally:
+        broadcast.close()
+    if summary.exit_code == EXIT_CLEAN:
+        lost = [name for name in broadcast.failed if name in opened]
+        if lost:
+            raise EnvironmentProblem(f"nothing was found, but the report {lost[0]} could not be written to its end")
+        if time is None and cases is None:
+            check_floor(summary, chosen)
+    ctx.exit(summary.exit_code)
+
+
+def expand(targets: Sequence[str], op: str | None) -> tuple[str, ...]:
+    """Full names, each once, in the order asked for; all that are known where none is asked for."""
+    if not targets:
+        return tuple(target.name for target in registry.known() if op in (None, target.op))
+    return tuple(dict.fromkeys(name for text in targets for name in registry.resolve(text, op)))
+
+
+def validate_checks(checks: tuple[str, ...] | None, targets: Sequence[str]) -> None:
+    """Raises UsageError for a check that none of the targets' ops has."""
+    known = {check for name in targets for check in get_space(name.partition("@")[0]).checks}
+    for check in checks or ():
+        if check not in known:
+            meant = config.did_you_mean(check, known)
+            raise UsageError(f"there is no check {check!r}{meant}", f"the checks are {', '.join(sorted(known))}")
+
+
+def check_floor(summary: Summary, profile: config.Profile) -> None:
+    """Raises EnvironmentProblem if so little ran in the profile's time that its silence means nothing."""
+    if not summary.interrupted and summary.cases < profile.floor:
+        raise EnvironmentProblem(
+            f"only {summary.cases} cases ran, and the profile {profile.name} asks for {profile.floor}",
+            "a busy or slow machine? give more --time, or say with --cases how many are enough",
+        )
+
+
+def available(names: Sequence[str], pool: Pool, emit: report.Broadcast) -> tuple[str, ...]:
+    """Those that can run here. Nobody asked for the others by name, so that they cannot is told and no error."""
+
+    def able() -> Iterator[str]:
+        for name in names:
+            try:
+                pool.describe(name)
+            except EnvironmentProblem as error:
+                emit(TargetUnavailable(name, error.message, error.hint))
+            else:
+                yield name
+
+    found = tuple(able())
+    if not found:
+        raise EnvironmentProblem("no target can run on this machine", "`moe-fuzz doctor` says why not")
+    return found
+
+
+def screen() -> report.Report:
+    """The live screen on a terminal, plain lines elsewhere."""
+    from rich.console import Console
+
+    console = Console()
+    if sys.stdout.isatty() and not console.is_dumb_terminal:
+        return Terminal(console)
+    return Plain(_line)
+
+
+def _line(text: str) -> None:
+    print(text, flush=True)

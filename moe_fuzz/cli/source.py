@@ -1,0 +1,119 @@
+"""What a person means by CASE: a file, a finding's id, the inline form, or `-` for standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_fuzz.campaign.finding import Finding
+from moe_fuzz.campaign.findings import load_findings
+from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.case import INLINE_PREFIX, MAX_BYTES, Case, loads_sequence, read_text
+from moe_fuzz.config import did_you_mean
+from moe_fuzz.errors import CaseError, UsageError
+from moe_fuzz.ops import get_space
+
+CASE_HELP = (
+    "CASE is the inline form `mfz1:…` that every finding prints, a file (case.json or sequence.json), "
+    "a finding's id or the beginning of one, or `-` for standard input."
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The cases to run in one process, oldest first; the last one is the case that is meant."""
+
+    cases: tuple[Case, ...]
+    origin: str  # for a person: where they came from
+    finding: Finding | None = None
+
+    @property
+    def case(self) -> Case:
+        return self.cases[-1]
+
+    def target(self, asked: str | None) -> str:
+        """The target to run on: the one asked for, else the one the case names."""
+        from moe_fuzz.targets.registry import resolve
+
+        name = asked or self.case.target
+        if not name:
+            raise UsageError("the case names no target", f"say which: --target {self.case.op}@builtin")
+        targets = resolve(name, self.case.op)
+        if len(targets) != 1:
+            raise UsageError(f"{name!r} means {len(targets)} targets", f"name one of {', '.join(targets)}")
+        if targets[0].partition("@")[0] != self.case.op:
+            raise UsageError(f"the case is one of {self.case.op}, but {targets[0]} is another op's target")
+        return targets[0]
+
+
+def load(text: str, state_dir: Path) -> Source:
+    """Reads and validates what the person named. Raises UsageError; nothing is executed."""
+    if text.startswith(INLINE_PREFIX):
+        return Source(_cases(text), "the inline case")
+    if text == "-":
+        return Source(_cases(sys.stdin.read(MAX_BYTES * 64)), "standard input")
+    path = Path(text)
+    if not _exists(path):
+        return _by_id(text, state_dir)
+    return _folder(path) if path.is_dir() else Source(_cases(read_text(path)), str(path))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, or with a NUL: no file has it
+        return False
+
+
+def _by_id(text: str, state_dir: Path) -> Source:
+    findings = {finding.id: finding for finding in load_findings(StateDir(state_dir))}
+    found = [name for name in findings if name == text] or [name for name in findings if text and name.startswith(text)]
+    if len(found) > 1:
+        hint = f"write more of one: {', '.join(found[:5])}"
+        raise UsageError(f"{text!r} begins the ids of {len(found)} findings", hint)
+    if not found:
+        what = f"there is neither a file nor a finding {_short(text)!r}{did_you_mean(text, findings)}"
+        hint = f"`moe-fuzz findings` lists those in {state_dir}" if findings else f"no findings are in {state_dir}"
+        raise UsageError(what, f"{hint}; an inline case begins with {INLINE_PREFIX}")
+    finding = findings[found[0]]
+    cases = (*finding.sequence, finding.case)
+    _validate(cases)
+    return Source(cases, f"finding {finding.id}", finding)
+
+
+def _folder(path: Path) -> Source:
+    """A finding's folder, wherever it was copied to: its sequence if the failure needs one, else its case."""
+    sequence, case = path / "sequence.json", path / "case.json"
+    if not sequence.exists() and not case.exists():
+        raise UsageError(f"{path} holds neither a case.json nor a sequence.json", "name a case or a finding")
+    chosen = sequence if sequence.exists() else case
+    return Source(_cases(read_text(chosen)), str(chosen))
+
+
+def _cases(text: str) -> tuple[Case, ...]:
+    cases = loads_sequence(text) if _is_sequence(text) else (Case.loads(text),)
+    if not cases:
+        raise CaseError("cases", "the sequence is empty")
+    _validate(cases)
+    return cases
+
+
+def _validate(cases: tuple[Case, ...]) -> None:
+    for case in cases:
+        get_space(case.op).validate(case)
+    if len({case.op for case in cases}) > 1:
+        raise CaseError("cases", "a sequence holds cases of one op only")
+
+
+def _is_sequence(text: str) -> bool:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return False  # not a sequence; what it is instead, Case.loads says
+    return isinstance(data, dict) and "moe_fuzz_sequence" in data
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "…"

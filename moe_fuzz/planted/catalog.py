@@ -1,0 +1,115 @@
+"""The planted bugs, by name. Free of torch: the parent lists them, the worker loads them.
+
+The target of a planted bug is `topk_softmax@planted.NAME`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Planted:
+    """One planted bug. Its docstring tells the same story, for whoever reads the code."""
+
+    name: str  # also the name of the function
+    op: str
+    module: str  # beside this file
+    check: str  # the check that must find it; "crash", "hang" and "oom" for those that take their process
+    upstream: str  # the issue it stands for, as OWNER#NUMBER
+    story: str  # the flaw, and the input that shows it
+    symptom: str = ""  # the symptom of the finding, where it is one only
+    only: bool = False  # no other check can find it
+    contract: Mapping[str, Any] = field(default_factory=lambda: {"deterministic": True})
+    capabilities: Mapping[str, Any] = field(default_factory=dict)  # beyond what the signature tells
+
+    @property
+    def function(self) -> str:
+        return self.name
+
+    @property
+    def target(self) -> str:
+        return f"{self.op}@planted.{self.name}"
+
+
+def _router(name: str, module: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
+    return Planted(name, "topk_softmax", module, check, upstream, story, **more)
+
+
+PLANTED: tuple[Planted, ...] = (
+    # what a NaN does
+    _router("nan_argmax", "routing_nan", "ids", "vllm#39391", "on a row of NaN `>` is never true: expert 0, k times"),
+    _router("nan_sentinel", "routing_nan", "ids", "sglang#30079", "on a row with NaN `==` is never true: id E"),
+    _router("negative_nan_key", "routing_nan", "ids", "aiter#4530",
+            "NaN with a sign bit orders below the lanes past E: ids beyond E", only=True),
+    # memory
+    _router("reads_past_logits", "routing_memory", "fence", "vllm#40351",
+            "reads in vectors of four without a mask: past the last row where 4 does not divide E", only=True),
+    _router("writes_past_ids", "routing_memory", "fence", "flashinfer#3957",
+            "stores its last block of rows whole: past the ids where the block does not divide T",
+            capabilities={"out": True}),
+    _router("scratch_in_input", "routing_memory", "fence", "sglang#31870",
+            "masks the taken experts in the logits themselves", only=True),
+    _router("memset_rounded_up", "routing_memory", "canary", "flashinfer#3957",
+            "clears the outputs in steps of 16 bytes: into the slack behind them", only=True,
+            capabilities={"out": True}),
+    _router("id_left_unwritten", "routing_memory", "written", "flashinfer#3011",
+            "stores ids in pairs: the last one of an odd k stays as it was", only=True, capabilities={"out": True}),
+    _router("padding_weight_not_zeroed", "routing_memory", "padding", "vllm#46408",
+            "a padding row gets id -1 and keeps its weight", only=True,
+            contract={"deterministic": True, "padding": ("minus_one",)}),
+    # numerics
+    _router("renorm_zero_division", "routing_numerics", "finite", "sglang#31017",
+            "renormalizes 0/0 where a bias selects experts whose scores underflow", only=True),
+    _router("masked_with_zero", "routing_numerics", "ids", "sglang#3705",
+            "masks taken experts with 0: they win again over negative biased scores"),
+    _router("biased_weight", "routing_numerics", "weights", "vllm#34673", "takes the weight from the biased score"),
+    _router("branch_128_8", "routing_numerics", "weights", "vllm-metax#270",
+            "renormalizes for E = 128, k = 8 even if not asked to", only=True),
+    _router("padded_lanes_in_sum", "routing_numerics", "weights", "sglang#23874",
+            "lanes past E add exp(0 - max) to the sum, unless E is a power of two", only=True),
+    _router("tail_experts_dropped", "routing_numerics", "selection", "vllm#21079",
+            "searches E // 32 blocks of 32 experts: never the tail", only=True),
+    _router("bf16_scores", "routing_numerics", "selection", "flashinfer#3595", "ranks scores rounded to bfloat16"),
+    _router("reversed_ties", "routing_numerics", "ties", "sglang#31001",
+            "promises the lowest id of equal experts, takes the highest", only=True,
+            contract={"deterministic": True, "ties": "lowest_index_first"}),
+    _router("unsorted_slots", "routing_numerics", "order", "sglang#8125",
+            "does not sort its slots, which shows for k > 2 where k is not far below E", only=True,
+            contract={"deterministic": True, "ordered": True}),
+    _router("int64_ids", "routing_numerics", "structure", "sglang#29929",
+            "returns int64 ids, unless E is a power of two", only=True),
+    _router("weights_in_input_dtype", "routing_numerics", "structure", "flashinfer#3644",
+            "returns weights in the dtype of the logits"),
+    _router("zero_tokens_raises", "routing_numerics", "error", "sglang#22455", "divides by T = 0", only=True),
+    # state
+    _router("nan_tile_slow_path", "routing_state", "isolation", "vllm#37758",
+            "one NaN, and the 16 rows of its tile are computed by another arithmetic", only=True),
+    _router("small_batch_path", "routing_state", "batch_invariance", "aiter#2359",
+            "up to 16 tokens are computed by another arithmetic", only=True,
+            contract={"deterministic": True, "batch_invariant": True}),
+    _router("arrival_order", "routing_state", "determinism", "vllm#56887",
+            "adds partial sums in the order in which blocks arrive, for E > 8"),
+    _router("arrival_fill", "routing_state", "determinism", "sglang#30645",
+            "fills slots that no finite score claims in the order in which lanes arrive", only=True),
+    _router("stale_row_max", "routing_state", "weights", "vllm#49139",
+            "row maxima outlive the call: a huge row spoils what stands in its place later"),
+    # the process
+    _router("null_workspace", "routing_process", "crash", "flashinfer#3558", "clears a null workspace for k > 8",
+            symptom="SIGSEGV", only=True, capabilities={"devices": ("cpu",)}),
+    _router("aborts_on_one_token", "routing_process", "crash", "DeepEP#374", "aborts on T = 1",
+            symptom="SIGABRT", only=True),
+    _router("exits_on_launch_error", "routing_process", "crash", "aiter#2359",
+            "exits for T > 16, unless E is a power of two", symptom="exit:3", only=True),
+    _router("waits_for_a_tile", "routing_process", "hang", "flashinfer#4531",
+            "waits for a tile that nobody produces where E is odd", symptom="deadline", only=True),
+    _router("counts_below_zero", "routing_process", "oom", "flashinfer#4595",
+            "an unsigned count below zero: asks for 16 GiB where E < 8", only=True),
+)  # fmt: skip
+
+
+def get_planted(name: str) -> Planted | None:
+    """The planted bug of this name."""
+    return next((planted for planted in PLANTED if planted.name == name), None)

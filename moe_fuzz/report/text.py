@@ -1,0 +1,157 @@
+"""The words of a campaign, for whatever shows them to a person. No line is wrapped: a replay line must stay whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from moe_fuzz.campaign.events import CampaignStarted, FindingReported, Summary, TargetRow
+from moe_fuzz.campaign.finding import Finding
+from moe_fuzz.config import DEFAULT_STATE_DIR
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.verdict import CRASH, FLAKY, HANG, OOM, PASS, REJECTED, VIOLATION
+
+_MEANING = {
+    VIOLATION: "a check found a broken rule",
+    CRASH: "the worker died in it",
+    HANG: "the worker was killed at the deadline",
+    OOM: "there was not enough memory to run it",
+    REJECTED: "refused with a clear error, outside what the target says it takes",
+    FLAKY: "seen once, not again in fresh workers",
+}
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `42 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 case`, `1,204 cases`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def verdicts(counted: Mapping[str, int]) -> str:
+    """`1,190 pass · 4 violation`: passes first, then by number."""
+    ordered = sorted(counted.items(), key=lambda item: (item[0] != PASS, -item[1], item[0]))
+    return " · ".join(f"{number:,} {kind}" for kind, number in ordered if number) or "none yet"
+
+
+def header(event: CampaignStarted) -> list[str]:
+    budget = " or ".join(
+        part
+        for part in (
+            count(event.cases, "case") if event.cases is not None else "",
+            duration(event.seconds) if event.seconds is not None else "",
+        )
+        if part
+    )
+    where = "the CPU" if event.device == "cpu" else event.device
+    workers = f"{count(event.workers, 'worker')} on {where}"
+    lines = [f"moe-fuzz {event.version}: {budget or 'no limit'}, seed {event.seed}, {workers}"]
+    if event.resumed:
+        lines.append("going on with an interrupted campaign")
+    lines += [_target(info) for info in event.targets]
+    return lines + [f"note: {note}" for note in event.notes]
+
+
+def _target(info: TargetInfo) -> str:
+    return f"target {info.name}" + (f" from {info.origin}" if info.origin else "")
+
+
+def found(event: FindingReported) -> str:
+    """One line, at the moment of the finding."""
+    return f"{'FOUND' if event.status == 'new' else event.status} {event.finding.id}  {event.finding.title}"
+
+
+def finding(item: Finding, state_dir: str) -> list[str]:
+    """What was found, on which smallest input, of which class, and the line that shows it again."""
+    sequence = f", after {count(len(item.sequence), 'other case')} in the same process" if item.sequence else ""
+    flaws = "" if item.reproduces == "always" else f", reproduces {item.reproduces}"
+    return [
+        f"{item.id}  {item.title}  [{item.finding_class}{flaws}]",
+        f"  {item.message}",
+        f"  smallest input: {item.label}{sequence}" + (f"  ({item.site})" if item.site else ""),
+        f"  {replay(item, state_dir)}",
+    ]
+
+
+def replay(item: Finding, state_dir: str) -> str:
+    """The replay line; one that goes by id must say where the finding lies."""
+    elsewhere = item.sequence and Path(state_dir) != Path(DEFAULT_STATE_DIR)
+    return item.replay + (f" --state-dir {state_dir}" if elsewhere else "")
+
+
+def summary(result: Summary, state_dir: str) -> list[str]:
+    """The end of a campaign, to be understood by somebody who saw nothing else of it."""
+    lines = [_verdict(result), "", "tested"]
+    lines += [f"  {_row(row)}" for row in result.rows]
+    seen = [kind for kind in _MEANING if result.verdicts.get(kind)]
+    lines += [f"  {kind}: {_MEANING[kind]}" for kind in seen]
+    if result.new:
+        lines += ["", "new findings"]
+        for item in result.new:
+            lines += [f"  {line}" for line in finding(item, state_dir)]
+    if result.known:
+        lines += ["", "known before, and still there"]
+        for item in result.known:
+            lines += [f"  {item.id}  {item.title}", f"    {replay(item, state_dir)}"]
+    if result.fixed:
+        lines += ["", "known before, and gone: these cases do not fail any more"]
+        lines += [f"  {item.id}  {item.title}" for item in result.fixed]
+    lines += ["", *_rest(result, state_dir)]
+    return lines
+
+
+def _verdict(result: Summary) -> str:
+    ran = f"{count(result.cases, 'case')} in {duration(result.seconds)}"
+    if result.planned is not None and result.planned != result.cases:
+        ran = f"{result.cases:,} of {count(result.planned, 'planned case')} in {duration(result.seconds)}"
+    start = "interrupted after" if result.interrupted else "finished:"
+    if result.new:
+        return f"{start} {ran}, {count(len(result.new), 'new finding')}"
+    return f"{start} {ran}, no new finding"
+
+
+def _row(row: TargetRow) -> str:
+    if row.unavailable:
+        return f"{row.target}: not run, {row.unavailable}"
+    parts = [f"{row.target}: {count(row.cases, 'case')} ({verdicts(row.verdicts)})"]
+    if row.cases and not row.ran:
+        parts.append("every one of them was refused: nothing was tested")
+    if row.parity:
+        parts.append(f"on {row.parity:,} of them wrong outputs were proved to be rejected")
+    if row.budget:
+        parts.append(f"largest error {row.budget:.0%} of its bound")
+    return "; ".join(parts)
+
+
+def _rest(result: Summary, state_dir: str) -> list[str]:
+    lines = []
+    if not result.new and not result.known and any(row.ran for row in result.rows):
+        lines += [
+            "No case broke a rule. That is evidence for the cases that ran, and no proof:",
+            "a longer --time or another --seed tries others.",
+        ]
+    if result.flaky:
+        lines.append(f"{count(result.flaky, 'bad case')} not seen again in fresh workers (flaky), so not counted.")
+    if result.unexamined:
+        lines.append(
+            f"{count(result.unexamined, 'bad case')} not examined for want of time: the next run takes them up."
+        )
+    lines.append(f"seed {result.seed}; findings and corpus are in {state_dir}")
+    if result.new:
+        files = "report.md (an issue to file), case.json, repro.py"
+        lines.append(f"each finding's folder, {Path(state_dir) / 'findings' / 'ID'}, holds {files}")
+    if result.reason:
+        lines.append(f"exit code {result.exit_code}: {result.reason}")
+    return lines

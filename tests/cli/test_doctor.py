@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_fuzz.cli import doctor, machine, probes
+from moe_fuzz.cli.doctor import FAIL, OK, WARN
+from moe_fuzz.errors import EnvironmentProblem
+
+GOOD = {"python": "3.11.7", "torch": "2.13.0", "triton": "3.7.1", "numpy": "2.4.6", "cuda_build": "13.0"}
+
+
+def states(lines: object) -> list[str]:
+    return [line.state for line in lines]  # type: ignore[attr-defined]
+
+
+def test_versions() -> None:
+    assert states(doctor.judge_versions(GOOD, "")) == [OK, OK, OK]
+    assert states(doctor.judge_versions({}, "no answer")) == [FAIL]
+    broken = {key: value for key, value in GOOD.items() if key != "triton"} | {"triton_error": "ImportError: x"}
+    assert states(doctor.judge_versions(broken, "")) == [OK, FAIL, OK]
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "trapped"),
+    [("3.6.0", "2.4.0", True), ("3.6.0+git", "2.10.1", True), ("3.6.0", "2.3.5", False), ("3.7.0", "2.4.0", False),
+     ("3.10.0", "2.4.0", False)],
+)  # fmt: skip
+def test_the_trap_of_triton_and_numpy(triton: str, numpy: str, trapped: bool) -> None:
+    lines = list(doctor.judge_versions(GOOD | {"triton": triton, "numpy": numpy}, ""))
+    assert (lines[-1].state == FAIL) == trapped
+    assert not trapped or "numpy<2.4" in lines[-1].hint
+
+
+def test_gpu() -> None:
+    card = (machine.Gpu("H200", 140 << 30),)
+    (line,) = doctor.judge_gpu(card, GOOD | {"gpus": ["H200"]})
+    assert line.state == OK
+    (line,) = doctor.judge_gpu(card, GOOD | {"cuda_build": None})
+    assert (line.state, "built without CUDA" in line.text) == (WARN, True)
+    (line,) = doctor.judge_gpu((), GOOD)
+    assert line.state == WARN
+
+
+def test_workers() -> None:
+    assert doctor.judge_workers(4, "cpu", None, 64 << 30).state == OK
+    line = doctor.judge_workers(4, "cpu", None, 2 << 30)
+    assert (line.state, line.hint) == (WARN, "--workers 2")
+
+
+def test_fence() -> None:
+    assert doctor.judge_fence(probes.Answer(said="SIGSEGV")).state == OK
+    assert doctor.judge_fence(probes.Answer(problem="survived")).state == FAIL
+
+
+def test_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.judge_state(tmp_path / "new" / "er").state == OK
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    assert doctor.judge_state(tmp_path / "file").state == FAIL
+    monkeypatch.setattr(machine, "free_space", lambda path: 1 << 20)
+    assert doctor.judge_state(tmp_path).state == WARN
+
+
+def test_targets() -> None:
+    def describe(name: str) -> object:
+        if name == "a@b":
+            raise EnvironmentProblem("not installed", "pip install b")
+        return type("Info", (), {"origin": "here"})()
+
+    lines = list(doctor.judge_targets(["a@b", "c@d"], describe))
+    assert [(line.state, line.hint) for line in lines] == [(WARN, "pip install b"), (OK, "")]
+    assert states(doctor.judge_targets(["a@b"], describe)) == [WARN, FAIL]
+
+
+def test_the_guard_page_of_this_machine() -> None:
+    assert probes.guard().said == "SIGSEGV"
+
+
+def test_the_versions_of_this_machine() -> None:
+    found, problem = probes.versions()
+    assert not problem
+    assert {"python", "torch", "triton", "numpy"} <= set(found)
+
+
+@pytest.mark.parametrize("python", ["/no/such/python", "/bin/false"])
+def test_an_interpreter_that_is_none(python: str) -> None:
+    assert probes.versions(python)[1]
+    assert probes.guard(python).problem
+
+
+def test_the_exit_code(call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "versions", lambda: (GOOD, ""))
+    monkeypatch.setattr(probes, "guard", lambda: probes.Answer(said="SIGSEGV"))
+    monkeypatch.setattr(doctor, "_targets", lambda device: iter([doctor.Line(OK, "target", "x")]))
+    assert call("doctor").code == 0
+    monkeypatch.setattr(probes, "guard", lambda: probes.Answer(problem="survived"))
+    ran = call("doctor")
+    assert ran.code == 3
+    assert "FAIL  fence       survived" in ran.out
+
+
+def test_a_broken_configuration_is_a_line(call: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(probes, "versions", lambda: (GOOD, ""))
+    monkeypatch.setattr(doctor, "_targets", lambda device: iter(()))
+    (tmp_path / "pyproject.toml").write_text("[tool.moe-fuzz]\ntimme = 3\n")
+    ran = call("doctor")
+    assert ran.code == 3
+    assert "did you mean time?" in ran.out
+
+
+def test_visible_devices_limit_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = machine.Gpu("H200")
+    monkeypatch.setattr(machine, "_by_nvml", lambda: (card, card))
+    for value, count in (("", 0), ("0", 1), ("1,0", 2), ("0,-1,1", 1)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        machine.gpus.cache_clear()
+        assert len(machine.gpus()) == count
+    machine.gpus.cache_clear()

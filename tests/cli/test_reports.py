@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from moe_fuzz.campaign.finding import Finding
+from rich.console import Console
+
+from moe_fuzz import report
+from moe_fuzz.campaign import events
+from moe_fuzz.report import text
+from moe_fuzz.report.plain import Plain
+from moe_fuzz.report.terminal import Terminal
+
+
+def progress(cases: int = 50) -> events.Progress:
+    return events.Progress(cases, 200, 5.0, 10.0, {"pass": cases - 1, "crash": 1}, 1, 2, eta=15.0)
+
+
+def started() -> events.CampaignStarted:
+    return events.CampaignStarted("0.1.0", (), "cpu", 2, 7, 200, 60.0, "there")
+
+
+def test_plain_lines_of_progress_come_every_ten_seconds() -> None:
+    lines: list[str] = []
+    now = [0.0]
+    plain = Plain(lines.append, lambda: now[0])
+    plain.handle(started())
+    before = len(lines)
+    for second in range(35):
+        now[0] = float(second)
+        plain.handle(progress())
+    assert len(lines) - before == 3
+    assert lines[-1].startswith("5.0 s  50 of 200 cases  10.0/s  49 pass · 1 crash  1 finding")
+    assert lines[-1].endswith("15 s left")
+
+
+def test_terminal_never_breaks_a_replay_line(finding: Finding) -> None:
+    screen = io.StringIO()
+    terminal = Terminal(Console(file=screen, force_terminal=True, width=40, legacy_windows=False))
+    summary = events.Summary(
+        7, 50, 200, 5.0, {"pass": 49, "crash": 1}, (finding,), (), (), 1, 2, (events.TargetRow("a@b", 50),), False, 1
+    )
+    for event in (
+        started(),
+        events.PhaseStarted("grid", 200),
+        progress(),
+        events.FindingMinimizing("a@b", "ids", "duplicate-id", 3, "[bold]no markup[/bold] " * 9),
+        events.FindingReported(finding, "new", "x" * 90),
+        events.FlakySeen("a@b", finding.case, finding.verdict),
+        events.Warning("careful", "do this"),
+        events.CampaignFinished(summary),
+    ):
+        terminal.handle(event)
+    terminal.close()
+    shown = screen.getvalue()
+    assert f"    moe-fuzz replay {finding.case.inline()}\n" in shown
+    assert "x" * 90 in shown
+    assert "[bold]no markup" in shown
+    assert "\x1b[?25h" in shown  # the cursor is given back
+
+
+class Broken:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def handle(self, event: events.Event) -> None:
+        raise self.error
+
+    def close(self) -> None:
+        raise AssertionError("a report that was dropped is not closed again")
+
+
+def test_a_broken_report_is_dropped_and_the_others_go_on() -> None:
+    said: list[str] = []
+    lines: list[str] = []
+    broadcast = report.Broadcast({"a": Broken(OSError(28, "full")), "b": Plain(lines.append)}, said.append)
+    broadcast(events.Note("one"))
+    broadcast(events.Note("two"))
+    broadcast.close()
+    assert lines == ["note: one", "note: two"]
+    assert said == ["the report a is incomplete: full"]
+    assert broadcast.failed == ["a"]
+
+
+def test_a_bug_in_a_report_is_not_hidden() -> None:
+    broadcast = report.Broadcast({"a": Broken(KeyError("x"))}, print)
+    with pytest.raises(KeyError):
+        broadcast(events.Note("one"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.42, "0.4 s"), (59.4, "59 s"), (59.9, "1 min"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert text.duration(seconds) == said
+
+
+def test_every_kind_has_help() -> None:
+    assert "ndjson" in report.kinds()
+    assert all(kind.help for kind in report.kinds().values())

@@ -1,0 +1,187 @@
+"""`run`: from words to settings, and from a summary to an exit code. The campaign itself is a stand-in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from moe_fuzz.campaign.events import Summary, TargetRow
+from moe_fuzz.campaign.finding import Finding
+from moe_fuzz.campaign.plan import Settings
+
+from moe_fuzz.campaign import events
+
+
+def summary(**changes: Any) -> Summary:
+    row = TargetRow("topk_softmax@builtin", 100, {"pass": 100}, parity=90)
+    plain: dict[str, Any] = dict(
+        seed=7, cases=100, planned=None, seconds=3.0, verdicts={"pass": 100}, new=(), known=(), fixed=(), flaky=0,
+        unexamined=0, rows=(row,), interrupted=False, exit_code=0,
+    )  # fmt: skip
+    return Summary(**(plain | changes))
+
+
+@dataclass
+class FakeCampaign:
+    """Emits what it is given, and ends in the summary it is given."""
+
+    summary: Summary = field(default_factory=summary)
+    events: list[events.Event] = field(default_factory=list)
+    error: BaseException | None = None
+    settings: Settings | None = None
+
+    def __call__(self, settings: Settings, pool: object, state: Any, emit: Callable, **extra: object) -> FakeCampaign:
+        self.settings, self.emit = settings, emit
+        return self
+
+    def run(self) -> Summary:
+        assert self.settings is not None
+        self.emit(events.CampaignStarted("0.1.0", (), self.settings.device, 1, 7, None, 3.0, ".moe-fuzz"))
+        for event in self.events:
+            self.emit(event)
+        if self.error is not None:
+            raise self.error
+        self.emit(events.CampaignFinished(self.summary))
+        return self.summary
+
+
+@pytest.fixture
+def campaign(monkeypatch: pytest.MonkeyPatch, pool: Any) -> FakeCampaign:
+    fake = FakeCampaign()
+    monkeypatch.setattr("moe_fuzz.cli.run.Campaign", fake)
+    return fake
+
+
+def test_flags_win_over_environment_over_file(
+    call: Callable, campaign: FakeCampaign, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.moe-fuzz]\ntime = '1m'\ncases = 11\nseed = 12\ntargets = ['topk_softmax@torch']\nchecks = ['ids']\n"
+    )
+    monkeypatch.setenv("MOE_FUZZ_CASES", "22")
+    monkeypatch.setenv("MOE_FUZZ_SEED", "23")
+    assert call("run", "--seed", "33", "--device", "cpu").code == 0
+    assert campaign.settings is not None
+    got = campaign.settings
+    assert (got.seconds, got.cases, got.seed) == (60.0, 22, 33)
+    assert (got.targets, got.checks) == (("topk_softmax@torch",), ("ids",))
+    monkeypatch.setenv("MOE_FUZZ_TARGETS", "topk_softmax@builtin topk_softmax@torch")
+    call("run")
+    assert campaign.settings.targets == ("topk_softmax@builtin", "topk_softmax@torch")
+    call("run", "topk_softmax@builtin")
+    assert campaign.settings.targets == ("topk_softmax@builtin",)
+
+
+def test_budgets(call: Callable, campaign: FakeCampaign, pool: Any) -> None:
+    def settings(*arguments: str) -> Settings:
+        call("run", "topk_softmax@builtin", *arguments)
+        assert campaign.settings is not None
+        return campaign.settings
+
+    assert settings().seconds == 300.0
+    assert settings("--profile", "quick").seconds == 60.0
+    assert settings("--profile", "quick").minimize_seconds == 15.0
+    assert settings("--minimize-time", "7").minimize_seconds == 7.0
+    assert (settings("--cases", "5").seconds, settings("--cases", "5").cases) == (None, 5)
+    assert (settings("--cases", "5", "--time", "2m").seconds) == 120.0
+    assert settings("--deadline", "3", "--workers", "4", "--device", "cpu").deadline == 3.0
+    assert pool.made["workers"] == 4
+    settings("--memory", "2GiB")
+    assert pool.made["memory_limit"] == 2 << 30
+
+
+def test_targets(call: Callable, campaign: FakeCampaign, pool: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("")
+    assert call("run", "mine.py:f", "--op", "topk_softmax").code == 0
+    assert campaign.settings is not None
+    assert campaign.settings.targets == (f"topk_softmax@{tmp_path}/mine.py:f",)
+    call("run", "topk_softmax", "topk_softmax@torch")  # each once
+    assert campaign.settings.targets == ("topk_softmax@builtin", "topk_softmax@torch")
+
+
+def test_without_a_target_all_that_can_run_do(call: Callable, campaign: FakeCampaign, pool: Any) -> None:
+    pool.unavailable = ("topk_softmax@torch",)
+    ran = call("run")
+    assert ran.code == 0
+    assert "not available: topk_softmax@torch: topk_softmax@torch is not installed" in ran.out
+    assert campaign.settings is not None
+    assert campaign.settings.targets == ("topk_softmax@builtin",)
+    pool.unavailable = ("topk_softmax@builtin", "topk_softmax@torch")
+    assert call("run").code == 3
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 130])
+def test_the_exit_code_is_the_campaigns(call: Callable, campaign: FakeCampaign, code: int) -> None:
+    campaign.summary = summary(exit_code=code, reason="because" if code else "")
+    ran = call("run", "topk_softmax@builtin")
+    assert ran.code == code
+    assert ("because" in ran.out) == bool(code)
+
+
+def test_too_little_is_not_clean(call: Callable, campaign: FakeCampaign) -> None:
+    campaign.summary = summary(cases=3)
+    ran = call("run", "topk_softmax@builtin")
+    assert ran.code == 3
+    assert "only 3 cases ran" in ran.err
+    assert call("run", "topk_softmax@builtin", "--time", "1").code == 0  # as little as was asked for
+
+
+def test_an_error_in_the_campaign_is_no_finding(call: Callable, campaign: FakeCampaign) -> None:
+    campaign.error = RuntimeError("oh")
+    assert call("run", "topk_softmax@builtin").code == 4
+    campaign.error = KeyboardInterrupt()
+    assert call("run", "topk_softmax@builtin").code == 130
+
+
+def test_ndjson(call: Callable, campaign: FakeCampaign, finding: Finding, tmp_path: Path) -> None:
+    campaign.events = [events.FindingReported(finding, "new", "somewhere"), events.Note("hello")]
+    campaign.summary = summary(new=(finding,), exit_code=1)
+    assert call("run", "topk_softmax@builtin", "--report", "ndjson=out/events.ndjson").code == 1
+    lines = [json.loads(line) for line in (tmp_path / "out" / "events.ndjson").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == [
+        "campaign-started", "finding-reported", "note", "campaign-finished",
+    ]  # fmt: skip
+    assert lines[1]["finding"]["id"] == finding.id
+    assert lines[1]["finding"]["replay"] == finding.replay
+    assert all(line["time"] > 1.7e9 for line in lines)
+
+
+def test_a_report_that_cannot_be_written_to_its_end(call: Callable, campaign: FakeCampaign, finding: Finding) -> None:
+    ran = call("run", "topk_softmax@builtin", "--report", "ndjson=/dev/full")
+    assert ran.code == 3
+    assert "is incomplete: No space left" in ran.err
+    campaign.summary = summary(new=(finding,), exit_code=1)
+    assert call("run", "topk_softmax@builtin", "--report", "ndjson=/dev/full").code == 1  # a finding outranks it
+
+
+def test_a_stranger_understands_the_end(call: Callable, campaign: FakeCampaign, finding: Finding) -> None:
+    rows = (
+        TargetRow("topk_softmax@builtin", 98, {"pass": 97, "violation": 1}, parity=90, budget=0.5),
+        TargetRow("topk_softmax@vllm", unavailable="vllm is not installed"),
+        TargetRow("topk_softmax@acme", 2, {"rejected": 2}),
+    )
+    known = replace(finding, id="00aa00aa00", sequence=(finding.case,))
+    campaign.summary = summary(
+        verdicts={"pass": 97, "violation": 1, "rejected": 2}, new=(finding,), known=(known,), rows=rows, exit_code=1
+    )
+    out = call("run", "topk_softmax@builtin").out
+    assert "finished: 100 cases in 3.0 s, 1 new finding" in out
+    assert "topk_softmax@vllm: not run, vllm is not installed" in out
+    assert "every one of them was refused: nothing was tested" in out
+    assert "rejected: refused with a clear error" in out
+    assert "3fa9c1d2e0  topk_softmax@builtin: ids duplicate-id  [contract]" in out
+    assert finding.message in out
+    assert finding.label in out
+    lines = out.splitlines()
+    assert f"    moe-fuzz replay {finding.case.inline()}" in lines  # whole, on a line of its own
+    assert "    moe-fuzz replay 00aa00aa00" in lines
+
+
+def test_nothing_found_says_what_that_means(call: Callable, campaign: FakeCampaign) -> None:
+    out = call("run", "topk_softmax@builtin").out
+    assert "no new finding" in out
+    assert "evidence for the cases that ran, and no proof" in out

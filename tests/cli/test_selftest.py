@@ -1,0 +1,125 @@
+"""The engine of the self-test, and its command, on bugs that the fake workers play."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_fuzz.campaign.selftest import draw, run_alone, run_planted
+from moe_fuzz.case import Case
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.verdict import CRASH, PASS, REJECTED, VIOLATION, Verdict, Violation
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str = "nan_argmax"
+    op: str = "topk_softmax"
+    check: str = "ids"
+    upstream: str = "vllm#39391"
+    only: bool = True
+
+
+def duplicate_on_nan(cases: tuple[Case, ...], options: Any) -> Verdict:
+    on = options.checks is None or "ids" in options.checks
+    bad = on and "nan_rows" in cases[-1].fault_names
+    return Verdict(VIOLATION, (Violation("ids", "duplicate-id", "twice"),)) if bad else Verdict(PASS)
+
+
+def test_the_same_cases_for_the_same_seed() -> None:
+    info = TargetInfo("topk_softmax@planted.x", "topk_softmax", "planted")
+    first, again, other = (list(itertools.islice(draw("topk_softmax", info, "cpu", seed), 900)) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+    assert len(first) == 900  # beyond the grid
+    assert len(set(first)) > 800
+
+
+def test_found_by_the_check_that_must(pool: Any) -> None:
+    pool.judge = duplicate_on_nan
+    outcome = run_planted(Bug(), pool, 0, 500, 30.0)
+    assert outcome.found
+    assert outcome.passed
+    assert outcome.message == "twice"
+    found = Case.loads(outcome.inline)
+    assert found.target == "topk_softmax@planted.nan_argmax"
+    assert "nan_rows" in found.fault_names
+    assert outcome.cases < 500
+    assert outcome == run_planted(Bug(), pool, 0, 500, 30.0).__class__(
+        **{**outcome.__dict__}
+    )  # frozen and comparable: an outcome is a value
+
+
+def test_another_check_is_not_enough(pool: Any) -> None:
+    pool.judge = duplicate_on_nan
+    outcome = run_planted(Bug(check="weights"), pool, 0, 200, 30.0)
+    assert not outcome.found
+    assert outcome.cases == 200
+    assert outcome.others == ("ids",)
+
+
+def test_a_fault_in_the_fence_is_found_by_the_fence(pool: Any) -> None:
+    def judge(cases: tuple[Case, ...], options: Any) -> Verdict:
+        fence = options.fence
+        fenced = fence.hard is None or "logits" in fence.hard
+        crash = Verdict(CRASH, (Violation("crash", "SIGSEGV", "died"),))
+        return crash if fenced and cases[-1].steps[0].tokens > 2 else Verdict(PASS)
+
+    pool.judge = judge
+    outcome = run_planted(Bug("overread", check="fence"), pool, 0, 200, 30.0)
+    assert outcome.found
+    assert "logits" in outcome.message
+
+
+def test_alone(pool: Any) -> None:
+    pool.judge = duplicate_on_nan
+    outcome = run_alone(Bug(), pool, 0, 300, 30.0)
+    assert (outcome.found, outcome.silent, outcome.others) == (True, True, ())
+    asked = {options.checks for options in pool.options}
+    assert ("ids",) in asked
+    assert all("ids" not in checks for checks in asked - {("ids",)})
+
+
+def test_not_alone(pool: Any) -> None:
+    pool.judge = lambda cases, options: Verdict(
+        VIOLATION, tuple(Violation(check, "x", "") for check in ("ids", "finite") if check in options.checks)
+    )
+    outcome = run_alone(Bug(), pool, 0, 300, 30.0)
+    assert (outcome.found, outcome.silent, outcome.others, outcome.passed) == (True, False, ("finite",), False)
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    bugs = (Bug(), Bug("never", check="weights", only=False))
+    monkeypatch.setattr("moe_fuzz.cli.selftest.PLANTED", bugs)
+
+
+def test_the_table_and_the_exit_code(call: Callable, pool: Any, planted: None, tmp_path: Path) -> None:
+    pool.judge = duplicate_on_nan
+    assert call("selftest", "nan_argmax").code == 0
+    ran = call("selftest", "--cases", "50", "--json", "out.json")
+    assert ran.code == 1
+    assert "1 of 2 planted bugs found" in ran.out
+    assert "never: weights did not fire on 50 cases; ids fired" in ran.out
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["name"], row["passed"]) for row in data] == [("nan_argmax", True), ("never", False)]
+    assert call("selftest", "--only").code == 0
+
+
+def test_a_bug_that_refuses_everything_is_missed(call: Callable, pool: Any, planted: None) -> None:
+    pool.judge = lambda cases, options: Verdict(REJECTED)
+    ran = call("selftest", "nan_argmax", "--cases", "20")
+    assert ran.code == 1
+    assert "refused all 20 cases" in ran.out
+
+
+def test_unknown_bug(call: Callable, pool: Any, planted: None) -> None:
+    ran = call("selftest", "nan_argmin")
+    assert ran.code == 2
+    assert "did you mean nan_argmax?" in ran.err
