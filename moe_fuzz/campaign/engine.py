@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
@@ -83,7 +84,8 @@ class Campaign:
             target: Examiner(self._pool, info, space, self._options, self._settings.device)
             for target, (info, space) in self._targets.items()
         }
-        self._triage = Triage(self._state, examiners, self._emit, self._flaky, self._render)
+        save = partial(self._save, finished=False)
+        self._triage = Triage(self._state, examiners, self._emit, self._flaky, save, self._render)
         self._header()
         try:
             self._save(finished=False)

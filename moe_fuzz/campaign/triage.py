@@ -37,11 +37,11 @@ class _Item:
 
 
 class Triage:
-    """The line, and the findings of this campaign. `new`, `known` and `fixed` are by id."""
+    """The line, and the findings of this campaign. `new`, `known` and `fixed` are by id; `save` notes who is new."""
 
     def __init__(
         self, state: StateDir, examiners: Mapping[str, Examiner], emit: Callable[[events.Event], None],
-        flaky: Callable[[BadCase], None], render_repro: RenderRepro | None = None,
+        flaky: Callable[[BadCase], None], save: Callable[[], None], render_repro: RenderRepro | None = None,
     ) -> None:  # fmt: skip
         self.new: dict[str, Finding] = {}
         self.known: dict[str, Finding] = {}
@@ -52,6 +52,7 @@ class Triage:
         self._examiners = examiners
         self._emit = emit
         self._flaky = flaky
+        self._save = save
         self._render = render_repro
         self._lock = threading.RLock()
         self._line: list[_Item] = []
@@ -179,8 +180,9 @@ class Triage:
             if earlier is not None:
                 del self.fixed[finding.id]
                 finding = replace(finding, first_seen=earlier.first_seen, times_seen=earlier.times_seen + 1)
-            path = write_finding(self._state, finding, self._render)
             (self.known if only_looked_fixed else self.new)[finding.id] = finding
+            self._save()  # first: if killed now, the next run must not take what lies there for old news
+            path = write_finding(self._state, finding, self._render)
         self._emit(events.FindingReported(finding, "known" if only_looked_fixed else "new", str(path)))
 
     def _again(self, group: dict[str, Finding], finding: Finding) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -313,6 +315,30 @@ def test_a_kill_while_a_finding_is_examined_loses_nothing(tmp_path):
     assert listener.of(events.PhaseStarted)[0].name == "resume"
     assert [finding.features for finding in summary.new] == [("fault:nan_rows",)]
     assert not list((tmp_path / "pending").iterdir())
+
+
+@pytest.mark.parametrize("moment", ["os.replace", "pathlib.Path.rename", "emit"])
+def test_a_finding_is_news_until_a_campaign_has_ended_with_it(tmp_path, monkeypatch, moment):
+    """Killed at any moment after it was found, the campaign that goes on reports it as new."""
+
+    def killer(event):
+        if moment == "emit" and isinstance(event, events.FindingReported):
+            raise Killed
+
+    def kill(*paths):
+        if "findings" in str(paths):
+            raise Killed
+        return real(*paths)
+
+    if moment != "emit":
+        real = {"os.replace": os.replace, "pathlib.Path.rename": Path.rename}[moment]
+        monkeypatch.setattr(moment, kill)
+    try:
+        campaign(tmp_path, when(nan_on_odd), killer, cases=300).run()
+    except Killed:
+        monkeypatch.undo()
+    summary = campaign(tmp_path, when(nan_on_odd), cases=300).run()
+    assert (summary.exit_code, len(summary.new)) == (1, 1)
 
 
 def test_a_round_in_flight_when_killed_is_run_first(tmp_path):
