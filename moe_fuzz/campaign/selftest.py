@@ -20,12 +20,16 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import FenceOptions, RunOptions
-from moe_fuzz.verdict import REJECTED, Verdict
+from moe_fuzz.verdict import OOM as OOM_VERDICT
+from moe_fuzz.verdict import REJECTED, Verdict, Violation
 
-BATCH = 16  # cases handed to a worker at once: few, because a bug found ends the batch's use
+BATCH = 16  # cases handed to a worker at once, at most: it begins with one, because a bug found ends the batch's use
+DEADLINE = 3.0  # seconds for a case: planted bugs are small
+COMPILE_DEADLINE = 60.0
 _ROUNDS = 50  # rounds drawn at once
+OOM = "oom"  # how the catalog names it; it is a kind of verdict
 FENCE = "fence"  # the check that is no code: the worker dies in a fence, and the parent says which
-_NO_FENCE = FenceOptions(hard=(), readonly=False, own=False)
+_NO_FENCE = FenceOptions(hard=(), readonly=(), own=False)
 
 
 class Planted(Protocol):
@@ -82,9 +86,11 @@ def run_planted(
     start = time.monotonic()
     cases = itertools.islice(draw(planted.op, pool.describe(target), device, seed), max_cases)
     outcome = Outcome(planted.name, target, planted.check, planted.upstream, False, 0, 0.0)
-    options = _options(checks)
+    options = _options(checks, device)
     for case, verdict in _verdicts(cases, target, pool, options, start + max_seconds):
         violations = verdict.violations
+        if verdict.kind == OOM_VERDICT:
+            violations = (Violation(OOM, verdict.kind, "a worker ran out of memory"),)
         if planted.check == FENCE and is_memory_fault(verdict.key):
             tensors = get_space(case.op).tensors
             violations = (locate(pool, (case,), target, options, verdict, verdict.key, tensors), *violations[1:])
@@ -115,9 +121,11 @@ def run_alone(
     cases = itertools.islice(draw(planted.op, pool.describe(outcome.target), device, seed), outcome.cases)
     fired: set[str] = set()
     ran = 0
-    for _, verdict in _verdicts(cases, outcome.target, pool, _options(rest), start + max_seconds):
+    for _, verdict in _verdicts(cases, outcome.target, pool, _options(rest, device), start + max_seconds):
         ran += 1
         fired |= {violation.check for violation in verdict.violations}
+        fired |= {OOM} if verdict.kind == OOM_VERDICT else set()
+    fired -= {planted.check}  # a dead worker is seen whatever is judged: it is a verdict, not a check to turn off
     silent = not fired and ran == outcome.cases  # cut short by time, the silence proves nothing
     seconds = outcome.seconds + time.monotonic() - start
     return replace(outcome, others=tuple(sorted(fired)), silent=silent, seconds=seconds)
@@ -138,17 +146,21 @@ def draw(op: str, info: TargetInfo, device: str, start: int) -> Iterator[Case]:
             yield from cases
 
 
-def _options(checks: tuple[str, ...] | None) -> RunOptions:
-    """These checks and no other: the fences stand only where they are asked for."""
-    return RunOptions(checks=checks) if checks is None or FENCE in checks else RunOptions(checks, _NO_FENCE)
+def _options(checks: tuple[str, ...] | None, device: str) -> RunOptions:
+    """These checks and no other: the fences stand only where they are asked for. Nothing compiles on a CPU."""
+    first = DEADLINE if device == "cpu" else COMPILE_DEADLINE
+    fence = FenceOptions() if checks is None or FENCE in checks else _NO_FENCE
+    return RunOptions(checks, fence, DEADLINE, first)
 
 
 def _verdicts(
     cases: Iterator[Case], target: str, pool: Pool, options: RunOptions, until: float
 ) -> Iterator[tuple[Case, Verdict]]:
     """Runs batches until the cases or the time are spent; verdicts in the order of the cases."""
+    size = 1
     while time.monotonic() < until:
-        batch: Sequence[Case] = tuple(itertools.islice(cases, BATCH))
+        batch: Sequence[Case] = tuple(itertools.islice(cases, size))
+        size = min(2 * size, BATCH)
         if not batch:
             return
         with pool.lease() as worker:

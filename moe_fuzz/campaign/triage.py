@@ -21,7 +21,7 @@ from moe_fuzz.campaign.findings import RenderRepro, folder, load_findings, seen_
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.case import Case
 
-MAX_MINIMIZED = 3  # of a bucket; what comes after them counts as a duplicate
+MAX_MINIMIZED = 6  # of a bucket, be it to findings known already; what comes after them counts as a duplicate
 MAX_FLAKY = 20  # of a bucket; what comes after them stays unexamined
 MAX_WAITING = 8  # of a bucket
 MINIMIZING_EVERY = 0.5  # seconds between two events of one reduction

@@ -95,7 +95,8 @@ def command(
     broadcast = report.Broadcast({**opened, "on the screen": screen()}, lambda text: click.echo(text, err=True))
     state = StateDir(state_dir)
     try:
-        with state, Pool(workers=count, device=device, memory_limit=memory, log_dir=state_dir / "logs") as pool:
+        limit = params.pick_memory(memory, device, count)
+        with state, Pool(workers=count, device=device, memory_limit=limit, log_dir=state_dir / "logs") as pool:
             settings = Settings(
                 targets=names if targets else available(names, pool, broadcast),
                 cases=cases,

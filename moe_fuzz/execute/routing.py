@@ -12,9 +12,9 @@ from moe_fuzz.checks.observation import Outputs, RoutingObservation
 from moe_fuzz.execute.call import guarded
 from moe_fuzz.fence import Arena
 from moe_fuzz.ops.routing.inputs import Inputs, materialize
+from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
-from moe_fuzz.options import RunOptions
 
 
 class RoutingStep:
@@ -84,6 +84,9 @@ def _outputs(result: Any, tokens: int) -> Outputs | Violation:
         and all(isinstance(t, torch.Tensor) and t.dim() == 2 for t in result[:2])
     ):
         return Outputs(result[0], result[1])
-    kind = type(result).__name__ if not isinstance(result, tuple | list) else f"{type(result).__name__} of {len(result)}"
-    return Violation("structure", "result", "the result is not a pair of tensors (weights, ids)", expected="(weights, ids)",
-                     got=kind)
+    kind = (
+        type(result).__name__ if not isinstance(result, tuple | list) else f"{type(result).__name__} of {len(result)}"
+    )
+    return Violation(
+        "structure", "result", "the result is not a pair of tensors (weights, ids)", expected="(weights, ids)", got=kind
+    )

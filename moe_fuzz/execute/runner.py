@@ -15,9 +15,9 @@ from moe_fuzz.execute.interpreter import patch_language_once
 from moe_fuzz.execute.routing import RoutingStep
 from moe_fuzz.fence import open_arena
 from moe_fuzz.ops import get_space
+from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target, bind
 from moe_fuzz.verdict import OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
-from moe_fuzz.options import RunOptions
 
 
 class Runner:
@@ -68,7 +68,8 @@ class Runner:
             except TargetError as error:
                 if error.out_of_memory:
                     return Verdict(OOM, detail=error.text)
-                violations, detail = [error.violation], error.text
+                judged = options.checks is None or "error" in options.checks
+                violations, detail = [error.violation] if judged else [], error.text
             return Verdict(
                 VIOLATION if violations else PASS,
                 tuple(violations),

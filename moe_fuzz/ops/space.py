@@ -31,14 +31,22 @@ class Axis:
 class Space(Protocol):
     """The contract's shapes and dtypes as data: what to draw, what is valid, what is simpler, what it costs."""
 
-    op: str
-    description: str
-    checks: Mapping[str, str]  # name -> one line
-    faults: Mapping[str, str]  # name -> one line
-    places: tuple[FaultPlace, ...]
-    tensors: Mapping[str, str]  # name -> "input" | "output"
-    sizes: tuple[str, ...]  # the config fields that are sizes
-    presets: Mapping[str, Mapping[str, Scalar]]  # model -> the part of a config it fixes
+    @property
+    def op(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def checks(self) -> Mapping[str, str]: ...  # name -> one line
+    @property
+    def faults(self) -> Mapping[str, str]: ...  # name -> one line
+    @property
+    def places(self) -> tuple[FaultPlace, ...]: ...
+    @property
+    def tensors(self) -> Mapping[str, str]: ...  # name -> "input" | "output"
+    @property
+    def sizes(self) -> tuple[str, ...]: ...  # the config fields that are sizes
+    @property
+    def presets(self) -> Mapping[str, Mapping[str, Scalar]]: ...  # model -> the part of a config it fixes
 
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         """The axes of a config inside the target's capabilities; `experts` holds counts."""

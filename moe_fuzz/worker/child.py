@@ -7,8 +7,8 @@ also takes faulthandler's tracebacks, by which the parent names the site of a cr
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import faulthandler
+import fcntl
 import importlib
 import importlib.util
 import os

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from moe_fuzz.campaign.finding import Finding
 
 import moe_fuzz
 from moe_fuzz import strategies
+from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.case import Case
 from moe_fuzz.cli.main import main
 from moe_fuzz.contract import TargetInfo

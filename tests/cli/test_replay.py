@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.findings import write_finding
 from moe_fuzz.campaign.state import StateDir
-
 from moe_fuzz.case import Case, dumps_sequence
 from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
 
