@@ -5,7 +5,7 @@ The pool of this host is one implementation (worker/pool.py); many hosts need an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,6 +31,9 @@ class Worker(Protocol):
 
 
 class Pool(Protocol):
+    @property
+    def environment(self) -> Mapping[str, Any]: ...  # versions on the workers' side
+
     def describe(self, target: str) -> TargetInfo: ...
 
     def lease(self) -> AbstractContextManager[Worker]: ...
@@ -45,7 +48,7 @@ class Space(Protocol):
     def op(self) -> str: ...
 
     @property
-    def tensors(self) -> Any: ...  # a mapping: tensor -> "input" | "output"
+    def tensors(self) -> Mapping[str, str]: ...  # name -> "input" | "output"
 
     def validate(self, case: Case) -> None: ...
 

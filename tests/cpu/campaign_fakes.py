@@ -142,6 +142,10 @@ class FakePool:
                 self.leased.append(case)
         return self._judge(case, history, options)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"torch": "0.0"}
+
     def describe(self, target: str) -> TargetInfo:
         if target in self._unavailable:
             raise EnvironmentProblem(f"{target} is not installed", "pip install it")
