@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
+from moe_fuzz.labels import Labels
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import Verdict
 
@@ -55,6 +56,10 @@ class Space(Protocol):
     def features(self, case: Case) -> frozenset[str]: ...
 
     def simplify(self, case: Case) -> Iterator[Case]: ...
+
+    def label_axes(self, case: Case) -> Mapping[str, Labels]: ...
+
+    def keep(self, case: Case, axis: str, labels: Labels) -> Case: ...
 
     def label(self, case: Case) -> str: ...
 

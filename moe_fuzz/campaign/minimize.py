@@ -94,6 +94,8 @@ class Reducer:
             self._reduce_step(partial(accept_step, index), partial(step_now, index))
         while any(accept(simpler) for simpler in self._space.simplify(now())):
             pass
+        for axis, labels in self._space.label_axes(now()).items():
+            ddmin(tuple(labels), lambda kept, axis=axis: accept(self._space.keep(now(), axis, Labels.of(kept))))
 
     def _reduce_step(self, accept: Callable[[Step], bool], now: Callable[[], Step]) -> None:
         ddmin(now().faults, lambda faults: accept(replace(now(), faults=faults)), may_be_empty=True)

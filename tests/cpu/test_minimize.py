@@ -128,6 +128,15 @@ def test_the_budget_ends_it_with_the_best_so_far():
     assert result.case != BIG
 
 
+def test_the_experts_that_matter_are_found_wherever_they_stand():
+    def fails(cases):
+        return {37, 158} <= set(cases[-1].experts)
+
+    result = reduce(toy(experts=160, top_k=22), fails)
+    assert str(result.case.experts) == "37,158"
+    assert result.tries < 200
+
+
 def test_an_invalid_candidate_is_never_run():
     class Sloppy(type(SPACE)):
         def simplify(self, case):
