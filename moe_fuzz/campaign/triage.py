@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.badcase import BadCase, Bucket
+from moe_fuzz.campaign.confirm import killed
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.finding import Finding, features_of
 from moe_fuzz.campaign.findings import RenderRepro, folder, load_findings, seen_again, write_finding
@@ -98,7 +99,7 @@ class Triage:
             bucket = bad.bucket
             if self._explained(bad) or self._closed(bucket):
                 return
-            if self._waiting[bucket] >= MAX_WAITING:
+            if self._waiting[bucket] >= MAX_WAITING and not killed(bad.verdict):
                 self.duplicates += 1  # most likely: as many of its kind are in line before it
                 return
             name = self._state.add_pending(bad.to_json())
