@@ -130,7 +130,7 @@ class Worker:
         """What the target says of itself. Raises UsageError, EnvironmentProblem."""
         return TargetInfo.from_json(self._ask({"describe": target}, "info", target, timeout))
 
-    def exhibit(self, case: Case, target: str, timeout: float) -> dict[str, Any]:
+    def exhibit(self, case: Case, target: str, timeout: float = 60.0) -> dict[str, Any]:
         """The case's tensors and its call in plain values, see execute/exhibit.py. Raises as `describe` does."""
         return dict(self._ask({"exhibit": case.to_json(), "target": target}, "exhibit", target, timeout))
 
