@@ -34,7 +34,7 @@ _ATTEMPTS = 20  # child processes, for a finding that shows sometimes
 _DEADLINE = 60  # seconds for what should not hang
 _HANG = 10  # the least seconds after which the script says that it hangs, where the finding does not say
 _MEMORY = 4 << 30  # bytes, where the worker had no limit
-_WIDTH = 118
+_WIDTH = 117  # three quotes stand before the first line
 #: what a script may need of the standard library
 _MODULES = ("base64", "ctypes", "faulthandler", "functools", "importlib", "importlib.util", "inspect", "json", "math",
             "mmap", "os", "resource", "select", "signal", "sys", "time", "traceback", "zlib")  # fmt: skip
@@ -101,7 +101,7 @@ def render(
         "check": check,
         "shows": shows,
         "doc": _docstring(_about(finding, load, len(earlier))),
-        "judge_doc": _sentence(_rule(finding) or "the calls come back") + " Returns what is wrong; None if nothing is.",
+        "judge_doc": _sentence(_rule(finding) or "the calls come back"),
         "load": load,
         "target": _target(load),
         "contract": exhibit["contract"],
