@@ -8,6 +8,7 @@ from typing import Protocol
 
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.contract import TargetInfo
+from moe_fuzz.labels import Labels
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,14 @@ class Space(Protocol):
 
     def simplify(self, case: Case) -> Iterator[Case]:
         """Valid and strictly simpler cases, the most ambitious first."""
+        ...
+
+    def label_axes(self, case: Case) -> Mapping[str, Labels]:
+        """The axes of the config whose elements have labels and can be taken away one by one: `experts`."""
+        ...
+
+    def keep(self, case: Case, axis: str, labels: Labels) -> Case:
+        """The case with these labels only on the axis, and what depends on their number cut down to it."""
         ...
 
     def cost(self, case: Case, device: str) -> float:

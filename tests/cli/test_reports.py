@@ -45,18 +45,19 @@ def test_terminal_never_breaks_a_replay_line(finding: Finding) -> None:
         started(),
         events.PhaseStarted("grid", 200),
         progress(),
-        events.FindingMinimizing("a@b", "ids", "duplicate-id", 3, "[bold]no markup[/bold] " * 9),
+        events.FindingMinimizing("a@b", "ids", "twice", 3, "[bold]x[/bold] " * 9),
         events.FindingReported(finding, "new", "x" * 90),
         events.FlakySeen("a@b", finding.case, finding.verdict),
         events.Warning("careful", "do this"),
         events.CampaignFinished(summary),
     ):
         terminal.handle(event)
+        terminal._live.refresh()  # else what is shown for a moment depends on the refreshing thread's luck
     terminal.close()
     shown = screen.getvalue()
     assert f"    moe-fuzz replay {finding.case.inline()}\n" in shown
     assert "x" * 90 in shown
-    assert "[bold]no markup" in shown
+    assert "[bold]" in shown
     assert "\x1b[?25h" in shown  # the cursor is given back
 
 

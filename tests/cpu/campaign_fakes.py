@@ -55,6 +55,12 @@ class ToySpace:
         if case.config["bias"]:
             yield case.with_config(bias=False)
 
+    def label_axes(self, case: Case) -> dict[str, Labels]:
+        return {"experts": case.experts}
+
+    def keep(self, case: Case, axis: str, labels: Labels) -> Case:
+        return case.with_config(experts=str(labels), top_k=min(int(case.config["top_k"]), len(labels)))
+
     def label(self, case: Case) -> str:
         rows = "+".join(str(step.tokens) for step in case.steps)
         return f"T={rows} E={len(case.experts)} k={case.config['top_k']} {case.config['dtype']}"
@@ -141,6 +147,10 @@ class FakePool:
             if not getattr(self._local, "fresh", False):
                 self.leased.append(case)
         return self._judge(case, history, options)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"torch": "0.0"}
 
     def describe(self, target: str) -> TargetInfo:
         if target in self._unavailable:

@@ -199,19 +199,20 @@ class RoutingSpace:
 
     def simplify(self, case: Case) -> Iterator[Case]:
         count, top_k = len(case.experts), int(case.config["top_k"])
-        for fewer in (e for e in EXPERTS if e < count):
-            yield self._with_experts(case, case.experts.first(fewer))
-        yield from (self._with_experts(case, kept) for kept in _parts(case.experts))
         for smaller in (k for k in TOP_K if k < top_k):
             yield case.with_config(top_k=smaller)
+        for fewer in (e for e in EXPERTS if e < count):
+            yield self.keep(case, "experts", case.experts.first(fewer))
         for name, values in FIELDS.items():
             for value in values[: values.index(case.config[name])]:
                 yield _without_orphans(case.with_config(**{name: value}))
         yield from _plainer_faults(case)
 
-    @staticmethod
-    def _with_experts(case: Case, experts: Labels) -> Case:
-        return case.with_config(experts=str(experts), top_k=min(int(case.config["top_k"]), len(experts)))
+    def label_axes(self, case: Case) -> Mapping[str, Labels]:
+        return {"experts": case.experts}
+
+    def keep(self, case: Case, axis: str, labels: Labels) -> Case:
+        return case.with_config(**{axis: str(labels)}, top_k=min(int(case.config["top_k"]), len(labels)))
 
     def cost(self, case: Case, device: str) -> float:
         if device != "cpu":
@@ -226,16 +227,6 @@ def _cpu_seconds(tokens: int, experts: int, top_k: int) -> float:
     """An interpreted case with its reruns, fitted to measurements: launches, then numpy over the block a slot."""
     padded = 1 << (experts - 1).bit_length()
     return 0.04 + 4e-4 * top_k + tokens * padded * (4e-7 + 7e-8 * top_k)
-
-
-def _parts(labels: Labels) -> Iterator[Labels]:
-    """The second half, then the set less one at a time: what `first(n)` cannot reach."""
-    count = len(labels)
-    if count < 2:
-        return
-    yield labels.last(count - count // 2)
-    if count <= 16:
-        yield from (labels - Labels.of([label]) for label in labels)
 
 
 def _plainer_faults(case: Case) -> Iterator[Case]:
