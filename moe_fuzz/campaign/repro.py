@@ -10,6 +10,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.errors import CaseError, MoeFuzzError
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import FenceOptions, RunOptions
-from moe_fuzz.verdict import CRASH, HANG, OOM
+from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict
 
 #: check -> what the script must see of the child process that makes the calls; all others return a sentence
 _SHOWS = {CRASH: "died", "fence": "died", HANG: "hung", "oom": "memory", OOM: "memory", "error": "raised"}
@@ -34,19 +35,23 @@ _ATTEMPTS = 20  # child processes, for a finding that shows sometimes
 _DEADLINE = 60  # seconds for what should not hang
 _HANG = 10  # the least seconds after which the script says that it hangs, where the finding does not say
 _MEMORY = 4 << 30  # bytes, where the worker had no limit
-_WIDTH = 118
+_WIDTH = 117  # three quotes stand before the first line
 #: what a script may need of the standard library
 _MODULES = ("base64", "ctypes", "faulthandler", "functools", "importlib", "importlib.util", "inspect", "json", "math",
             "mmap", "os", "resource", "select", "signal", "sys", "time", "traceback", "zlib")  # fmt: skip
 
 
-class ExhibitingWorker(Protocol):
+class Worker(Protocol):
+    def run(self, cases: Cases, target: str, options: RunOptions) -> list[Verdict]: ...
+
     def exhibit(self, case: Case, target: str) -> dict[str, Any]: ...
 
-    def run(self, cases: Sequence[Case], target: str, options: RunOptions) -> list[Any]: ...
+
+class Pool(Protocol):
+    def fresh(self) -> AbstractContextManager[Worker]: ...
 
 
-def renderer(pool: Any, options: RunOptions | None = None) -> Callable[[Finding], str]:
+def renderer(pool: Pool, options: RunOptions | None = None) -> Callable[[Finding], str]:
     """Renders a finding's script with exhibits from fresh workers of `pool`; `options` are those of the campaign.
 
     A finding must not be lost over its script: where there can be none, the text says why and ends with exit code 3.
@@ -66,7 +71,7 @@ def renderer(pool: Any, options: RunOptions | None = None) -> Callable[[Finding]
     return render_repro
 
 
-def _shows_bare(pool: Any, finding: Finding, options: RunOptions) -> bool:
+def _shows_bare(pool: Pool, finding: Finding, options: RunOptions) -> bool:
     """Whether the finding shows without guards, and without poison in memory that the target allocates itself."""
     if finding.check in ("fence", "canary", HANG):  # what needs its fence by definition, and what costs too much to see
         return finding.check == HANG
@@ -101,7 +106,7 @@ def render(
         "check": check,
         "shows": shows,
         "doc": _docstring(_about(finding, load, len(earlier))),
-        "judge_doc": _sentence(_rule(finding) or "the calls come back") + " Returns what is wrong; None if nothing is.",
+        "judge_doc": _sentence(_rule(finding) or "the calls come back"),
         "load": load,
         "target": _target(load),
         "contract": exhibit["contract"],
@@ -156,9 +161,11 @@ def _about(finding: Finding, load: Mapping[str, Any], earlier: int) -> list[str]
     facts += [f"Check     {finding.check}" + (f": {rule}" if (rule := _rule(finding)) else "")]
     facts += [f"Promised  {finding.clause}"] if finding.clause else []
     if violation is not None:
-        facts += [f"{name:9} {text}" for name, text in (("Expected", violation.expected), ("Got", violation.got)) if text]
+        told = (("Expected", violation.expected), ("Got", violation.got))
+        facts += [f"{name:9} {text}" for name, text in told if text]
     if earlier:
-        facts += [f"Before    {earlier} other call{'s' if earlier > 1 else ''} in the same process, without which it passes"]
+        calls = f"{earlier} other call{'s' if earlier > 1 else ''}"
+        facts += [f"Before    {calls} in the same process, without which it passes"]
     needs = "torch and the target itself" if load["kind"] != "source" else "torch alone: the target is copied below"
     run = [f"Run it with `python repro.py`. It needs {needs}. Another implementation, or a fixed one, is tried with "
            "`python repro.py path/to/file.py:function`, or `package.module:function`."]  # fmt: skip
@@ -181,7 +188,7 @@ def _rule(finding: Finding) -> str:
 
 
 def _target(load: Mapping[str, Any]) -> str:
-    """`file.py:function` or `package.module:function`, `()` behind a factory; empty where the script holds the source."""
+    """`file.py:function` or `package.module:function`, `()` behind a factory; empty where the source is copied."""
     if load["kind"] == "source":
         return ""
     return f"{load.get('path') or load['module']}:{load['attribute']}{'()' if load['factory'] else ''}"
@@ -196,7 +203,9 @@ def _docstring(paragraphs: Sequence[str]) -> str:
                 lines.append(line)
                 continue
             indent = " " * 10 if line[:10].rstrip().isalpha() and line[9:10] == " " else ""
-            lines += textwrap.wrap(line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+            lines += textwrap.wrap(
+                line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
         lines.append("")
     return "\n".join(lines).rstrip().replace("\\", "\\\\").replace('"""', "'''")
 

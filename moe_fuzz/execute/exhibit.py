@@ -1,4 +1,4 @@
-"""All that a script needs to make the calls of a case without moe-fuzz: tensors to the bit, arguments, the target's home.
+"""All that a script needs to make the calls of a case without moe-fuzz: tensors to the bit, arguments, the target.
 
 An exhibit is a JSON value, made by the worker, which has torch; the parent renders it into `repro.py` and tables.
 
@@ -11,8 +11,8 @@ An exhibit is a JSON value, made by the worker, which has torch; the parent rend
                 "subset": [1] or null}]}
 
 TENSOR: {"dtype": "float32", "shape": [3, 8], "gap": 0, "strides": [8, 1], "offset": 0, "alignment": 16} and either
-"bits", a flat list of each element's bits as an unsigned integer, or, beyond 256 elements, "zlib": the bytes, compressed,
-in base64. `gap` and `offset` are in elements, `alignment` in bytes.
+"bits", a flat list of each element's bits as an unsigned integer, or, beyond 256 elements, "zlib": the bytes,
+compressed, in base64. `gap` and `offset` are in elements, `alignment` in bytes.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def _step(case: Case, index: int, target: Target) -> dict[str, Any]:
     defined = seen.defined.nonzero().flatten()
     speaks = seen.flagged if seen.dialect != "distinct" else torch.zeros_like(seen.flagged)
     invariant = target.info.contract.batch_invariant and seen.tokens > 1 and len(defined) > 0
+    healed = {"rows": undefined, "values": tensor(seen.healed[0].plain["logits"][undefined])} if undefined else None
     return {
         "top_k": inputs.top_k,
         "tokens": seen.tokens,
@@ -80,7 +81,7 @@ def _step(case: Case, index: int, target: Target) -> dict[str, Any]:
         "flagged": seen.flagged.nonzero().flatten().tolist(),
         "lawful": (~speaks).nonzero().flatten().tolist(),
         "defined": defined.tolist(),
-        "healed": {"rows": undefined, "values": tensor(seen.healed[0].plain["logits"][undefined])} if undefined else None,
+        "healed": healed,
         "subset": defined.flip(0)[::2].tolist() if invariant else None,  # as the check batch_invariance takes them
     }
 
