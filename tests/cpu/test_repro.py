@@ -161,7 +161,7 @@ def finding_of(case: Case, verdict: Verdict, **more: Any) -> Finding:
     return Finding(
         id="0123456789", target=case.target, check=violation.check, symptom=violation.symptom,
         message=violation.message, finding_class="robustness", clause="", case=case, verdict=verdict, raw=verdict.key,
-        features=(), **more,
+        features=(), scope=(), **more,
     )  # fmt: skip
 
 
