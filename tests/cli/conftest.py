@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from moe_fuzz.campaign.finding import Finding
 
 import moe_fuzz
 from moe_fuzz import strategies
+from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.case import Case
 from moe_fuzz.cli.main import main
 from moe_fuzz.contract import TargetInfo
@@ -106,6 +106,10 @@ class FakePool:
     def __exit__(self, *error: object) -> None:
         pass
 
+    @property
+    def environment(self) -> dict[str, str]:
+        return {}
+
     def describe(self, target: str) -> TargetInfo:
         if target in self.unavailable:
             raise EnvironmentProblem(f"{target} is not installed", "install it")
@@ -144,6 +148,7 @@ def finding(case: Case) -> Finding:
         verdict=Verdict(VIOLATION, (violation,)),
         raw=("ids", "duplicate-id"),
         features=("fault:nan_rows",),
+        scope=(),
         label=get_space(case.op).label(case),
         first_seen="2026-11-21T03:26:00Z",
     )

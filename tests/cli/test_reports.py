@@ -3,11 +3,11 @@ from __future__ import annotations
 import io
 
 import pytest
-from moe_fuzz.campaign.finding import Finding
 from rich.console import Console
 
 from moe_fuzz import report
 from moe_fuzz.campaign import events
+from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.report import text
 from moe_fuzz.report.plain import Plain
 from moe_fuzz.report.terminal import Terminal

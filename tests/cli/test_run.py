@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from moe_fuzz.campaign import events
 from moe_fuzz.campaign.events import Summary, TargetRow
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.plan import Settings
-
-from moe_fuzz.campaign import events
 
 
 def summary(**changes: Any) -> Summary:
