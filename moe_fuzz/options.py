@@ -20,7 +20,7 @@ class FenceOptions:
     hard: tuple[str, ...] | None = None  # tensors with real guards; None: all. The others get soft ones: only checked
     sides: str = "both"  # "both" | "left" | "right": the side on which a hard tensor's guard is real
     access: str = "any"  # "any": a real guard faults on reads and writes; "write": it can be read
-    readonly: bool = True  # inputs are read-only during the call, those with soft guards too
+    readonly: tuple[str, ...] | None = None  # inputs that are read-only during the call, soft guards or not; None: all
     own: bool = True  # memory that the target allocates itself is fenced too
 
     def __post_init__(self) -> None:
@@ -33,13 +33,17 @@ class FenceOptions:
         """Whether the guard of tensor `name` on `side` ("left" | "right") is real."""
         return (self.hard is None or name in self.hard) and self.sides in ("both", side)
 
+    def is_readonly(self, name: str) -> bool:
+        """Whether the input tensor `name` is read-only during the call."""
+        return self.readonly is None or name in self.readonly
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FenceOptions:
-        hard = data.get("hard")
-        return cls(**{**_known(cls, data), "hard": None if hard is None else tuple(hard)})
+        names = {key: None if data.get(key) is None else tuple(data[key]) for key in ("hard", "readonly")}
+        return cls(**{**_known(cls, data), **names})
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,11 @@ class RunOptions:
     fence: FenceOptions = field(default_factory=FenceOptions)
     deadline: float = 10.0  # seconds a case may take
     first_deadline: float = 60.0  # seconds for the first case of a config in a process: it may compile
+
+    def __post_init__(self) -> None:
+        for name in ("deadline", "first_deadline"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"{name} must be a number of seconds above 0, not {getattr(self, name)!r}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

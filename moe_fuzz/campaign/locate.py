@@ -39,7 +39,7 @@ def locate(
         with_fence = replace(options, fence=fence)
         return any(matching(rerun(pool, cases, target, with_fence), key) is not None for _ in range(tries))
 
-    nothing = FenceOptions(hard=(), sides="both", access="any", readonly=False, own=False)
+    nothing = FenceOptions(hard=(), sides="both", access="any", readonly=(), own=False)
     if crashes(nothing):
         return crash
     candidates = {name: replace(nothing, hard=(name,)) for name in tensors} | {OWN: replace(nothing, own=True)}
@@ -49,18 +49,14 @@ def locate(
             writes = crashes(replace(fence, access="write"))
             return _located(crash, name, side, "write" if writes else "read")
     inputs = [name for name, role in tensors.items() if role == "input"]
-    written = [name for name in inputs if crashes(replace(nothing, hard=(name,), readonly=True))]
-    if len(written) == 1:
-        return _located(crash, written[0], "inside", "write")
-    if written:  # the read-only switch is one for all inputs here: which of them was written to cannot be told
-        return _located(crash, "inputs", "inside", "write")
-    return crash
+    written = next((name for name in inputs if crashes(replace(nothing, readonly=(name,)))), None)
+    return _located(crash, written, "inside", "write") if written else crash
 
 
 def _located(crash: Violation, tensor: str, side: str, access: str) -> Violation:
-    name = {OWN: "memory that the target allocated itself", "inputs": "one of its inputs"}.get(tensor, tensor)
+    name = "memory that the target allocated itself" if tensor == OWN else tensor
     if side == "inside":
-        message = f"writes into {name}, an input" if tensor != "inputs" else f"writes into {name}"
+        message = f"writes into {name}, an input"
     else:
         edge = f"the {side} edge" if side != "both" else "an edge"
         message = f"{access}s past {edge} of {name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -98,8 +99,8 @@ class RoutingObservation:
     def error(self) -> torch.Tensor:
         """δ [T, E]: how far a float32 softmax score may be from the float64 one (docs/numerics.md)."""
         x = self.logits.double()
-        distance = (x - x.amax(dim=1, keepdim=True)).abs() if self.experts else x
-        relative = (2 * distance + self.experts + 8) * U
+        distance = (x - x.amax(dim=1, keepdim=True)).abs()
+        relative = (2 * distance + self.experts + 2 * math.log(self.experts) + 16) * U
         scaled = torch.where(self.scores > 0, self.scores * relative, torch.zeros_like(relative))
         return torch.nan_to_num(scaled, nan=torch.inf) + 2.0**-126
 

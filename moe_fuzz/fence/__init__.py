@@ -79,7 +79,7 @@ class Arena(ABC):
 
     @abstractmethod
     def protect(self) -> None:
-        """Makes the inputs read-only until `unprotect`, unless `options.readonly` is off."""
+        """Makes the inputs read-only until `unprotect`, those that `options.readonly` names."""
 
     @abstractmethod
     def unprotect(self) -> None:

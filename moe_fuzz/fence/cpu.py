@@ -130,7 +130,7 @@ class CpuArena(Arena):
         return tensor
 
     def protect(self) -> None:
-        if self.options.readonly and not self._protected:
+        if not self._protected:
             self._protect_inputs(READ)
             self._protected = True
 
@@ -167,7 +167,7 @@ class CpuArena(Arena):
     def _protect_inputs(self, access: int) -> None:
         began = time.perf_counter()
         for placed in self._placed:
-            if placed.role == "input":
+            if placed.role == "input" and self.options.is_readonly(placed.name):
                 placed.protect(access)
         self.seconds += time.perf_counter() - began
 

@@ -337,7 +337,7 @@ def test_no_memory_is_a_memory_error() -> None:
 
 @pytest.mark.parametrize("hard", [None, (), ("a", "b")])
 def test_options_travel_as_json(hard: tuple[str, ...] | None) -> None:
-    options = FenceOptions(hard, "left", "write", False, False)
+    options = FenceOptions(hard, "left", "write", ("logits",), False)
     assert FenceOptions.from_json(options.to_json()) == options
 
 

@@ -55,6 +55,7 @@ def load(path: Path, text: str) -> ModuleType:
 def pytest_in(folder: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Runs pytest on the folder as another project's developer would: a process of its own, none of our conftest."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    environment["TMPDIR"] = str(folder)  # a failed @fuzz test leaves its findings there
     plugin = () if "moe_fuzz" in _entry_points() else ("-p", "moe_fuzz.pytest_plugin")
     command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *plugin, "--rootdir", str(folder)]
     command += arguments

@@ -1,0 +1,149 @@
+"""What a dead worker died of: its wait status and its log become a verdict. Free of torch.
+
+faulthandler wrote the traceback of the thread that died into the worker's log. The site of a crash is the innermost
+frame that belongs to neither the libraries nor our own machinery.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict, Violation
+from moe_fuzz.worker.protocol import EXIT_PIPE
+
+_TAIL = 1 << 16  # bytes of the log that are looked at
+_DETAIL = 4000  # characters of it that go into a verdict
+_BLOCK = re.compile(r"^(.*)\(most recent call first\):\n((?:  (?:File .*|\.\.\.)\n)+)", re.MULTILINE)
+_FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')
+_OUT_OF_MEMORY = re.compile(r"std::bad_alloc|can't allocate memory|Cannot allocate memory|\bMemoryError\b")
+_TARGETS = ("kernels", "reference", "planted")  # rooms of moe_fuzz that are code under test, not machinery
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the child's interpreter keeps what is not a target's code."""
+
+    library: tuple[str, ...]  # the standard library, whose site-packages do not count
+    packages: tuple[str, ...]  # numpy, torch, triton
+    moe_fuzz: str
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> Layout:
+        return cls(tuple(info["library"]), tuple(info["packages"]), info["moe_fuzz"])
+
+    def is_target(self, file: str) -> bool:
+        if file.startswith("<frozen ") or any(_inside(file, package) for package in self.packages):
+            return False
+        if _inside(file, self.moe_fuzz):
+            return file[len(self.moe_fuzz) + 1 :].partition("/")[0] in _TARGETS
+        installed = "/site-packages/" in file or "/dist-packages/" in file
+        return installed or not any(_inside(file, library) for library in self.library)
+
+
+def crash(status: int | None, log: Path, offset: int, layout: Layout, oom_kills: int, seconds: float) -> Verdict:
+    """The verdict on a case whose worker ended with the raw wait `status` (None: it lives, but closed its socket).
+
+    offset: where the case's output begins in the log. oom_kills: how often the kernel ran out of memory meanwhile.
+    """
+    text = read_log(log, offset)
+    detail = text[-_DETAIL:].strip()
+    name = "" if status is None or not os.WIFSIGNALED(status) else signal_name(os.WTERMSIG(status))
+    if name == "SIGKILL" and oom_kills > 0:
+        return Verdict(OOM, seconds=seconds, detail="the kernel's out-of-memory killer ended the worker")
+    if name == "SIGABRT" and _OUT_OF_MEMORY.search(text):
+        return Verdict(OOM, seconds=seconds, detail=detail)
+    if name in ("SIGKILL", "SIGTERM"):
+        symptom, message = f"killed:{name}", f"the worker was ended from outside by {name}"
+    elif name:
+        symptom, message = name, f"the worker died of {name}"
+    elif status is None or os.waitstatus_to_exitcode(status) == EXIT_PIPE:
+        symptom, message = "closed-pipe", "the target closed the worker's socket"
+    else:
+        symptom = f"exit:{os.waitstatus_to_exitcode(status)}"
+        message = f"the target ended the worker's process ({symptom})"
+    violation = Violation("crash", symptom, message, site=site(text, layout))
+    return Verdict(CRASH, (violation,), seconds=seconds, detail=detail)
+
+
+def garbled(log: Path, offset: int, seconds: float, said: str) -> Verdict:
+    """The verdict on a case that wrote onto the worker's socket."""
+    violation = Violation("crash", "garbled-pipe", f"the target wrote to the worker's socket: {said}")
+    return Verdict(CRASH, (violation,), seconds=seconds, detail=read_log(log, offset)[-_DETAIL:].strip())
+
+
+def hang(stack: str, layout: Layout, deadline: float, seconds: float) -> Verdict:
+    """The verdict on a case that gave none within `deadline` seconds; `stack` is what its log then held."""
+    message = f"no verdict within {deadline:g} s; the worker was killed"
+    violation = Violation("hang", "deadline", message, site=site(stack, layout))
+    return Verdict(HANG, (violation,), seconds=seconds, detail=stack[-_DETAIL:].strip())
+
+
+def site(text: str, layout: Layout) -> str:
+    """`routing.py:123 in _kernel`: the innermost frame of the target in the last traceback; empty when there is none.
+    """
+    blocks = _BLOCK.findall(text)
+    current = [frames for head, frames in blocks if not head.startswith("Thread ")]
+    for frames in current[-1:] or [frames for _, frames in blocks[-1:]]:
+        for file, line, name in _FRAME.findall(frames):
+            if layout.is_target(file):
+                return f"{os.path.basename(file)}:{line} in {name}"
+    return ""
+
+
+def has_stack(text: str) -> bool:
+    """Whether a whole traceback is in the text."""
+    return _BLOCK.search(text) is not None
+
+
+def read_log(log: Path, offset: int) -> str:
+    """The end of the log from `offset` on; from its beginning when it was cut since."""
+    try:
+        with log.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = offset if offset <= size else 0
+            file.seek(max(start, size - _TAIL))
+            return file.read(_TAIL).decode(errors="replace")
+    except FileNotFoundError:
+        return ""  # the log directory went away: there is nothing to tell
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIG{number}"  # a real-time signal
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory: in our control group, else on the machine."""
+    for path in _memory_events():
+        for line in path.read_text().splitlines():
+            key, _, value = line.partition(" ")
+            if key == "oom_kill":
+                return int(value)
+    return 0
+
+
+def _memory_events() -> list[Path]:
+    candidates = [Path("/proc/vmstat")]
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        groups = []
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers == "memory":
+            candidates.insert(0, Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"))
+        elif not controllers:
+            candidates.insert(0, Path(f"/sys/fs/cgroup{path}/memory.events"))
+    return [path for path in candidates if os.access(path, os.R_OK)]
+
+
+def _inside(file: str, directory: str) -> bool:
+    return file.startswith(directory + os.sep)

@@ -1,0 +1,291 @@
+"""A worker as the parent sees it: runs cases on it, watches the clock, and turns its death into a verdict. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from moe_fuzz.case import Case
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError
+from moe_fuzz.options import RunOptions
+from moe_fuzz.verdict import OOM, Verdict
+from moe_fuzz.worker import autopsy
+from moe_fuzz.worker.launch import START_SECONDS, Process, ZygoteGone
+from moe_fuzz.worker.protocol import Channel, ChannelClosed, Garbled, compile_key, error_from_json
+
+HISTORY = 32  # cases of a process that are remembered
+OnVerdict = Callable[[int, Verdict, tuple[Case, ...]], None]
+
+_SLICE = 0.25  # seconds between two looks at a silent worker
+_STACK_SECONDS = 0.3  # what a hanging process is given to write its stack
+_RUNAWAY_LOG = 64 << 20  # bytes a case may print before its log is cut
+_TRIES = 3  # workers in a row that may die before they begin a case
+
+
+@dataclass
+class Stats:
+    """Counters of a pool. Changed through `count` alone."""
+
+    zygotes: int = 0  # started
+    forks: int = 0
+    fork_seconds: float = 0.0  # from the request until the worker was ready
+    deaths: int = 0  # workers that died of a case: crashes, hangs, out of memory
+    idle_deaths: int = 0  # workers that died between cases
+    recycled: int = 0  # workers replaced because they had run long, or grown
+    cases: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def count(self, name: str, amount: float = 1) -> None:
+        with self._lock:
+            setattr(self, name, getattr(self, name) + amount)
+
+    def to_json(self) -> dict[str, float]:
+        with self._lock:
+            return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a worker's process is replaced."""
+
+    memory: int | None = None  # bytes of writable private memory; more is refused to the process
+    cases: int = 2000  # a process runs, then it is recycled
+    growth: int = 1 << 30  # bytes a process may grow, then it is recycled
+
+
+class _Expired(Exception):
+    """The deadline passed."""
+
+
+class Worker:
+    """A place where cases run, one process after the other. For one thread at a time; it comes from a Pool."""
+
+    def __init__(self, spawn: Callable[[Path], Process], log: Path, stats: Stats, limits: Limits) -> None:
+        self._spawn, self._log, self._stats, self._limits = spawn, log, stats, limits
+        self._process: Process | None = None
+        self._history: deque[Case] = deque(maxlen=HISTORY)
+        self._compiled: set[tuple[object, ...]] = set()
+        self._ran = 0
+        self._rss = 0
+
+    @property
+    def pid(self) -> int | None:
+        """The process that would run the next case; None before it is forked."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def log(self) -> Path:
+        """What targets print to stdout and stderr, and the tracebacks of crashes and hangs."""
+        return self._log
+
+    def run(
+        self, cases: Sequence[Case], target: str, options: RunOptions, on_verdict: OnVerdict | None = None
+    ) -> list[Verdict]:
+        """Runs the cases in order and returns their verdicts. Blocks.
+
+        A case that kills its process gets its verdict (crash, hang, out-of-memory), and the rest go on in a new one.
+        on_verdict(i, verdict, history) is called at each verdict; history: what the same process ran before, oldest
+        first, at most 32 cases.
+
+        Raises what the runner raised: UsageError, EnvironmentProblem, or MoeFuzzError for a failure of moe-fuzz itself.
+        """
+        verdicts: list[Verdict] = []
+
+        def give(verdict: Verdict) -> None:
+            index, history = len(verdicts), tuple(self._history)
+            verdicts.append(verdict)
+            self._history.append(cases[index])
+            self._ran += 1
+            self._stats.count("cases")
+            if on_verdict is not None:
+                on_verdict(index, verdict, history)
+
+        fruitless = 0
+        while len(verdicts) < len(cases):
+            before = len(verdicts)
+            try:
+                self._round(self._ready(), cases[before:], target, options, give)
+            except ZygoteGone:
+                self.close()  # the case in flight is not to blame: it runs again
+            except _Told as told:
+                raise told.error from None
+            except BaseException:
+                self.close()  # Ctrl-C, or a failing on_verdict: nobody knows what the process is doing
+                raise
+            fruitless = 0 if len(verdicts) > before else fruitless + 1
+            if fruitless >= _TRIES:
+                raise EnvironmentProblem(f"{_TRIES} workers in a row died before they began a case of {target}",
+                                         f"the log may tell: {self._log}")
+        return verdicts
+
+    def describe(self, target: str, timeout: float) -> TargetInfo:
+        """What the target says of itself. Raises UsageError, EnvironmentProblem."""
+        for _ in range(_TRIES):
+            try:
+                process = self._ready()
+                offset = self._log_size()
+                process.channel.send({"describe": target})
+                event = self._next(process, time.monotonic() + timeout)
+                if "error" in event:
+                    raise error_from_json(event["error"])
+                return TargetInfo.from_json(event["info"])
+            except ZygoteGone:
+                self.close()
+            except (ChannelClosed, Garbled):
+                status = process.status(1.0)
+                dead = autopsy.crash(status, self._log, offset, self._layout(process), 0, 0.0)
+                self.close()
+                place = dead.violations[0].site
+                raise EnvironmentProblem(
+                    f"loading {target} ends the worker ({dead.violations[0].symptom}{' at ' + place if place else ''})",
+                    f"import it by hand to see why. The end of the log:\n{dead.detail[-1500:]}") from None
+            except _Expired:
+                found = self._hang(process, timeout, timeout)
+                place = found.violations[0].site
+                raise EnvironmentProblem(
+                    f"loading {target} takes more than {timeout:g} s{'; it stands at ' + place if place else ''}",
+                    "import it by hand to see what it waits for") from None
+            except MoeFuzzError:
+                raise
+            except BaseException:
+                self.close()
+                raise
+        raise EnvironmentProblem("the process that workers are forked from dies again and again")
+
+    def restart(self) -> None:
+        """The next case runs in a new process."""
+        self.close()
+
+    def close(self) -> None:
+        """Kills the process and what it started. Idempotent; a later run forks another."""
+        process, self._process = self._process, None
+        self._history.clear()
+        self._compiled.clear()
+        self._ran = 0
+        if process is not None:
+            process.kill()
+
+    # ---- one process ------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> Process:
+        """The living process, forked now if there is none."""
+        if self._process is None:
+            started = time.monotonic()
+            self._process = process = self._spawn(self._log)
+            try:
+                event = self._next(process, started + START_SECONDS)
+            except (ChannelClosed, Garbled, _Expired) as error:
+                status = process.kill()
+                self.close()
+                raise EnvironmentProblem(f"a worker does not come up ({type(error).__name__}, wait status {status})",
+                                         f"its log says:\n{autopsy.read_log(self._log, 0)[-1500:].strip()}") from None
+            if "error" in event:
+                self.close()
+                raise error_from_json(event["error"])
+            self._rss = event["rss"]
+            self._stats.count("forks")
+            self._stats.count("fork_seconds", time.monotonic() - started)
+        return self._process
+
+    def _round(
+        self, process: Process, cases: Sequence[Case], target: str, options: RunOptions, give: Callable[[Verdict], None]
+    ) -> None:
+        """Runs cases until they are done, or the process is. Each verdict goes to `give`."""
+        layout, kills = self._layout(process), autopsy.oom_kills()
+        current: Case | None = None
+        began, offset, limit = time.monotonic(), 0, options.first_deadline
+        try:
+            process.channel.send({"round": [case.to_json() for case in cases], "target": target,
+                                  "options": options.to_json()})
+            while True:
+                event = self._next(process, began + limit)
+                if "start" in event:
+                    current, offset, began = cases[event["start"]], event["log"], time.monotonic()
+                    key = compile_key(current, target)
+                    limit = options.deadline if key in self._compiled else options.first_deadline
+                    self._compiled.add(key)
+                elif "verdict" in event:
+                    current = None
+                    verdict = Verdict.from_json(event["is"])
+                    give(verdict)
+                    if verdict.kind == OOM:  # what the case left behind is no burden for the next
+                        self.close()
+                        return
+                elif "done" in event:
+                    self._recycle(event["rss"])
+                    return
+                else:
+                    raise _Told(error_from_json(event["error"]))
+        except _Expired:
+            dead = self._hang(process, limit, time.monotonic() - began)
+        except ChannelClosed:
+            seconds, status = time.monotonic() - began, process.status(1.0)
+            dead = autopsy.crash(status, self._log, offset, layout, autopsy.oom_kills() - kills, seconds)
+        except Garbled as said:
+            dead = autopsy.garbled(self._log, offset, time.monotonic() - began, str(said))
+        if current is None:
+            self._stats.count("idle_deaths")  # between two cases: neither is to blame
+        else:
+            self._stats.count("deaths")
+            give(dead)
+        self.close()
+
+    def _next(self, process: Process, until: float) -> dict[str, Any]:
+        """The next event. Raises _Expired at `until`, ChannelClosed when the process is dead, Garbled, ZygoteGone."""
+        channel: Channel = process.channel
+        while (event := channel.receive(min(max(0.0, until - time.monotonic()), _SLICE))) is None:
+            if time.monotonic() >= until:
+                raise _Expired
+            # A child of the target may hold the socket open, so its end is not the only sign of death.
+            if process.status() is not None and (event := channel.receive(0)) is None:
+                raise ChannelClosed("the process ended")
+            if event is not None:
+                break
+            if self._log_size() > _RUNAWAY_LOG:
+                os.truncate(self._log, 0)
+        return event
+
+    def _hang(self, process: Process, deadline: float, seconds: float) -> Verdict:
+        """Asks the process for its stack, kills it, and gives the verdict."""
+        mark = self._log_size()
+        process.signal(signal.SIGUSR1)
+        until = time.monotonic() + _STACK_SECONDS
+        stack, size = "", -1
+        while time.monotonic() < until and not (autopsy.has_stack(stack) and size == self._log_size()):
+            size = self._log_size()
+            time.sleep(0.01)
+            stack = autopsy.read_log(self._log, mark)
+        layout = self._layout(process)
+        process.kill()
+        self._process = None
+        return autopsy.hang(stack, layout, deadline, seconds)
+
+    def _recycle(self, rss: int) -> None:
+        if self._ran >= self._limits.cases or rss - self._rss > self._limits.growth:
+            self._stats.count("recycled")
+            self.close()
+
+    def _layout(self, process: Process) -> autopsy.Layout:
+        return autopsy.Layout.of(process.zygote.info())
+
+    def _log_size(self) -> int:
+        try:
+            return self._log.stat().st_size
+        except FileNotFoundError:
+            return 0  # not made yet
+
+
+class _Told(Exception):
+    """The worker lives and told of an error, which goes to the caller."""
+
+    def __init__(self, error: MoeFuzzError) -> None:
+        super().__init__(str(error))
+        self.error = error
