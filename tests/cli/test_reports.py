@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -48,15 +49,18 @@ def test_terminal_never_breaks_a_replay_line(finding: Finding) -> None:
         events.FindingMinimizing("a@b", "ids", "duplicate-id", 3, "[bold]no markup[/bold] " * 9),
         events.FindingReported(finding, "new", "x" * 90),
         events.FlakySeen("a@b", finding.case, finding.verdict),
-        events.Warning("careful", "do this"),
+        events.Warning("[bold]careful[/]", "do this"),
         events.CampaignFinished(summary),
     ):
         terminal.handle(event)
+        if isinstance(event, events.FindingMinimizing):
+            time.sleep(0.6)  # a refresh of the status, whatever it holds
     terminal.close()
     shown = screen.getvalue()
     assert f"    moe-fuzz replay {finding.case.inline()}\n" in shown
     assert "x" * 90 in shown
-    assert "[bold]no markup" in shown
+    assert "minimizing ids duplicate-id, try 3" in shown
+    assert "[bold]careful[/]" in shown  # no markup
     assert "\x1b[?25h" in shown  # the cursor is given back
 
 
