@@ -9,6 +9,7 @@ All variants run the same cases, interleaved within each repeat, because machine
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -40,8 +41,13 @@ def draw(info: TargetInfo, device: str, count: int) -> tuple[list[Case], float]:
     cases: list[Case] = []
 
     @seed(1)
-    @settings(phases=[Phase.generate], max_examples=10 * count, database=None, deadline=None,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        phases=[Phase.generate],
+        max_examples=10 * count,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(strategies.rounds(get_space(info.op), info, device))
     def body(round_: tuple[Case, ...]) -> None:
         cases.extend(round_[: count - len(cases)])
@@ -49,10 +55,8 @@ def draw(info: TargetInfo, device: str, count: int) -> tuple[list[Case], float]:
             raise Enough
 
     started = time.perf_counter()
-    try:
+    with contextlib.suppress(Enough):
         body()
-    except Enough:
-        pass
     return cases, time.perf_counter() - started
 
 

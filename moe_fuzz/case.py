@@ -144,8 +144,11 @@ class Case:
         record = _record(data, "", {"moe_fuzz", "op", "target", "mode", "seed", "config", "steps", "digest"})
         version = record.get("moe_fuzz")
         if version != FORMAT or isinstance(version, bool):
-            raise CaseError("moe_fuzz", f"this is not a case of format {FORMAT} (found {version!r})",
-                            "a case file begins with {\"moe_fuzz\": 1, \"op\": …}; write one with `moe-fuzz show`")
+            raise CaseError(
+                "moe_fuzz",
+                f"this is not a case of format {FORMAT} (found {version!r})",
+                'a case file begins with {"moe_fuzz": 1, "op": …}; write one with `moe-fuzz show`',
+            )
         op = _text(record, "op", _WORD)
         target = _text(record, "target", _TARGET) if "target" in record else ""
         mode = _text({"mode": "eager"} | record, "mode", _WORD)
@@ -165,8 +168,11 @@ class Case:
             raise CaseError("steps", f"must be a list of 1 to {MAX_STEPS} steps")
         case = cls(op, config, tuple(_step(s, f"steps[{i}]") for i, s in enumerate(steps)), seed, mode, target)
         if "digest" in record and record["digest"] != case.digest:
-            raise CaseError("digest", f"says {record['digest']!r}, but the contents give {case.digest!r}: "
-                            "the file is damaged, or was edited", "to accept an edit, delete the digest line")
+            raise CaseError(
+                "digest",
+                f"says {record['digest']!r}, but the contents give {case.digest!r}: the file is damaged, or was edited",
+                "to accept an edit, delete the digest line",
+            )
         return case
 
     @classmethod
@@ -240,7 +246,9 @@ def _unpack(text: str) -> str:
             raise CaseError("", "the inline case is cut short, or too large")
         return raw.decode()
     except (binascii.Error, zlib.error, UnicodeDecodeError, ValueError) as error:
-        raise CaseError("", f"the inline case is damaged: {error}", "copy the whole word, from mfz1: to its end") from error
+        raise CaseError(
+            "", f"the inline case is damaged: {error}", "copy the whole word, from mfz1: to its end"
+        ) from error
 
 
 def _record(data: Any, where: str, keys: set[str]) -> dict[str, Any]:
@@ -262,7 +270,7 @@ def _text(record: Mapping[str, Any], key: str, pattern: re.Pattern[str], where: 
 def _labels(record: Mapping[str, Any], key: str, where: str) -> Labels:
     value = record.get(key, "")
     if not isinstance(value, str):
-        raise CaseError(f"{where}.{key}", f"must be a string like \"0-6,9\", not {value!r}")
+        raise CaseError(f"{where}.{key}", f'must be a string like "0-6,9", not {value!r}')
     try:
         return Labels.parse(value)
     except ValueError as error:

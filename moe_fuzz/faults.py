@@ -162,15 +162,16 @@ class Ladder(Fault):
 
 @register
 class Ties(Fault):
-    """Rows of few distinct values: a row is all equal, or of two values, or of ±0, so that every cut goes through a tie."""
+    """Rows of few distinct values: all equal, or two values, or ±0, so that every cut goes through a tie."""
 
     name = "ties"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         table = torch.tensor([0.0, 0.0, -0.0, 1.0, 1.0, -1.0], dtype=canvas.values.dtype)
         pick = canvas.choose(positions, len(table), self.name)
-        few = torch.tensor([1, 3, 5, 6])[generator.choice(
-            canvas.seed, f"{canvas.name}/{self.name}/few", [canvas.rows[p] for p in positions], [0], 4)]  # [P, 1]
+        few = torch.tensor([1, 3, 5, 6])[
+            generator.choice(canvas.seed, f"{canvas.name}/{self.name}/few", [canvas.rows[p] for p in positions], [0], 4)
+        ]  # [P, 1]
         canvas.values[positions] = table[pick % few]
 
 

@@ -50,6 +50,8 @@ def triangular(seed: int, name: str, rows: Sequence[int], columns: Sequence[int]
     return ((word & 0xFFFF) + (word >> 16) - 0xFFFF).to(torch.float32) * 2.0**-16
 
 
-def choice(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], count: int, stream: int = 0) -> torch.Tensor:
+def choice(
+    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], count: int, stream: int = 0
+) -> torch.Tensor:
     """int64 [R, C] in [0, count), count <= 2^16: which of `count` things each place takes."""
     return ((words(seed, name, rows, columns, stream) >> 16) * count) >> 16

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from moe_fuzz.campaign.interfaces import Cases, Pool
 from moe_fuzz.case import Case
-from moe_fuzz.verdict import HANG, Verdict, Violation
 from moe_fuzz.options import RunOptions
+from moe_fuzz.verdict import HANG, Verdict, Violation
 
 TRIES = 3
 Key = tuple[str, str]  # (check, symptom)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings, strategies, target
+from hypothesis.internal.conjecture.providers import HypothesisProvider
 
 from moe_fuzz.campaign.interfaces import Cases
 
@@ -30,8 +32,11 @@ def drive(
 ) -> bool:
     """Draws up to `examples` rounds from the seed `root` and hands each to `run`, which gives the score to climb on.
 
-    Returns False if `run` raised Enough. Thread-safe; what is drawn depends on `root`, `examples` and the scores alone.
+    Returns False if `run` raised Enough; its errors come out as they are. Thread-safe. What is drawn depends on `root`,
+    `examples` and the scores alone.
     """
+
+    failed: list[Exception] = []
 
     @seed(root)
     @settings(
@@ -46,22 +51,37 @@ def drive(
         suppress_health_check=list(HealthCheck),
         verbosity=Verbosity.quiet,
     )
-    @given(strategies.data())
-    def body(data: strategies.DataObject) -> None:
-        # Hypothesis mixes in the number literals of whatever local modules are loaded, so the same seed would give
-        # other cases in a checkout than in a wheel, or under pytest. Our dictionary is in the strategies.
-        provider: Any = data.conjecture_data.provider
-        provider._maybe_draw_constant = _no_constant
-        score = run(data.draw(rounds))
+    @given(rounds)
+    def body(cases: Cases) -> None:
+        try:
+            score = run(cases)
+        except Exception as error:
+            failed.append(error)  # Hypothesis would run the round again, and call it flaky
+            raise Enough from error
         if score is not None and math.isfinite(score):
             target(float(score), label="error budget")
 
+    _driving.now = True
     try:
         body()
     except Enough:
+        if failed:
+            raise failed[0] from None
         return False
+    finally:
+        _driving.now = False
     return True
 
 
-def _no_constant(*_args: object, **_kwargs: object) -> None:
-    return None
+# Hypothesis mixes in the number literals of whatever local modules are loaded, so the same seed would give other cases
+# in a checkout than in a wheel, or under pytest. Our dictionary is in the strategies. There is no setting for it, and
+# it happens in more places than one, hence this; a user's own Hypothesis tests in the same process keep their literals.
+_driving = threading.local()
+_maybe_draw_constant: Any = HypothesisProvider._maybe_draw_constant
+
+
+def _no_literals(self: HypothesisProvider, *args: Any, **options: Any) -> Any:
+    return None if getattr(_driving, "now", False) else _maybe_draw_constant(self, *args, **options)
+
+
+setattr(HypothesisProvider, "_maybe_draw_constant", _no_literals)  # noqa: B010 - a method, to mypy

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
@@ -30,7 +31,6 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.verdict import Verdict
-from moe_fuzz.options import RunOptions
 
 PROGRESS_EVERY = 0.25  # seconds
 POLL = 0.1  # seconds
@@ -53,9 +53,7 @@ class Campaign:
         self._listener = emit
         self._sources = sources or own_sources()
         self._render = render_repro
-        self._options = RunOptions(
-            checks=settings.checks, deadline=settings.deadline, first_deadline=settings.first_deadline
-        )
+        self._options = settings.options()
         self._lock = threading.RLock()
         self._emitting = threading.RLock()
         self._stop = threading.Event()
@@ -86,7 +84,8 @@ class Campaign:
             target: Examiner(self._pool, info, space, self._options, self._settings.device)
             for target, (info, space) in self._targets.items()
         }
-        self._triage = Triage(self._state, examiners, self._emit, self._flaky, self._render)
+        save = partial(self._save, finished=False)
+        self._triage = Triage(self._state, examiners, self._emit, self._flaky, save, self._render)
         self._header()
         try:
             self._save(finished=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,21 +10,19 @@ from datetime import UTC, datetime
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import TRIES, Confirmation, Key, confirm, holds, matching, rerun
-from moe_fuzz.campaign.finding import Finding, fingerprint, needed_features, place
+from moe_fuzz.campaign.finding import Finding, features_of, fingerprint, needed_features, place
 from moe_fuzz.campaign.interfaces import Cases, Pool, Space
 from moe_fuzz.campaign.locate import is_memory_fault, locate
 from moe_fuzz.campaign.minimize import Minimized, Reducer
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
+from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.verdict import HANG, Verdict, Violation
-from moe_fuzz.options import RunOptions
-
-_PACKAGES = ("torch", "triton", "numpy", "vllm", "sglang", "flashinfer-python")
 
 
 @dataclass(frozen=True)
 class Examiner:
-    """`progress(tries, case)` hears of every try of the reducer."""
+    """`options` are those under which the bad cases were seen."""
 
     pool: Pool
     info: TargetInfo
@@ -34,7 +31,8 @@ class Examiner:
     device: str
 
     def examine(self, bad: BadCase, seconds: float, progress: Callable[[int, Case], None]) -> Finding | None:
-        """The finding, or None if the case is not bad again in fresh workers. `seconds` bounds the reducer."""
+        """The finding, or None if the case is not bad again in fresh workers. `seconds` bounds the reducer, of whose
+        every try `progress(tries, case)` hears."""
         confirmed = confirm(self.pool, bad.target, bad.case, bad.history, bad.key, self.options)
         if confirmed is None:
             return None
@@ -50,7 +48,7 @@ class Examiner:
     def still_fails(self, finding: Finding) -> bool:
         """Whether a finding of an earlier campaign fails today, in fresh workers and under all checks."""
         cases = (*finding.sequence, finding.case)
-        options = replace(self.options, checks=None)
+        options = replace(self.options, checks=None, fence=FenceOptions())
         tries = 1 if finding.reproduces == "always" else 2 * TRIES
         return any(holds(rerun(self.pool, cases, finding.target, options), finding.raw) for _ in range(tries))
 
@@ -103,6 +101,7 @@ class Examiner:
             verdict=verdict,
             raw=bad.key,
             features=features,
+            scope=tuple(sorted(features_of(self.space, bad.case).intersection(features))),
             site=site,
             sequence=minimized.before,
             reproduces=confirmed.reproduces,
@@ -110,18 +109,13 @@ class Examiner:
             minimized_from=before if minimized.case != bad.case else "",
             minimal=minimized.complete,
             explain=minimized.explain,
-            env=environment(self.info, self.device),
+            env=self._environment(),
             first_seen=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
 
-def environment(info: TargetInfo, device: str) -> dict[str, str]:
-    """Versions for a report, from package metadata alone: nothing is imported."""
-    env = {"moe-fuzz": __version__, "target": info.name, "origin": info.origin, "device": device}
-    env |= {"python": platform.python_version(), "platform": platform.platform()}
-    for package in _PACKAGES:
-        try:
-            env[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return env
+    def _environment(self) -> dict[str, str]:
+        """Versions for a report, as the workers have them: their interpreter need not be this one."""
+        env = {"moe-fuzz": __version__, "target": self.info.name, "origin": self.info.origin, "device": self.device}
+        env |= {"platform": platform.platform()}
+        return env | {str(name): str(version) for name, version in self.pool.environment.items()}

@@ -32,7 +32,8 @@ class Finding:
     case: Case
     verdict: Verdict
     raw: tuple[str, str]  # (check, symptom) as a worker tells them, before a crash was located
-    features: tuple[str, ...]  # what the minimal case still needs
+    features: tuple[str, ...]  # what sets the minimal case apart: part of the fingerprint
+    scope: tuple[str, ...]  # those of them that every failing case seen had: what a case needs to be explained by it
     site: str = ""  # file and function, where they are known
     sequence: Cases = ()
     reproduces: str = "always"
@@ -56,7 +57,8 @@ class Finding:
     def to_json(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data |= {"case": self.case.to_json(), "sequence": [case.to_json() for case in self.sequence]}
-        data |= {"verdict": self.verdict.to_json(), "raw": list(self.raw), "features": list(self.features)}
+        data |= {"verdict": self.verdict.to_json(), "raw": list(self.raw)}
+        data |= {"features": list(self.features), "scope": list(self.scope)}
         return data | {"explain": list(self.explain), "env": dict(self.env), "replay": self.replay}
 
     @classmethod
@@ -66,7 +68,7 @@ class Finding:
         check, symptom = found["raw"]
         found |= {"case": Case.from_json(found["case"]), "verdict": Verdict.from_json(found["verdict"])}
         found |= {"sequence": tuple(Case.from_json(case) for case in found["sequence"]), "raw": (check, symptom)}
-        found |= {"features": tuple(found["features"]), "explain": tuple(found["explain"])}
+        found |= {name: tuple(found[name]) for name in ("features", "scope", "explain")}
         return cls(**found)
 
 

@@ -5,15 +5,16 @@ The pool of this host is one implementation (worker/pool.py); many hosts need an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
-from moe_fuzz.verdict import Verdict
+from moe_fuzz.labels import Labels
 from moe_fuzz.options import RunOptions
+from moe_fuzz.verdict import Verdict
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -31,6 +32,9 @@ class Worker(Protocol):
 
 
 class Pool(Protocol):
+    @property
+    def environment(self) -> Mapping[str, Any]: ...  # versions on the workers' side
+
     def describe(self, target: str) -> TargetInfo: ...
 
     def lease(self) -> AbstractContextManager[Worker]: ...
@@ -45,13 +49,17 @@ class Space(Protocol):
     def op(self) -> str: ...
 
     @property
-    def tensors(self) -> Any: ...  # a mapping: tensor -> "input" | "output"
+    def tensors(self) -> Mapping[str, str]: ...  # name -> "input" | "output"
 
     def validate(self, case: Case) -> None: ...
 
     def features(self, case: Case) -> frozenset[str]: ...
 
     def simplify(self, case: Case) -> Iterator[Case]: ...
+
+    def label_axes(self, case: Case) -> Mapping[str, Labels]: ...
+
+    def keep(self, case: Case, axis: str, labels: Labels) -> Case: ...
 
     def label(self, case: Case) -> str: ...
 

@@ -1,8 +1,8 @@
 """A memory fault carries no address. Running the case again with one tensor fenced at a time names the culprit.
 
-Each question goes to a fresh worker: does it still crash when only this is fenced? First with no fence at all (a fault
-that needs none is a wild access and stays a crash), then tensor by tensor, then the side, then the kind of access, and
-last whether it is a write into an input itself.
+Each question goes to a fresh worker: does it still crash when only this is fenced? First with soft guards alone (a
+fault that needs no hard one is a wild access and stays a crash), then tensor by tensor, then the side, then the kind of
+access, and last whether it is a write into an input itself.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import replace
 
 from moe_fuzz.campaign.confirm import Key, matching, rerun
 from moe_fuzz.campaign.interfaces import Cases, Pool
-from moe_fuzz.verdict import Verdict, Violation
+from moe_fuzz.case import Case
 from moe_fuzz.options import FenceOptions, RunOptions
+from moe_fuzz.verdict import Verdict, Violation
 
 MEMORY_FAULTS = ("SIGSEGV", "SIGBUS")
-OWN = "own"  # memory that the target allocated itself
+OWN = "own"  # memory that the target allocated itself; the fence calls it own1, own2, … in the order of allocation
+_ALL_OWN = tuple(f"{OWN}{number}" for number in range(1, 257))
 
 
 def is_memory_fault(key: Key) -> bool:
@@ -39,18 +41,25 @@ def locate(
         with_fence = replace(options, fence=fence)
         return any(matching(rerun(pool, cases, target, with_fence), key) is not None for _ in range(tries))
 
-    nothing = FenceOptions(hard=(), sides="both", access="any", readonly=(), own=False)
-    if crashes(nothing):
+    # Soft guards stay everywhere: without them an overrun lands in somebody's heap, and crashes when it likes.
+    soft = FenceOptions(hard=(), sides="both", access="any", readonly=(), own=True)
+    if crashes(soft):
         return crash
-    candidates = {name: replace(nothing, hard=(name,)) for name in tensors} | {OWN: replace(nothing, own=True)}
-    for name, fence in candidates.items():
+    there = {name: role for name, role in tensors.items() if _is_there(cases[-1], name)}
+    for name, hard in ({name: (name,) for name in there} | {OWN: _ALL_OWN}).items():
+        fence = replace(soft, hard=hard)
         if crashes(fence):
             side = next((side for side in ("right", "left") if crashes(replace(fence, sides=side))), "both")
             writes = crashes(replace(fence, access="write"))
             return _located(crash, name, side, "write" if writes else "read")
-    inputs = [name for name, role in tensors.items() if role == "input"]
-    written = next((name for name in inputs if crashes(replace(nothing, readonly=(name,)))), None)
+    inputs = [name for name, role in there.items() if role == "input"]
+    written = next((name for name in inputs if crashes(replace(soft, readonly=(name,)))), None)
     return _located(crash, written, "inside", "write") if written else crash
+
+
+def _is_there(case: Case, tensor: str) -> bool:
+    """An optional tensor bears the name of the flag of the config that asks for it."""
+    return case.config.get(tensor, True) is not False
 
 
 def _located(crash: Violation, tensor: str, side: str, access: str) -> Violation:

@@ -95,6 +95,12 @@ class Reducer:
         while any(accept(simpler) for simpler in self._space.simplify(now())):
             pass
 
+        def accept_labels(axis: str, kept: tuple[int, ...]) -> bool:
+            return accept(self._space.keep(now(), axis, Labels.of(kept)))
+
+        for axis, labels in self._space.label_axes(now()).items():
+            ddmin(tuple(labels), partial(accept_labels, axis))
+
     def _reduce_step(self, accept: Callable[[Step], bool], now: Callable[[], Step]) -> None:
         ddmin(now().faults, lambda faults: accept(replace(now(), faults=faults)), may_be_empty=True)
         if not now().rows:  # one row is the plain case; having none is a feature, kept only if the failure needs it

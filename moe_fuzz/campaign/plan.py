@@ -15,6 +15,7 @@ from moe_fuzz._version import __version__
 from moe_fuzz.campaign.interfaces import Cases
 from moe_fuzz.case import Case
 from moe_fuzz.errors import UsageError
+from moe_fuzz.options import FenceOptions, RunOptions
 
 GRID_SHARE = 4  # the grid takes at most a quarter of the budget
 GRID_SLICE = 32  # cases in a unit of the grid
@@ -51,6 +52,12 @@ class Settings:
         for name in ("workers", "deadline", "first_deadline", "shard_cases"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be more than 0, not {getattr(self, name)}")
+
+    def options(self) -> RunOptions:
+        """How workers run the cases. Where the checks are named and `fence` is not among them, nothing is fenced."""
+        fenced = self.checks is None or "fence" in self.checks
+        fence = FenceOptions() if fenced else FenceOptions(hard=(), readonly=(), own=False)
+        return RunOptions(self.checks, fence, self.deadline, self.first_deadline)
 
     def key(self) -> dict[str, Any]:
         """What an interrupted campaign must have in common with this one to be gone on with."""

@@ -20,12 +20,16 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import FenceOptions, RunOptions
-from moe_fuzz.verdict import OOM, REJECTED, Verdict, Violation
+from moe_fuzz.verdict import OOM as OOM_VERDICT
+from moe_fuzz.verdict import REJECTED, Verdict, Violation
 
-BATCH = 16  # cases handed to a worker at once: few, because a bug found ends the batch's use
+BATCH = 16  # cases handed to a worker at once, at most: it begins with one, because a bug found ends the batch's use
+DEADLINE = 3.0  # seconds for a case: planted bugs are small
+COMPILE_DEADLINE = 60.0
 _ROUNDS = 50  # rounds drawn at once
+OOM = "oom"  # how the catalog names it; it is a kind of verdict
 FENCE = "fence"  # the check that is no code: the worker dies in a fence, and the parent says which
-_NO_FENCE = FenceOptions(hard=(), readonly=False, own=False)
+_NO_FENCE = FenceOptions(hard=(), readonly=(), own=False)
 
 
 class Planted(Protocol):
@@ -122,7 +126,8 @@ def run_alone(
     ran = 0
     for _, verdict in _verdicts(cases, outcome.target, pool, _options(rest, device), start + max_seconds):
         ran += 1
-        fired |= {violation.check for violation in _violations(verdict)} - {planted.check}
+        fired |= {violation.check for violation in _violations(verdict)}
+    fired -= {planted.check}  # a dead worker is seen whatever is judged: it is a verdict, not a check to turn off
     silent = not fired and ran == outcome.cases  # cut short by time, the silence proves nothing
     seconds = outcome.seconds + time.monotonic() - start
     return replace(outcome, others=tuple(sorted(fired)), silent=silent, seconds=seconds)
@@ -143,15 +148,17 @@ def draw(op: str, info: TargetInfo, device: str, start: int) -> Iterator[Case]:
 
 
 def _options(checks: tuple[str, ...] | None, device: str) -> RunOptions:
-    """These checks and no other: the fences stand only where they are asked for. Nothing compiles on a CPU, so a bug
-    that hangs need not cost a minute there."""
+    """These checks and no other: the fences stand only where they are asked for. Nothing compiles on a CPU."""
+    first = DEADLINE if device == "cpu" else COMPILE_DEADLINE
     fence = FenceOptions() if checks is None or FENCE in checks else _NO_FENCE
-    return RunOptions(checks, fence, first_deadline=20.0) if device == "cpu" else RunOptions(checks, fence)
+    return RunOptions(checks, fence, DEADLINE, first)
 
 
 def _violations(verdict: Verdict) -> tuple[Violation, ...]:
     """What fired. Running out of memory is no violation of a kernel, but it is what some bugs are planted for."""
-    return (Violation("oom", "", verdict.detail),) if verdict.kind == OOM else verdict.violations
+    if verdict.kind == OOM_VERDICT:
+        return (Violation(OOM, verdict.kind, "a worker ran out of memory"),)
+    return verdict.violations
 
 
 def _is_it(violation: Violation, planted: Planted) -> bool:
@@ -162,8 +169,10 @@ def _verdicts(
     cases: Iterator[Case], target: str, pool: Pool, options: RunOptions, until: float
 ) -> Iterator[tuple[Case, Verdict]]:
     """Runs batches until the cases or the time are spent; verdicts in the order of the cases."""
+    size = 1
     while time.monotonic() < until:
-        batch: Sequence[Case] = tuple(itertools.islice(cases, BATCH))
+        batch: Sequence[Case] = tuple(itertools.islice(cases, size))
+        size = min(2 * size, BATCH)
         if not batch:
             return
         with pool.lease() as worker:

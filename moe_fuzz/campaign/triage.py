@@ -21,7 +21,7 @@ from moe_fuzz.campaign.findings import RenderRepro, folder, load_findings, seen_
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.case import Case
 
-MAX_MINIMIZED = 3  # of a bucket; what comes after them counts as a duplicate
+MAX_MINIMIZED = 6  # of a bucket, be it to findings known already; what comes after them counts as a duplicate
 MAX_FLAKY = 20  # of a bucket; what comes after them stays unexamined
 MAX_WAITING = 8  # of a bucket
 MINIMIZING_EVERY = 0.5  # seconds between two events of one reduction
@@ -37,11 +37,11 @@ class _Item:
 
 
 class Triage:
-    """The line, and the findings of this campaign. `new`, `known` and `fixed` are by id."""
+    """The line, and the findings of this campaign. `new`, `known` and `fixed` are by id; `save` notes who is new."""
 
     def __init__(
         self, state: StateDir, examiners: Mapping[str, Examiner], emit: Callable[[events.Event], None],
-        flaky: Callable[[BadCase], None], render_repro: RenderRepro | None = None,
+        flaky: Callable[[BadCase], None], save: Callable[[], None], render_repro: RenderRepro | None = None,
     ) -> None:  # fmt: skip
         self.new: dict[str, Finding] = {}
         self.known: dict[str, Finding] = {}
@@ -52,6 +52,7 @@ class Triage:
         self._examiners = examiners
         self._emit = emit
         self._flaky = flaky
+        self._save = save
         self._render = render_repro
         self._lock = threading.RLock()
         self._line: list[_Item] = []
@@ -169,27 +170,36 @@ class Triage:
 
     def _report(self, finding: Finding) -> None:
         with self._lock:
-            if finding.id in self.new or finding.id in self.known:
-                self._sightings[finding.id] += 1
-                self.duplicates += 1
-                return
+            for group in (self.new, self.known):
+                if finding.id in group:
+                    self._again(group, finding)
+                    return
             earlier = self.fixed.get(finding.id)
             # One that fails sometimes only looked fixed; any other one is back, which is news.
             only_looked_fixed = earlier is not None and earlier.reproduces != "always"
             if earlier is not None:
                 del self.fixed[finding.id]
                 finding = replace(finding, first_seen=earlier.first_seen, times_seen=earlier.times_seen + 1)
-            path = write_finding(self._state, finding, self._render)
             (self.known if only_looked_fixed else self.new)[finding.id] = finding
+            self._save()  # first: if killed now, the next run must not take what lies there for old news
+            path = write_finding(self._state, finding, self._render)
         self._emit(events.FindingReported(finding, "known" if only_looked_fixed else "new", str(path)))
+
+    def _again(self, group: dict[str, Finding], finding: Finding) -> None:
+        """The same defect by another way. What this case lacked, the defect does not need: it explains more now."""
+        known = group[finding.id]
+        group[finding.id] = replace(known, scope=tuple(sorted(set(known.scope) & set(finding.scope))))
+        self._sightings[finding.id] += 1
+        self.duplicates += 1
 
     def _explained(self, bad: BadCase) -> bool:
         """Whether a reported finding says it all: same failure, and the case has every feature the finding needs."""
         features = features_of(self._examiners[bad.target].space, bad.case)
         for finding in (*self.new.values(), *self.known.values()):
-            same = finding.target == bad.target and finding.raw == bad.key and bad.bucket.site in ("", finding.site)
+            here = not (bad.bucket.site and finding.site) or bad.bucket.site == finding.site
+            same = here and finding.target == bad.target and finding.raw == bad.key
             # Whether a culprit ran before this case cannot be told from here, so such a finding explains nothing.
-            if same and not finding.sequence and features.issuperset(finding.features):
+            if same and not finding.sequence and features.issuperset(finding.scope):
                 self._sightings[finding.id] += 1
                 return True
         return False

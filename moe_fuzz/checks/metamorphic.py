@@ -38,7 +38,9 @@ def _pick(outputs: Outputs, rows: torch.Tensor) -> Outputs:
 def _violation(check_name: str, message: str, rows: torch.Tensor, one: Outputs, other: Outputs) -> list[Violation]:
     """`one` and `other` hold the same rows; `rows` their positions in the case."""
     at = first(_differs(one, other))[0]
-    slot = int((element_bits(one.weights[at : at + 1]) != element_bits(other.weights[at : at + 1])).any(0).int().argmax())
+    slot = int(
+        (element_bits(one.weights[at : at + 1]) != element_bits(other.weights[at : at + 1])).any(0).int().argmax()
+    )
     symptom = "ids" if not torch.equal(one.ids[at], other.ids[at]) else "weights"
     row = int(rows[at])
 

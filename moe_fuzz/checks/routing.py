@@ -34,9 +34,17 @@ def selection(seen: RoutingObservation) -> list[Violation]:
     row = first(wrong)[0]
     lost, won = int(best.indices[row]), int(worst.indices[row])
     message = f"row {row} takes expert {won}, although expert {lost} has a higher score"
-    return [Violation("selection", "inversion", message, "ids", (row,),
-                      f"expert {lost} (score {float(seen.biased[row, lost]):.9g})",
-                      f"expert {won} (score {float(seen.biased[row, won]):.9g}); ids {row_text(seen.ids[row])}")]
+    return [
+        Violation(
+            "selection",
+            "inversion",
+            message,
+            "ids",
+            (row,),
+            f"expert {lost} (score {float(seen.biased[row, lost]):.9g})",
+            f"expert {won} (score {float(seen.biased[row, won]):.9g}); ids {row_text(seen.ids[row])}",
+        )
+    ]
 
 
 @check("routing", "ties")
@@ -57,7 +65,7 @@ def ties(seen: RoutingObservation) -> list[Violation]:
         if passed_over.any():
             at, lower = first(passed_over)
             row = int(rows[at])
-            return [Violation("ties", "higher-index", f"row {row}: expert {lower} ties with a taken one and has the lower index",
+            return [Violation("ties", "higher-index", f"row {row}: expert {lower} is passed over in a tie",
                               "ids", (row, slot), f"expert {lower}", f"expert {int(expert[at])}")]  # fmt: skip
     return []
 
@@ -75,15 +83,24 @@ def order(seen: RoutingObservation) -> list[Violation]:
     if not wrong.any():
         return []
     row, slot = first(wrong)
-    return [Violation("order", "ascending", f"row {row}: slot {slot + 1} has a higher score than slot {slot}", "ids",
-                      (row, slot + 1), f"at most {float(biased[row, slot]):.9g}", f"{float(biased[row, slot + 1]):.9g}")]
+    return [
+        Violation(
+            "order",
+            "ascending",
+            f"row {row}: slot {slot + 1} has a higher score than slot {slot}",
+            "ids",
+            (row, slot + 1),
+            f"at most {float(biased[row, slot]):.9g}",
+            f"{float(biased[row, slot + 1]):.9g}",
+        )
+    ]
 
 
 @check("routing", "weights", parity=True)
 def weights(seen: RoutingObservation) -> list[Violation]:
     """Weights against float64 scores of the kernel's own ids, within the rounding bound, elementwise.
 
-    Renormalized rows whose selected scores sum below 2^-40 are left to the target's epsilon: there `finite` alone rules.
+    Renormalized rows whose selected scores sum below 2^-40 are left to the target's epsilon: there only `finite` rules.
     """
     score, error = seen.gather(seen.scores), seen.gather(seen.error)
     judged = seen.judged.view(-1, 1)
@@ -106,8 +123,18 @@ def weights(seen: RoutingObservation) -> list[Violation]:
         where = first(wrong)
         row, slot = where
         message = f"row {row}: the weight of expert {int(seen.ids[where])} is off by {float(used[where]):.3g} bounds"
-        return [Violation("weights", "off", message, "weights", (row, slot), f"{float(expected[where]):.9g}",
-                          f"{float(seen.weights[where]):.9g}", float(used[where]))]
+        return [
+            Violation(
+                "weights",
+                "off",
+                message,
+                "weights",
+                (row, slot),
+                f"{float(expected[where]):.9g}",
+                f"{float(seen.weights[where]):.9g}",
+                float(used[where]),
+            )
+        ]
     if used.numel():
         seen.budget["weights"] = float(torch.nan_to_num(used).max())
     return []

@@ -15,16 +15,40 @@ def structure(seen: RoutingObservation) -> list[Violation]:
     """weights [T, k] float32 and ids [T, k] int32, on the inputs' device."""
     found = []
     shape = (seen.tokens, seen.top_k)
-    for name, tensor, dtype in (("weights", seen.outputs.weights, torch.float32), ("ids", seen.outputs.ids, torch.int32)):
+    for name, tensor, dtype in (
+        ("weights", seen.outputs.weights, torch.float32),
+        ("ids", seen.outputs.ids, torch.int32),
+    ):
         if tuple(tensor.shape) != shape:
-            found.append(Violation("structure", f"{name}:shape", f"{name} has the wrong shape", name, (),
-                                   str(shape), str(tuple(tensor.shape))))
+            found.append(
+                Violation(
+                    "structure",
+                    f"{name}:shape",
+                    f"{name} has the wrong shape",
+                    name,
+                    (),
+                    str(shape),
+                    str(tuple(tensor.shape)),
+                )
+            )
         elif tensor.dtype != dtype:
-            found.append(Violation("structure", f"{name}:dtype", f"{name} has the wrong dtype", name, (),
-                                   str(dtype), str(tensor.dtype)))
+            found.append(
+                Violation(
+                    "structure", f"{name}:dtype", f"{name} has the wrong dtype", name, (), str(dtype), str(tensor.dtype)
+                )
+            )
         elif tensor.device != seen.logits.device:
-            found.append(Violation("structure", f"{name}:device", f"{name} is on the wrong device", name, (),
-                                   str(seen.logits.device), str(tensor.device)))
+            found.append(
+                Violation(
+                    "structure",
+                    f"{name}:device",
+                    f"{name} is on the wrong device",
+                    name,
+                    (),
+                    str(seen.logits.device),
+                    str(tensor.device),
+                )
+            )
     return found
 
 
@@ -47,13 +71,31 @@ def ids(seen: RoutingObservation) -> list[Violation]:
     outside = ((seen.ids < 0) | (seen.ids >= seen.experts)) & seen.lawful.view(-1, 1)
     if outside.any():
         where = first(outside)
-        return [Violation("ids", "out-of-range", f"row {where[0]} names an expert that does not exist", "ids", where,
-                          f"an id in [0, {seen.experts})", str(int(seen.ids[where])))]
+        return [
+            Violation(
+                "ids",
+                "out-of-range",
+                f"row {where[0]} names an expert that does not exist",
+                "ids",
+                where,
+                f"an id in [0, {seen.experts})",
+                str(int(seen.ids[where])),
+            )
+        ]
     twice = seen.lawful & ~seen.sound_ids
     if twice.any():
         row = first(twice)[0]
-        return [Violation("ids", "duplicate", f"row {row} names an expert twice", "ids", (row,),
-                          f"{seen.top_k} distinct ids", row_text(seen.ids[row]))]
+        return [
+            Violation(
+                "ids",
+                "duplicate",
+                f"row {row} names an expert twice",
+                "ids",
+                (row,),
+                f"{seen.top_k} distinct ids",
+                row_text(seen.ids[row]),
+            )
+        ]
     return []
 
 
@@ -63,12 +105,24 @@ def finite(seen: RoutingObservation) -> list[Violation]:
     wrong = ~(torch.isfinite(seen.weights) & (seen.weights >= 0)) & seen.lawful.view(-1, 1)
     if not wrong.any():
         return []
-    where = first(wrong)
+    defined = wrong & seen.defined.view(-1, 1)
+    where = first(defined if defined.any() else wrong)  # a real row's weight is the worse news, and another bug
     value = float(seen.weights[where])
-    symptom = "nan" if value != value else "infinite" if abs(value) == float("inf") else "negative"
-    undefined = "" if bool(seen.defined[where[0]]) else ", whose logits are not finite,"
-    return [Violation("finite", symptom, f"row {where[0]}{undefined} has a weight that is {symptom}", "weights", where,
-                      "finite and >= 0", str(value))]
+    kind = "nan" if value != value else "infinite" if abs(value) == float("inf") else "negative"
+    symptom, row = (
+        (kind, "") if bool(seen.defined[where[0]]) else (f"{kind} on an undefined row", ", which is undefined,")
+    )
+    return [
+        Violation(
+            "finite",
+            symptom,
+            f"row {where[0]}{row} has a weight that is {kind}",
+            "weights",
+            where,
+            "finite and >= 0",
+            str(value),
+        )
+    ]
 
 
 @check("routing", "padding")
@@ -81,11 +135,29 @@ def padding(seen: RoutingObservation) -> list[Violation]:
     wrong = (seen.ids != wanted) & rows
     if wrong.any():
         where = first(wrong)
-        return [Violation("padding", "id", f"padding row {where[0]} does not carry the dialect's id", "ids", where,
-                          f"{wanted} ({seen.dialect})", str(int(seen.ids[where])))]
+        return [
+            Violation(
+                "padding",
+                "id",
+                f"padding row {where[0]} does not carry the dialect's id",
+                "ids",
+                where,
+                f"{wanted} ({seen.dialect})",
+                str(int(seen.ids[where])),
+            )
+        ]
     heavy = ~(seen.weights == 0) & rows
     if heavy.any():
         where = first(heavy)
-        return [Violation("padding", "weight", f"padding row {where[0]} has a weight", "weights", where,
-                          f"0 ({seen.dialect})", str(float(seen.weights[where])))]
+        return [
+            Violation(
+                "padding",
+                "weight",
+                f"padding row {where[0]} has a weight",
+                "weights",
+                where,
+                f"0 ({seen.dialect})",
+                str(float(seen.weights[where])),
+            )
+        ]
     return []

@@ -52,7 +52,8 @@ def command(
     is for more time, or for a case of your own."""
     found = source.load(case, state_dir)
     name = found.target(target)
-    with Pool(workers=1, device=params.pick_device(device), memory_limit=memory) as pool:
+    device = params.pick_device(device)
+    with Pool(workers=1, device=device, memory_limit=params.pick_memory(memory, device, 1)) as pool:
         pool.describe(name)
         result = minimize(pool, found, name, RunOptions(deadline=deadline), minimize_time)
     for line in describe(found, result):

@@ -10,8 +10,11 @@ from typing import Any, TypeVar
 import click
 
 from moe_fuzz import config
+from moe_fuzz.errors import EnvironmentProblem
+from moe_fuzz.options import FENCED_DEVICES
 
 F = TypeVar("F", bound=Callable[..., Any])
+MIN_MEMORY, MAX_MEMORY = 1 << 30, 4 << 30  # bytes; what a worker gets unless told
 MAX_WORKERS = 1024
 
 
@@ -66,7 +69,7 @@ device = option(
     type=click.Choice(config.DEVICES),
     default="auto",
     show_default=True,
-    help="auto: cuda where there is a GPU, else Triton's interpreter on the CPU.",
+    help="auto: the CPU, where Triton kernels run in its interpreter; CUDA is to come.",
 )
 workers = option(
     "workers",
@@ -84,7 +87,13 @@ deadline = option(
     show_default=True,
     help="After this long a case counts as a hang.",
 )
-memory = option("memory", "--memory", type=SIZE, metavar="SIZE", help="Memory limit of a worker, e.g. 8GiB.")
+memory = option(
+    "memory",
+    "--memory",
+    type=SIZE,
+    metavar="SIZE",
+    help="Memory limit of a worker, e.g. 8GiB. [default: on a CPU its share, 4GiB at most]",
+)
 target_op = click.option("--op", metavar="OP", help="The op of a file.py:function or package.module:function target.")
 
 
@@ -92,9 +101,14 @@ def pick_device(wanted: str) -> str:
     """`cpu` or `cuda`, for `auto` by what the machine has."""
     from moe_fuzz.cli.machine import gpus
 
-    if wanted != "auto":
-        return wanted
-    return "cuda" if gpus() else "cpu"
+    if wanted == "auto":
+        return "cuda" if "cuda" in FENCED_DEVICES and gpus() else "cpu"
+    if wanted not in FENCED_DEVICES:
+        raise EnvironmentProblem(
+            f"this version runs nothing on {wanted}: it has no memory fences there yet",
+            f"--device {FENCED_DEVICES[0]} runs the same kernels in Triton's interpreter",
+        )
+    return wanted
 
 
 def pick_workers(wanted: int | None, device: str) -> int:
@@ -104,3 +118,14 @@ def pick_workers(wanted: int | None, device: str) -> int:
     if wanted is not None:
         return wanted
     return max(1, len(gpus())) if device == "cuda" else max(1, len(os.sched_getaffinity(0)))
+
+
+def pick_memory(wanted: int | None, device: str, workers: int) -> int | None:
+    """Bytes a worker may have: as asked, else its share of what is free, so that a target that eats memory takes only
+    its worker down. None on a GPU, where the driver maps address ranges that such a limit would count."""
+    from moe_fuzz.cli.machine import memory_available
+
+    available = memory_available()
+    if wanted is not None or device != "cpu" or available is None:
+        return wanted
+    return max(MIN_MEMORY, min(MAX_MEMORY, available * 4 // 5 // (workers + 1)))  # one more: the one that confirms

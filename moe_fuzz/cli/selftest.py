@@ -22,6 +22,8 @@ from moe_fuzz.worker.pool import Pool
 if TYPE_CHECKING:
     from moe_fuzz.campaign.selftest import Planted
 
+MEMORY = 2 << 30  # bytes a worker may have: enough for every planted bug but the one that eats memory
+
 
 @click.command(short_help="Prove that the checks can fire: find every planted bug.")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
@@ -55,7 +57,8 @@ def command(
     device = params.pick_device(device)
     count = min(params.pick_workers(workers, device), len(chosen))
     engine = run_alone if only else run_planted
-    with Pool(workers=count, device=device, memory_limit=memory) as pool:
+    limit = memory or (MEMORY if device == "cpu" else None)
+    with Pool(workers=count, device=device, memory_limit=limit) as pool:
 
         def one(bug: Planted) -> Outcome:
             return engine(bug, pool, seed, cases, time, device=device)

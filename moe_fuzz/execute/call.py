@@ -12,8 +12,8 @@ import torch
 from moe_fuzz.verdict import Violation
 
 _T = TypeVar("_T")
-_MACHINERY = ("moe_fuzz/execute", "moe_fuzz/targets/bind.py", "moe_fuzz/fence", "site-packages/torch", "site-packages/triton",
-              "site-packages/numpy")  # fmt: skip
+_MACHINERY = ("moe_fuzz/execute", "moe_fuzz/targets/bind.py", "moe_fuzz/fence", "site-packages/torch",
+              "site-packages/triton",               "site-packages/numpy")  # fmt: skip
 
 
 class TargetError(Exception):
@@ -24,9 +24,17 @@ class TargetError(Exception):
         self.text = "".join(traceback.format_exception(error))
         message = (str(error).strip().splitlines() or [""])[0][:300]
         name = type(error).__name__
-        self.out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message
-        self.violation = Violation("error", name, f"raised {name} on a valid input: {message}", expected="a result",
-                                   got=f"{name}: {message}", site=_site(error))
+        self.out_of_memory = (
+            isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message
+        )
+        self.violation = Violation(
+            "error",
+            name,
+            f"raised {name} on a valid input: {message}",
+            expected="a result",
+            got=f"{name}: {message}",
+            site=_site(error),
+        )
 
 
 def guarded(call: Callable[[], _T]) -> _T:

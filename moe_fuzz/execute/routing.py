@@ -12,9 +12,9 @@ from moe_fuzz.checks.observation import Outputs, RoutingObservation
 from moe_fuzz.execute.call import guarded
 from moe_fuzz.fence import Arena
 from moe_fuzz.ops.routing.inputs import Inputs, materialize
+from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
-from moe_fuzz.options import RunOptions
 
 
 class RoutingStep:
@@ -40,6 +40,8 @@ class RoutingStep:
         for name, judge in checks.items():
             if name != "structure":
                 found += self._selected(name, lambda judge=judge: judge(seen))
+        if not any(violation.check == "canary" for violation in found):
+            found += self._selected("canary", self.arena.check)  # what the calls of the checks did
         self.budget = max(seen.budget.values(), default=0.0)
         self.parity = not found and not binding.binding(seen)
         return found
@@ -84,6 +86,9 @@ def _outputs(result: Any, tokens: int) -> Outputs | Violation:
         and all(isinstance(t, torch.Tensor) and t.dim() == 2 for t in result[:2])
     ):
         return Outputs(result[0], result[1])
-    kind = type(result).__name__ if not isinstance(result, tuple | list) else f"{type(result).__name__} of {len(result)}"
-    return Violation("structure", "result", "the result is not a pair of tensors (weights, ids)", expected="(weights, ids)",
-                     got=kind)
+    kind = (
+        type(result).__name__ if not isinstance(result, tuple | list) else f"{type(result).__name__} of {len(result)}"
+    )
+    return Violation(
+        "structure", "result", "the result is not a pair of tensors (weights, ids)", expected="(weights, ids)", got=kind
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -11,13 +12,14 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.execute.call import TargetError
+from moe_fuzz.execute.exhibit import exhibit
 from moe_fuzz.execute.interpreter import patch_language_once
 from moe_fuzz.execute.routing import RoutingStep
 from moe_fuzz.fence import open_arena
 from moe_fuzz.ops import get_space
+from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target, bind
 from moe_fuzz.verdict import OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
-from moe_fuzz.options import RunOptions
 
 
 class Runner:
@@ -51,6 +53,11 @@ class Runner:
                 break
         return replace(verdict, seconds=time.perf_counter() - started)
 
+    def exhibit(self, case: Case, target: str) -> dict[str, Any]:
+        """All that a script needs to make the calls of this case without moe-fuzz: see execute/exhibit.py."""
+        get_space(case.op).validate(case)
+        return exhibit(case, self._bind(target), self.device)
+
     def _bind(self, target: str) -> Target:
         if target not in self._targets:
             self._targets[target] = bind(target)
@@ -68,7 +75,8 @@ class Runner:
             except TargetError as error:
                 if error.out_of_memory:
                     return Verdict(OOM, detail=error.text)
-                violations, detail = [error.violation], error.text
+                judged = options.checks is None or "error" in options.checks
+                violations, detail = [error.violation] if judged else [], error.text
             return Verdict(
                 VIOLATION if violations else PASS,
                 tuple(violations),

@@ -81,8 +81,9 @@ class _Placed:
                 f"{first - size} bytes past the end of {self.what}")
         else:
             place = f"between the elements of {self.what}, at bytes {first} to {last} of its storage"
+        which = "own" if self.role == "own" else self.name  # own tensors are numbered by the call; a bug is not
         return Violation(
-            check="canary", symptom=f"{self.name}:{side}", tensor=self.name, where=(first,),
+            check="canary", symptom=f"{which}:{side}", tensor=self.name, where=(first,),
             message=f"{damage.size} bytes were overwritten {place}",
             expected=damage.expected.hex(" "), got=damage.got.hex(" "),
         )  # fmt: skip
@@ -159,6 +160,9 @@ class CpuArena(Arena):
         began = time.perf_counter()
         self.unprotect()
         self._closed = True
+        for placed in self._placed:
+            if placed.block.referenced and any(placed.damages()):
+                placed.reset(whole=False)  # done before the end: this arena's to tell, and not stale in the next
         _KEPT.extend(self._placed)
         self._placed = []
         _recycle()

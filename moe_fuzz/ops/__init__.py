@@ -17,7 +17,9 @@ def get_space(op: str) -> Space:
     """The space of an op; UsageError naming the nearest one if there is none of that name."""
     if op not in _SPACES:
         near = difflib.get_close_matches(op, OPS, n=1)
-        raise UsageError(f"there is no op {op!r}", f"did you mean {near[0]!r}?" if near else f"the ops are: {', '.join(OPS)}")
+        raise UsageError(
+            f"there is no op {op!r}", f"did you mean {near[0]!r}?" if near else f"the ops are: {', '.join(OPS)}"
+        )
     return _SPACES[op]
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.contract import TargetInfo
+from moe_fuzz.labels import Labels
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,22 @@ class Axis:
 class Space(Protocol):
     """The contract's shapes and dtypes as data: what to draw, what is valid, what is simpler, what it costs."""
 
-    op: str
-    description: str
-    checks: Mapping[str, str]  # name -> one line
-    faults: Mapping[str, str]  # name -> one line
-    places: tuple[FaultPlace, ...]
-    tensors: Mapping[str, str]  # name -> "input" | "output"
-    sizes: tuple[str, ...]  # the config fields that are sizes
-    presets: Mapping[str, Mapping[str, Scalar]]  # model -> the part of a config it fixes
+    @property
+    def op(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def checks(self) -> Mapping[str, str]: ...  # name -> one line
+    @property
+    def faults(self) -> Mapping[str, str]: ...  # name -> one line
+    @property
+    def places(self) -> tuple[FaultPlace, ...]: ...
+    @property
+    def tensors(self) -> Mapping[str, str]: ...  # name -> "input" | "output"
+    @property
+    def sizes(self) -> tuple[str, ...]: ...  # the config fields that are sizes
+    @property
+    def presets(self) -> Mapping[str, Mapping[str, Scalar]]: ...  # model -> the part of a config it fixes
 
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         """The axes of a config inside the target's capabilities; `experts` holds counts."""
@@ -70,6 +79,14 @@ class Space(Protocol):
 
     def simplify(self, case: Case) -> Iterator[Case]:
         """Valid and strictly simpler cases, the most ambitious first."""
+        ...
+
+    def label_axes(self, case: Case) -> Mapping[str, Labels]:
+        """The axes of the config whose elements have labels and can be taken away one by one: `experts`."""
+        ...
+
+    def keep(self, case: Case, axis: str, labels: Labels) -> Case:
+        """The case with these labels only on the axis, and what depends on their number cut down to it."""
         ...
 
     def cost(self, case: Case, device: str) -> float:

@@ -5,6 +5,7 @@ A function takes what its parameters name, in any library's spelling of them; wh
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -70,13 +71,17 @@ def _load(location: str) -> tuple[Callable[..., Any], str]:
     attribute = attribute.removesuffix("()")
     try:
         module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # noqa: BLE001 - a target's import may fail in any way; all are told to the user
-        raise EnvironmentProblem(f"{place} cannot be imported: {type(error).__name__}: {error}",
-                                 "the worker imports it afresh: what it needs must be installed, or lie beside it") from error
+    except Exception as error:
+        raise EnvironmentProblem(
+            f"{place} cannot be imported: {type(error).__name__}: {error}",
+            "the worker imports it afresh: what it needs must be installed, or lie beside it",
+        ) from error
     function: Any = module
     for part in attribute.split("."):
         if not hasattr(function, part):
-            raise UsageError(f"{place} has no {attribute!r}", f"it defines: {', '.join(_functions(module)) or 'no function'}")
+            raise UsageError(
+                f"{place} has no {attribute!r}", f"it defines: {', '.join(_functions(module)) or 'no function'}"
+            )
         function = getattr(function, part)
     if factory:
         function = inspect.unwrap(function)()  # unwrapped: a @fuzz test is its own factory underneath
@@ -101,17 +106,18 @@ def _module_from_file(path: Path) -> Any:
 
 
 def _functions(module: Any) -> list[str]:
-    return [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__ and n[0] != "_"]
+    return [
+        n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__ and n[0] != "_"
+    ]
 
 
 def _read_signature(
     function: Callable[..., Any], promise: Mapping[str, Any]
 ) -> tuple[dict[str, str], Capabilities, Contract]:
     """What the function takes, and its promises cut down to that."""
-    try:
+    parameters: Mapping[str, inspect.Parameter] = {}
+    with contextlib.suppress(TypeError, ValueError):  # a built-in without a signature takes the two positional ones
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        parameters = {}  # a built-in without a signature: only the positional arguments
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     keywords = {
         argument: next((s for s in spellings if s in parameters), argument)

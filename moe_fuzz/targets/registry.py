@@ -1,7 +1,8 @@
 """The names of targets. Free of torch: it says where an implementation is to be found, and never imports one.
 
-A full name is `op@source`, where source is a provider (`builtin`, `torch`), a provider's variant (`planted.nan_argmax`),
-`package.module:function`, or `/path/file.py:function`; a trailing `()` means "call it to get the implementation".
+A full name is `op@source`, where source is a provider (`builtin`, `torch`), one of several that a provider has
+(`planted.nan_argmax`), `package.module:function`, or `/path/file.py:function`; a trailing `()` means "call it to get
+the implementation".
 Other packages add providers through the entry-point group `moe_fuzz.targets`, with a target's name as the entry's name:
 
     [project.entry-points."moe_fuzz.targets"]
@@ -108,4 +109,8 @@ def _absolute(name: str) -> str:
 
 def _suggest(text: str, names: list[str]) -> str:
     near = difflib.get_close_matches(text, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else "`moe-fuzz list targets` shows all; or give file.py:function with --op"
+    return (
+        f"did you mean {near[0]!r}?"
+        if near
+        else "`moe-fuzz list targets` shows all; or give file.py:function with --op"
+    )

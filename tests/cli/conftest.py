@@ -148,7 +148,7 @@ def finding(case: Case) -> Finding:
         verdict=Verdict(VIOLATION, (violation,)),
         raw=("ids", "duplicate-id"),
         features=("fault:nan_rows",),
-        scope=(),
+        scope=("fault:nan_rows",),
         label=get_space(case.op).label(case),
         first_seen="2026-11-21T03:26:00Z",
     )

@@ -18,8 +18,8 @@ from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
 from moe_fuzz.labels import Labels
-from moe_fuzz.verdict import CRASH, PASS, VIOLATION, Verdict, Violation
 from moe_fuzz.options import FenceOptions, RunOptions
+from moe_fuzz.verdict import CRASH, PASS, VIOLATION, Verdict, Violation
 
 Judge = Callable[[Case, Cases, RunOptions], Verdict]  # (case, what this process ran before, options)
 TARGET = "toy@fake"
@@ -54,6 +54,12 @@ class ToySpace:
             yield case.with_config(dtype=dtype)
         if case.config["bias"]:
             yield case.with_config(bias=False)
+
+    def label_axes(self, case: Case) -> dict[str, Labels]:
+        return {"experts": case.experts}
+
+    def keep(self, case: Case, axis: str, labels: Labels) -> Case:
+        return case.with_config(experts=str(labels), top_k=min(int(case.config["top_k"]), len(labels)))
 
     def label(self, case: Case) -> str:
         rows = "+".join(str(step.tokens) for step in case.steps)
@@ -141,6 +147,10 @@ class FakePool:
             if not getattr(self._local, "fresh", False):
                 self.leased.append(case)
         return self._judge(case, history, options)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"torch": "0.0"}
 
     def describe(self, target: str) -> TargetInfo:
         if target in self._unavailable:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from moe_fuzz.campaign import events
+from moe_fuzz.campaign import engine, events
 from moe_fuzz.campaign.findings import load_findings
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
@@ -280,33 +282,19 @@ def _run_interrupted(made):
         return None
 
 
-def test_ctrl_c_in_the_main_thread_gives_a_summary_and_130(tmp_path):
+def test_ctrl_c_in_the_main_thread_gives_a_summary_and_130(tmp_path, monkeypatch):
     listener = Listener()
     made = campaign(tmp_path, when(nan_on_odd), listener, cases=100_000)
 
-    def work(seconds):
-        if len(made.pool.leased) > 100:
-            raise KeyboardInterrupt
-        return False
-
-    real = made._describe
-
-    def describe():
-        real()
-
-    made._describe = describe
-    made._after_triage = None
-    import moe_fuzz.campaign.engine as engine
 
     class Interrupting(engine.Triage):
         def work(self, seconds):
-            return work(seconds)
+            if len(made.pool.leased) > 100:
+                raise KeyboardInterrupt
+            return False
 
-    original, engine.Triage = engine.Triage, Interrupting
-    try:
-        summary = made.run()
-    finally:
-        engine.Triage = original
+    monkeypatch.setattr(engine, "Triage", Interrupting)
+    summary = made.run()
     assert (summary.exit_code, summary.interrupted) == (130, True)
     assert listener.of(events.CampaignFinished)[0].summary == summary
     assert summary.unexamined == len(list((tmp_path / "pending").iterdir()))
@@ -327,6 +315,30 @@ def test_a_kill_while_a_finding_is_examined_loses_nothing(tmp_path):
     assert listener.of(events.PhaseStarted)[0].name == "resume"
     assert [finding.features for finding in summary.new] == [("fault:nan_rows",)]
     assert not list((tmp_path / "pending").iterdir())
+
+
+@pytest.mark.parametrize("moment", ["os.replace", "pathlib.Path.rename", "emit"])
+def test_a_finding_is_news_until_a_campaign_has_ended_with_it(tmp_path, monkeypatch, moment):
+    """Killed at any moment after it was found, the campaign that goes on reports it as new."""
+
+    def killer(event):
+        if moment == "emit" and isinstance(event, events.FindingReported):
+            raise Killed
+
+    def kill(*paths):
+        if "findings" in str(paths):
+            raise Killed
+        return real(*paths)
+
+    if moment != "emit":
+        real = {"os.replace": os.replace, "pathlib.Path.rename": Path.rename}[moment]
+        monkeypatch.setattr(moment, kill)
+    try:
+        campaign(tmp_path, when(nan_on_odd), killer, cases=300).run()
+    except Killed:
+        monkeypatch.undo()
+    summary = campaign(tmp_path, when(nan_on_odd), cases=300).run()
+    assert (summary.exit_code, len(summary.new)) == (1, 1)
 
 
 def test_a_round_in_flight_when_killed_is_run_first(tmp_path):

@@ -17,9 +17,26 @@ from moe_fuzz.ops import get_space, load_case
 SPACE = get_space("topk_softmax")
 CASE = Case(
     "topk_softmax",
-    {"experts": "0-59", "top_k": 4, "dtype": "bfloat16", "renormalize": True, "bias": True, "scale": 2.5, "is_padding": True,
-     "padding": "minus_one", "edge": "left", "out": False, "magnitude": 4},  # fmt: skip
-    (Step(Labels.range(7), Labels.parse("5-6"), (Fault("nan_rows", "logits", Labels.parse("5-6")), Fault("extreme_bias", "bias"))),),
+    {
+        "experts": "0-59",
+        "top_k": 4,
+        "dtype": "bfloat16",
+        "renormalize": True,
+        "bias": True,
+        "scale": 2.5,
+        "is_padding": True,
+        "padding": "minus_one",
+        "edge": "left",
+        "out": False,
+        "magnitude": 4,
+    },
+    (
+        Step(
+            Labels.range(7),
+            Labels.parse("5-6"),
+            (Fault("nan_rows", "logits", Labels.parse("5-6")), Fault("extreme_bias", "bias")),
+        ),
+    ),
     seed=2**62 + 1,
     target="topk_softmax@torch",
 )
@@ -110,9 +127,15 @@ def edit(**changes):
         (edit(steps=[{}]), "steps[0].rows"),
         (edit(steps=[{"rows": "0-3000000"}]), "steps[0].rows"),
         (edit(steps=[{"rows": "0", "padding": "1"}]), "steps[0].padding"),
-        (edit(steps=[{"rows": "0", "faults": [{"name": "nan_rows", "tensor": "logits", "rows": "1"}]}]), "faults[0].rows"),
+        (
+            edit(steps=[{"rows": "0", "faults": [{"name": "nan_rows", "tensor": "logits", "rows": "1"}]}]),
+            "faults[0].rows",
+        ),
         (edit(steps=[{"rows": "0", "faults": [{"name": "nan_rows", "tensor": "logits"}]}]), "faults[0].rows"),
-        (edit(steps=[{"rows": "0", "faults": [{"name": "extreme_bias", "tensor": "bias", "rows": "0"}]}]), "faults[0].rows"),
+        (
+            edit(steps=[{"rows": "0", "faults": [{"name": "extreme_bias", "tensor": "bias", "rows": "0"}]}]),
+            "faults[0].rows",
+        ),
         (edit(steps=[{"rows": "0", "faults": [{"name": "no_such", "tensor": "logits"}]}]), "faults[0]"),
         (edit(steps=[{"rows": "0", "faults": [{"name": "nan_rows", "tensor": "bias", "rows": "0"}]}]), "faults[0]"),
         (edit(target="nonsense"), "target"),
@@ -126,8 +149,18 @@ def test_each_defect_names_its_field(data, where):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "mfz1:", "mfz1:!!!!", "mfz1:AAAA", CASE.inline()[:-9], '{"moe_fuzz": 1, "moe_fuzz": 1}', '{"seed": NaN}', "[" * 100000],
-)  # fmt: skip
+    [
+        "",
+        "{",
+        "mfz1:",
+        "mfz1:!!!!",
+        "mfz1:AAAA",
+        CASE.inline()[:-9],
+        '{"moe_fuzz": 1, "moe_fuzz": 1}',
+        '{"seed": NaN}',
+        "[" * 100000,
+    ],
+)
 def test_what_is_not_a_case_at_all(text):
     with pytest.raises(CaseError):
         load_case(text)

@@ -303,7 +303,7 @@ def test_a_later_arena_sees_damage_around_a_kept_tensor() -> None:
     poke(workspace.data_ptr() + 12, 0)
     with open_arena("cpu") as arena:
         (violation,) = arena.check()
-        assert violation.symptom == "own0:right:stale"
+        assert violation.symptom == "own:right:stale"
         assert arena.check() == []
 
 

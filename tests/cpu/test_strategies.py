@@ -15,11 +15,30 @@ from moe_fuzz.ops.routing.space import CPU_BUDGET
 from moe_fuzz.ops.space import Axis
 
 SPACE = get_space("topk_softmax")
-EVERYTHING = TargetInfo("topk_softmax@all", "topk_softmax", "all", contract=Contract(padding=PADDING_DIALECTS),
-                        capabilities=Capabilities(out=True, alignment=1))  # fmt: skip
-LITTLE = TargetInfo("topk_softmax@little", "topk_softmax", "little",
-                    capabilities=Capabilities(dtypes=("bfloat16",), min_experts=8, max_experts=64, max_top_k=4, renormalize=(True,),
-                                              bias=False, scale=False, is_padding=False, strided=False, out=False))  # fmt: skip
+EVERYTHING = TargetInfo(
+    "topk_softmax@all",
+    "topk_softmax",
+    "all",
+    contract=Contract(padding=PADDING_DIALECTS),
+    capabilities=Capabilities(out=True, alignment=1),
+)
+LITTLE = TargetInfo(
+    "topk_softmax@little",
+    "topk_softmax",
+    "little",
+    capabilities=Capabilities(
+        dtypes=("bfloat16",),
+        min_experts=8,
+        max_experts=64,
+        max_top_k=4,
+        renormalize=(True,),
+        bias=False,
+        scale=False,
+        is_padding=False,
+        strided=False,
+        out=False,
+    ),
+)
 relaxed = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -75,7 +94,9 @@ def test_simplify_gives_valid_simpler_cases(data):
 
 def test_features_of_a_smaller_case_are_features_of_the_larger_one():
     """What explains a violation must still hold in the bigger case it came from (monotone classes)."""
-    big = next(c for c in strategies.grid(SPACE, EVERYTHING, "cpu", 0) if len(c.experts) > 512 and c.steps[0].tokens > 8)
+    big = next(
+        c for c in strategies.grid(SPACE, EVERYTHING, "cpu", 0) if len(c.experts) > 512 and c.steps[0].tokens > 8
+    )
     small = big.with_config(experts="0-15", top_k=1)
     sizes = {feature for feature in SPACE.features(small) if feature[0] in "EkT" and ">" in feature}
     assert sizes

@@ -37,8 +37,15 @@ class Inputs:
     def _place(self, name: str, plain: torch.Tensor, arena: Arena, capabilities: Capabilities) -> torch.Tensor:
         gap, offset = self.gaps.get(name, (0, 0))
         strides = (plain.shape[1] + gap, 1) if plain.dim() == 2 and gap else None
-        tensor = arena.tensor(name, tuple(plain.shape), plain.dtype, role="input",
-                              alignment=max(capabilities.alignment, plain.element_size()), strides=strides, offset=offset)
+        tensor = arena.tensor(
+            name,
+            tuple(plain.shape),
+            plain.dtype,
+            role="input",
+            alignment=max(capabilities.alignment, plain.element_size()),
+            strides=strides,
+            offset=offset,
+        )
         return tensor.copy_(plain)
 
 
@@ -50,7 +57,9 @@ def materialize(case: Case, step_index: int) -> Inputs:
     inputs = Inputs(int(config["top_k"]), {key: config[key] for key in ("renormalize", "scale", "padding")})
 
     rows = list(step.rows)
-    logits = generator.triangular(case.seed, "logits", rows, experts, stream=step_index) * 2.0 ** int(config["magnitude"])
+    logits = generator.triangular(case.seed, "logits", rows, experts, stream=step_index) * 2.0 ** int(
+        config["magnitude"]
+    )
     canvases = {"logits": Canvas("logits", logits.to(dtype), rows, experts, case.seed)}
     if config["bias"]:
         bias = generator.triangular(case.seed, "bias", [0], experts) * _BIAS_MAGNITUDE

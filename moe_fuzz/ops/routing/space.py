@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moe_fuzz.case import Case, Scalar
@@ -123,15 +123,18 @@ class RoutingSpace:
         config = case.config
         expected = {"experts", "top_k", *FIELDS}
         for key in sorted(set(config) ^ expected):
-            raise CaseError(f"config.{key}", "is missing" if key in expected else "unknown field",
-                            f"the fields of {self.op} are {', '.join(sorted(expected))}")
+            raise CaseError(
+                f"config.{key}",
+                "is missing" if key in expected else "unknown field",
+                f"the fields of {self.op} are {', '.join(sorted(expected))}",
+            )
         experts, top_k = config["experts"], config["top_k"]
         try:
             labels = Labels.parse(experts) if isinstance(experts, str) else Labels()
         except ValueError as error:
             raise CaseError("config.experts", str(error)) from error
         if not 1 <= len(labels) <= 1024:
-            raise CaseError("config.experts", f"must name 1 to 1024 experts as a string like \"0-59\", not {experts!r}")
+            raise CaseError("config.experts", f'must name 1 to 1024 experts as a string like "0-59", not {experts!r}')
         if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= min(32, len(labels)):
             raise CaseError("config.top_k", f"must be an integer from 1 to {min(32, len(labels))}, not {top_k!r}")
         for key, values in FIELDS.items():
@@ -145,8 +148,11 @@ class RoutingSpace:
                 where = f"steps[{index}].faults[{number}]"
                 place = next((p for p in _PLACES if (p.fault, p.tensor) == (fault.name, fault.tensor)), None)
                 if place is None:
-                    raise CaseError(where, f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
-                                    f"`moe-fuzz list faults` shows them: {', '.join(text.FAULTS)}")
+                    raise CaseError(
+                        where,
+                        f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
+                        f"`moe-fuzz list faults` shows them: {', '.join(text.FAULTS)}",
+                    )
                 if place.needs and not config[place.needs]:
                     raise CaseError(where, f"needs config.{place.needs}")
                 if place.on_rows != bool(fault.rows):
@@ -193,18 +199,20 @@ class RoutingSpace:
 
     def simplify(self, case: Case) -> Iterator[Case]:
         count, top_k = len(case.experts), int(case.config["top_k"])
-        for fewer in (e for e in EXPERTS if e < count):
-            yield self._with_experts(case, case.experts.first(fewer))
-        yield from (self._with_experts(case, kept) for kept in _parts(case.experts))
         for smaller in (k for k in TOP_K if k < top_k):
             yield case.with_config(top_k=smaller)
+        for fewer in (e for e in EXPERTS if e < count):
+            yield self.keep(case, "experts", case.experts.first(fewer))
         for name, values in FIELDS.items():
             for value in values[: values.index(case.config[name])]:
                 yield _without_orphans(case.with_config(**{name: value}))
+        yield from _plainer_faults(case)
 
-    @staticmethod
-    def _with_experts(case: Case, experts: Labels) -> Case:
-        return case.with_config(experts=str(experts), top_k=min(int(case.config["top_k"]), len(experts)))
+    def label_axes(self, case: Case) -> Mapping[str, Labels]:
+        return {"experts": case.experts}
+
+    def keep(self, case: Case, axis: str, labels: Labels) -> Case:
+        return case.with_config(**{axis: str(labels)}, top_k=min(int(case.config["top_k"]), len(labels)))
 
     def cost(self, case: Case, device: str) -> float:
         if device != "cpu":
@@ -216,19 +224,20 @@ class RoutingSpace:
 
 
 def _cpu_seconds(tokens: int, experts: int, top_k: int) -> float:
-    """An interpreted case with its reruns, fitted to measurements: launches, then numpy over the block for each slot."""
+    """An interpreted case with its reruns, fitted to measurements: launches, then numpy over the block a slot."""
     padded = 1 << (experts - 1).bit_length()
     return 0.04 + 4e-4 * top_k + tokens * padded * (4e-7 + 7e-8 * top_k)
 
 
-def _parts(labels: Labels) -> Iterator[Labels]:
-    """The second half, then the set less one at a time: what `first(n)` cannot reach."""
-    count = len(labels)
-    if count < 2:
-        return
-    yield labels.last(count - count // 2)
-    if count <= 16:
-        yield from (labels - Labels.of([label]) for label in labels)
+def _plainer_faults(case: Case) -> Iterator[Case]:
+    """Each fault on rows replaced by those listed before it: one bug, seen through many faults, is one finding."""
+    for index, step in enumerate(case.steps):
+        for number, fault in enumerate(step.faults):
+            if fault.name not in _ROW_FAULTS:
+                continue
+            for name in _ROW_FAULTS[: _ROW_FAULTS.index(fault.name)]:
+                faults = (*step.faults[:number], replace(fault, name=name), *step.faults[number + 1 :])
+                yield case.with_step(index, replace(step, faults=faults))
 
 
 def _without_orphans(case: Case) -> Case:
@@ -237,8 +246,10 @@ def _without_orphans(case: Case) -> Case:
     for index, step in enumerate(case.steps):
         kept = tuple(f for f in step.faults if not (need := needs[f.name, f.tensor]) or case.config[need])
         if kept != step.faults:
-            case = case.with_step(index, type(step)(step.rows, step.padding, kept))
+            case = case.with_step(index, replace(step, faults=kept))
     return case
 
 
-SPACES = (RoutingSpace("topk_softmax", "softmax over the experts' logits, then the k best (+ bias), weights renormalized"),)
+SPACES = (
+    RoutingSpace("topk_softmax", "softmax over the experts' logits, then the k best (+ bias), weights renormalized"),
+)

@@ -57,11 +57,7 @@ def label(case: Case) -> str:
         parts.append(f"|logits|<2^{config['magnitude']}")
     if config["edge"] != "right":
         parts.append(f"fenced {config['edge']}")
-    faults = [
-        f"{fault.name} on {fault.tensor}" + _rows(fault.rows)
-        for step in case.steps
-        for fault in step.faults
-    ]
+    faults = [f"{fault.name} on {fault.tensor}" + _rows(fault.rows) for step in case.steps for fault in step.faults]
     return " ".join(parts) + ("; " + ", ".join(faults) if faults else "")
 
 

@@ -1,0 +1,90 @@
+"""Hypothesis as a generator: the same seed draws the same rounds, on any thread, whatever else is loaded."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+
+import pytest
+from hypothesis import strategies as st
+
+from moe_fuzz.campaign.drive import Enough, derive_seed, drive
+from tests.cpu.campaign_fakes import toy_rounds
+
+numbers = st.tuples(st.integers(0, 2**60), st.sampled_from(range(1000)), st.lists(st.integers(0, 9), max_size=4))
+
+
+def drawn(seed, count=150, strategy=numbers, score=lambda value: float(value[1])):
+    rounds = []
+
+    def run(value):
+        rounds.append(value)
+        if len(rounds) == count:
+            raise Enough
+        return score(value)
+
+    while len(rounds) < count:
+        drive(strategy, derive_seed(seed, len(rounds)), 100, run)
+    return rounds
+
+
+def test_the_same_seed_draws_the_same_on_three_threads_at_once():
+    expected = [drawn(seed) for seed in range(3)]
+    results = [None] * 3
+
+    def work(seed):
+        results[seed] = drawn(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == expected
+    assert len({str(rounds) for rounds in expected}) == 3
+
+
+def test_number_literals_of_loaded_modules_are_not_mixed_in(tmp_path, monkeypatch):
+    before = drawn(5, 400)
+    source = tmp_path / "literals.py"
+    source.write_text("\n".join(f"X{n} = {n * 1_000_003 + 77}" for n in range(500)))
+    module = types.ModuleType("literals_of_a_local_module")
+    module.__file__ = str(source)
+    monkeypatch.setitem(sys.modules, "literals_of_a_local_module", module)
+    from hypothesis.internal.conjecture import providers
+
+    monkeypatch.setattr(providers, "is_local_module_file", lambda path: path == str(source))
+    assert drawn(5, 400) == before
+
+
+def test_it_climbs_on_the_score():
+    many = st.lists(st.integers(0, 10**6), min_size=8, max_size=8)
+    climbed = drawn(3, 200, many, lambda value: float(sum(value)))
+    flat = drawn(3, 200, many, lambda value: None)
+    assert max(map(sum, climbed)) > max(map(sum, flat))
+
+
+@pytest.mark.parametrize("score", [float("inf"), float("nan"), None])
+def test_a_score_that_is_no_number_is_no_failure(score):
+    assert len(drawn(1, 30, score=lambda value: score)) == 30
+
+
+def test_an_error_comes_out_as_it_is():
+    def run(value):
+        raise OSError("the pool broke")
+
+    with pytest.raises(OSError, match="the pool broke"):
+        drive(numbers, 1, 10, run)
+
+
+def test_rounds_share_a_config():
+    for cases in drawn(2, 50, toy_rounds(), lambda cases: None):
+        assert len({str(case.config) for case in cases}) <= 1
+
+
+def test_derived_seeds_are_golden():
+    """A recorded seed must mean the same cases in a year."""
+    assert derive_seed(0) == 3456079177858693020
+    assert derive_seed(7, "toy@fake", "generate", 0) == 8369200341566546640
+    assert derive_seed(1, "a", "b") != derive_seed(1, "ab")
