@@ -134,6 +134,7 @@ def _campaign(
 ) -> Summary:
     """Runs it on the pool of this process. What it imports here is free of torch; only the workers are not."""
     from moe_fuzz.campaign.engine import Campaign, Settings
+    from moe_fuzz.campaign.repro import renderer
     from moe_fuzz.campaign.state import StateDir
     from moe_fuzz.ops import get_space
 
@@ -150,7 +151,8 @@ def _campaign(
         device=_session.device,
         workers=1,
     )
-    return Campaign(settings, _session.pool(), StateDir(folder), _nobody_listens).run()
+    pool = _session.pool()
+    return Campaign(settings, pool, StateDir(folder), _nobody_listens, render_repro=renderer(pool)).run()
 
 
 def _nobody_listens(_event: object) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from moe_fuzz.errors import UsageError
 
+#: Devices that have memory fences, without which nothing is run.
+FENCED_DEVICES = ("cpu",)
 SIDES = ("both", "left", "right")
 ACCESS = ("any", "write")
 

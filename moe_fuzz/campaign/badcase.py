@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from moe_fuzz.campaign.confirm import Key
@@ -38,6 +39,15 @@ class BadCase:
     def bucket(self) -> Bucket:
         site = self.verdict.violations[0].site if self.verdict.violations else ""
         return Bucket(self.target, *self.key, place(site))
+
+    def each(self) -> Iterator[BadCase]:
+        """This bad case, once for each of its violations, with that one first."""
+        found = self.verdict.violations
+        for at, violation in enumerate(found):
+            rest = (*found[:at], *found[at + 1 :])
+            yield replace(self, verdict=self.verdict.only(violation, *rest))
+        if not found:
+            yield self
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {"target": self.target, "case": self.case.to_json(), "verdict": self.verdict.to_json()}

@@ -48,7 +48,8 @@ class Examiner:
             tries = 1 if confirmed.always else TRIES
             tensors = dict(self.space.tensors)
             violation = locate(self.pool, cases, bad.target, self.options, verdict, bad.key, tensors, tries)
-        return self._finding(bad, confirmed, minimized, replace(verdict, violations=(violation,)))
+        others = tuple(v for v in verdict.violations if (v.check, v.symptom) != bad.key)
+        return self._finding(bad, confirmed, minimized, replace(verdict, violations=(violation, *others)))
 
     def still_fails(self, finding: Finding) -> bool:
         """Whether a finding of an earlier campaign fails today, in fresh workers and under all checks."""

@@ -54,6 +54,11 @@ class Finding:
         """The line that shows it again. A sequence is too long for a line; its folder holds it."""
         return f"moe-fuzz replay {self.id if self.sequence else self.case.inline()}"
 
+    @property
+    def symptoms(self) -> frozenset[tuple[str, str]]:
+        """(check, symptom) of all that the minimal case shows, as a worker tells them: one defect may show in many."""
+        return frozenset({self.raw, *((v.check, v.symptom) for v in self.verdict.violations[1:])})
+
     def to_json(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data |= {"case": self.case.to_json(), "sequence": [case.to_json() for case in self.sequence]}

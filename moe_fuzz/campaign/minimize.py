@@ -94,8 +94,12 @@ class Reducer:
             self._reduce_step(partial(accept_step, index), partial(step_now, index))
         while any(accept(simpler) for simpler in self._space.simplify(now())):
             pass
+
+        def accept_labels(axis: str, kept: tuple[int, ...]) -> bool:
+            return accept(self._space.keep(now(), axis, Labels.of(kept)))
+
         for axis, labels in self._space.label_axes(now()).items():
-            ddmin(tuple(labels), lambda kept, axis=axis: accept(self._space.keep(now(), axis, Labels.of(kept))))
+            ddmin(tuple(labels), partial(accept_labels, axis))
 
     def _reduce_step(self, accept: Callable[[Step], bool], now: Callable[[], Step]) -> None:
         ddmin(now().faults, lambda faults: accept(replace(now(), faults=faults)), may_be_empty=True)

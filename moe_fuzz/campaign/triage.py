@@ -96,12 +96,17 @@ class Triage:
         if bad.case.target != bad.target:
             bad = replace(bad, case=replace(bad.case, target=bad.target))
         with self._lock:
-            bucket = bad.bucket
-            if self._explained(bad) or self._closed(bucket):
+            # The first violation that no finding explains: a loud bug in every case must not hide the others.
+            unexplained = [one for one in bad.each() if not self._explained(one) and not self._closed(one.bucket)]
+            if not unexplained:
                 return
-            if self._waiting[bucket] >= MAX_WAITING and not killed(bad.verdict):
+            # Of cases whose worker was killed nothing is known, least of all that they are alike.
+            room = (one for one in unexplained if self._waiting[one.bucket] < MAX_WAITING or killed(one.verdict))
+            first = next(room, None)
+            if first is None:
                 self.duplicates += 1  # most likely: as many of its kind are in line before it
                 return
+            bad = first
             name = self._state.add_pending(bad.to_json())
             self._push(_Item(order, name, bad))
         self._emit(events.ViolationSeen(bad.target, bad.case, bad.verdict))
@@ -121,6 +126,7 @@ class Triage:
             self._waiting[item.bad.bucket] -= 1
             bucket = item.bad.bucket
             if self._explained(item.bad) or self._closed(bucket):
+                self.offer(item.order, item.bad)  # what else it shows may be news
                 self._state.drop_pending(item.name)
                 return True
         if seconds() <= 0 and self._minimized[bucket]:
@@ -163,7 +169,7 @@ class Triage:
 
         finding = examiner.examine(bad, seconds, progress)
         if finding is None:
-            self._flakies[bucket] += 1
+            self._flakies[bucket] += not killed(bad.verdict)
             self._flaky(bad)
             return
         self._minimized[bucket] += 1
@@ -198,7 +204,7 @@ class Triage:
         features = features_of(self._examiners[bad.target].space, bad.case)
         for finding in (*self.new.values(), *self.known.values()):
             here = not (bad.bucket.site and finding.site) or bad.bucket.site == finding.site
-            same = here and finding.target == bad.target and finding.raw == bad.key
+            same = here and finding.target == bad.target and bad.key in finding.symptoms
             # Whether a culprit ran before this case cannot be told from here, so such a finding explains nothing.
             if same and not finding.sequence and features.issuperset(finding.scope):
                 self._sightings[finding.id] += 1

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import click
 
 from moe_fuzz import config
+from moe_fuzz.errors import EnvironmentProblem
+from moe_fuzz.options import FENCED_DEVICES
 
 F = TypeVar("F", bound=Callable[..., Any])
 MIN_MEMORY, MAX_MEMORY = 1 << 30, 4 << 30  # bytes; what a worker gets unless told
@@ -67,7 +69,7 @@ device = option(
     type=click.Choice(config.DEVICES),
     default="auto",
     show_default=True,
-    help="auto: cuda where there is a GPU, else Triton's interpreter on the CPU.",
+    help="auto: the CPU, where Triton kernels run in its interpreter; CUDA is to come.",
 )
 workers = option(
     "workers",
@@ -99,9 +101,14 @@ def pick_device(wanted: str) -> str:
     """`cpu` or `cuda`, for `auto` by what the machine has."""
     from moe_fuzz.cli.machine import gpus
 
-    if wanted != "auto":
-        return wanted
-    return "cuda" if gpus() else "cpu"
+    if wanted == "auto":
+        return "cuda" if "cuda" in FENCED_DEVICES and gpus() else "cpu"
+    if wanted not in FENCED_DEVICES:
+        raise EnvironmentProblem(
+            f"this version runs nothing on {wanted}: it has no memory fences there yet",
+            f"--device {FENCED_DEVICES[0]} runs the same kernels in Triton's interpreter",
+        )
+    return wanted
 
 
 def pick_workers(wanted: int | None, device: str) -> int:

@@ -12,6 +12,7 @@ from moe_fuzz import config, report
 from moe_fuzz.campaign.engine import Campaign
 from moe_fuzz.campaign.events import Summary, TargetUnavailable
 from moe_fuzz.campaign.plan import Settings
+from moe_fuzz.campaign.repro import renderer
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.cli import params
 from moe_fuzz.errors import EXIT_CLEAN, EnvironmentProblem, UsageError
@@ -108,7 +109,7 @@ def command(
                 deadline=deadline,
                 minimize_seconds=chosen.minimize_seconds if minimize_time is None else minimize_time,
             )
-            summary = Campaign(settings, pool, state, broadcast).run()
+            summary = Campaign(settings, pool, state, broadcast, render_repro=renderer(pool)).run()
     finally:
         broadcast.close()
     if summary.exit_code == EXIT_CLEAN:

@@ -9,6 +9,7 @@ import click
 
 from moe_fuzz.case import Case, Step
 from moe_fuzz.cli import params, source
+from moe_fuzz.errors import UsageError
 from moe_fuzz.ops import get_space
 
 
@@ -29,7 +30,10 @@ def command(case: str, form: str | None, values: bool, device: str, state_dir: P
     else:
         click.echo("\n".join(describe(found)))
     if values:
-        for name, text in tensors(found.case, params.pick_device(device)).items():
+        if not found.case.target:
+            raise UsageError("this case names no target, and the tensors are laid as a target takes them",
+                             "give a finding's id, or a case that has a target")  # fmt: skip
+        for name, text in tables(found.case, params.pick_device(device)).items():
             click.echo(f"\n{name}\n{text}")
 
 
@@ -73,9 +77,10 @@ def _word(value: object) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-def tensors(case: Case, device: str) -> Mapping[str, str]:
+def tables(case: Case, device: str) -> Mapping[str, str]:
     """Tensor name → its shape, dtype and values as text, made by a worker: this process has no torch."""
+    from moe_fuzz.campaign.repro import tensors
     from moe_fuzz.worker.pool import Pool
 
     with Pool(workers=1, device=device) as pool, pool.fresh() as worker:
-        return worker.values(case)
+        return tensors.tables(worker.exhibit(case, case.target))

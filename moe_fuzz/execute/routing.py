@@ -40,6 +40,8 @@ class RoutingStep:
         for name, judge in checks.items():
             if name != "structure":
                 found += self._selected(name, lambda judge=judge: judge(seen))
+        if not any(violation.check == "canary" for violation in found):
+            found += self._selected("canary", self.arena.check)  # what the calls of the checks did
         self.budget = max(seen.budget.values(), default=0.0)
         self.parity = not found and not binding.binding(seen)
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.execute.call import TargetError
+from moe_fuzz.execute.exhibit import exhibit
 from moe_fuzz.execute.interpreter import patch_language_once
 from moe_fuzz.execute.routing import RoutingStep
 from moe_fuzz.fence import open_arena
@@ -50,6 +52,11 @@ class Runner:
             if verdict.kind != PASS:
                 break
         return replace(verdict, seconds=time.perf_counter() - started)
+
+    def exhibit(self, case: Case, target: str) -> dict[str, Any]:
+        """All that a script needs to make the calls of this case without moe-fuzz: see execute/exhibit.py."""
+        get_space(case.op).validate(case)
+        return exhibit(case, self._bind(target), self.device)
 
     def _bind(self, target: str) -> Target:
         if target not in self._targets:

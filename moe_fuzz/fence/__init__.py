@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from moe_fuzz.errors import UsageError
-from moe_fuzz.options import FenceOptions
+from moe_fuzz.options import FENCED_DEVICES, FenceOptions
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,8 @@ def open_arena(device: str, options: FenceOptions | None = None, edge: str = "ri
         from moe_fuzz.fence.cpu import CpuArena
 
         return CpuArena(options or FenceOptions(), edge)
-    raise UsageError(f"there are no memory fences for device {device!r}", "the devices with fences are: cpu")
+    raise UsageError(f"there are no memory fences for device {device!r}",
+                     f"the devices with fences are: {', '.join(FENCED_DEVICES)}")
 
 
 def unwritten(tensor: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,11 @@ class _Placed:
         self.lo = self.body_lo if hard_left else self.body_lo - SOFT
         self.hi = self.body_lo + self.pages + (0 if hard_right else SOFT)
         guard = READ if options.access == "write" else NONE
-        self.block.arrange(self.lo, self.hi, guard if hard_left else NONE, guard if hard_right else NONE)
+        try:
+            self.block.arrange(self.lo, self.hi, guard if hard_left else NONE, guard if hard_right else NONE)
+        except MemoryError:
+            self.block.unmap()
+            raise
 
     def reset(self, whole: bool) -> None:
         """Lays the canaries: around the storage, or over it too."""
@@ -71,19 +75,17 @@ class _Placed:
             yield self._violation("gap", damage, 0)
 
     def _violation(self, side: str, damage: canary.Damage, origin: int) -> Violation:
-        first, last = origin + damage.first, origin + damage.last
+        first, last, size = origin + damage.first, origin + damage.last, self.end - self.start
         if side == "left":
-            place = f"{-last} to {-first} bytes before the first byte of {self.what}" if first != last else (
-                f"{-first} bytes before the first byte of {self.what}")
+            place = f"{_span(-last, -first)} before the first byte of {self.what}"
         elif side == "right":
-            size = self.end - self.start
-            place = f"{first - size} to {last - size} bytes past the end of {self.what}" if first != last else (
-                f"{first - size} bytes past the end of {self.what}")
+            place = f"{_span(first - size + 1, last - size + 1)} past the last byte of {self.what}"
         else:
-            place = f"between the elements of {self.what}, at bytes {first} to {last} of its storage"
+            place = f"between the elements of {self.what}, {_span(first, last)} into its storage"
+        which = "own" if self.role == "own" else self.name  # own tensors are numbered by the call; a bug is not
         return Violation(
-            check="canary", symptom=f"{self.name}:{side}", tensor=self.name, where=(first,),
-            message=f"{damage.size} bytes were overwritten {place}",
+            check="canary", symptom=f"{which}:{side}", tensor=self.name, where=(first,),
+            message=f"{_span(damage.size)} overwritten {place}",
             expected=damage.expected.hex(" "), got=damage.got.hex(" "),
         )  # fmt: skip
 
@@ -146,7 +148,8 @@ class CpuArena(Arena):
             stale = list(placed.damages())
             if stale:
                 found += [_stale(violation) for violation in stale]
-                placed.reset(whole=False)  # said once is enough; a gap stays as it is and is told again
+                placed.reset(whole=False)  # said once is enough
+                placed.gaps = None
         self.seconds += time.perf_counter() - began
         return found
 
@@ -156,9 +159,12 @@ class CpuArena(Arena):
     def close(self) -> None:
         if self._closed:
             return
-        began = time.perf_counter()
         self.unprotect()
+        began = time.perf_counter()
         self._closed = True
+        for placed in self._placed:
+            if placed.block.referenced and any(placed.damages()):
+                placed.reset(whole=False)  # done before the end: this arena's to tell, and not stale in the next
         _KEPT.extend(self._placed)
         self._placed = []
         _recycle()
@@ -190,6 +196,12 @@ class CpuArena(Arena):
         tensor = flat.as_strided(like.shape, like.stride())
         self.seconds += time.perf_counter() - began
         return tensor
+
+
+def _span(first: int, last: int | None = None) -> str:
+    if last is None or last == first:
+        return f"{first} byte{'s' * (first != 1)}"
+    return f"{first} to {last} bytes"
 
 
 def _describe(name: str, shape: Sequence[int], dtype: torch.dtype) -> str:

@@ -44,6 +44,7 @@ class RunnerLike(Protocol):
 
     def describe(self, target: str) -> TargetInfo: ...
     def run(self, case: Case, target: str, options: RunOptions) -> Verdict: ...
+    def exhibit(self, case: Case, target: str) -> dict[str, Any]: ...
 
 
 class Log:
@@ -146,6 +147,8 @@ def _serve(channel: Channel, log: Log) -> None:
         try:
             if "describe" in message:
                 channel.send({"info": runner.describe(message["describe"]).to_json()})
+            elif "exhibit" in message:
+                channel.send({"exhibit": runner.exhibit(Case.from_json(message["exhibit"]), message["target"])})
             else:
                 _round(channel, log, runner, message)
         except ChannelClosed:
@@ -162,8 +165,11 @@ def _round(channel: Channel, log: Log, runner: RunnerLike, message: dict[str, An
         channel.send_lines(told + encode({"start": index, "log": log.mark()}))
         try:
             verdict = runner.run(case, target, options)
-        except MemoryError as error:
-            verdict = Verdict(OOM, detail=f"MemoryError: {error}")
+        except (MemoryError, RuntimeError) as error:
+            # torch raises a RuntimeError where memory ends; it may be our own tensors that no longer fit.
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            verdict = Verdict(OOM, detail=f"{type(error).__name__}: {error}")
         told = encode({"verdict": index, "is": verdict.to_json()})
         if verdict.kind == OOM:
             break  # this process may hold what the case filled: the parent runs the rest in another

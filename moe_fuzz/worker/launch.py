@@ -138,7 +138,7 @@ class Zygote:
             theirs.close()  # before the wait: the worker's death must end the stream
             answer = self._await(self._forked, identity, _FORK_SECONDS)
             if answer is None:
-                raise EnvironmentProblem(f"no worker was forked in {_FORK_SECONDS:g} seconds", "is the machine stalled?")
+                raise EnvironmentProblem(f"no worker was forked in {_FORK_SECONDS:g} seconds", "is it stalled?")
             if "error" in answer:
                 raise EnvironmentProblem(f"a worker cannot be forked: {answer['error']}",
                                          "use fewer workers, or raise the limit on processes (ulimit -u)")

@@ -1,8 +1,9 @@
 """What goes over the pipe between parent and worker: JSON, one message a line. Free of torch; both sides import it.
 
     parent → worker   {"round": [case, …], "target": "topk_softmax@torch", "options": {…}}   {"describe": "…"}
+                      {"exhibit": case, "target": "…"}
     worker → parent   {"ready": 1}   {"start": i, "log": offset}   {"verdict": i, "is": {…}}   {"done": n, "rss": bytes}
-                      {"info": {…}}   {"error": {"class": "UsageError", "message": "…", "hint": "…"}}
+                      {"info": {…}}   {"exhibit": {…}}   {"error": {"class": "UsageError", "message": "…", "hint": "…"}}
     parent → zygote   {"fork": id, "log": path, "memory": bytes} and one descriptor   {"signal": id, "number": 10}
     zygote → parent   {"ready": 1, …}   {"forked": id, "pid": 7}   {"exited": id, "status": raw wait status}
 """

@@ -1,4 +1,4 @@
-"""A worker as the parent sees it: runs cases on it, watches the clock, and turns its death into a verdict. Torch-free."""
+"""A worker as the parent sees it: runs cases, watches the clock, and turns its death into a verdict. Free of torch."""
 
 from __future__ import annotations
 
@@ -128,15 +128,22 @@ class Worker:
 
     def describe(self, target: str, timeout: float) -> TargetInfo:
         """What the target says of itself. Raises UsageError, EnvironmentProblem."""
+        return TargetInfo.from_json(self._ask({"describe": target}, "info", target, timeout))
+
+    def exhibit(self, case: Case, target: str, timeout: float = 60.0) -> dict[str, Any]:
+        """The case's tensors and its call in plain values, see execute/exhibit.py. Raises as `describe` does."""
+        return dict(self._ask({"exhibit": case.to_json(), "target": target}, "exhibit", target, timeout))
+
+    def _ask(self, message: dict[str, Any], answer: str, target: str, timeout: float) -> Any:
         for _ in range(_TRIES):
             try:
                 process = self._ready()
                 offset = self._log_size()
-                process.channel.send({"describe": target})
+                process.channel.send(message)
                 event = self._next(process, time.monotonic() + timeout)
                 if "error" in event:
                     raise error_from_json(event["error"])
-                return TargetInfo.from_json(event["info"])
+                return event[answer]
             except ZygoteGone:
                 self.close()
             except (ChannelClosed, Garbled):

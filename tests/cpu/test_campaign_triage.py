@@ -180,7 +180,7 @@ def test_when_the_time_is_up_one_of_each_kind_is_reported_and_the_rest_stays_pen
             return bad("routing", "a")
         return bad("routing", "b") if "nan_rows" in case.fault_names else GOOD
 
-    summary = campaign(tmp_path, judge, cases=None, seconds=0.3, minimize_seconds=1e-9).run()
+    summary = campaign(tmp_path, judge, cases=None, seconds=1.5, minimize_seconds=1e-9).run()
     assert {finding.symptom for finding in summary.new} == {"a", "b"}
     assert not any(finding.minimal for finding in summary.new)
     assert summary.unexamined >= len(list((tmp_path / "pending").iterdir()))
@@ -197,3 +197,25 @@ def test_what_a_case_lacked_its_finding_does_not_need(tmp_path):
     [finding] = summary.new
     assert (finding.features, finding.scope) == (("E even",), ())
     assert summary.cases == 400
+
+
+# ---- a verdict of several violations
+
+
+def test_a_loud_bug_in_every_case_does_not_hide_the_others(tmp_path):
+    """int64 ids in every verdict, and behind them a NaN that only some cases show."""
+
+    def judge(case, history, options):
+        found = [Violation("structure", "ids:dtype", "")]
+        if "nan_rows" in case.fault_names:
+            found.append(Violation("finite", "nan", "a weight is NaN"))
+        return Verdict("violation", tuple(found))
+
+    summary = campaign(tmp_path, judge, cases=120).run()
+    assert {(f.check, f.symptom) for f in summary.new} == {("structure", "ids:dtype"), ("finite", "nan")}
+
+
+def test_what_the_minimal_case_shows_besides_is_the_same_bug(tmp_path):
+    both = Verdict("violation", (Violation("structure", "dtype", ""), Violation("weights", "off", "")))
+    summary = campaign(tmp_path, lambda case, history, options: both, cases=120).run()
+    assert [f.check for f in summary.new] == ["structure"]

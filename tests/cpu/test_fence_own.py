@@ -126,7 +126,7 @@ def test_the_names_follow_the_calls() -> None:
             tensors = [torch.empty(3), torch.zeros(3), torch.empty(3)]
         for i in (0, 2):
             ctypes.memset(tensors[i].data_ptr() + tensors[i].nbytes, 0, 1)
-        assert [v.symptom for v in arena.check()] == ["own0:right", "own2:right"]
+        assert [v.symptom for v in arena.check()] == ["own:right", "own:right"]
 
 
 def test_the_budget_of_an_arena(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_hard_fence_kills(run: Run, victim: str, edge: str) -> None:
         ("write_right", "right", ["dst:right", SIZE]),
         ("write_left", "left", ["dst:left", -4]),
         ("write_left", "right", ["dst:left", -4]),
-        ("write_own_workspace", "right", ["own0:right", SIZE]),
+        ("write_own_workspace", "right", ["own:right", SIZE]),
     ],
 )
 def test_soft_fence_names_the_write(run: Run, victim: str, edge: str, violation: list[Any]) -> None:

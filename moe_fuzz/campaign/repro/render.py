@@ -1,0 +1,247 @@
+"""repro.py of a finding: a script that shows it with torch and the target alone, for whoever maintains the target.
+
+The worker says what the calls are made of (execute/exhibit.py); the templates beside this file hold the script:
+`script.py.j2` its frame, `judge.py.j2` what is wrong in plain torch, `memory.py.j2` the tensors' memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+
+from moe_fuzz.campaign.repro import tensors
+from moe_fuzz.campaign.confirm import TRIES, holds
+from moe_fuzz.campaign.finding import Finding
+from moe_fuzz.campaign.interfaces import Cases
+from moe_fuzz.campaign.locate import OWN
+from moe_fuzz.case import Case
+from moe_fuzz.errors import CaseError, MoeFuzzError
+from moe_fuzz.ops import get_space
+from moe_fuzz.options import FenceOptions, RunOptions
+from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict
+
+#: check -> what the script must see of the child process that makes the calls; all others return a sentence
+_SHOWS = {CRASH: "died", "fence": "died", HANG: "hung", "oom": "memory", OOM: "memory", "error": "raised"}
+_UNFENCED = FenceOptions(hard=(), readonly=(), own=False)
+_ATTEMPTS = 20  # child processes, for a finding that shows sometimes
+_DEADLINE = 60  # seconds for what should not hang
+_HANG = 10  # the least seconds after which the script says that it hangs, where the finding does not say
+_MEMORY = 4 << 30  # bytes, where the worker had no limit
+_WIDTH = 117  # three quotes stand before the first line
+#: what a script may need of the standard library
+_MODULES = ("base64", "ctypes", "faulthandler", "functools", "importlib", "importlib.util", "inspect", "json", "math",
+            "mmap", "os", "resource", "select", "signal", "sys", "time", "traceback", "zlib")  # fmt: skip
+
+
+class Worker(Protocol):
+    def run(self, cases: Cases, target: str, options: RunOptions) -> list[Verdict]: ...
+
+    def exhibit(self, case: Case, target: str) -> dict[str, Any]: ...
+
+
+class Pool(Protocol):
+    def fresh(self) -> AbstractContextManager[Worker]: ...
+
+
+def renderer(pool: Pool, options: RunOptions | None = None) -> Callable[[Finding], str]:
+    """Renders a finding's script with exhibits from fresh workers of `pool`; `options` are those of the campaign.
+
+    A finding must not be lost over its script: where there can be none, the text says why and ends with exit code 3.
+    """
+    options = options or RunOptions()
+
+    def render_repro(finding: Finding) -> str:
+        try:
+            with pool.fresh() as worker:
+                exhibits = [worker.exhibit(case, finding.target) for case in (*finding.sequence, finding.case)]
+            return render(finding, exhibits[-1], exhibits[:-1], bare=_shows_bare(pool, finding, options))
+        except MoeFuzzError as error:
+            return _environment().get_template("none.py.j2").render(
+                doc=_docstring([finding.message]), reason=str(error), replay=finding.replay
+            )
+
+    return render_repro
+
+
+def _shows_bare(pool: Pool, finding: Finding, options: RunOptions) -> bool:
+    """Whether the finding shows without guards, and without poison in memory that the target allocates itself."""
+    if finding.check in ("fence", "canary", HANG):  # what needs its fence by definition, and what costs too much to see
+        return finding.check == HANG
+    cases: Cases = (*finding.sequence, finding.case)
+    bare = replace(options, fence=_UNFENCED)
+    for _ in range(1 if finding.reproduces == "always" else TRIES):
+        with pool.fresh() as worker:
+            if holds(worker.run(cases, finding.target, bare)[-1], finding.raw):
+                return True
+    return False
+
+
+def render(
+    finding: Finding, exhibit: Mapping[str, Any], before: Sequence[Mapping[str, Any]] = (), bare: bool = False
+) -> str:
+    """The script of a finding, from the exhibit of its case and those of the cases that must run before it.
+
+    bare: the finding shows without guards and poison, so the script has none, unless the finding is about them.
+    Raises CaseError for a device on which a script cannot lay the tensors.
+    """
+    if exhibit["device"] != "cpu":
+        raise CaseError("", f"a script for device {exhibit['device']!r} cannot be written yet", "use `moe-fuzz replay`")
+    check, load = finding.check, exhibit["load"]
+    earlier = [_prepared(step) for one in before for step in one["steps"]]
+    steps = [_prepared(step) for step in exhibit["steps"]]
+    suffixes = [f"_{i + 1}" for i in range(len(steps))] if len(steps) > 1 else [""]
+    shows, fence = _SHOWS.get(check, "wrong"), _fence(finding, bare)
+    everywhere = [*earlier, *steps]
+    poisons = bool(fence["own"]) or check == "written" or any(step["out"] for step in everywhere)
+    context = {
+        "finding": finding,
+        "check": check,
+        "shows": shows,
+        "doc": _docstring(_about(finding, load, len(earlier))),
+        "judge_doc": _sentence(_rule(finding) or "the calls come back"),
+        "load": load,
+        "target": _target(load),
+        "contract": exhibit["contract"],
+        "edge": exhibit["edge"],
+        "before": [(f"_BEFORE_{i + 1}", step) for i, step in enumerate(earlier)],
+        "steps": list(zip(suffixes, steps, strict=True)),
+        "wants_healed": check in ("isolation", "batch_invariance") or shows != "wrong",
+        "wants_subset": check == "batch_invariance" or shows != "wrong",
+        "fence": fence,
+        "guards": bool(fence["names"] or fence["own"] == "fence"),
+        "poisons": poisons,
+        "bits": poisons or check in ("isolation", "batch_invariance", "determinism"),
+        "compressed": any("zlib" in tensor for step in everywhere for tensor in _all_tensors(step)),
+        "attempts": 1 if finding.reproduces == "always" else _ATTEMPTS,
+        "deadline": (math.ceil(finding.verdict.seconds) or _HANG) if check == HANG else _DEADLINE,
+        "memory": (exhibit["memory_limit"] or _MEMORY) if shows == "memory" else None,
+    }
+    template = _environment().get_template("script.py.j2")
+    body = template.render(context, imports=())
+    imports = [name for name in _MODULES if re.search(rf"\b{re.escape(name)}\.", body)]
+    return template.render(context, imports=imports)
+
+
+def _prepared(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step with `inputs`: the names of the tensors that the target is given."""
+    given = {keyword.get("tensor") for keyword in step["keywords"].values()}
+    return {**step, "inputs": [name for name in step["tensors"] if name == "logits" or name in given]}
+
+
+def _all_tensors(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [*step["tensors"].values(), *([step["healed"]["values"]] if step["healed"] else [])]
+
+
+def _fence(finding: Finding, bare: bool) -> dict[str, Any]:
+    """Which tensors lie between guards, which are read-only, and what becomes of memory the target allocates itself."""
+    tensor = finding.symptom.partition(":")[0]
+    everything = list(get_space(finding.case.op).tensors)
+    if finding.check in ("fence", "canary"):
+        own = tensor.startswith(OWN)
+        written = [tensor] if finding.symptom.endswith(":inside:write") else []
+        return {"names": [] if own else [tensor], "readonly": written, "own": "fence" if own else ""}
+    if finding.check == CRASH and not bare:
+        return {"names": everything, "readonly": everything, "own": "fence"}
+    return {"names": [], "readonly": [], "own": "" if bare else "poison"}
+
+
+def _about(finding: Finding, load: Mapping[str, Any], earlier: int) -> list[str]:
+    """The paragraphs of the docstring."""
+    space = get_space(finding.case.op)
+    violation = next(iter(finding.verdict.violations), None)
+    facts = [f"Input     {finding.label or space.label(finding.case)}"]
+    facts += [f"Check     {finding.check}" + (f": {rule}" if (rule := _rule(finding)) else "")]
+    facts += [f"Promised  {finding.clause}"] if finding.clause else []
+    if violation is not None:
+        told = (("Expected", violation.expected), ("Got", violation.got))
+        facts += [f"{name:9} {text}" for name, text in told if text]
+    if earlier:
+        calls = f"{earlier} other call{'s' if earlier > 1 else ''}"
+        facts += [f"Before    {calls} in the same process, without which it passes"]
+    needs = "torch and the target itself" if load["kind"] != "source" else "torch alone: the target is copied below"
+    run = [f"Run it with `python repro.py`. It needs {needs}. Another implementation, or a fixed one, is tried with "
+           "`python repro.py path/to/file.py:function`, or `package.module:function`."]  # fmt: skip
+    if load.get("needs_moe_fuzz"):
+        run += ["The file of the target imports moe_fuzz itself."]
+    versions = ", ".join(f"{name} {text}" for name, text in finding.env.items() if name not in ("target", "origin"))
+    return [
+        f"{finding.target}: {finding.message}",
+        "\n".join(facts),
+        " ".join(run),
+        "Exit code: 1 the bug is there, 0 it is fixed, 2 something else is wrong, 3 the target cannot be loaded.",
+        *([f"Found with {versions}."] if versions else []),
+        f"With moe-fuzz:\n\n    {finding.replay}",
+    ]
+
+
+def _rule(finding: Finding) -> str:
+    """What the check asks, in one line; a crash, a hang and running out of memory need none."""
+    return get_space(finding.case.op).checks.get(finding.check, "")
+
+
+def _target(load: Mapping[str, Any]) -> str:
+    """`file.py:function` or `package.module:function`, `()` behind a factory; empty where the source is copied."""
+    if load["kind"] == "source":
+        return ""
+    return f"{load.get('path') or load['module']}:{load['attribute']}{'()' if load['factory'] else ''}"
+
+
+def _docstring(paragraphs: Sequence[str]) -> str:
+    """Paragraphs as the inside of a docstring: wrapped, and with nothing that could end it or garble the source."""
+    lines: list[str] = []
+    for paragraph in paragraphs:
+        for line in _printable(paragraph).splitlines():
+            if line.startswith("    "):  # a command, to be copied as one line
+                lines.append(line)
+                continue
+            indent = " " * 10 if line[:10].rstrip().isalpha() and line[9:10] == " " else ""
+            lines += textwrap.wrap(
+                line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip().replace("\\", "\\\\").replace('"""', "'''")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def _rows(rows: Sequence[int]) -> str:
+    """Row numbers as a Python expression."""
+    if len(rows) > 2 and list(rows) == list(range(rows[0], rows[-1] + 1)):
+        return f"range({rows[0]}, {rows[-1] + 1})"
+    text = str(list(rows))
+    if len(text) < _WIDTH - 20:
+        return text
+    return "\n".join(["[", textwrap.fill(text[1:-1], 112, initial_indent="    ", subsequent_indent="    ") + ",", "]"])
+
+
+def _repr(value: Any) -> str:
+    """Python source of a plain value, in double quotes where that needs no thought."""
+    text = ascii(value)
+    return text if '"' in text or "\\'" in text else text.replace("'", '"')
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # the output is Python; what comes from outside goes through repr, or through _docstring
+    )
+    environment.filters |= {"literal": tensors.literal, "rows": _rows, "repr": _repr}
+    return environment

@@ -1,0 +1,195 @@
+"""All that a script needs to make the calls of a case without moe-fuzz: tensors to the bit, arguments, the target.
+
+An exhibit is a JSON value, made by the worker, which has torch; the parent renders it into `repro.py` and tables.
+
+    {"op": "topk_softmax", "device": "cpu", "edge": "right", "memory_limit": null, "contract": {…},
+     "load": {"kind": "file", "path": "/…/routing.py", "attribute": "topk_softmax", "factory": false, …},
+     "steps": [{"top_k": 2, "tokens": 3, "experts": 8, "scale": 1.0, "renormalize": false, "padding": "distinct",
+                "tensors": {"logits": TENSOR, …}, "out": {"weights": …, "ids": …} or null,
+                "keywords": {"renormalize": {"value": false}, "bias": {"tensor": "bias"}, "out": {"out": true}},
+                "flagged": [2], "lawful": [0, 1], "defined": [0, 1], "healed": {"rows": [2], "values": TENSOR} or null,
+                "subset": [1] or null}]}
+
+TENSOR: {"dtype": "float32", "shape": [3, 8], "gap": 0, "strides": [8, 1], "offset": 0, "alignment": 16} and either
+"bits", a flat list of each element's bits as an unsigned integer, or, beyond 256 elements, "zlib": the bytes,
+compressed, in base64. `gap` and `offset` are in elements, `alignment` in bytes.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import inspect
+import os
+import resource
+import sys
+import textwrap
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from moe_fuzz.case import Case
+from moe_fuzz.checks.observation import Outputs, RoutingObservation
+from moe_fuzz.errors import CaseError
+from moe_fuzz.ops.routing.inputs import Inputs, materialize
+from moe_fuzz.targets import registry
+from moe_fuzz.targets.bind import Target
+
+MAX_LITERAL = 256  # elements; a longer tensor is compressed
+_PACKAGE = "moe_fuzz"
+_NOTHING = Outputs(torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int32))
+
+
+def exhibit(case: Case, target: Target, device: str = "cpu") -> dict[str, Any]:
+    """The exhibit of a case and its target. CaseError if the target implements another op."""
+    if target.info.op != case.op:
+        raise CaseError("op", f"{target.info.name} implements {target.info.op}, not {case.op}")
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    return {
+        "op": case.op,
+        "device": device,
+        "edge": case.config["edge"],
+        "memory_limit": None if limit == resource.RLIM_INFINITY else limit,
+        "contract": asdict(target.info.contract),
+        "load": _load(target),
+        "steps": [_step(case, index, target) for index in range(len(case.steps))],
+    }
+
+
+def _step(case: Case, index: int, target: Target) -> dict[str, Any]:
+    inputs = materialize(case, index)
+    seen = RoutingObservation(case, index, target.info, inputs, _NOTHING, lambda _: _NOTHING)
+    alignment = target.info.capabilities.alignment
+    undefined = (~seen.defined).nonzero().flatten().tolist()
+    defined = seen.defined.nonzero().flatten()
+    speaks = seen.flagged if seen.dialect != "distinct" else torch.zeros_like(seen.flagged)
+    invariant = target.info.contract.batch_invariant and seen.tokens > 1 and len(defined) > 0
+    healed = {"rows": undefined, "values": tensor(seen.healed[0].plain["logits"][undefined])} if undefined else None
+    return {
+        "top_k": inputs.top_k,
+        "tokens": seen.tokens,
+        "experts": seen.experts,
+        **inputs.options,
+        "tensors": {name: _placed(name, plain, inputs, alignment) for name, plain in inputs.plain.items()},
+        "out": _out(seen.tokens, inputs.top_k, max(4, alignment)) if case.config["out"] else None,
+        "keywords": _keywords(case, inputs, target),
+        "flagged": seen.flagged.nonzero().flatten().tolist(),
+        "lawful": (~speaks).nonzero().flatten().tolist(),
+        "defined": defined.tolist(),
+        "healed": healed,
+        "subset": defined.flip(0)[::2].tolist() if invariant else None,  # as the check batch_invariance takes them
+    }
+
+
+def _keywords(case: Case, inputs: Inputs, target: Target) -> dict[str, dict[str, Any]]:
+    """The keyword arguments in the target's spelling; only those that it takes."""
+    given: dict[str, dict[str, Any]] = {name: {"value": value} for name, value in inputs.options.items()}
+    given |= {name: {"tensor": name} for name in inputs.plain if name != "logits"}
+    given |= {"out": {"out": True}} if case.config["out"] else {}
+    return {target.keywords[name]: value for name, value in given.items() if name in target.keywords}
+
+
+def _placed(name: str, plain: torch.Tensor, inputs: Inputs, alignment: int) -> dict[str, Any]:
+    """A tensor, and how `Inputs.place` lays it."""
+    gap, offset = inputs.gaps.get(name, (0, 0))
+    strides = [plain.shape[1] + gap, 1] if plain.dim() == 2 else [1]
+    place = {"gap": gap, "strides": strides, "offset": offset, "alignment": max(alignment, plain.element_size())}
+    return tensor(plain) | place
+
+
+def _out(tokens: int, top_k: int, alignment: int) -> dict[str, Any]:
+    dtypes = {"weights": "float32", "ids": "int32"}
+    return {name: {"dtype": dtype, "shape": [tokens, top_k], "alignment": alignment} for name, dtype in dtypes.items()}
+
+
+def tensor(plain: torch.Tensor) -> dict[str, Any]:
+    """dtype, shape and bits of a tensor."""
+    data = plain.contiguous().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    found: dict[str, Any] = {"dtype": str(plain.dtype).removeprefix("torch."), "shape": list(plain.shape)}
+    if plain.numel() > MAX_LITERAL:
+        return found | {"zlib": base64.b64encode(zlib.compress(data, level=9)).decode()}
+    size = plain.element_size()
+    return found | {"bits": [int.from_bytes(data[i : i + size], sys.byteorder) for i in range(0, len(data), size)]}
+
+
+# ---- where the target lives -----------------------------------------------------------------------------------------
+
+
+def _load(target: Target) -> dict[str, Any]:
+    """How a script gets at the function: from a file, from a module, or from its own source, if that needs no more.
+
+    The function's own home is preferred to the place where it was named: an adapter's file imports moe-fuzz, the kernel
+    that it hands on does not. `needs_moe_fuzz` says that nothing free of it was found.
+    """
+    place, _, attribute = registry.locate(target.info.name).rpartition(":")
+    factory, attribute = attribute.endswith("()"), attribute.removesuffix("()")
+    home = _home(target.function)
+    if home:
+        module, name = home
+        path = str(getattr(module, "__file__", None) or "")
+        by_path = module.__name__.partition(".")[0] == _PACKAGE or module.__name__.startswith("moe_fuzz_target_")
+        if by_path and path.endswith(".py") and not _imports_us(path):
+            return _from_file(path, name)
+        if not by_path and module.__name__ != "__main__":
+            return {"kind": "module", "module": module.__name__, "attribute": name, "factory": False}
+    source = _source(target.function)
+    if source:
+        return {"kind": "source", "text": source, "attribute": target.function.__name__}
+    if place.endswith(".py"):
+        return _from_file(place, attribute, factory) | {"needs_moe_fuzz": _imports_us(place)}
+    ours = place.partition(".")[0] == _PACKAGE
+    found = {"kind": "module", "module": place, "attribute": attribute, "factory": factory}
+    return found | {"needs_moe_fuzz": ours or _imports_us(getattr(sys.modules.get(place), "__file__", None))}
+
+
+def _from_file(path: str, attribute: str, factory: bool = False) -> dict[str, Any]:
+    return {"kind": "file", "path": os.path.realpath(path), "attribute": attribute, "factory": factory}
+
+
+def _home(function: Callable[..., Any]) -> tuple[ModuleType, str] | None:
+    """The module and the name in it that hold this very function; None for a closure, a method, a partial."""
+    module = sys.modules.get(str(getattr(function, "__module__", "")))
+    found: Any = module
+    for part in str(getattr(function, "__qualname__", "<none>")).split("."):
+        found = getattr(found, part, None)
+    return (module, function.__qualname__) if module is not None and found is function else None
+
+
+def _imports_us(path: str | None) -> bool:
+    """Whether a Python file imports moe_fuzz, at its top or anywhere in it."""
+    if not path or not path.endswith(".py"):
+        return False
+    for node in ast.walk(ast.parse(Path(path).read_bytes())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        if any(name.partition(".")[0] == _PACKAGE for name in names):
+            return True
+    return False
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """The source of a plain function without its decorators, below the imports it needs; empty if it needs more."""
+    if not inspect.isfunction(function) or function.__closure__ or function.__name__ == "<lambda>":
+        return ""
+    used = inspect.getclosurevars(function).globals
+    modules = {name: value.__name__ for name, value in used.items() if isinstance(value, ModuleType)}
+    if len(modules) < len(used) or any(name.partition(".")[0] == _PACKAGE for name in modules.values()):
+        return ""
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):  # no file behind it
+        return ""
+    node = ast.parse(text).body[0]
+    if not isinstance(node, ast.FunctionDef):
+        return ""
+    defaults = [value for value in (*node.args.defaults, *node.args.kw_defaults) if value is not None]
+    names = {name.id for value in defaults for name in ast.walk(value) if isinstance(name, ast.Name)}
+    if not names <= {*modules, "torch"}:
+        return ""
+    imports = [f"import {full}" + (f" as {name}" if name != full else "") for name, full in sorted(modules.items())]
+    return "\n".join([*imports, "", "", *text.splitlines()[node.lineno - 1 :]]).strip() + "\n"

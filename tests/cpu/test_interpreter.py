@@ -1,0 +1,34 @@
+"""The faster interpreter computes what the interpreter computes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PROGRAM = """
+import sys, hashlib, torch
+from moe_fuzz.execute.interpreter import patch_language_once
+if sys.argv[1] == "patched":
+    assert patch_language_once() and patch_language_once()
+from moe_fuzz.kernels.routing import topk_softmax
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for tokens, experts, k in ((1, 1, 1), (5, 60, 4), (33, 129, 7)):
+    for _ in range(2):  # the language is patched anew at each launch, and given back
+        found = topk_softmax(torch.randn(tokens, experts), k, renormalize=True, bias=torch.randn(experts))
+        digest.update(found[0].numpy().tobytes() + found[1].numpy().tobytes())
+import triton.language as tl
+print(digest.hexdigest(), tl.load.__module__)
+"""
+
+
+def test_the_same_bits_and_the_language_given_back():
+    said = [
+        subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True, env=ENV).stdout
+        for how in ("plain", "patched")
+    ]
+    assert said[0] == said[1]
+    assert len(said[0]) > 64
+
+
+ENV = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,158 @@
+"""Targets: names, where they lead, what a signature tells, and every wrong one a clear error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_fuzz.contract import Capabilities, TargetInfo
+from moe_fuzz.errors import EnvironmentProblem, UsageError
+from moe_fuzz.targets import registry
+from moe_fuzz.targets.bind import bind
+
+ROUTERS = '''
+import torch
+from moe_fuzz import Capabilities, Contract, declares
+
+def plain(logits, k):
+    weights, ids = torch.softmax(logits.float(), -1).topk(k)
+    return weights, ids.int()
+
+def spelled(gating, topk, norm_topk_prob=False, e_score_correction_bias=None, routed_scaling_factor=1.0):
+    return norm_topk_prob, e_score_correction_bias, routed_scaling_factor
+
+def everything(logits, k, **options):
+    return options
+
+@declares(contract=Contract(deterministic=True), capabilities=Capabilities(max_top_k=8, dtypes=("bfloat16",)),
+          clauses={"ids": "README: ids are distinct"})
+def promised(logits, k, renormalize=True, is_padding=None, padding="minus_one"):
+    return plain(logits, k)
+
+def dialect(logits, k, is_padding=None, padding="minus_one"):
+    return plain(logits, k)
+
+def factory():
+    return plain
+
+number = 3
+
+class Holder:
+    @staticmethod
+    def inside(logits, k):
+        return plain(logits, k)
+'''
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "routers.py"
+    path.write_text(ROUTERS)
+    return path
+
+
+def test_names_resolve() -> None:
+    both = ("topk_softmax@builtin", "topk_softmax@torch")
+    assert registry.resolve("topk_softmax") == both
+    assert registry.resolve("torch") == ("topk_softmax@torch",)
+    assert registry.resolve("topk_softmax@planted.nan_argmax") == ("topk_softmax@planted.nan_argmax",)
+    assert registry.resolve("package.module:function", "topk_softmax") == ("topk_softmax@package.module:function",)
+
+
+def test_a_file_is_named_by_its_absolute_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(file.parent)
+    assert registry.resolve("routers.py:plain", "topk_softmax") == (f"topk_softmax@{file}:plain",)
+    assert registry.resolve("topk_softmax@./routers.py:factory()") == (f"topk_softmax@{file}:factory()",)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("topk_softmx", "topk_softmax"),
+        ("topk_softmax@torhc", "topk_softmax@torch"),
+        ("topk_softmx@torch", "topk_softmax"),
+        ("topk_softmax@", "op@provider"),
+        ("vlm", "list targets"),
+        ("nowhere.py:router", "path/to/file.py"),
+    ],
+)
+def test_what_is_no_target_is_told_with_the_nearest(text: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        registry.resolve(text, "topk_softmax")
+    assert hint in caught.value.hint
+
+
+def test_an_installed_package_offers_targets_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "acme_router.py").write_text(ROUTERS)
+    info = tmp_path / "acme-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    entry = "[moe_fuzz.targets]\ntopk_softmax@acme = acme_router:plain\n"
+    (info / "entry_points.txt").write_text(entry)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "topk_softmax@acme" in {target.name for target in registry.known()}
+    assert registry.resolve("acme") == ("topk_softmax@acme",)
+    assert "acme_router" not in sys.modules, "the parent must not import a target"
+    assert bind("topk_softmax@acme").info.provider == "acme"
+
+
+def test_the_signature_says_what_a_function_takes(file: Path) -> None:
+    plain = bind(f"topk_softmax@{file}:plain")
+    can = plain.info.capabilities
+    assert (can.renormalize, can.bias, can.scale, can.is_padding, can.out) == ((False,), False, False, False, False)
+    assert plain.info.contract.padding == ("garbage",)
+    assert plain.info.provider == "user"
+    weights, ids = plain(torch.randn(2, 8), 2, {"renormalize": True, "scale": 2.0})
+    assert (weights.shape, ids.dtype) == ((2, 2), torch.int32)
+
+
+def test_other_spellings_and_keywords_of_any_name(file: Path) -> None:
+    spelled = bind(f"topk_softmax@{file}:spelled")
+    assert spelled(None, 2, {"renormalize": True, "bias": "b", "scale": 2.5, "padding": "x"}) == (True, "b", 2.5)
+    everything = bind(f"topk_softmax@{file}:everything")
+    assert everything(None, 2, {"bias": "b", "out": "o"}) == {"bias": "b", "out": "o"}
+    assert everything.info.capabilities.out
+
+
+def test_declarations_are_cut_down_to_the_signature(file: Path) -> None:
+    info = bind(f"topk_softmax@{file}:promised").info
+    assert info.capabilities.max_top_k == 8
+    assert not info.capabilities.bias
+    assert info.contract.deterministic
+    assert (info.finding_class("ids"), info.finding_class("weights")) == ("contract", "robustness")
+    assert bind(f"topk_softmax@{file}:dialect").info.contract.padding == ("minus_one",)
+    assert TargetInfo.from_json(info.to_json()) == info
+
+
+def test_factories_and_attributes(file: Path) -> None:
+    assert bind(f"topk_softmax@{file}:factory()")(torch.randn(1, 4), 1, {})[1].shape == (1, 1)
+    assert bind(f"topk_softmax@{file}:Holder.inside")(torch.randn(1, 4), 1, {})[1].shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "says"),
+    [
+        ("{file}:nothing", UsageError, "it defines: plain, spelled"),
+        ("{file}:number", UsageError, "not a function"),
+        ("{file}.py:plain", EnvironmentProblem, "cannot be imported"),
+        ("no_such_package.module:f", EnvironmentProblem, "cannot be imported"),
+        ("{bad}:plain", EnvironmentProblem, "SyntaxError"),
+    ],
+)
+def test_what_cannot_be_bound_says_why(file: Path, place: str, error: type[Exception], says: str) -> None:
+    bad = file.parent / "bad.py"
+    bad.write_text("def broken(:\n")
+    with pytest.raises(error) as caught:
+        bind("topk_softmax@" + place.format(file=file, bad=bad))
+    assert says in f"{caught.value.message} {caught.value.hint}"  # type: ignore[attr-defined]
+
+
+def test_our_own_targets_and_every_planted_bug_can_be_bound() -> None:
+    for known in registry.known(planted=True):
+        info = bind(known.name).info
+        assert info.name == known.name
+        assert info.capabilities == Capabilities(**{**info.to_json()["capabilities"]})
+        assert known.provider != "planted" or info.clauses["*"].startswith("planted")

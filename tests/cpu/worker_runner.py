@@ -1,0 +1,106 @@
+"""A runner whose cases misbehave on command: `config["do"]` says how. Loaded by the worker, never by the tests."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from moe_fuzz.case import Case
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.errors import EnvironmentProblem, UsageError
+from moe_fuzz.options import RunOptions
+from moe_fuzz.verdict import OOM, PASS, VIOLATION, Verdict, Violation
+
+
+class Runner:
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.ran = 0
+
+    def describe(self, target: str) -> TargetInfo:
+        if target == "toy@absent":
+            raise EnvironmentProblem("not installed", "pip install it")
+        if target == "toy@nonsense":
+            raise UsageError("no such thing", "did you mean toy@here?")
+        if target == "toy@deadly":
+            ctypes.string_at(0)
+        if target == "toy@slow":
+            time.sleep(60)
+        return TargetInfo(target, "toy", "here", origin=f"{self.device} {os.environ.get('TRITON_INTERPRET')}")
+
+    def exhibit(self, case: Case, target: str) -> dict[str, Any]:
+        return {"seed": case.seed}
+
+    def run(self, case: Case, target: str, options: RunOptions) -> Verdict:
+        self.ran += 1
+        getattr(self, "do_" + str(case.config["do"]))(case)
+        if case.config["do"] == "violation":
+            return Verdict(VIOLATION, (Violation("ids", "duplicate", "twice"),))
+        if case.config["do"] == "told_oom":
+            return Verdict(OOM, detail="said so")
+        return Verdict(PASS, detail=f"{os.getpid()} {self.ran} {torch.get_num_threads()}", budget=float(case.seed))
+
+    def do_pass(self, case: Case) -> None: ...
+    def do_violation(self, case: Case) -> None: ...
+    def do_told_oom(self, case: Case) -> None: ...
+
+    def do_segfault(self, case: Case) -> None:
+        ctypes.string_at(0)
+
+    def do_abort(self, case: Case) -> None:
+        os.abort()
+
+    def do_spin(self, case: Case) -> None:
+        while True:
+            pass
+
+    def do_hold_the_gil(self, case: Case) -> None:
+        re.match(r"(a+)+$", "a" * 40 + "b")
+
+    def do_hog(self, case: Case) -> None:
+        held = []
+        while True:
+            held.append(torch.ones(64 << 20, dtype=torch.uint8))
+
+    def do_hog_in_c(self, case: Case) -> None:
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = ctypes.c_void_p
+        while True:
+            address = libc.malloc(ctypes.c_size_t(64 << 20))
+            ctypes.memset(address, 1, 64 << 20)  # a null pointer, when there is no more
+
+    def do_exit(self, case: Case) -> None:
+        os._exit(case.seed)
+
+    def do_sys_exit(self, case: Case) -> None:
+        sys.exit(5)
+
+    def do_killed(self, case: Case) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def do_raise(self, case: Case) -> None:
+        raise RuntimeError("a fault of the harness")
+
+    def do_chatter(self, case: Case) -> None:
+        print("x" * (3 << 20))
+        os.write(1, b'{"verdict": 0}\n' * 1000)
+        os.write(2, bytes(range(256)) * 100)
+
+    def do_close_stdout(self, case: Case) -> None:
+        os.close(1)
+        sys.stdout.close()
+
+    def do_grandchild(self, case: Case) -> None:
+        subprocess.Popen(["sleep", "300"])
+        ctypes.string_at(0)
+
+    def do_nap(self, case: Case) -> None:
+        time.sleep(0.2)
