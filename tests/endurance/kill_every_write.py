@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, problems_on_disk
+from harness import ROOT, memory, problems_on_disk
 
 sys.path.append(str(ROOT / "tests" / "cpu"))
 
@@ -214,7 +214,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="kill at every N-th operation only")
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="endurance-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="endurance-", dir=memory()) as temporary:
         root = Path(temporary)
         empty, old = root / "empty", root / "old"
         empty.mkdir()

@@ -22,11 +22,9 @@ from pathlib import Path
 
 from harness import Campaign, listed, problems_on_disk, table
 
-TARGETS = ",".join(
-    f"topk_softmax@{name}"
-    for name in ("torch", "planted.renorm_zero_division", "planted.reads_past_logits", "planted.stale_row_max")
-)
-MOMENTS = ("random", "confirming", "running", "minimizing", "writing", "starting")
+PLANTED = ("renorm_zero_division", "reads_past_logits", "stale_row_max", "int64_ids", "null_workspace")
+TARGETS = ",".join(["topk_softmax@torch", *(f"topk_softmax@planted.{name}" for name in PLANTED)])
+MOMENTS = ("running", "confirming", "random", "writing", "minimizing", "told", "starting")
 GONE = 2.0  # seconds after which no process may be left
 PATIENCE = 120.0  # seconds to wait for a moment
 HEAD = ("kill", "asked", "came in", "at s", "goes on", "cases", "told", "on disk", "lost", "doubled", "left", "gone s")
@@ -77,23 +75,23 @@ def run(options: argparse.Namespace, root: Path) -> int:
     rows: list[list[object]] = []
     problems: list[str] = []
     moments = itertools.cycle(MOMENTS)
-    ends = 0
+    kills, ends = 0, 0
     for number in itertools.count():
         ledger = Ledger(root / f"killed-{number}")
         while True:
-            moment = next(moments) if len(rows) < options.kills else "end"
+            moment = next(moments) if kills < options.kills else "end"
             campaign = Campaign(root, [*fixed, "--state-dir", ledger.state])
             came = wait_for(campaign, moment, ledger.state, chosen, length)
             campaign.kill() if came else campaign.wait(900)
-            rows.append(check(campaign, moment, came, ledger, len(rows) + 1, problems))
+            rows.append(check(campaign, moment, came, ledger, kills + 1, problems))
             print(table(HEAD, rows[-1:]).splitlines()[-1], flush=True)
             if not came:
                 problems += finish(campaign, ledger, expected, options.cases)
                 ends += 1
                 break
-        if sum(row[2] != "the end" for row in rows) >= options.kills:
+            kills += 1
+        if kills >= options.kills:
             break
-    kills = sum(row[2] != "the end" for row in rows)
     print(f"\n{table(HEAD, rows)}\n\n{kills} kills, {ends} campaigns came to their end; ids {sorted(expected)}")
     for problem in problems:
         print(f"PROBLEM {problem}")
@@ -118,6 +116,9 @@ def wait_for(campaign: Campaign, moment: str, state: Path, chosen: random.Random
             return campaign.until(lambda: False, chosen.uniform(1, max(2.0, 0.6 * length))) or campaign.alive
         case "writing":
             return campaign.until(writing, PATIENCE, every=0.0)
+        case "told":
+            before = set(entry.name for entry in (state / "findings").glob("*")) if state.exists() else set()
+            return campaign.until(lambda: bool(set(campaign.announced()) - before), PATIENCE)
         case "running":
             came, pause = campaign.until(event("progress"), PATIENCE), chosen.uniform(0, 2)
         case _:
