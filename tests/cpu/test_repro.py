@@ -20,9 +20,8 @@ import pytest
 import torch
 
 from moe_fuzz import strategies
-from moe_fuzz.campaign.repro import tensors
 from moe_fuzz.campaign.finding import Finding
-from moe_fuzz.campaign.repro import render, renderer
+from moe_fuzz.campaign.repro import render, renderer, tensors
 from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.checks.observation import Outputs, RoutingObservation
 from moe_fuzz.errors import CaseError, EnvironmentProblem
