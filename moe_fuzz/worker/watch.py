@@ -113,7 +113,7 @@ class Worker:
             before = len(verdicts)
             try:
                 self._round(self._ready(), cases[before:], target, options, give)
-            except ZygoteGone:
+            except (ZygoteGone, _Killed):
                 self.close()  # the case in flight is not to blame: it runs again
             except _Told as told:
                 raise told.error from None
@@ -144,10 +144,13 @@ class Worker:
                 if "error" in event:
                     raise error_from_json(event["error"])
                 return event[answer]
-            except ZygoteGone:
+            except (ZygoteGone, _Killed):
                 self.close()
             except (ChannelClosed, Garbled):
                 status = process.status(1.0)
+                if status is not None and autopsy.was_killed(status):
+                    self.close()
+                    continue
                 dead = autopsy.crash(status, self._log, offset, self._layout(process), 0, 0.0)
                 self.close()
                 place = dead.violations[0].site
@@ -165,7 +168,8 @@ class Worker:
             except BaseException:
                 self.close()
                 raise
-        raise EnvironmentProblem("the process that workers are forked from dies again and again")
+        raise EnvironmentProblem(f"workers die again and again, or are killed, before {target} is loaded",
+                                 "is the machine out of memory?")
 
     def restart(self) -> None:
         """The next case runs in a new process."""
@@ -190,8 +194,10 @@ class Worker:
             try:
                 event = self._next(process, started + START_SECONDS)
             except (ChannelClosed, Garbled, _Expired) as error:
-                status = process.kill()
+                status = process.status(1.0)
                 self.close()
+                if status is not None and autopsy.was_killed(status):
+                    raise _Killed from None
                 raise EnvironmentProblem(f"a worker does not come up ({type(error).__name__}, wait status {status})",
                                          f"its log says:\n{autopsy.read_log(self._log, 0)[-1500:].strip()}") from None
             if "error" in event:
@@ -288,6 +294,10 @@ class Worker:
             return self._log.stat().st_size
         except FileNotFoundError:
             return 0  # not made yet
+
+
+class _Killed(Exception):
+    """Somebody else killed the process before it began; the next one may be left alone."""
 
 
 class _Told(Exception):
