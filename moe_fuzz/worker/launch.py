@@ -231,10 +231,11 @@ def _environment(device: str, runner: str | None) -> tuple[list[str], dict[str, 
         environment["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
     root = Path(str(moe_fuzz.__file__)).parent.parent
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if (root / "pyproject.toml").exists() and str(root) not in paths:
-        # A checkout that is not installed, found through the current directory: `-P` takes that away.
-        environment["PYTHONPATH"] = os.pathsep.join([*paths, str(root)])
-        return ["--drop-path", str(root)], environment
-    return [], environment
+    if not (root / "pyproject.toml").exists():
+        return [], environment
+    # A checkout, perhaps found through the current directory, which `-P` takes away. First, so that the
+    # workers' moe-fuzz is this one, not another that is installed.
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), *(path for path in paths if path != str(root))])
+    return [] if str(root) in paths else ["--drop-path", str(root)], environment
 
 

@@ -153,6 +153,14 @@ def test_a_caller_that_gives_up_leaves_no_process_in_the_middle_of_a_round(worke
     assert len(worker.run([case("pass")], TARGET, PATIENT)) == 1
 
 
+def test_workers_run_the_parents_own_moe_fuzz(tmp_path, monkeypatch):
+    (tmp_path / "moe_fuzz").mkdir()
+    (tmp_path / "moe_fuzz" / "__init__.py").write_text("raise ImportError('another moe-fuzz')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Pool(1, "cpu", runner=RUNNER) as pool:
+        assert pool._living().info()["moe_fuzz"] == str(Path(autopsy.__file__).parents[1])
+
+
 def test_surroundings_of_a_worker(pool, worker):
     leader, stdin, descriptors = worker.run([case("surroundings")], TARGET, PATIENT)[0].detail.split()
     assert (leader, stdin) == ("True", "/dev/null")
