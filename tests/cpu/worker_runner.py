@@ -118,13 +118,14 @@ class Runner:
         os._exit(6)
 
     def do_kill_zygote(self, case: Case) -> None:
-        """Kills the process it was forked from, at the first try only where a marker file is to remember it."""
-        marker = Path(str(case.config.get("marker", "/nonexistent")))
-        if not marker.exists():
-            if marker.parent.exists():
-                marker.touch()
-            os.kill(os.getppid(), signal.SIGKILL)
-            time.sleep(300)
+        """Kills the process it was forked from: each time, or once where a file is to remember it."""
+        marker = Path(str(case.config["marker"])) if "marker" in case.config else None
+        if marker is not None and marker.exists():
+            return
+        if marker is not None:
+            marker.touch()
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(300)
 
     def do_fault_with_own_handler(self, case: Case) -> None:
         faulthandler.enable()  # as serving libraries do: the traceback goes to stderr
