@@ -73,6 +73,11 @@ def crash(status: int | None, log: Path, offset: int, layout: Layout, oom_kills:
     return Verdict(CRASH, (violation,), seconds=seconds, detail=detail)
 
 
+def was_killed(status: int) -> bool:
+    """Whether a raw wait status is that of a process ended from outside."""
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGTERM)
+
+
 def garbled(log: Path, offset: int, seconds: float, said: str) -> Verdict:
     """The verdict on a case that wrote onto the worker's socket."""
     violation = Violation("crash", "garbled-pipe", f"the target wrote to the worker's socket: {said}")

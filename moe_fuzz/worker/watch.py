@@ -91,7 +91,7 @@ class Worker:
             before = len(verdicts)
             try:
                 self._round(self._ready(), cases[before:], target, options, give)
-            except ZygoteGone:
+            except (ZygoteGone, _Killed):
                 self.close()  # the case in flight is not to blame: it runs again
             except _Told as told:
                 raise told.error from None
@@ -113,16 +113,18 @@ class Worker:
         return dict(self._ask({"exhibit": case.to_json(), "target": target}, "exhibit", target, timeout))
 
     def _ask(self, message: dict[str, Any], answer: str, target: str, timeout: float) -> Any:
-        while True:  # not for ever: `_spawn` raises when zygotes keep dying
+        for _ in range(_TRIES):
             try:
                 return self._ask_once(self._ready(), message, target, timeout)[answer]
-            except ZygoteGone:
+            except (ZygoteGone, _Killed):
                 self.close()
             except _Told as told:
                 raise told.error from None
             except BaseException:
                 self.close()
                 raise
+        raise EnvironmentProblem(f"workers die again and again, or are killed, before {target} is loaded",
+                                 "is the machine out of memory?")
 
     def restart(self) -> None:
         """The next case runs in a new process."""
@@ -152,26 +154,27 @@ class Worker:
                 return self._process
             self._stats.count("idle_deaths")  # whoever killed it, the next case did not
             self.close()
-        for _ in range(_TRIES):
-            started = time.monotonic()
-            self._process = process = self._spawn(self._log)
-            try:
-                event = self._next(process, started + START_SECONDS)
-            except (ChannelClosed, Garbled, _Expired):
-                self.close()
-                continue
-            if "error" in event:
-                self.close()
-                raise _Told(error_from_json(event["error"]))
-            self._rss = event["rss"]
-            self._stats.count("forks")
-            self._stats.count("fork_seconds", time.monotonic() - started)
-            return process
-        raise EnvironmentProblem(f"{_TRIES} workers in a row did not come up",
-                                 f"the log says:\n{autopsy.read_log(self._log, 0)[-1500:].strip()}")
+        started = time.monotonic()
+        self._process = process = self._spawn(self._log)
+        try:
+            event = self._next(process, started + START_SECONDS)
+        except (ChannelClosed, Garbled, _Expired) as error:
+            status = process.status(1.0)
+            self.close()
+            if status is not None and autopsy.was_killed(status):
+                raise _Killed from None
+            raise EnvironmentProblem(f"a worker does not come up ({type(error).__name__}, wait status {status})",
+                                     f"its log says:\n{autopsy.read_log(self._log, 0)[-1500:].strip()}") from None
+        if "error" in event:
+            self.close()
+            raise _Told(error_from_json(event["error"]))
+        self._rss = event["rss"]
+        self._stats.count("forks")
+        self._stats.count("fork_seconds", time.monotonic() - started)
+        return process
 
     def _ask_once(self, process: Process, message: dict[str, Any], target: str, timeout: float) -> dict[str, Any]:
-        kills, offset = autopsy.oom_kills(), self._log_size()
+        offset = self._log_size()
         try:
             process.channel.send(message)
             event = self._next(process, time.monotonic() + timeout)
@@ -181,8 +184,10 @@ class Worker:
             raise EnvironmentProblem(f"loading {target} takes more than {timeout:g} s{place}",
                                      "import it by hand to see what it waits for") from None
         except (ChannelClosed, Garbled):
-            dead = autopsy.crash(process.status(1.0), self._log, offset, self._layout(process),
-                                 autopsy.oom_kills() - kills, 0.0)
+            status = process.status(1.0)
+            if status is not None and autopsy.was_killed(status):
+                raise _Killed from None
+            dead = autopsy.crash(status, self._log, offset, self._layout(process), 0, 0.0)
             cause = " at ".join(filter(None, (dead.key[1], dead.violations[0].site))) if dead.violations else dead.kind
             raise EnvironmentProblem(f"loading {target} ends the worker ({cause})",
                                      f"import it by hand to see why. The end of the log:\n{dead.detail}") from None
@@ -274,6 +279,10 @@ class Worker:
             return self._log.stat().st_size
         except FileNotFoundError:
             return 0  # not made yet
+
+
+class _Killed(Exception):
+    """Somebody else killed the process before it began; the next one may be left alone."""
 
 
 class _Told(Exception):
