@@ -135,8 +135,7 @@ class Case:
 
     def inline(self) -> str:
         """The case as one word, `mfz1:…`, that outlives the machine it was found on."""
-        packed = zlib.compress(self.dumps().encode(), level=9)
-        return INLINE_PREFIX + base64.urlsafe_b64encode(packed).rstrip(b"=").decode()
+        return _pack(self.dumps())
 
     @classmethod
     def from_json(cls, data: Any) -> Case:
@@ -178,10 +177,7 @@ class Case:
     @classmethod
     def loads(cls, text: str) -> Case:
         """Reads the JSON of a case, or its inline form."""
-        text = text.strip()
-        if text.startswith(INLINE_PREFIX):
-            text = _unpack(text)
-        return cls.from_json(parse_json(text))
+        return cls.from_json(parse_json(unpacked(text.strip())))
 
     @classmethod
     def load(cls, path: Path) -> Case:
@@ -189,12 +185,18 @@ class Case:
 
 
 def loads_sequence(text: str) -> tuple[Case, ...]:
-    """Reads a list of cases that ran in one process: `{"moe_fuzz_sequence": 1, "cases": [...]}`."""
-    record = _record(parse_json(text), "", {"moe_fuzz_sequence", "cases"})
+    """Reads a list of cases that ran in one process, `{"moe_fuzz_sequence": 1, "cases": [...]}`, or its inline form."""
+    text = text.strip()
+    record = _record(parse_json(unpacked(text)), "", {"moe_fuzz_sequence", "cases"})
     cases = record.get("cases")
     if record.get("moe_fuzz_sequence") != FORMAT or not isinstance(cases, list):
         raise CaseError("moe_fuzz_sequence", f"this is not a sequence of format {FORMAT}")
     return tuple(Case.from_json(case) for case in cases)
+
+
+def inline_sequence(cases: Iterable[Case]) -> str:
+    """Cases that ran in one process as one word, `mfz1:…`."""
+    return _pack(json.dumps(json.loads(dumps_sequence(cases)), separators=(",", ":")))
 
 
 def dumps_sequence(cases: Iterable[Case]) -> str:
@@ -236,7 +238,14 @@ def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
 
 
-def _unpack(text: str) -> str:
+def _pack(text: str) -> str:
+    return INLINE_PREFIX + base64.urlsafe_b64encode(zlib.compress(text.encode(), level=9)).rstrip(b"=").decode()
+
+
+def unpacked(text: str) -> str:
+    """The JSON behind an inline form; any other text as it is. Raises CaseError where the inline form is damaged."""
+    if not text.startswith(INLINE_PREFIX):
+        return text
     body = text[len(INLINE_PREFIX) :]
     try:
         packed = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)

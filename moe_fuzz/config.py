@@ -25,7 +25,6 @@ TABLE = "tool.moe-fuzz"
 ENV_PREFIX = "MOE_FUZZ_"
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_STATE_DIR = ".moe-fuzz"
-_BACKEND = re.compile(r"MOE_FUZZ_[A-Z0-9_]+_BACKEND")  # forces the backend of one of our own kernels
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+|\d+(?:\.\d+)?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
@@ -180,7 +179,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
     """Raises UsageError for a `MOE_FUZZ_*` variable that means nothing."""
     known = [env_name(key) for key in KEYS] + [ENV_PREFIX + "DEBUG"]
     for name in sorted(environment):
-        if name.startswith(ENV_PREFIX) and name not in known and not _BACKEND.fullmatch(name):
+        if name.startswith(ENV_PREFIX) and name not in known:
             raise UsageError(
                 f"unknown environment variable {name}{did_you_mean(name, known)}",
                 f"unset it; the variables are {', '.join(known)}",

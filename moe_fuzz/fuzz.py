@@ -22,7 +22,6 @@ import functools
 import hashlib
 import inspect
 import os
-import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,6 @@ from moe_fuzz.errors import EXIT_CLEAN, MoeFuzzError, UsageError
 
 if TYPE_CHECKING:
     from moe_fuzz.campaign.events import Summary
-    from moe_fuzz.campaign.finding import Finding
     from moe_fuzz.worker.pool import Pool
 
 
@@ -227,7 +225,7 @@ def _judge(target: str, folder: Path, summary: Summary) -> None:
         raise KeyboardInterrupt
     findings = (*summary.new, *summary.known)  # a finding that an earlier run kept is no reason to pass
     if findings:
-        replays = [_replay(finding, folder) for finding in findings]
+        replays = [finding.replay for finding in findings]
         lines = [f"{target}: {len(findings)} finding{'s' if len(findings) > 1 else ''} in {summary.cases} cases"]
         for number, (finding, replay) in enumerate(zip(findings, replays, strict=True), 1):
             lines += ["", f"{number}. {finding.check}: {finding.message}"]
@@ -236,11 +234,6 @@ def _judge(target: str, folder: Path, summary: Summary) -> None:
         _fail("\n".join(lines), replays)
     if summary.exit_code != EXIT_CLEAN:
         _fail(f"{target}: {summary.reason or 'the campaign did not run'}")
-
-
-def _replay(finding: Finding, folder: Path) -> str:
-    """The line that shows it again. A finding that needs a sequence of cases is named by its id, in its directory."""
-    return f"{finding.replay} --state-dir {shlex.quote(str(folder))}" if finding.sequence else finding.replay
 
 
 def _fail(message: str, replays: Sequence[str] = ()) -> NoReturn:

@@ -14,7 +14,7 @@ OOM = "out-of-memory"
 REJECTED = "rejected"  # outside the target's declared capabilities, refused with a clear error
 FLAKY = "flaky"  # seen once, not seen again in fresh workers
 KINDS = (PASS, VIOLATION, CRASH, HANG, OOM, REJECTED, FLAKY)
-BAD = (VIOLATION, CRASH, HANG)
+BAD = (VIOLATION, CRASH, HANG, OOM)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Verdict:
     @property
     def key(self) -> tuple[str, str]:
         """(check, symptom) of the first violation: what must stay the same while a case is minimized."""
-        return (self.violations[0].check, self.violations[0].symptom) if self.violations else (self.kind, "")
+        if self.violations:
+            return self.violations[0].check, self.violations[0].symptom
+        return ("oom", "out-of-memory") if self.kind == OOM else (self.kind, "")
 
     def only(self, *keep: Violation) -> Verdict:
         return replace(self, violations=keep)

@@ -42,7 +42,8 @@ class Examiner:
         if confirmed is None:
             return None
         minimized, verdict = self._minimize(confirmed, bad.key, seconds, progress)
-        violation = matching(verdict, bad.key) or Violation(*bad.key, verdict.detail or f"a {verdict.kind}")
+        said = f"{verdict.kind}: what a worker may have was not enough"
+        violation = matching(verdict, bad.key) or Violation(*bad.key, said)
         cases = (*minimized.before, minimized.case)
         if is_memory_fault(bad.key):
             tries = 1 if confirmed.always else TRIES

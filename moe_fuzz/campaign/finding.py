@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from moe_fuzz.campaign.interfaces import Cases, Space
-from moe_fuzz.case import Case, Step
+from moe_fuzz.case import Case, Step, inline_sequence
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
 from moe_fuzz.verdict import Verdict
@@ -51,8 +51,9 @@ class Finding:
 
     @property
     def replay(self) -> str:
-        """The line that shows it again. A sequence is too long for a line; its folder holds it."""
-        return f"moe-fuzz replay {self.id if self.sequence else self.case.inline()}"
+        """The line that shows it again, anywhere: the case itself, after those that must run before it."""
+        inline = inline_sequence((*self.sequence, self.case)) if self.sequence else self.case.inline()
+        return f"moe-fuzz replay {inline}"
 
     @property
     def symptoms(self) -> frozenset[tuple[str, str]]:

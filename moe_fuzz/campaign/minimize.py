@@ -57,14 +57,27 @@ class Reducer:
         self._best = (*before, case)
         self._tried = {_digests(self._best): True}
         complete = True
+        plain: Cases = ()
         try:
             while self._pass():
                 pass
+            plain = self._best
+            for sharper in self._space.sharpen(plain[-1]):
+                if self._accept((*plain[:-1], sharper)):
+                    while self._pass():
+                        pass
         except OutOfTime:
             complete = False
+        if plain and self._size(self._best) >= self._size(plain):
+            self._best = plain  # as small without it
         tries = len(self._tried) - 1
         last = self._best[-1]
         return Minimized(last, self._best[:-1], tries, complete, _explain(case, last, len(before), len(self._best) - 1))
+
+    def _size(self, cases: Cases) -> tuple[int, ...]:
+        victim = cases[-1]
+        labels = sum(map(len, self._space.label_axes(victim).values()))
+        return len(cases), sum(step.tokens for step in victim.steps), labels, len(victim.fault_names)
 
     def _pass(self) -> bool:
         """Every kind of reduction once; whether any of them helped."""

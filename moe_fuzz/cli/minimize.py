@@ -16,7 +16,7 @@ from moe_fuzz.cli import params, source
 from moe_fuzz.errors import EnvironmentProblem, UsageError
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import OOM, REJECTED
+from moe_fuzz.verdict import REJECTED
 from moe_fuzz.worker.pool import Pool
 
 
@@ -83,7 +83,7 @@ def minimize(pool: PoolLike, found: source.Source, target: str, options: RunOpti
 def _failure(pool: PoolLike, found: source.Source, target: str, options: RunOptions) -> Key:
     """What must stay the same: the finding's own failure if it shows, else the first one that does."""
     verdict = rerun(pool, found.cases, target, options)
-    if verdict.kind in (REJECTED, OOM):
+    if verdict.kind == REJECTED:
         raise EnvironmentProblem(f"the case cannot run on {target}: {verdict.kind}", verdict.detail)
     if not verdict.bad:
         raise UsageError(

@@ -16,7 +16,7 @@ from moe_fuzz.cli import params, source
 from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EXIT_FINDING, EnvironmentProblem
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import OOM, PASS, REJECTED, Verdict, Violation
+from moe_fuzz.verdict import PASS, REJECTED, Verdict, Violation
 from moe_fuzz.worker.pool import Pool
 
 FIXED, FAILED, ERROR = "FIXED", "FAILED", "ERROR"
@@ -82,9 +82,10 @@ def replay(pool: PoolLike, found: source.Source, target: str, options: RunOption
         tried += 1
     if verdict.kind == PASS:
         return Answer(FIXED, (f"passed {tried} times in fresh processes" if tried > 1 else "passes",))
-    if verdict.kind in (REJECTED, OOM) or killed(verdict):
+    if verdict.kind == REJECTED or killed(verdict):
         return Answer(ERROR, (_why_not(verdict), *([verdict.detail] if verdict.detail else [])))
     lines = [f"failed on try {tried} of {tries}"] if tries > 1 else []
+    lines += [] if verdict.violations else [f"{verdict.kind}: the worker reached its memory limit (--memory)"]
     if found.finding is not None:
         lines.append(compare(found.finding, verdict))
     for violation in explain(pool, found, target, options, verdict):
@@ -125,6 +126,4 @@ def describe(violation: Violation) -> list[str]:
 def _why_not(verdict: Verdict) -> str:
     if verdict.kind == REJECTED:
         return "the target refuses such a case: it lies outside what it declares to take"
-    if verdict.kind == OOM:
-        return "there was not enough memory to run the case"
     return f"the process was killed from outside ({verdict.key[1].removeprefix('killed:')})"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from moe_fuzz.case import Case, Step
+from moe_fuzz.case import Case, Step, inline_sequence
 from moe_fuzz.cli import params, source
 from moe_fuzz.errors import UsageError
 from moe_fuzz.ops import get_space
@@ -58,7 +58,7 @@ def describe(found: source.Source) -> list[str]:
     if len(found.cases) > 1:
         lines.append(f"before   {len(found.cases) - 1} cases run in the same process first:")
         lines += [f"  {space.label(earlier)}" for earlier in found.cases[:-1]]
-    lines += ["", f"moe-fuzz replay {found.finding.id if found.finding else case.inline()}"]
+    lines += ["", f"moe-fuzz replay {inline_sequence(found.cases) if len(found.cases) > 1 else case.inline()}"]
     return lines
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.findings import load_findings
 from moe_fuzz.campaign.state import StateDir
-from moe_fuzz.case import INLINE_PREFIX, MAX_BYTES, Case, loads_sequence, read_text
+from moe_fuzz.case import INLINE_PREFIX, MAX_BYTES, Case, loads_sequence, read_text, unpacked
 from moe_fuzz.config import did_you_mean
 from moe_fuzz.errors import CaseError, UsageError
 from moe_fuzz.ops import get_space
@@ -105,7 +105,7 @@ def _file(path: Path) -> Source:
 
 def _cases(text: str, origin: str) -> tuple[Case, ...]:
     with _hinting(origin):
-        cases = loads_sequence(text) if _is_sequence(text) else (Case.loads(text),)
+        cases = loads_sequence(text) if _is_sequence(unpacked(text.strip())) else (Case.loads(text),)
         if not cases:
             raise CaseError("cases", "the sequence is empty")
         _validate(cases)

@@ -81,6 +81,10 @@ class Space(Protocol):
         """Valid and strictly simpler cases, the most ambitious first."""
         ...
 
+    def sharpen(self, case: Case) -> Iterator[Case]:
+        """Cases as simple, which may go on failing where this one no longer would: fenced on the other side."""
+        ...
+
     def label_axes(self, case: Case) -> Mapping[str, Labels]:
         """The axes of the config whose elements have labels and can be taken away one by one: `experts`."""
         ...

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from moe_fuzz.campaign.events import CampaignStarted, FindingReported, Summary, TargetRow
 from moe_fuzz.campaign.finding import Finding
-from moe_fuzz.config import DEFAULT_STATE_DIR
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.verdict import CRASH, FLAKY, HANG, OOM, PASS, REJECTED, VIOLATION
 
@@ -81,14 +80,8 @@ def finding(item: Finding, state_dir: str) -> list[str]:
         f"{item.id}  {item.title}  [{item.finding_class}{flaws}]",
         f"  {item.message}",
         f"  smallest input: {item.label}{sequence}" + (f"  ({item.site})" if item.site else ""),
-        f"  {replay(item, state_dir)}",
+        f"  {item.replay}",
     ]
-
-
-def replay(item: Finding, state_dir: str) -> str:
-    """The replay line; one that goes by id must say where the finding lies."""
-    elsewhere = item.sequence and Path(state_dir) != Path(DEFAULT_STATE_DIR)
-    return item.replay + (f" --state-dir {state_dir}" if elsewhere else "")
 
 
 def summary(result: Summary, state_dir: str) -> list[str]:
@@ -104,7 +97,7 @@ def summary(result: Summary, state_dir: str) -> list[str]:
     if result.known:
         lines += ["", "known before, and still there"]
         for item in result.known:
-            lines += [f"  {item.id}  {item.title}", f"    {replay(item, state_dir)}"]
+            lines += [f"  {item.id}  {item.title}", f"    {item.replay}"]
     if result.fixed:
         lines += ["", "known before, and gone: these cases do not fail any more"]
         lines += [f"  {item.id}  {item.title}" for item in result.fixed]

@@ -73,7 +73,7 @@ def spawn(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def case() -> Case:
     """A case with a fault on rows, so that there is something to damage everywhere."""
     cases = strategies.grid(get_space("topk_softmax"), INFO, "cpu", 0)
-    return next(case for case in cases if any(fault.rows for fault in case.steps[0].faults))
+    return next(case for case in cases if case.steps[0].tokens > 2 and any(f.rows for f in case.steps[0].faults))
 
 
 @dataclass

@@ -121,6 +121,6 @@ def test_file_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_environment_names() -> None:
-    config.check_environment({"MOE_FUZZ_TIME": "3", "MOE_FUZZ_TOPK_SOFTMAX_BACKEND": "triton", "MOE": "x"})
+    config.check_environment({"MOE_FUZZ_TIME": "3", "MOE": "x"})
     with pytest.raises(UsageError, match=r"MOE_FUZZ_CASE \(did you mean MOE_FUZZ_CASES\?\)"):
         config.check_environment({"MOE_FUZZ_CASE": "3"})

@@ -39,7 +39,7 @@ def always(verdict: Verdict) -> Callable[..., Verdict]:
         (Verdict(PASS), "FIXED", 0, "passes"),
         (DUPLICATE, "FAILED", 1, "ids duplicate-id at ids[5, 1]: twice"),
         (Verdict(REJECTED, detail="k is too large"), "ERROR", 3, "k is too large"),
-        (Verdict(OOM), "ERROR", 3, "not enough memory"),
+        (Verdict(OOM), "FAILED", 1, "out-of-memory"),
         (Verdict(CRASH, (Violation("crash", "killed:SIGKILL", ""),)), "ERROR", 3, "killed from outside (SIGKILL)"),
         (Verdict(CRASH, (Violation("crash", "SIGABRT", "died"),)), "FAILED", 1, "crash SIGABRT"),
         (Verdict(VIOLATION), "FAILED", 1, "FAILED"),

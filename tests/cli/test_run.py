@@ -178,7 +178,7 @@ def test_a_stranger_understands_the_end(call: Callable, campaign: FakeCampaign, 
     assert finding.label in out
     lines = out.splitlines()
     assert f"    moe-fuzz replay {finding.case.inline()}" in lines  # whole, on a line of its own
-    assert "    moe-fuzz replay 00aa00aa00" in lines
+    assert f"    {known.replay}" in lines
 
 
 def test_nothing_found_says_what_that_means(call: Callable, campaign: FakeCampaign) -> None:

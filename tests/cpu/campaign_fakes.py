@@ -55,6 +55,9 @@ class ToySpace:
         if case.config["bias"]:
             yield case.with_config(bias=False)
 
+    def sharpen(self, case: Case) -> Iterator[Case]:
+        return iter(())
+
     def label_axes(self, case: Case) -> dict[str, Labels]:
         return {"experts": case.experts}
 

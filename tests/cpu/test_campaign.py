@@ -12,6 +12,7 @@ import pytest
 from moe_fuzz.campaign import engine, events
 from moe_fuzz.campaign.findings import load_findings
 from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.case import loads_sequence
 from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
 from moe_fuzz.verdict import OOM, REJECTED, Verdict
 from tests.cpu.campaign_fakes import (
@@ -162,7 +163,7 @@ def test_a_state_dependent_failure_names_culprit_and_victim(tmp_path):
     assert culprit.fault_names == ("inf_rows",)
     assert culprit.steps[0].tokens == 1
     assert finding.case.fault_names == ()
-    assert finding.replay == f"moe-fuzz replay {finding.id}"
+    assert loads_sequence(finding.replay.split()[-1]) == (*finding.sequence, finding.case)
     assert (tmp_path / "findings" / finding.id / "sequence.json").exists()
     assert load_findings(StateDir(tmp_path))[0].sequence == (culprit,)
 
@@ -205,11 +206,18 @@ def test_max_findings_stops_the_campaign(tmp_path):
 # ---- exit codes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [REJECTED, OOM])
-def test_a_campaign_in_which_nothing_ran_is_not_clean(tmp_path, kind):
-    summary = campaign(tmp_path, lambda case, history, options: Verdict(kind)).run()
+def test_a_campaign_in_which_nothing_ran_is_not_clean(tmp_path):
+    summary = campaign(tmp_path, lambda case, history, options: Verdict(REJECTED)).run()
     assert summary.exit_code == 3
     assert "nothing ran" in summary.reason
+
+
+def test_memory_without_end_is_a_finding(tmp_path):
+    def judge(case, history, options):
+        return Verdict(OOM) if "ties" in case.fault_names else GOOD
+
+    [finding] = campaign(tmp_path, judge, cases=100).run().new
+    assert (finding.check, finding.symptom, finding.case.fault_names) == ("oom", "out-of-memory", ("ties",))
 
 
 def test_an_unavailable_target_is_told_and_the_others_run(tmp_path):

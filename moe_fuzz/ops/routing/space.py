@@ -209,6 +209,10 @@ class RoutingSpace:
                 yield _without_orphans(case.with_config(**{name: value}))
         yield from _plainer_faults(case)
 
+    def sharpen(self, case: Case) -> Iterator[Case]:
+        if case.config["edge"] == "right":  # an access before a tensor is seen at any size only if it lies flush left
+            yield case.with_config(edge="left")
+
     def label_axes(self, case: Case) -> Mapping[str, Labels]:
         return {"experts": case.experts}
 

@@ -44,7 +44,10 @@ FAULTS = {
 
 
 def label(case: Case) -> str:
-    """`topk_softmax T=7 (2 padding) E=60 k=4 bfloat16 renormalize; nan_rows on logits rows 5-6`."""
+    """`topk_softmax T=7 (2 padding) E=60 k=4 bfloat16 renormalize; nan_rows on logits rows 5-6`.
+
+    Rows stand by position, as the target sees them.
+    """
     config = case.config
     parts = [case.op]
     for step in case.steps:
@@ -59,7 +62,11 @@ def label(case: Case) -> str:
         parts.append(f"|logits|<2^{config['magnitude']}")
     if config["edge"] != "right":
         parts.append(f"fenced {config['edge']}")
-    faults = [f"{fault.name} on {fault.tensor}" + _rows(fault.rows) for step in case.steps for fault in step.faults]
+    faults = [
+        f"{fault.name} on {fault.tensor}" + _rows(Labels.of(fault.rows.positions(step.rows)))
+        for step in case.steps
+        for fault in step.faults
+    ]
     return " ".join(parts) + ("; " + ", ".join(faults) if faults else "")
 
 
