@@ -123,13 +123,20 @@ class PartialInf(Fault):
 
 @register
 class MaskedExperts(Fault):
-    """One expert in three is masked by -Inf; the row stays defined while k finite ones are left."""
+    """One expert in three is masked by -Inf; the row stays defined while k finite ones are left.
+
+    In every second row these lie far down, below the finite numbers that kernels take for -Inf (-1e4, -65504, -1e9).
+    """
 
     name = "masked_experts"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         hit = canvas.choose(positions, 3, self.name) == 0
-        row = canvas.values[positions]
+        depths = (0, 0, 15, 15) if canvas.values.dtype == torch.float16 else (0, 0, 20, 40)
+        down = torch.tensor([-(2.0**depth) if depth else 0.0 for depth in depths])
+        rows = [canvas.rows[p] for p in positions]
+        pick = generator.choice(canvas.seed, f"{canvas.name}/{self.name}/down", rows, [0], len(depths))  # [P, 1]
+        row = (canvas.values[positions].float() + down[pick]).to(canvas.values.dtype)
         canvas.values[positions] = torch.where(hit, torch.full_like(row, -torch.inf), row)
 
 
@@ -141,7 +148,8 @@ class ShiftedRows(Fault):
     name = "shifted_rows"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        offsets = torch.tensor([sign * 2.0**power for power in (5, 7, 10, 13) for sign in (-1, 1)])
+        powers = (5, 8, 14) if canvas.values.dtype == torch.float16 else (5, 8, 14, 20)
+        offsets = torch.tensor([sign * 2.0**power for power in powers for sign in (-1, 1)])
         rows = [canvas.rows[p] for p in positions]
         pick = generator.choice(canvas.seed, f"{canvas.name}/{self.name}", rows, [0], len(offsets))  # [P, 1]
         canvas.values[positions] = (canvas.values[positions].float() + offsets[pick]).to(canvas.values.dtype)

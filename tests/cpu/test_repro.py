@@ -283,13 +283,14 @@ def test_memory_of_the_targets_own(
     assert [code for code, _ in answers] == [1, 0] * len(scripts)
 
 
+@pytest.mark.parametrize(("layout", "argument"), [("noncontiguous", "gap"), ("transposed", "column_stride")])
 def test_the_torch_provider_is_copied(
-    runner: Runner, tmp_path: Path, batch: Batch
+    runner: Runner, tmp_path: Path, batch: Batch, layout: str, argument: str
 ) -> None:
     """It lives in a module of ours; its source needs only torch, so the script holds it. Strided, and not aligned."""
     target = "topk_softmax@torch"
     nan_row = Fault("nan_rows", "logits", Labels.of([1]))
-    faults = (nan_row, Fault("noncontiguous", "logits"), Fault("misaligned", "logits"))
+    faults = (nan_row, Fault(layout, "logits"), Fault("misaligned", "logits"))
     case = case_of(target, faults=faults, bias=True, scale=2.5, dtype="bfloat16", renormalize=True)
     verdict = runner.run(case, target, RunOptions())
     assert verdict.key[0] == "finite"
@@ -299,7 +300,7 @@ def test_the_torch_provider_is_copied(
     text = script.read_text()
     assert "def topk_softmax(" in text
     assert "@declares" not in text
-    assert ", gap=" in text
+    assert f", {argument}=" in text
     assert ", offset=" in text
     answers = batch([script], [script, HEALTHY], [script, "/no/such/file.py:f"], [script, "no_such_module:f"],
                     [script, HEALTHY + "x"], [script, f"{ROOT}/reference/routing.py:topk_softmax"])  # fmt: skip
@@ -481,3 +482,16 @@ def test_a_finding_outlives_its_script(
     assert code == 3
     assert "the target is gone" in said
     assert case.inline() in said
+
+
+def test_a_buffer_that_was_not_used_shows(runner: Runner, tmp_path: Path, batch: Batch) -> None:
+    path = tmp_path / "routers.py"
+    path.write_text("import torch\n\n\ndef plain(logits, k, out=None):\n"
+                    "    weights, ids = torch.softmax(logits.float(), -1).topk(k)\n    return weights, ids.int()\n")
+    case = case_of(f"topk_softmax@{path}:plain", out=True)
+    verdict = runner.run(case, case.target, RunOptions())
+    assert verdict.key == ("structure", "weights:out")
+    script = write(tmp_path, "out", render(finding_of(case, verdict), exhibit_of(runner, case)))
+    (code, said), (code_of_healthy, _) = batch([script], [script, HEALTHY])
+    assert (code, code_of_healthy) == (1, 0)
+    assert "weights did not come back in the buffer `out`" in said

@@ -133,3 +133,14 @@ def test_a_transposed_view_may_be_small(rows):
     inputs = materialize(case_of(Fault("transposed", "logits"), rows=rows, experts=1, top_k=1), 0)
     with open_arena("cpu") as arena:
         assert inputs.place(arena, Capabilities())["logits"].shape == (rows, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_masked_experts_leave_logits_below_what_stands_for_minus_infinity(dtype):
+    logits = materialize(case_of(Fault("masked_experts", "logits", Labels.range(9)), dtype=dtype), 0).plain["logits"]
+    best = logits.amax(dim=1)
+    assert best.isfinite().all()
+    assert (best < -1e4).any()
+    assert (best > 0).any()
+    if dtype != "float16":
+        assert (best < -1e9).any()
