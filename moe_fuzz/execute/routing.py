@@ -30,7 +30,7 @@ class RoutingStep:
         inputs = materialize(self.case, self.index)
         outputs = self._call(inputs)
         if isinstance(outputs, Violation):
-            return [outputs]
+            return self._selected("structure", lambda: [outputs])
         seen = RoutingObservation(self.case, self.index, self.target.info, inputs, outputs, self._call_again)
         found = self._selected("canary", self.arena.check)
         checks = CHECKS["routing"]
@@ -72,20 +72,24 @@ class RoutingStep:
         self.arena.protect()
         try:
             with self.arena.own():
-                result = guarded(lambda: self.target(logits, inputs.top_k, arguments))
+                result = guarded(lambda: self.target(logits, inputs.top_k, arguments), logits.device.type)
         finally:
             self.arena.unprotect()
-        return _outputs(result, tokens)
+        return _outputs(result, logits.device)
 
 
-def _outputs(result: Any, tokens: int) -> Outputs | Violation:
-    """(weights, ids), or the violation that it is not that."""
+def _outputs(result: Any, device: torch.device) -> Outputs | Violation:
+    """(weights, ids) on the CPU, bit for bit, or the violation that the result is not that."""
     if (
         isinstance(result, tuple | list)
         and len(result) >= 2
         and all(isinstance(t, torch.Tensor) and t.dim() == 2 for t in result[:2])
     ):
-        return Outputs(result[0], result[1])
+        for name, tensor in (("weights", result[0]), ("ids", result[1])):
+            if tensor.device != device:
+                message = f"{name} is on the wrong device"
+                return Violation("structure", f"{name}:device", message, name, (), str(device), str(tensor.device))
+        return Outputs(result[0].cpu(), result[1].cpu())  # the checks are the same for every device
     kind = (
         type(result).__name__ if not isinstance(result, tuple | list) else f"{type(result).__name__} of {len(result)}"
     )
