@@ -17,7 +17,6 @@ import click
 from moe_fuzz._version import __version__
 from moe_fuzz.cli import machine, params, probes
 from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, MoeFuzzError
-from moe_fuzz.options import FENCED_DEVICES
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 _COLORS = {OK: "green", WARN: "yellow", FAIL: "red"}
@@ -101,11 +100,7 @@ def judge_gpu(gpus: tuple[machine.Gpu, ...], found: dict[str, Any]) -> Iterator[
     seen = found.get("gpus", [])
     if seen:
         memory = f", {machine.human(gpus[0].memory)}" if gpus and gpus[0].memory else ""
-        names = f"{len(seen)}: {', '.join(sorted(set(seen)))}{memory}"
-        if "cuda" in FENCED_DEVICES:
-            yield Line(OK, "gpu", names)
-        else:
-            yield Line(WARN, "gpu", f"{names}; not used yet: this version has memory fences on the CPU alone")
+        yield Line(OK, "gpu", f"{len(seen)}: {', '.join(sorted(set(seen)))}{memory}")
     elif gpus:
         build = f"is built for CUDA {found['cuda_build']}" if found.get("cuda_build") else "is built without CUDA"
         yield Line(

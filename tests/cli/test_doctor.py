@@ -37,7 +37,7 @@ def test_the_trap_of_triton_and_numpy(triton: str, numpy: str, trapped: bool) ->
 def test_gpu() -> None:
     card = (machine.Gpu("H200", 140 << 30),)
     (line,) = doctor.judge_gpu(card, GOOD | {"gpus": ["H200"]})
-    assert (line.state, "not used yet" in line.text) == (WARN, True)  # until there are fences on CUDA
+    assert (line.state, line.text) == (OK, "1: H200, 140.0 GiB")
     (line,) = doctor.judge_gpu(card, GOOD | {"cuda_build": None})
     assert (line.state, "built without CUDA" in line.text) == (WARN, True)
     (line,) = doctor.judge_gpu((), GOOD)
