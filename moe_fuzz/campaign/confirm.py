@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moe_fuzz.campaign.interfaces import Cases, Pool
 from moe_fuzz.case import Case
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import HANG, Verdict, Violation
+from moe_fuzz.verdict import CRASH, HANG, Verdict, Violation
 
 TRIES = 3
 Key = tuple[str, str]  # (check, symptom)
@@ -37,10 +37,20 @@ def holds(verdict: Verdict, key: Key) -> bool:
     return matching(verdict, key) is not None or (verdict.bad and not verdict.violations and verdict.key == key)
 
 
+def killed(verdict: Verdict) -> bool:
+    """Whether somebody else ended the worker: the out-of-memory killer, or a person."""
+    return verdict.kind == CRASH and verdict.key[1].startswith("killed:")
+
+
 def rerun(pool: Pool, cases: Cases, target: str, options: RunOptions) -> Verdict:
-    """The verdict of the last of `cases`, all run in this order by one worker that never ran anything else."""
-    with pool.fresh() as worker:
-        return worker.run(cases, target, options)[-1]
+    """The verdict of the last of `cases`, all run in this order by one worker that never ran anything else. Being
+    killed from outside says nothing about a case; such a worker is replaced, and believed the third time."""
+    for _ in range(TRIES):
+        with pool.fresh() as worker:
+            verdicts = worker.run(cases, target, options)
+        if not any(map(killed, verdicts)):
+            break
+    return verdicts[-1]
 
 
 def confirm(pool: Pool, target: str, case: Case, history: Cases, key: Key, options: RunOptions) -> Confirmation | None:
@@ -54,7 +64,7 @@ def confirm(pool: Pool, target: str, case: Case, history: Cases, key: Key, optio
         tried += 1
         if holds(verdict, key):
             seen.append(verdict)
-    if seen:
+    if seen and not (killed(seen[0]) and len(seen) < tried):  # who is killed sometimes is in somebody's way
         return Confirmation(case, (), seen[0], _how_often(len(seen), tried))
     if history:
         verdict = rerun(pool, (*history, case), target, options)

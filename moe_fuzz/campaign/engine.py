@@ -14,6 +14,7 @@ from functools import partial
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.badcase import BadCase
+from moe_fuzz.campaign.confirm import killed
 from moe_fuzz.campaign.drive import derive_seed
 from moe_fuzz.campaign.drivers import Drivers
 from moe_fuzz.campaign.events import Summary
@@ -210,7 +211,7 @@ class Campaign:
         self._tally.count(unit.target, verdict)
         self._unit_tallies[unit].count(unit.target, verdict)
         if verdict.bad:
-            if verdict.key[1].startswith("killed:"):
+            if killed(verdict):
                 self._emit(events.WorkerLost(unit.target, verdict.key[1]))
             self._triage.offer((unit.order, at), BadCase(unit.target, cases[-1], verdict, history))
         self._progress()

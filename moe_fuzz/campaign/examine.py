@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign.badcase import BadCase
-from moe_fuzz.campaign.confirm import TRIES, Confirmation, Key, confirm, holds, matching, rerun
+from moe_fuzz.campaign.confirm import TRIES, Confirmation, Key, confirm, holds, killed, matching, rerun
 from moe_fuzz.campaign.finding import Finding, features_of, fingerprint, needed_features, place
 from moe_fuzz.campaign.interfaces import Cases, Pool, Space
 from moe_fuzz.campaign.locate import is_memory_fault, locate
@@ -33,6 +33,11 @@ class Examiner:
     def examine(self, bad: BadCase, seconds: float, progress: Callable[[int, Case], None]) -> Finding | None:
         """The finding, or None if the case is not bad again in fresh workers. `seconds` bounds the reducer, of whose
         every try `progress(tries, case)` hears."""
+        if killed(bad.verdict):  # which says nothing about the case: what it gives is still to be seen
+            verdict = rerun(self.pool, (bad.case,), bad.target, self.options)
+            if not verdict.bad:
+                return None
+            bad = replace(bad, verdict=verdict, history=())
         confirmed = confirm(self.pool, bad.target, bad.case, bad.history, bad.key, self.options)
         if confirmed is None:
             return None

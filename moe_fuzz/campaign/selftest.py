@@ -40,7 +40,11 @@ class Planted(Protocol):
     @property
     def op(self) -> str: ...
     @property
+    def target(self) -> str: ...
+    @property
     def check(self) -> str: ...
+    @property
+    def symptom(self) -> str: ...
     @property
     def upstream(self) -> str: ...
     @property
@@ -82,20 +86,18 @@ def run_planted(
     device: str = "cpu",
 ) -> Outcome:
     """Runs cases on the planted bug until its check fires, or the budget is spent. `checks`: those on; None: all."""
-    target = target_of(planted)
+    target = planted.target
     start = time.monotonic()
     cases = itertools.islice(draw(planted.op, pool.describe(target), device, seed), max_cases)
     outcome = Outcome(planted.name, target, planted.check, planted.upstream, False, 0, 0.0)
     options = _options(checks, device)
     for case, verdict in _verdicts(cases, target, pool, options, start + max_seconds):
-        violations = verdict.violations
-        if verdict.kind == OOM_VERDICT:
-            violations = (Violation(OOM, verdict.kind, "a worker ran out of memory"),)
+        violations = _violations(verdict)
         if planted.check == FENCE and is_memory_fault(verdict.key):
             tensors = get_space(case.op).tensors
             violations = (locate(pool, (case,), target, options, verdict, verdict.key, tensors), *violations[1:])
         fired = {violation.check for violation in violations}
-        caught = next((violation for violation in violations if violation.check == planted.check), None)
+        caught = next((violation for violation in violations if _is_it(violation, planted)), None)
         outcome = replace(
             outcome,
             cases=outcome.cases + 1,
@@ -115,7 +117,8 @@ def run_alone(
     """Proves that only its check finds the bug: found with that check alone, and silence from all others together on
     as many cases."""
     every = tuple(get_space(planted.op).checks)
-    outcome = run_planted(planted, pool, seed, max_cases, max_seconds, (planted.check,), device)
+    alone = tuple(check for check in every if check == planted.check)  # none for a crash, which needs no check
+    outcome = run_planted(planted, pool, seed, max_cases, max_seconds, alone, device)
     rest = tuple(check for check in every if check != planted.check)
     start = time.monotonic()
     cases = itertools.islice(draw(planted.op, pool.describe(outcome.target), device, seed), outcome.cases)
@@ -123,27 +126,25 @@ def run_alone(
     ran = 0
     for _, verdict in _verdicts(cases, outcome.target, pool, _options(rest, device), start + max_seconds):
         ran += 1
-        fired |= {violation.check for violation in verdict.violations}
-        fired |= {OOM} if verdict.kind == OOM_VERDICT else set()
+        fired |= {violation.check for violation in _violations(verdict)}
     fired -= {planted.check}  # a dead worker is seen whatever is judged: it is a verdict, not a check to turn off
     silent = not fired and ran == outcome.cases  # cut short by time, the silence proves nothing
     seconds = outcome.seconds + time.monotonic() - start
     return replace(outcome, others=tuple(sorted(fired)), silent=silent, seconds=seconds)
 
 
-def target_of(planted: Planted) -> str:
-    return f"{planted.op}@planted.{planted.name}"
-
-
 def draw(op: str, info: TargetInfo, device: str, start: int) -> Iterator[Case]:
-    """The grid, then generated rounds without end: the same list for the same arguments."""
+    """The grid, then generated cases without end, none twice: the same list for the same arguments."""
     space = get_space(op)
     yield from strategies.grid(space, info, device, start)
+    seen: set[str] = set()
     for part in itertools.count():
         drawn: list[tuple[Case, ...]] = []
         drive(strategies.rounds(space, info, device), derive_seed(start, info.name, part), _ROUNDS, drawn.append)
-        for cases in drawn:
-            yield from cases
+        for case in itertools.chain.from_iterable(drawn):
+            if case.digest not in seen:  # each drive starts from the simplest rounds, so they come again and again
+                seen.add(case.digest)
+                yield case
 
 
 def _options(checks: tuple[str, ...] | None, device: str) -> RunOptions:
@@ -151,6 +152,17 @@ def _options(checks: tuple[str, ...] | None, device: str) -> RunOptions:
     first = DEADLINE if device == "cpu" else COMPILE_DEADLINE
     fence = FenceOptions() if checks is None or FENCE in checks else _NO_FENCE
     return RunOptions(checks, fence, DEADLINE, first)
+
+
+def _violations(verdict: Verdict) -> tuple[Violation, ...]:
+    """What fired. Running out of memory is no violation of a kernel, but it is what some bugs are planted for."""
+    if verdict.kind == OOM_VERDICT:
+        return (Violation(OOM, verdict.kind, "a worker ran out of memory"),)
+    return verdict.violations
+
+
+def _is_it(violation: Violation, planted: Planted) -> bool:
+    return violation.check == planted.check and planted.symptom in ("", violation.symptom)
 
 
 def _verdicts(

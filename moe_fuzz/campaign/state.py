@@ -33,7 +33,13 @@ T = TypeVar("T")
 FOLDERS = ("corpus", "findings", "pending", "inflight")
 MAX_FILE = 64 << 20
 _TEMPORARY = ".tmp-"
+_ASIDE = "-old-"  # in the name of a folder that is being replaced
 _HINT = "choose another directory with --state-dir"
+_WAY_OUT = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+}
 
 
 class StateDir:
@@ -94,8 +100,12 @@ class StateDir:
 
     def _sweep(self) -> None:
         """Takes away what an interrupted write left, and keeps an interrupted run's rounds from being overwritten."""
-        for folder in (self.path, *(self.path / name for name in FOLDERS)):
-            for left in folder.glob(f"{_TEMPORARY}*"):
+        for old in self.path.glob(f"*/{_TEMPORARY}*{_ASIDE}*"):
+            target = old.with_name(old.name.partition(_ASIDE)[2])
+            if not target.exists():  # killed between the two renames of write_folder
+                old.rename(target)
+        for pattern in (f"{_TEMPORARY}*", f"*/{_TEMPORARY}*", f"findings/*/{_TEMPORARY}*"):
+            for left in self.path.glob(pattern):
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         inflight = self.path / "inflight"
         first = 1 + max((_number(f.stem.removeprefix("left-")) for f in inflight.glob("left-*.json")), default=0)
@@ -125,7 +135,7 @@ class StateDir:
         """Replaces a folder as a whole: nobody ever sees half of it."""
         target = self.path / name
         temporary = target.with_name(f"{_TEMPORARY}{os.getpid()}-{target.name}")
-        old = target.with_name(f"{_TEMPORARY}{os.getpid()}-old-{target.name}")
+        old = target.with_name(f"{_TEMPORARY}{os.getpid()}{_ASIDE}{target.name}")
         try:
             temporary.mkdir()
             for file, text in files.items():
@@ -240,6 +250,7 @@ def _write(path: Path, data: bytes, durable: bool) -> None:
 
 def _problem(what: str, error: BaseException) -> EnvironmentProblem:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    hint = f"free some space, or {_HINT}; what is on disk is whole, run again to go on" if full else _HINT
+    hint = _HINT
+    if isinstance(error, OSError) and error.errno in _WAY_OUT:
+        hint = f"{_WAY_OUT[error.errno]}, or {_HINT}; what is on disk is whole, run again to go on"
     return EnvironmentProblem(f"{what}: {reason}", hint)

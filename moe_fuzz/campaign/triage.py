@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.badcase import BadCase, Bucket
+from moe_fuzz.campaign.confirm import killed
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.finding import Finding, features_of
 from moe_fuzz.campaign.findings import RenderRepro, folder, load_findings, seen_again, write_finding
@@ -99,7 +100,9 @@ class Triage:
             unexplained = [one for one in bad.each() if not self._explained(one) and not self._closed(one.bucket)]
             if not unexplained:
                 return
-            first = next((one for one in unexplained if self._waiting[one.bucket] < MAX_WAITING), None)
+            # Of cases whose worker was killed nothing is known, least of all that they are alike.
+            room = (one for one in unexplained if self._waiting[one.bucket] < MAX_WAITING or killed(one.verdict))
+            first = next(room, None)
             if first is None:
                 self.duplicates += 1  # most likely: as many of its kind are in line before it
                 return
@@ -166,7 +169,7 @@ class Triage:
 
         finding = examiner.examine(bad, seconds, progress)
         if finding is None:
-            self._flakies[bucket] += 1
+            self._flakies[bucket] += not killed(bad.verdict)
             self._flaky(bad)
             return
         self._minimized[bucket] += 1

@@ -62,6 +62,7 @@ _EXIT_HELP = (
     "0 clean · 1 a new confirmed finding · 2 usage or configuration · 3 environment, or nothing ran · "
     "4 internal error · 130 interrupted"
 )
+_LONGEST = 1000  # characters of a line of an error
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 
@@ -156,10 +157,16 @@ def _complain(message: str, hint: str, code: int) -> int:
     with contextlib.suppress(OSError):  # a full disk behind stdout or stderr must not change the exit code
         sys.stdout.flush()
     with contextlib.suppress(OSError):
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {_readable(message)}", file=sys.stderr)
         if hint:
-            print(f"hint: {hint}", file=sys.stderr)
+            print(f"hint: {_readable(hint)}", file=sys.stderr)
     return code
+
+
+def _readable(text: str) -> str:
+    """What a damaged file held can neither steer the terminal nor fill it."""
+    lines = ["".join(char if char.isprintable() else ascii(char)[1:-1] for char in line) for line in text.split("\n")]
+    return "\n".join(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in lines)
 
 
 def _internal(error: Exception, arguments: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from moe_fuzz.campaign.confirm import TRIES, holds, rerun
+from moe_fuzz.campaign.confirm import TRIES, holds, killed, rerun
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.interfaces import Pool as PoolLike
 from moe_fuzz.campaign.locate import is_memory_fault, locate
@@ -16,7 +16,7 @@ from moe_fuzz.cli import params, source
 from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EXIT_FINDING, EnvironmentProblem
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, Verdict, Violation
+from moe_fuzz.verdict import OOM, PASS, REJECTED, Verdict, Violation
 from moe_fuzz.worker.pool import Pool
 
 FIXED, FAILED, ERROR = "FIXED", "FAILED", "ERROR"
@@ -82,7 +82,7 @@ def replay(pool: PoolLike, found: source.Source, target: str, options: RunOption
         tried += 1
     if verdict.kind == PASS:
         return Answer(FIXED, (f"passed {tried} times in fresh processes" if tried > 1 else "passes",))
-    if verdict.kind in (REJECTED, OOM) or _killed(verdict):
+    if verdict.kind in (REJECTED, OOM) or killed(verdict):
         return Answer(ERROR, (_why_not(verdict), *([verdict.detail] if verdict.detail else [])))
     lines = [f"failed on try {tried} of {tries}"] if tries > 1 else []
     if found.finding is not None:
@@ -120,11 +120,6 @@ def describe(violation: Violation) -> list[str]:
     if violation.site:
         lines.append(f"  in {violation.site}")
     return lines
-
-
-def _killed(verdict: Verdict) -> bool:
-    """Killed by somebody else: the out-of-memory killer, or a person."""
-    return verdict.kind == CRASH and verdict.key[1].startswith("killed:")
 
 
 def _why_not(verdict: Verdict) -> str:

@@ -79,7 +79,7 @@ def _word(value: object) -> str:
 
 def tables(case: Case, device: str) -> Mapping[str, str]:
     """Tensor name → its shape, dtype and values as text, made by a worker: this process has no torch."""
-    from moe_fuzz.campaign import tensors
+    from moe_fuzz.campaign.repro import tensors
     from moe_fuzz.worker.pool import Pool
 
     with Pool(workers=1, device=device) as pool, pool.fresh() as worker:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +53,17 @@ class Source:
 def load(text: str, state_dir: Path) -> Source:
     """Reads and validates what the person named. Raises UsageError; nothing is executed."""
     if text.startswith(INLINE_PREFIX):
-        return Source(_cases(text), "the inline case")
+        return Source(_cases(text, "the inline case"), "the inline case")
     if text == "-":
-        return Source(_cases(sys.stdin.read(MAX_BYTES * 64)), "standard input")
+        return Source(_cases(sys.stdin.read(MAX_BYTES * 64), "standard input"), "standard input")
     path = Path(text)
     if not _exists(path):
         return _by_id(text, state_dir)
-    return _folder(path) if path.is_dir() else Source(_cases(read_text(path)), str(path))
+    if path.is_dir():
+        return _folder(path)
+    if not (path.is_file() or path.is_fifo()):  # /dev/zero has no end, and would be read until the memory is full
+        raise UsageError(f"{path} is a device, not a file", "write - to read standard input")
+    return _file(path)
 
 
 def _exists(path: Path) -> bool:
@@ -88,21 +94,39 @@ def _folder(path: Path) -> Source:
     sequence, case = path / "sequence.json", path / "case.json"
     if not sequence.exists() and not case.exists():
         raise UsageError(f"{path} holds neither a case.json nor a sequence.json", "name a case or a finding")
-    chosen = sequence if sequence.exists() else case
-    return Source(_cases(read_text(chosen)), str(chosen))
+    return _file(sequence if sequence.exists() else case)
 
 
-def _cases(text: str) -> tuple[Case, ...]:
-    cases = loads_sequence(text) if _is_sequence(text) else (Case.loads(text),)
-    if not cases:
-        raise CaseError("cases", "the sequence is empty")
-    _validate(cases)
+def _file(path: Path) -> Source:
+    with _hinting(str(path)):
+        text = read_text(path)
+    return Source(_cases(text, str(path)), str(path))
+
+
+def _cases(text: str, origin: str) -> tuple[Case, ...]:
+    with _hinting(origin):
+        cases = loads_sequence(text) if _is_sequence(text) else (Case.loads(text),)
+        if not cases:
+            raise CaseError("cases", "the sequence is empty")
+        _validate(cases)
     return cases
+
+
+@contextlib.contextmanager
+def _hinting(origin: str) -> Iterator[None]:
+    """Gives an error that has no way out the one there always is."""
+    try:
+        yield
+    except UsageError as error:
+        error.hint = error.hint or f"correct {origin} or copy it anew; `moe-fuzz show ID --json` prints a case as it is"
+        raise
 
 
 def _validate(cases: tuple[Case, ...]) -> None:
     for case in cases:
         get_space(case.op).validate(case)
+        if not case.target.isprintable():
+            raise CaseError("target", "holds a character that cannot be shown")
     if len({case.op for case in cases}) > 1:
         raise CaseError("cases", "a sequence holds cases of one op only")
 

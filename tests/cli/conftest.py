@@ -106,6 +106,10 @@ class FakePool:
     def __exit__(self, *error: object) -> None:
         pass
 
+    @property
+    def environment(self) -> dict[str, str]:
+        return {}
+
     def describe(self, target: str) -> TargetInfo:
         if target in self.unavailable:
             raise EnvironmentProblem(f"{target} is not installed", "install it")

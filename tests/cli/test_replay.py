@@ -78,7 +78,7 @@ def test_a_finding_by_the_beginning_of_its_id(call: Callable, pool: Any, kept: F
     assert "another failure than in finding" in call("replay", kept.id).out
     ran = call("replay", kept.id[:-1] + "z")
     assert ran.code == 2
-    assert kept.id in ran.err
+    assert f"did you mean {kept.id}?" in ran.err
 
 
 def test_a_prefix_of_two_findings(call: Callable, pool: Any, kept: Finding) -> None:

@@ -48,7 +48,7 @@ def test_terminal_never_breaks_a_replay_line(finding: Finding) -> None:
         events.FindingMinimizing("a@b", "ids", "twice", 3, "[bold]x[/bold] " * 9),
         events.FindingReported(finding, "new", "x" * 90),
         events.FlakySeen("a@b", finding.case, finding.verdict),
-        events.Warning("careful", "do this"),
+        events.Warning("[bold]careful[/]", "do this"),
         events.CampaignFinished(summary),
     ):
         terminal.handle(event)
@@ -57,7 +57,9 @@ def test_terminal_never_breaks_a_replay_line(finding: Finding) -> None:
     shown = screen.getvalue()
     assert f"    moe-fuzz replay {finding.case.inline()}\n" in shown
     assert "x" * 90 in shown
-    assert "[bold]" in shown
+    assert "minimizing ids twice, try 3" in shown
+    assert "[bold]careful[/]" in shown  # no markup, neither above
+    assert "[bold]x" in shown  # nor in the status
     assert "\x1b[?25h" in shown  # the cursor is given back
 
 

@@ -14,7 +14,7 @@ import pytest
 from moe_fuzz.campaign.selftest import draw, run_alone, run_planted
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
-from moe_fuzz.verdict import CRASH, PASS, REJECTED, VIOLATION, Verdict, Violation
+from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,12 @@ class Bug:
     op: str = "topk_softmax"
     check: str = "ids"
     upstream: str = "vllm#39391"
+    symptom: str = ""
     only: bool = True
+
+    @property
+    def target(self) -> str:
+        return f"{self.op}@planted.{self.name}"
 
 
 def duplicate_on_nan(cases: tuple[Case, ...], options: Any) -> Verdict:
@@ -38,7 +43,7 @@ def test_the_same_cases_for_the_same_seed() -> None:
     assert first == again
     assert first != other
     assert len(first) == 900  # beyond the grid
-    assert len(set(first)) > 800
+    assert len(set(first)) == 900
 
 
 def test_found_by_the_check_that_must(pool: Any) -> None:
@@ -51,9 +56,20 @@ def test_found_by_the_check_that_must(pool: Any) -> None:
     assert found.target == "topk_softmax@planted.nan_argmax"
     assert "nan_rows" in found.fault_names
     assert outcome.cases < 500
-    assert outcome == run_planted(Bug(), pool, 0, 500, 30.0).__class__(
-        **{**outcome.__dict__}
-    )  # frozen and comparable: an outcome is a value
+    again = run_planted(Bug(), pool, 0, 500, 30.0)
+    assert (again.cases, again.inline) == (outcome.cases, outcome.inline)
+
+
+def test_the_symptom_counts_where_it_is_named(pool: Any) -> None:
+    pool.judge = duplicate_on_nan
+    assert run_planted(Bug(symptom="duplicate-id"), pool, 0, 300, 30.0).found
+    assert not run_planted(Bug(symptom="out-of-range"), pool, 0, 100, 30.0).found
+
+
+def test_running_out_of_memory_can_be_what_is_planted(pool: Any) -> None:
+    pool.judge = lambda cases, options: Verdict(OOM)
+    assert run_planted(Bug(check="oom"), pool, 0, 10, 30.0).found
+    assert run_alone(Bug(check="oom"), pool, 0, 10, 30.0).silent
 
 
 def test_another_check_is_not_enough(pool: Any) -> None:

@@ -75,9 +75,9 @@ def test_the_grid_takes_at_most_a_quarter_and_targets_share_evenly(tmp_path):
 
 
 def test_a_budget_in_seconds_ends(tmp_path):
-    summary = campaign(tmp_path, always_good, cases=None, seconds=0.5).run()
+    summary = campaign(tmp_path, always_good, cases=None, seconds=1.0).run()
     assert summary.cases > 10
-    assert 0.5 <= summary.seconds < 5
+    assert 1.0 <= summary.seconds < 20
     assert summary.exit_code == 0
 
 

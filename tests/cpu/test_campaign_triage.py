@@ -180,7 +180,7 @@ def test_when_the_time_is_up_one_of_each_kind_is_reported_and_the_rest_stays_pen
             return bad("routing", "a")
         return bad("routing", "b") if "nan_rows" in case.fault_names else GOOD
 
-    summary = campaign(tmp_path, judge, cases=None, seconds=0.3, minimize_seconds=1e-9).run()
+    summary = campaign(tmp_path, judge, cases=None, seconds=1.5, minimize_seconds=1e-9).run()
     assert {finding.symptom for finding in summary.new} == {"a", "b"}
     assert not any(finding.minimal for finding in summary.new)
     assert summary.unexamined >= len(list((tmp_path / "pending").iterdir()))

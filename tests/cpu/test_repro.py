@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from moe_fuzz import strategies
-from moe_fuzz.campaign import tensors
+from moe_fuzz.campaign.repro import tensors
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.repro import render, renderer
 from moe_fuzz.case import Case, Fault, Step

@@ -1,7 +1,7 @@
 """repro.py of a finding: a script that shows it with torch and the target alone, for whoever maintains the target.
 
 The worker says what the calls are made of (execute/exhibit.py); the templates beside this file hold the script:
-`repro.py.j2` its frame, `repro_judge.py.j2` what is wrong in plain torch, `repro_memory.py.j2` the tensors' memory.
+`script.py.j2` its frame, `judge.py.j2` what is wrong in plain torch, `memory.py.j2` the tensors' memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import jinja2
 
-from moe_fuzz.campaign import tensors
+from moe_fuzz.campaign.repro import tensors
 from moe_fuzz.campaign.confirm import TRIES, holds
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.interfaces import Cases
@@ -64,7 +64,7 @@ def renderer(pool: Pool, options: RunOptions | None = None) -> Callable[[Finding
                 exhibits = [worker.exhibit(case, finding.target) for case in (*finding.sequence, finding.case)]
             return render(finding, exhibits[-1], exhibits[:-1], bare=_shows_bare(pool, finding, options))
         except MoeFuzzError as error:
-            return _environment().get_template("repro_none.py.j2").render(
+            return _environment().get_template("none.py.j2").render(
                 doc=_docstring([finding.message]), reason=str(error), replay=finding.replay
             )
 
@@ -124,7 +124,7 @@ def render(
         "deadline": (math.ceil(finding.verdict.seconds) or _HANG) if check == HANG else _DEADLINE,
         "memory": (exhibit["memory_limit"] or _MEMORY) if shows == "memory" else None,
     }
-    template = _environment().get_template("repro.py.j2")
+    template = _environment().get_template("script.py.j2")
     body = template.render(context, imports=())
     imports = [name for name in _MODULES if re.search(rf"\b{re.escape(name)}\.", body)]
     return template.render(context, imports=imports)
