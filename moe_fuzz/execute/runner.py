@@ -51,6 +51,8 @@ class Runner:
         if bound.info.op != case.op:
             raise CaseError("op", f"{target} implements {bound.info.op}, not {case.op}")
         refusal = space.refusal(case, bound.info)
+        if self.device not in bound.info.capabilities.devices:
+            refusal = f"{target} does not run on {self.device}"
         if refusal:
             return Verdict(REJECTED, detail=refusal)
         started = time.perf_counter()
