@@ -83,7 +83,7 @@ def _equal_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     row, x = _load_rows(logits_ptr, tokens, experts, stride_t, stride_e, ROWS, EXPERT_PAD)
     col, slot = tl.arange(0, EXPERT_PAD)[None, :], tl.arange(0, K_PAD)[None, :]
-    free = col < experts
+    free = (col < experts) & (row >= 0)[:, None]  # [R, E'], as the loop leaves it
     picked = tl.full((ROWS, K_PAD), 0.0, tl.float32)
     ids = tl.full((ROWS, K_PAD), 0, tl.int32)
     for j in range(top_k):

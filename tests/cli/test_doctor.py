@@ -32,6 +32,8 @@ def test_the_trap_of_triton_and_numpy(triton: str, numpy: str, trapped: bool) ->
     lines = list(doctor.judge_versions(GOOD | {"triton": triton, "numpy": numpy}, ""))
     assert (lines[-1].state == FAIL) == trapped
     assert not trapped or "numpy<2.4" in lines[-1].hint
+    lines = list(doctor.judge_versions(GOOD | {"triton": triton, "numpy": numpy, "gpus": ["H200"]}, ""))
+    assert (lines[-1].state == WARN) == trapped  # nothing is interpreted there, unless asked for
 
 
 def test_gpu() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +17,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.routing.space import SIMPLEST
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import CRASH, PASS, VIOLATION
+from moe_fuzz.verdict import CRASH, HANG, PASS, VIOLATION
 from moe_fuzz.worker.pool import Pool
 
 pytestmark = pytest.mark.gpu
@@ -69,3 +72,13 @@ def test_a_write_into_the_slack_is_named_by_the_canary(pool: Pool) -> None:
     with pool.lease() as worker:
         (verdict,) = worker.run([broken], "topk_softmax@planted.memset_rounded_up", OPTIONS)
     assert (verdict.kind, verdict.key) == (VIOLATION, ("canary", "weights:right"))
+
+
+def test_a_kernel_that_never_ends_is_a_hang_and_the_gpu_goes_on(pool: Pool) -> None:
+    target = f"topk_softmax@{Path(__file__).with_name('spinning_target.py')}:waits_for_ever"
+    with pool.lease() as worker:
+        started = time.monotonic()
+        verdicts = worker.run([case(1, 8, 2), case(2, 8, 2), case(1, 8, 2)], target, replace(OPTIONS, deadline=3.0))
+        seconds = time.monotonic() - started
+    assert [v.kind for v in verdicts] == [PASS, HANG, PASS]
+    assert seconds < 30
