@@ -33,7 +33,8 @@ class Canvas:
     rows: Sequence[int]  # label of each row
     columns: Sequence[int]  # label of each column
     seed: int
-    stride_gap: int = 0  # elements between the end of a row and the start of the next
+    stride_gap: int = 0  # elements between the end of a row and the start of the next; of a column, where transposed
+    transposed: bool = False  # columns are packed, not rows
     offset: int = 0  # elements between the aligned start of the memory and the first element
 
     def choose(self, positions: Sequence[int], count: int, fault: str) -> torch.Tensor:
@@ -133,6 +134,20 @@ class MaskedExperts(Fault):
 
 
 @register
+class ShiftedRows(Fault):
+    """A row's logits share a large offset, up or down. Softmax does not see it; an exponential from which the row's
+    maximum was not subtracted, or a maximum that started at 0, over- or underflows."""
+
+    name = "shifted_rows"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        offsets = torch.tensor([sign * 2.0**power for power in (5, 7, 10, 13) for sign in (-1, 1)])
+        rows = [canvas.rows[p] for p in positions]
+        pick = generator.choice(canvas.seed, f"{canvas.name}/{self.name}", rows, [0], len(offsets))  # [P, 1]
+        canvas.values[positions] = (canvas.values[positions].float() + offsets[pick]).to(canvas.values.dtype)
+
+
+@register
 class HugeRows(Fault):
     """The dtype's largest and smallest finite numbers, both signs, among ordinary values."""
 
@@ -218,6 +233,17 @@ class Noncontiguous(Fault):
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         canvas.stride_gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 13))
+
+
+@register
+class Transposed(Fault):
+    """The tensor is a transposed view, as `(W @ x.T).T` gives it: the experts of a token stand apart."""
+
+    name = "transposed"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.transposed = True
+        canvas.stride_gap = int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 14))
 
 
 @register

@@ -54,7 +54,7 @@ def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tupl
     fault = st.tuples(st.sampled_from(swarm), st.integers(0, 3))
     variant = st.tuples(
         st.sampled_from(tokens[:SMALL]) | st.sampled_from(tokens),
-        st.integers(0, 4),
+        st.integers(0, 6),
         st.lists(fault, max_size=3, unique_by=lambda chosen: chosen[0]) if swarm else st.just([]),
     )
     variants = draw(st.lists(variant, min_size=1, max_size=MAX_ROUND))
@@ -75,25 +75,32 @@ def make_case(
     seed: int,
     target: str,
 ) -> Case:
-    """A case from small choices: `padding` in quarters of the rows (the tail), each fault with where it is laid."""
+    """A case from small choices: `padding`, as in `_padding_rows`, and each fault with where it is laid."""
     rows = Labels.range(tokens)
-    tail = rows.last(-(-tokens * padding // 4))
     chosen = random.Random(seed)  # positions only; the values come from the case's generator
+    padded = _padding_rows(rows, padding, chosen)
     laid = []
     for place, where in faults:
         if not place.on_rows:
             laid.append(Fault(place.fault, place.tensor))
             continue
-        named = _fault_rows(rows, tail, where, chosen)
+        named = _fault_rows(rows, padded, where, chosen)
         if named:
             laid.append(Fault(place.fault, place.tensor, named))
-    return Case(space.op, config, (Step(rows, tail, tuple(laid)),), seed, target=target)
+    return Case(space.op, config, (Step(rows, padded, tuple(laid)),), seed, target=target)
 
 
-def _fault_rows(rows: Labels, tail: Labels, where: int, chosen: random.Random) -> Labels:
-    """The padding tail, one row, some rows, or all rows."""
-    if where == 0 and tail:
-        return tail
+def _padding_rows(rows: Labels, padding: int, chosen: random.Random) -> Labels:
+    """0 to 4: so many quarters of the rows, at the tail, as a CUDA graph pads. 5 and 6: one and two quarters of them,
+    anywhere, as where the padded batches of several ranks are joined."""
+    count = -(-len(rows) * (padding if padding <= 4 else padding - 4) // 4)
+    return rows.last(count) if padding <= 4 else Labels.of(chosen.sample(range(len(rows)), min(count, 64)))
+
+
+def _fault_rows(rows: Labels, padded: Labels, where: int, chosen: random.Random) -> Labels:
+    """The padding, one row, some rows, or all rows."""
+    if where == 0 and padded:
+        return padded
     if where == 3 or not rows:
         return rows
     count = 1 if where == 1 else chosen.randint(1, len(rows))
@@ -107,7 +114,8 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     """
     chosen = random.Random(seed)
     places: list[Scalar] = ["", *(f"{p.fault}@{p.tensor}" for p in space.places)]
-    axes = [*space.axes(info), Axis("fault", places), Axis("padding rows", (0, 1, 2, 4)), Axis("where", (0, 1, 2, 3))]
+    rows = Axis("padding rows", (0, 1, 2, 4, 5)), Axis("where", (0, 1, 2, 3))
+    axes = [*space.axes(info), Axis("fault", places), *rows]
     for row in pairwise(axes, chosen):
         config = space.complete({axis.name: row[axis.name] for axis in axes[:-3]}, info)
         place = next((p for p in space.places_for(config, info) if f"{p.fault}@{p.tensor}" == row["fault"]), None)

@@ -123,6 +123,8 @@ class StateDir:
         try:
             _write(temporary, text.encode(), durable)
             os.replace(temporary, target)
+            if durable:
+                _sync(target.parent)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -140,9 +142,11 @@ class StateDir:
             temporary.mkdir()
             for file, text in files.items():
                 _write(temporary / file, text.encode(), durable=True)
+            _sync(temporary)
             if target.exists():
                 target.rename(old)
             temporary.rename(target)
+            _sync(target.parent)
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -244,6 +248,18 @@ def _write(path: Path, data: bytes, durable: bool) -> None:
             view = view[os.write(handle, view) :]
         if durable:
             os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync(folder: Path) -> None:
+    """Makes what was renamed into a folder outlive the machine's death: syncing the file alone does not."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such notion
+            raise
     finally:
         os.close(handle)
 

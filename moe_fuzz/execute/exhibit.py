@@ -10,9 +10,10 @@ An exhibit is a JSON value, made by the worker, which has torch; the parent rend
                 "flagged": [2], "lawful": [0, 1], "defined": [0, 1], "healed": {"rows": [2], "values": TENSOR} or null,
                 "subset": [1] or null}]}
 
-TENSOR: {"dtype": "float32", "shape": [3, 8], "gap": 0, "strides": [8, 1], "offset": 0, "alignment": 16} and either
+TENSOR: {"dtype": "float32", "shape": [3, 8], "gap": 0, "column_stride": 0, "strides": [8, 1], "offset": 0,
+"alignment": 16} and either
 "bits", a flat list of each element's bits as an unsigned integer, or, beyond 256 elements, "zlib": the bytes,
-compressed, in base64. `gap` and `offset` are in elements, `alignment` in bytes.
+compressed, in base64. `gap`, `column_stride` and `offset` are in elements, `alignment` in bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import torch
 from moe_fuzz.case import Case
 from moe_fuzz.checks.observation import Outputs, RoutingObservation
 from moe_fuzz.errors import CaseError
-from moe_fuzz.ops.routing.inputs import Inputs, materialize
+from moe_fuzz.ops.routing.inputs import Inputs, Lie, materialize
 from moe_fuzz.targets import registry
 from moe_fuzz.targets.bind import Target
 
@@ -96,10 +97,9 @@ def _keywords(case: Case, inputs: Inputs, target: Target) -> dict[str, dict[str,
 
 def _placed(name: str, plain: torch.Tensor, inputs: Inputs, alignment: int) -> dict[str, Any]:
     """A tensor, and how `Inputs.place` lays it."""
-    gap, offset = inputs.gaps.get(name, (0, 0))
-    strides = [plain.shape[1] + gap, 1] if plain.dim() == 2 else [1]
-    place = {"gap": gap, "strides": strides, "offset": offset, "alignment": max(alignment, plain.element_size())}
-    return tensor(plain) | place
+    lie = inputs.lies.get(name, Lie())
+    strides = list(lie.strides(plain.shape))
+    return tensor(plain) | asdict(lie) | {"strides": strides, "alignment": max(alignment, plain.element_size())}
 
 
 def _out(tokens: int, top_k: int, alignment: int) -> dict[str, Any]:

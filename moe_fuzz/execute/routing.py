@@ -11,6 +11,7 @@ from moe_fuzz.checks import CHECKS, binding, metamorphic, routing, structural  #
 from moe_fuzz.checks.observation import Outputs, RoutingObservation
 from moe_fuzz.execute.call import guarded
 from moe_fuzz.fence import Arena
+from moe_fuzz.ops import get_space
 from moe_fuzz.ops.routing.inputs import Inputs, materialize
 from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target
@@ -37,9 +38,9 @@ class RoutingStep:
         found += self._selected("structure", lambda: checks["structure"](seen))
         if not seen.shaped:
             return found
-        for name, judge in checks.items():
-            if name != "structure":
-                found += self._selected(name, lambda judge=judge: judge(seen))
+        for name in get_space(self.case.op).checks:  # their order is that of attribution
+            if name in checks and name != "structure":
+                found += self._selected(name, lambda judge=checks[name]: judge(seen))
         if not any(violation.check == "canary" for violation in found):
             found += self._selected("canary", self.arena.check)  # what the calls of the checks did
         self.budget = max(seen.budget.values(), default=0.0)
@@ -58,6 +59,7 @@ class RoutingStep:
     def _call(self, inputs: Inputs) -> Outputs | Violation:
         """Places the inputs, protects them, and calls the target."""
         capabilities = self.target.info.capabilities
+        out: tuple[torch.Tensor, ...] = ()
         arguments: dict[str, Any] = dict(inputs.options)
         placed = inputs.place(self.arena, capabilities)
         logits = placed.pop("logits")
@@ -65,7 +67,7 @@ class RoutingStep:
         tokens = inputs.plain["logits"].shape[0]
         if self.case.config["out"]:
             shape, alignment = (tokens, inputs.top_k), max(4, capabilities.alignment)
-            arguments["out"] = (
+            out = arguments["out"] = (
                 self.arena.tensor("weights", shape, torch.float32, role="output", alignment=alignment),
                 self.arena.tensor("ids", shape, torch.int32, role="output", alignment=alignment),
             )
@@ -75,24 +77,38 @@ class RoutingStep:
                 result = guarded(lambda: self.target(logits, inputs.top_k, arguments), logits.device.type)
         finally:
             self.arena.unprotect()
-        return _outputs(result, logits.device)
+        return _outputs(result, out, logits.device)
 
 
-def _outputs(result: Any, device: torch.device) -> Outputs | Violation:
-    """(weights, ids) on the CPU, bit for bit, or the violation that the result is not that."""
+def _outputs(result: Any, out: tuple[torch.Tensor, ...], device: torch.device) -> Outputs | Violation:
+    """(weights, ids), or the violation that it is not that, or not the buffers `out` that were given.
+
+    They are copied to the CPU, to the bit: a target may use its own buffers again, and checks call it again. So the
+    checks are the same for every device.
+    """
     if (
         isinstance(result, tuple | list)
         and len(result) >= 2
         and all(isinstance(t, torch.Tensor) and t.dim() == 2 for t in result[:2])
     ):
-        for name, tensor in (("weights", result[0]), ("ids", result[1])):
+        for name, tensor in zip(("weights", "ids"), result, strict=False):
             if tensor.device != device:
                 message = f"{name} is on the wrong device"
                 return Violation("structure", f"{name}:device", message, name, (), str(device), str(tensor.device))
-        return Outputs(result[0].cpu(), result[1].cpu())  # the checks are the same for every device
+        for name, given, got in zip(("weights", "ids"), out, result, strict=False):
+            if given.numel() and not _same_memory(given, got):
+                return Violation(
+                    "structure", f"{name}:out", f"{name} did not come back in the buffer `out` that was given", name,
+                    (), f"the tensor out[{0 if name == 'weights' else 1}]", "another tensor",
+                )  # fmt: skip
+        return Outputs(*(tensor.detach().to("cpu", copy=True) for tensor in result[:2]))
     kind = (
         type(result).__name__ if not isinstance(result, tuple | list) else f"{type(result).__name__} of {len(result)}"
     )
     return Violation(
         "structure", "result", "the result is not a pair of tensors (weights, ids)", expected="(weights, ids)", got=kind
     )
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()

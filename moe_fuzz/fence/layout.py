@@ -35,7 +35,7 @@ def place(
     step = max(alignment, itemsize)
     pages = -(-extent // page)
     start = 0 if edge == "left" else (pages * page - extent) // step * step
-    reach = 2 * strides[0] * itemsize if strides else 0
+    reach = 2 * max(strides, default=0) * itemsize
     return Layout(pages, start, extent, max(MIN_GUARD, reach))
 
 

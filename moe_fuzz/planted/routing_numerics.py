@@ -126,7 +126,7 @@ def padded_lanes_in_sum(logits: Tensor, top_k: int, *, renormalize: bool = False
     tokens, experts = logits.shape
     if renormalize or tokens == 0:
         return weights, ids.int()
-    x, top, total = _clean(logits), _top(_clean(logits)), torch.empty((tokens, 1), device=logits.device)
+    x, top, total = _clean(logits).contiguous(), _top(_clean(logits)), torch.empty((tokens, 1), device=logits.device)
     expert_pad = triton.next_power_of_2(experts)
     rows = max(4, triton.next_power_of_2(triton.cdiv(tokens, 4)))  # the interpreter wants few programs
     if logits.is_cuda:

@@ -53,10 +53,8 @@ def waits_for_a_tile(logits: Tensor, top_k: int, *, renormalize: bool = False) -
 def counts_below_zero(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:
     """flashinfer#4595: an unsigned count goes below zero. Fewer than 8 experts leave 2^32 - n entries to be spilled."""
     spilled = (logits.shape[1] - 8) & UINT32 if logits.shape[1] < 8 else 0
-    chunks, chunk = [], 1 << 24
-    while spilled > 0:
-        chunks.append(torch.zeros(chunk, dtype=torch.int32).fill_(-1))  # touched, so that the memory is really taken
-        spilled -= chunk
+    if spilled:
+        torch.empty(spilled, dtype=torch.int32).fill_(-1)
     return _route(logits, top_k, renormalize)
 
 

@@ -111,19 +111,43 @@ def _functions(module: Any) -> list[str]:
     ]
 
 
+def _refuse_unknown(parameters: Mapping[str, inspect.Parameter], known: set[str]) -> None:
+    """UsageError for a function that could not be called: a TypeError of our own call would pass for its bug."""
+    named = [p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    star = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    first = [p for p in named if p.kind is not p.KEYWORD_ONLY][:2]
+    if len(first) < 2 and not star:
+        raise UsageError("the function does not take the logits and top_k as its first two positional arguments",
+                         "wrap it in a function of (logits, top_k, …)")  # fmt: skip
+    always = {s for name in ("renormalize", "scale", "padding") for s in SPELLINGS[name]}
+    for p in named:
+        if p in first or p.default is not p.empty or (p.name in known and p.name in always):
+            continue
+        raise UsageError(
+            f"the function has a parameter {p.name!r} without a default, which not every case has a value for",
+            f"give it one, or wrap the function; the names known are {', '.join(sum(SPELLINGS.values(), ()))}",
+        )
+
+
 def _read_signature(
     function: Callable[..., Any], promise: Mapping[str, Any]
 ) -> tuple[dict[str, str], Capabilities, Contract]:
     """What the function takes, and its promises cut down to that."""
     parameters: Mapping[str, inspect.Parameter] = {}
+    has_signature = False
     with contextlib.suppress(TypeError, ValueError):  # a built-in without a signature takes the two positional ones
-        parameters = inspect.signature(function).parameters
+        # What a module's __call__ takes is what its `forward` takes: its own signature says "anything".
+        called = function.forward if isinstance(function, torch.nn.Module) else function
+        parameters = inspect.signature(called).parameters
+        has_signature = True
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     keywords = {
         argument: next((s for s in spellings if s in parameters), argument)
         for argument, spellings in SPELLINGS.items()
         if takes_all or any(s in parameters for s in spellings)
     }
+    if has_signature:
+        _refuse_unknown(parameters, set(keywords.values()))
     declared: Capabilities | None = promise.get("capabilities")
     capabilities = declared or Capabilities(out="out" in keywords)
     capabilities = replace(

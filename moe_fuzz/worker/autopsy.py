@@ -1,7 +1,7 @@
 """What a dead worker died of: its wait status and its log become a verdict. Free of torch.
 
-faulthandler wrote the traceback of the thread that died into the worker's log. The site of a crash is the innermost
-frame that belongs to neither the libraries nor our own machinery.
+faulthandler wrote the traceback into a file of its own beside the log, where nothing that a target prints can bury it.
+The site of a crash is the innermost frame that belongs to neither the libraries nor our own machinery.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict, Violation
 from moe_fuzz.worker.protocol import EXIT_PIPE
 
 _TAIL = 1 << 16  # bytes of the log that are looked at
-_DETAIL = 4000  # characters of it that go into a verdict
+_DETAIL = 2000  # characters of output, and of traceback, that go into a verdict
 _BLOCK = re.compile(r"^(.*)\(most recent call first\):\n((?:  (?:File .*|\.\.\.)\n)+)", re.MULTILINE)
 _FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')
 _OUT_OF_MEMORY = re.compile(r"std::bad_alloc|can't allocate memory|Cannot allocate memory|\bMemoryError\b")
@@ -51,8 +51,10 @@ def crash(status: int | None, log: Path, offset: int, layout: Layout, oom_kills:
 
     offset: where the case's output begins in the log. oom_kills: how often the kernel ran out of memory meanwhile.
     """
-    text = read_log(log, offset)
-    detail = text[-_DETAIL:].strip()
+    trace, text = read_trace(log), read_log(log, offset)
+    if not has_stack(trace) and has_stack(text):
+        trace = text  # the target directed faulthandler to stderr
+    detail = _detail(log, offset, trace)
     name = "" if status is None or not os.WIFSIGNALED(status) else signal_name(os.WTERMSIG(status))
     if name == "SIGKILL" and oom_kills > 0:
         return Verdict(OOM, seconds=seconds, detail="the kernel's out-of-memory killer ended the worker")
@@ -67,21 +69,27 @@ def crash(status: int | None, log: Path, offset: int, layout: Layout, oom_kills:
     else:
         symptom = f"exit:{os.waitstatus_to_exitcode(status)}"
         message = f"the target ended the worker's process ({symptom})"
-    violation = Violation("crash", symptom, message, site=site(text, layout))
+    violation = Violation("crash", symptom, message, site=site(trace, layout))
     return Verdict(CRASH, (violation,), seconds=seconds, detail=detail)
+
+
+def was_killed(status: int) -> bool:
+    """Whether a raw wait status is that of a process ended from outside."""
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGTERM)
 
 
 def garbled(log: Path, offset: int, seconds: float, said: str) -> Verdict:
     """The verdict on a case that wrote onto the worker's socket."""
     violation = Violation("crash", "garbled-pipe", f"the target wrote to the worker's socket: {said}")
-    return Verdict(CRASH, (violation,), seconds=seconds, detail=read_log(log, offset)[-_DETAIL:].strip())
+    return Verdict(CRASH, (violation,), seconds=seconds, detail=_detail(log, offset, ""))
 
 
-def hang(stack: str, layout: Layout, deadline: float, seconds: float) -> Verdict:
-    """The verdict on a case that gave none within `deadline` seconds; `stack` is what its log then held."""
+def hang(log: Path, offset: int, layout: Layout, deadline: float, seconds: float) -> Verdict:
+    """The verdict on a case that gave none within `deadline` seconds, and was then asked for its stack."""
+    stack = read_trace(log)
     message = f"no verdict within {deadline:g} s; the worker was killed"
     violation = Violation("hang", "deadline", message, site=site(stack, layout))
-    return Verdict(HANG, (violation,), seconds=seconds, detail=stack[-_DETAIL:].strip())
+    return Verdict(HANG, (violation,), seconds=seconds, detail=_detail(log, offset, stack))
 
 
 def site(text: str, layout: Layout) -> str:
@@ -99,6 +107,26 @@ def site(text: str, layout: Layout) -> str:
 def has_stack(text: str) -> bool:
     """Whether a whole traceback is in the text."""
     return _BLOCK.search(text) is not None
+
+
+def trace_of(log: Path) -> Path:
+    """The file beside the log that takes faulthandler's tracebacks, those of the present process alone."""
+    return log.with_suffix(".trace")
+
+
+def read_trace(log: Path) -> str:
+    """The tracebacks of the present process, the frame that died first."""
+    try:
+        with trace_of(log).open("rb") as file:
+            return file.read(_TAIL).decode(errors="replace")
+    except FileNotFoundError:
+        return ""  # the process died before it made the file
+
+
+def _detail(log: Path, offset: int, trace: str) -> str:
+    """For a person: the end of what the case printed, and the beginning of the traceback."""
+    parts = (read_log(log, offset)[-_DETAIL:].strip(), trace.partition("\nExtension modules:")[0][:_DETAIL].strip())
+    return "\n".join(part for part in parts if part)
 
 
 def read_log(log: Path, offset: int) -> str:

@@ -1,7 +1,7 @@
 """The loop on the device: reads rounds, has the runner run them, writes events. Runs in a fork of the zygote.
 
-Descriptors 1 and 2 go to the worker's log, never to the parent: what a target prints cannot harm the protocol. The log
-also takes faulthandler's tracebacks, by which the parent names the site of a crash or a hang.
+Descriptors 1 and 2 go to the worker's log, never to the parent: what a target prints cannot harm the protocol.
+faulthandler's tracebacks, by which the parent names the site of a crash or a hang, go to a file beside it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from moe_fuzz.errors import MoeFuzzError, UsageError
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, OOM, Verdict
 from moe_fuzz.worker import protocol
+from moe_fuzz.worker.autopsy import trace_of
 from moe_fuzz.worker.protocol import (
     EXIT_INTERNAL,
     EXIT_PIPE,
@@ -51,9 +52,7 @@ class Log:
     """The worker's log file, on descriptors 1 and 2."""
 
     def __init__(self, path: Path) -> None:
-        opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self.descriptor = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, _HIGH)
-        os.close(opened)
+        self.descriptor = _open_high(path)
         self._identity = self._stat()[:2]
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
@@ -88,14 +87,22 @@ class Log:
                 os.dup2(self.descriptor, descriptor)
 
 
+def _open_high(path: Path, flags: int = 0) -> int:
+    opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | flags, 0o644)
+    high = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+    os.close(opened)
+    return high
+
+
 def main(descriptor: int, log_path: Path, memory: int | None) -> int:
     """Serves rounds until the parent closes the socket. Returns the process's exit code.
 
     memory: bytes of writable private memory this process may have, interpreter and libraries included.
     """
     log = Log(log_path)
-    faulthandler.enable(log.descriptor, all_threads=True)
-    faulthandler.register(signal.SIGUSR1, log.descriptor, all_threads=False, chain=False)
+    trace = _open_high(trace_of(log_path), os.O_TRUNC)
+    faulthandler.enable(trace, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, trace, all_threads=False, chain=False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory is not None:
         # DATA, not AS: fences reserve address space without memory, and that must cost nothing.

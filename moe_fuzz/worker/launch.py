@@ -57,8 +57,9 @@ class Process:
             self.signal(signal.SIGKILL)
             return self.status(timeout)
         except ZygoteGone:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)  # the kernel took the worker; this takes its children
+            if not self.zygote.ended_well:  # the kernel took the worker; this takes its children
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.pid, signal.SIGKILL)
             return None
         finally:
             self.channel.close()
@@ -102,6 +103,11 @@ class Zygote:
         return self._popen.pid
 
     @property
+    def ended_well(self) -> bool:
+        """Whether it was closed, and so killed every process group itself."""
+        return self._popen.returncode == 0
+
+    @property
     def gone(self) -> bool:
         return self._gone
 
@@ -138,7 +144,7 @@ class Zygote:
             theirs.close()  # before the wait: the worker's death must end the stream
             answer = self._await(self._forked, identity, _FORK_SECONDS)
             if answer is None:
-                raise EnvironmentProblem(f"no worker was forked in {_FORK_SECONDS:g} seconds", "is it stalled?")
+                raise EnvironmentProblem(f"no worker was forked in {_FORK_SECONDS:g} s", "is the machine stalled?")
             if "error" in answer:
                 raise EnvironmentProblem(f"a worker cannot be forked: {answer['error']}",
                                          "use fewer workers, or raise the limit on processes (ulimit -u)")
@@ -179,21 +185,18 @@ class Zygote:
                     return None
 
     def _pump(self, timeout: float) -> None:
-        """Takes in one message. Under the lock."""
+        """Takes in what it said, waiting for `timeout` seconds when that is nothing. Under the lock."""
         try:
-            message = None if self._gone else self._control.receive(timeout)
+            while not self._gone and (message := self._control.receive(timeout)) is not None:
+                if "forked" in message:
+                    self._forked[message["forked"]] = message
+                elif "exited" in message:
+                    self._exits[message["exited"]] = message["status"]
+                timeout = 0.0
         except (ChannelClosed, Garbled):
             self._gone = True
-            self._popen.poll()
-            message = None
         if self._gone:
             raise ZygoteGone
-        if message is None:
-            return
-        if "forked" in message:
-            self._forked[message["forked"]] = message
-        elif "exited" in message:
-            self._exits[message["exited"]] = message["status"]
 
     def _send(self, message: Mapping[str, Any], descriptors: tuple[int, ...] = ()) -> None:
         try:
@@ -228,10 +231,11 @@ def _environment(device: str, runner: str | None) -> tuple[list[str], dict[str, 
         environment["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
     root = Path(str(moe_fuzz.__file__)).parent.parent
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if (root / "pyproject.toml").exists() and str(root) not in paths:
-        # A checkout that is not installed, found through the current directory: `-P` takes that away.
-        environment["PYTHONPATH"] = os.pathsep.join([*paths, str(root)])
-        return ["--drop-path", str(root)], environment
-    return [], environment
+    if not (root / "pyproject.toml").exists():
+        return [], environment
+    # A checkout, perhaps found through the current directory, which `-P` takes away. First, so that the
+    # workers' moe-fuzz is this one, not another that is installed.
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), *(path for path in paths if path != str(root))])
+    return [] if str(root) in paths else ["--drop-path", str(root)], environment
 
 

@@ -22,7 +22,8 @@ from typing import Any
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
 from moe_fuzz.worker.launch import Process, Zygote, ZygoteGone
-from moe_fuzz.worker.watch import Limits, Stats, Worker
+from moe_fuzz.worker.stats import Stats
+from moe_fuzz.worker.watch import Limits, Worker
 
 __all__ = ["Pool", "Stats", "Worker"]
 
@@ -73,7 +74,12 @@ class Pool:
         self._closed = False
         self._numbers = itertools.count()
         self._idle = [self._new_worker(f"worker-{number}.log") for number in range(workers)]
-        self._zygote: Zygote | None = self._start()
+        self._zygote: Zygote | None = None
+        try:
+            self._zygote = self._start()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -111,8 +117,7 @@ class Pool:
         try:
             yield worker
         finally:
-            worker.close()
-            worker.log.unlink(missing_ok=True)
+            worker.discard()
 
     def close(self) -> None:
         """Ends all processes and waits for them. Idempotent. Threads that wait for a worker get an error."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, OOM, Verdict
 from moe_fuzz.worker import autopsy
 from moe_fuzz.worker.launch import START_SECONDS, Process, ZygoteGone
-from moe_fuzz.worker.protocol import Channel, ChannelClosed, Garbled, compile_key, error_from_json
+from moe_fuzz.worker.protocol import ChannelClosed, Garbled, compile_key, error_from_json
+from moe_fuzz.worker.stats import Stats
 
 HISTORY = 32  # cases of a process that are remembered
 OnVerdict = Callable[[int, Verdict, tuple[Case, ...]], None]
@@ -28,28 +28,6 @@ _SLICE = 0.25  # seconds between two looks at a silent worker
 _STACK_SECONDS = 0.3  # what a hanging process is given to write its stack
 _RUNAWAY_LOG = 64 << 20  # bytes a case may print before its log is cut
 _TRIES = 3  # workers in a row that may die before they begin a case
-
-
-@dataclass
-class Stats:
-    """Counters of a pool. Changed through `count` alone."""
-
-    zygotes: int = 0  # started
-    forks: int = 0
-    fork_seconds: float = 0.0  # from the request until the worker was ready
-    deaths: int = 0  # workers that died of a case: crashes, hangs, out of memory
-    idle_deaths: int = 0  # workers that died between cases
-    recycled: int = 0  # workers replaced because they had run long, or grown
-    cases: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-
-    def count(self, name: str, amount: float = 1) -> None:
-        with self._lock:
-            setattr(self, name, getattr(self, name) + amount)
-
-    def to_json(self) -> dict[str, float]:
-        with self._lock:
-            return {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
 
 
 @dataclass(frozen=True)
@@ -83,7 +61,7 @@ class Worker:
 
     @property
     def log(self) -> Path:
-        """What targets print to stdout and stderr, and the tracebacks of crashes and hangs."""
+        """What targets print to stdout and stderr."""
         return self._log
 
     def run(
@@ -113,7 +91,7 @@ class Worker:
             before = len(verdicts)
             try:
                 self._round(self._ready(), cases[before:], target, options, give)
-            except ZygoteGone:
+            except (ZygoteGone, _Killed):
                 self.close()  # the case in flight is not to blame: it runs again
             except _Told as told:
                 raise told.error from None
@@ -137,39 +115,26 @@ class Worker:
     def _ask(self, message: dict[str, Any], answer: str, target: str, timeout: float) -> Any:
         for _ in range(_TRIES):
             try:
-                process = self._ready()
-                offset = self._log_size()
-                process.channel.send(message)
-                event = self._next(process, time.monotonic() + timeout)
-                if "error" in event:
-                    raise error_from_json(event["error"])
-                return event[answer]
-            except ZygoteGone:
+                return self._ask_once(self._ready(), message, target, timeout)[answer]
+            except (ZygoteGone, _Killed):
                 self.close()
-            except (ChannelClosed, Garbled):
-                status = process.status(1.0)
-                dead = autopsy.crash(status, self._log, offset, self._layout(process), 0, 0.0)
-                self.close()
-                place = dead.violations[0].site
-                raise EnvironmentProblem(
-                    f"loading {target} ends the worker ({dead.violations[0].symptom}{' at ' + place if place else ''})",
-                    f"import it by hand to see why. The end of the log:\n{dead.detail[-1500:]}") from None
-            except _Expired:
-                found = self._hang(process, timeout, timeout)
-                place = found.violations[0].site
-                raise EnvironmentProblem(
-                    f"loading {target} takes more than {timeout:g} s{'; it stands at ' + place if place else ''}",
-                    "import it by hand to see what it waits for") from None
-            except MoeFuzzError:
-                raise
+            except _Told as told:
+                raise told.error from None
             except BaseException:
                 self.close()
                 raise
-        raise EnvironmentProblem("the process that workers are forked from dies again and again")
+        raise EnvironmentProblem(f"workers die again and again, or are killed, before {target} is loaded",
+                                 "is the machine out of memory?")
 
     def restart(self) -> None:
         """The next case runs in a new process."""
         self.close()
+
+    def discard(self) -> None:
+        """Closes the worker for good: its files go too."""
+        self.close()
+        for path in (self._log, autopsy.trace_of(self._log)):
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Kills the process and what it started. Idempotent; a later run forks another."""
@@ -184,23 +149,51 @@ class Worker:
 
     def _ready(self) -> Process:
         """The living process, forked now if there is none."""
-        if self._process is None:
-            started = time.monotonic()
-            self._process = process = self._spawn(self._log)
-            try:
-                event = self._next(process, started + START_SECONDS)
-            except (ChannelClosed, Garbled, _Expired) as error:
-                status = process.kill()
-                self.close()
-                raise EnvironmentProblem(f"a worker does not come up ({type(error).__name__}, wait status {status})",
-                                         f"its log says:\n{autopsy.read_log(self._log, 0)[-1500:].strip()}") from None
-            if "error" in event:
-                self.close()
-                raise error_from_json(event["error"])
-            self._rss = event["rss"]
-            self._stats.count("forks")
-            self._stats.count("fork_seconds", time.monotonic() - started)
-        return self._process
+        if self._process is not None:
+            if self._process.status() is None:
+                return self._process
+            self._stats.count("idle_deaths")  # whoever killed it, the next case did not
+            self.close()
+        started = time.monotonic()
+        self._process = process = self._spawn(self._log)
+        try:
+            event = self._next(process, started + START_SECONDS)
+        except (ChannelClosed, Garbled, _Expired) as error:
+            status = process.status(1.0)
+            self.close()
+            if status is not None and autopsy.was_killed(status):
+                raise _Killed from None
+            raise EnvironmentProblem(f"a worker does not come up ({type(error).__name__}, wait status {status})",
+                                     f"its log says:\n{autopsy.read_log(self._log, 0)[-1500:].strip()}") from None
+        if "error" in event:
+            self.close()
+            raise _Told(error_from_json(event["error"]))
+        self._rss = event["rss"]
+        self._stats.count("forks")
+        self._stats.count("fork_seconds", time.monotonic() - started)
+        return process
+
+    def _ask_once(self, process: Process, message: dict[str, Any], target: str, timeout: float) -> dict[str, Any]:
+        offset = self._log_size()
+        try:
+            process.channel.send(message)
+            event = self._next(process, time.monotonic() + timeout)
+        except _Expired:
+            found = self._hang(process, offset, timeout, timeout).violations[0]
+            place = f"; it stands at {found.site}" if found.site else ""
+            raise EnvironmentProblem(f"loading {target} takes more than {timeout:g} s{place}",
+                                     "import it by hand to see what it waits for") from None
+        except (ChannelClosed, Garbled):
+            status = process.status(1.0)
+            if status is not None and autopsy.was_killed(status):
+                raise _Killed from None
+            dead = autopsy.crash(status, self._log, offset, self._layout(process), 0, 0.0)
+            cause = " at ".join(filter(None, (dead.key[1], dead.violations[0].site))) if dead.violations else dead.kind
+            raise EnvironmentProblem(f"loading {target} ends the worker ({cause})",
+                                     f"import it by hand to see why. The end of the log:\n{dead.detail}") from None
+        if "error" in event:
+            raise _Told(error_from_json(event["error"]))
+        return event
 
     def _round(
         self, process: Process, cases: Sequence[Case], target: str, options: RunOptions, give: Callable[[Verdict], None]
@@ -233,7 +226,7 @@ class Worker:
                 else:
                     raise _Told(error_from_json(event["error"]))
         except _Expired:
-            dead = self._hang(process, limit, time.monotonic() - began)
+            dead = self._hang(process, offset, limit, time.monotonic() - began)
         except ChannelClosed:
             seconds, status = time.monotonic() - began, process.status(1.0)
             dead = autopsy.crash(status, self._log, offset, layout, autopsy.oom_kills() - kills, seconds)
@@ -248,7 +241,7 @@ class Worker:
 
     def _next(self, process: Process, until: float) -> dict[str, Any]:
         """The next event. Raises _Expired at `until`, ChannelClosed when the process is dead, Garbled, ZygoteGone."""
-        channel: Channel = process.channel
+        channel = process.channel
         while (event := channel.receive(min(max(0.0, until - time.monotonic()), _SLICE))) is None:
             if time.monotonic() >= until:
                 raise _Expired
@@ -261,20 +254,18 @@ class Worker:
                 os.truncate(self._log, 0)
         return event
 
-    def _hang(self, process: Process, deadline: float, seconds: float) -> Verdict:
+    def _hang(self, process: Process, offset: int, deadline: float, seconds: float) -> Verdict:
         """Asks the process for its stack, kills it, and gives the verdict."""
-        mark = self._log_size()
         process.signal(signal.SIGUSR1)
         until = time.monotonic() + _STACK_SECONDS
-        stack, size = "", -1
-        while time.monotonic() < until and not (autopsy.has_stack(stack) and size == self._log_size()):
-            size = self._log_size()
+        seen, stack = "", autopsy.read_trace(self._log)
+        while time.monotonic() < until and not (autopsy.has_stack(stack) and stack == seen):  # whole, and at rest
             time.sleep(0.01)
-            stack = autopsy.read_log(self._log, mark)
+            seen, stack = stack, autopsy.read_trace(self._log)
         layout = self._layout(process)
         process.kill()
         self._process = None
-        return autopsy.hang(stack, layout, deadline, seconds)
+        return autopsy.hang(self._log, offset, layout, deadline, seconds)
 
     def _recycle(self, rss: int) -> None:
         if self._ran >= self._limits.cases or rss - self._rss > self._limits.growth:
@@ -289,6 +280,10 @@ class Worker:
             return self._log.stat().st_size
         except FileNotFoundError:
             return 0  # not made yet
+
+
+class _Killed(Exception):
+    """Somebody else killed the process before it began; the next one may be left alone."""
 
 
 class _Told(Exception):

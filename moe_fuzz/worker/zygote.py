@@ -209,6 +209,7 @@ def main() -> None:
         "moe_fuzz": str(Path(str(moe_fuzz.__file__)).parent),
     })
     zygote.serve()
+    os._exit(0)  # there is nothing to clean up, and torch takes long to unload
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -61,6 +63,7 @@ def test_steps_differ():
         ("partial_nan", lambda x: 0.15 < x.isnan().double().mean() < 0.55),
         ("partial_inf", lambda x: (x == torch.inf).any() and (x == -torch.inf).any() and x.isfinite().any()),
         ("masked_experts", lambda x: (x == -torch.inf).any() and x.isfinite().any() and not x.isnan().any()),
+        ("shifted_rows", lambda x: (x.amin(dim=1) * x.amax(dim=1) > 0).all() and x.abs().amin() > 2**4),
         ("huge_rows", lambda x: x.isfinite().all() and (x == torch.finfo(x.dtype).max).any() and (x < -1e4).any()),
         (
             "ladder",
@@ -107,3 +110,26 @@ def test_layout_faults_reach_the_target():
         assert logits.stride(0) > logits.shape[1]
         assert logits.storage_offset() in (1, 2, 3)
         assert torch.equal(logits, inputs.plain["logits"])
+
+
+def test_a_transposed_view_has_the_same_values_and_packed_columns():
+    gaps = set()
+    for seed in range(12):
+        case = replace(case_of(Fault("transposed", "logits"), rows=4, experts=6), seed=seed)
+        inputs = materialize(case, 0)
+        with open_arena("cpu") as arena:
+            logits = inputs.place(arena, Capabilities())["logits"]
+            assert logits.stride(0) == 1
+            gaps.add(logits.stride(1) - 4)
+            assert torch.equal(logits, inputs.plain["logits"])
+            fewer = inputs.replace(logits=inputs.plain["logits"][:2]).place(arena, Capabilities())["logits"]
+            assert fewer.stride() == logits.stride()  # rows of the same view
+    assert min(gaps) >= 0
+    assert len(gaps) > 3
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_transposed_view_may_be_small(rows):
+    inputs = materialize(case_of(Fault("transposed", "logits"), rows=rows, experts=1, top_k=1), 0)
+    with open_arena("cpu") as arena:
+        assert inputs.place(arena, Capabilities())["logits"].shape == (rows, 1)

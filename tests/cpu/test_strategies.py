@@ -101,3 +101,17 @@ def test_features_of_a_smaller_case_are_features_of_the_larger_one():
     sizes = {feature for feature in SPACE.features(small) if feature[0] in "EkT" and ">" in feature}
     assert sizes
     assert sizes <= SPACE.features(big)
+
+
+def test_padding_is_a_tail_or_lies_anywhere():
+    config = SPACE.complete({axis.name: axis.values[0] for axis in SPACE.axes(EVERYTHING)}, EVERYTHING)
+
+    def padding(count, tokens=16, seed=3):
+        step = strategies.make_case(SPACE, config, tokens, count, (), seed, EVERYTHING.name).steps[0]
+        return list(step.padding)
+
+    assert [padding(count) for count in (0, 1, 4)] == [[], [12, 13, 14, 15], list(range(16))]
+    assert [len(padding(count)) for count in (5, 6)] == [4, 8]
+    assert any(15 not in padding(6, seed=seed) for seed in range(9))
+    assert padding(6, tokens=0) == []
+    assert len(padding(6, tokens=8191)) == 64  # so that a case stays a line

@@ -38,6 +38,21 @@ def dialect(logits, k, is_padding=None, padding="minus_one"):
 def factory():
     return plain
 
+class Module(torch.nn.Module):
+    def forward(self, logits, k, renormalize=False, is_padding=None):
+        return plain(logits, k)
+
+module = Module()
+
+def one(logits, *, top_k):
+    return plain(logits, top_k)
+
+def biased(logits, k, bias):
+    return plain(logits, k)
+
+def grouped(logits, k, renormalize, groups):
+    return plain(logits, k)
+
 number = 3
 
 class Holder:
@@ -117,6 +132,13 @@ def test_other_spellings_and_keywords_of_any_name(file: Path) -> None:
     assert everything.info.capabilities.out
 
 
+def test_a_module_takes_what_its_forward_names(file: Path) -> None:
+    module = bind(f"topk_softmax@{file}:module")
+    can = module.info.capabilities
+    assert (can.renormalize, can.bias, can.is_padding, can.out) == ((False, True), False, True, False)
+    assert module(torch.randn(2, 8), 2, {"renormalize": True, "padding": "distinct", "scale": 1.0})[1].shape == (2, 2)
+
+
 def test_declarations_are_cut_down_to_the_signature(file: Path) -> None:
     info = bind(f"topk_softmax@{file}:promised").info
     assert info.capabilities.max_top_k == 8
@@ -137,6 +159,10 @@ def test_factories_and_attributes(file: Path) -> None:
     [
         ("{file}:nothing", UsageError, "it defines: plain, spelled"),
         ("{file}:number", UsageError, "not a function"),
+        ("{file}:factory", UsageError, "first two positional"),
+        ("{file}:one", UsageError, "first two positional"),
+        ("{file}:biased", UsageError, "'bias' without a default"),
+        ("{file}:grouped", UsageError, "'groups' without a default"),
         ("{file}.py:plain", EnvironmentProblem, "cannot be imported"),
         ("no_such_package.module:f", EnvironmentProblem, "cannot be imported"),
         ("{bad}:plain", EnvironmentProblem, "SyntaxError"),

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 import jinja2
 
-from moe_fuzz.campaign.repro import tensors
 from moe_fuzz.campaign.confirm import TRIES, holds
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.interfaces import Cases
 from moe_fuzz.campaign.locate import OWN
+from moe_fuzz.campaign.repro import tensors
 from moe_fuzz.case import Case
 from moe_fuzz.errors import CaseError, MoeFuzzError
 from moe_fuzz.ops import get_space

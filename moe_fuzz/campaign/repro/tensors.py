@@ -46,7 +46,7 @@ def tables(exhibit: Mapping[str, Any]) -> dict[str, str]:
 
 def layout(tensor: Mapping[str, Any]) -> str:
     """`, strides (9, 1), offset 2`, where it is not packed."""
-    parts = [f", strides {tuple(tensor['strides'])}"] if tensor["gap"] else []
+    parts = [f", strides {tuple(tensor['strides'])}"] if tensor["gap"] or tensor["column_stride"] else []
     return "".join([*parts, *([f", offset {tensor['offset']}"] if tensor["offset"] else [])])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,20 @@ from moe_fuzz.fence import Arena
 _BIAS_MAGNITUDE = 2.0**-2
 
 
+@dataclass(frozen=True)
+class Lie:
+    """Where a tensor's elements lie; all numbers in elements."""
+
+    gap: int = 0  # between the end of a row and the start of the next
+    offset: int = 0  # before the first element
+    column_stride: int = 0  # not 0: rows are packed no more than columns are, and a row's elements stand this far apart
+
+    def strides(self, shape: Sequence[int]) -> tuple[int, ...]:
+        if len(shape) != 2:
+            return (1,)
+        return (1, self.column_stride) if self.column_stride else (shape[1] + self.gap, 1)
+
+
 @dataclass
 class Inputs:
     """Arguments of one call. `plain` holds the tensors in ordinary memory, before they were fenced."""
@@ -24,27 +38,26 @@ class Inputs:
     top_k: int
     options: dict[str, object]  # renormalize, scale, padding
     plain: dict[str, torch.Tensor] = field(default_factory=dict)  # logits [T, E], bias [E], is_padding [T] bool
-    gaps: dict[str, tuple[int, int]] = field(default_factory=dict)  # tensor -> (stride gap, offset), in elements
+    lies: dict[str, Lie] = field(default_factory=dict)  # of the tensors that are not packed
 
     def replace(self, **tensors: torch.Tensor) -> Inputs:
         """The same call with other tensors."""
-        return Inputs(self.top_k, self.options, {**self.plain, **tensors}, self.gaps)
+        return Inputs(self.top_k, self.options, {**self.plain, **tensors}, self.lies)
 
     def place(self, arena: Arena, capabilities: Capabilities) -> dict[str, torch.Tensor]:
         """Lays the tensors into the arena, flush against its guards."""
         return {name: self._place(name, plain, arena, capabilities) for name, plain in self.plain.items()}
 
     def _place(self, name: str, plain: torch.Tensor, arena: Arena, capabilities: Capabilities) -> torch.Tensor:
-        gap, offset = self.gaps.get(name, (0, 0))
-        strides = (plain.shape[1] + gap, 1) if plain.dim() == 2 and gap else None
+        lie = self.lies.get(name, Lie())
         tensor = arena.tensor(
             name,
             tuple(plain.shape),
             plain.dtype,
             role="input",
             alignment=max(capabilities.alignment, plain.element_size()),
-            strides=strides,
-            offset=offset,
+            strides=lie.strides(plain.shape) if lie.gap or lie.column_stride else None,
+            offset=lie.offset,
         )
         return tensor.copy_(plain)
 
@@ -72,7 +85,9 @@ def materialize(case: Case, step_index: int) -> Inputs:
 
     for name, canvas in canvases.items():
         inputs.plain[name] = canvas.values[0] if name == "bias" else canvas.values
-        inputs.gaps[name] = (canvas.stride_gap, canvas.offset)
+        # The stride is that of the whole step, also where a check takes fewer rows: they are rows of the same view.
+        column_stride = max(1, len(canvas.rows) + canvas.stride_gap) if canvas.transposed else 0
+        inputs.lies[name] = Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
     if config["is_padding"]:
         flags = torch.zeros(len(rows), dtype=torch.bool)
         flags[step.padding.positions(step.rows)] = True

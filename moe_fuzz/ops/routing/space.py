@@ -20,7 +20,7 @@ TOP_K = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 16, 17, 22, 24, 31, 32)
 TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
           4095, 4096, 4097, 8191)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
-SCALES = (1.0, 2.5, 0.5, 16.0)
+SCALES = (1.0, 2.5, 0.5, 16.0, 2.827)  # the last one, Kimi K2's, is no bfloat16 and no float32 either
 MAGNITUDES = (2, 0, 4, -4, 7, 10, 14, -14)  # logits lie within ±2^magnitude
 
 MAX_ELEMENTS = 1 << 27
@@ -51,13 +51,14 @@ PRESETS: dict[str, dict[str, Scalar]] = {
     "gpt-oss-120b": {"experts": 128, "top_k": 4, "renormalize": True, "dtype": "bfloat16"},
 }
 
-_ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts", "huge_rows",
-               "ladder", "ties", "stale_rows")  # fmt: skip
+_ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts", "shifted_rows",
+               "huge_rows", "ladder", "ties", "stale_rows")  # fmt: skip
 _PLACES = (
     *(FaultPlace(name, "logits", on_rows=True) for name in _ROW_FAULTS),
     FaultPlace("extreme_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("negative_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("noncontiguous", "logits", on_rows=False),
+    FaultPlace("transposed", "logits", on_rows=False),
     FaultPlace("misaligned", "logits", on_rows=False),
 )
 
@@ -113,7 +114,7 @@ class RoutingSpace:
             place
             for place in _PLACES
             if (not place.needs or config[place.needs])
-            and (place.fault != "noncontiguous" or info.capabilities.strided)
+            and (place.fault not in ("noncontiguous", "transposed") or info.capabilities.strided)
             and (place.fault != "misaligned" or info.capabilities.alignment <= 1)
         )
 
@@ -171,7 +172,7 @@ class RoutingSpace:
             (config["is_padding"] and not can.is_padding, "is_padding"),
             (config["is_padding"] and config["padding"] not in contract.padding, f"padding={config['padding']}"),
             (config["out"] and not can.out, "out"),
-            ("noncontiguous" in case.fault_names and not can.strided, "strided logits"),
+            (bool({"noncontiguous", "transposed"} & set(case.fault_names)) and not can.strided, "strided logits"),
             ("misaligned" in case.fault_names and can.alignment > 1, "misaligned logits"),
         )
         refused = [what for hit, what in reasons if hit]

@@ -30,6 +30,7 @@ FAULTS = {
     "partial_nan": "a third of a row is NaN",
     "partial_inf": "a quarter of a row is +Inf, a quarter -Inf",
     "masked_experts": "a third of the experts masked by -Inf",
+    "shifted_rows": "all logits of a row shifted by the same large number",
     "huge_rows": "the dtype's largest numbers of both signs",
     "ladder": "zeros, subnormals, a ladder of magnitudes",
     "ties": "rows of few distinct values",
@@ -37,6 +38,7 @@ FAULTS = {
     "extreme_bias": "a bias of every sign and magnitude, -Inf too",
     "negative_bias": "a bias that makes every biased score negative",
     "noncontiguous": "rows stand apart in a wider buffer",
+    "transposed": "columns are packed, and rows are not",
     "misaligned": "the first element is not aligned for vector loads",
 }
 
