@@ -9,7 +9,7 @@ from typing import Any
 from moe_fuzz.errors import UsageError
 
 #: Devices that have memory fences, without which nothing is run.
-FENCED_DEVICES = ("cpu",)
+FENCED_DEVICES = ("cpu", "cuda")
 SIDES = ("both", "left", "right")
 ACCESS = ("any", "write")
 

@@ -16,7 +16,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.verdict import Verdict, Violation
 
-MEMORY_FAULTS = ("SIGSEGV", "SIGBUS")
+MEMORY_FAULTS = ("SIGSEGV", "SIGBUS", "illegal-access")
 OWN = "own"  # memory that the target allocated itself; the fence calls it own1, own2, … in the order of allocation
 _ALL_OWN = tuple(f"{OWN}{number}" for number in range(1, 257))
 

@@ -28,7 +28,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class RoutingObservation:
-    """One call of a router under test. All tensors are on the CPU or the device of the case; T, E, k as in the op."""
+    """One call of a router under test. All tensors are on the CPU; T, E, k as in the op."""
 
     case: Case
     step_index: int

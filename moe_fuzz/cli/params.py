@@ -69,7 +69,7 @@ device = option(
     type=click.Choice(config.DEVICES),
     default="auto",
     show_default=True,
-    help="auto: the CPU, where Triton kernels run in its interpreter; CUDA is to come.",
+    help="auto: cuda where there is a GPU, else cpu, where Triton kernels run in its interpreter.",
 )
 workers = option(
     "workers",

@@ -51,10 +51,11 @@ def command(
     """Run a small campaign on each planted bug, a kernel broken the way a real one was, until the check that must
     catch it does. Exit code 1 if any is missed.
     """
-    chosen = [bug for bug in choose(names) if bug.only or not only]
-    if not chosen:
-        raise UsageError("none of these bugs is planted for one check alone", "leave out --only")
     device = params.pick_device(device)
+    chosen = [bug for bug in choose(names) if (bug.only or not only) and device in bug.devices]
+    if not chosen:
+        raise UsageError(f"none of these bugs is {'planted for one check alone' if only else f'one of {device}'}",
+                         "leave out --only" if only else "--device cpu")
     count = min(params.pick_workers(workers, device), len(chosen))
     engine = run_alone if only else run_planted
     limit = memory or (MEMORY if device == "cpu" else None)

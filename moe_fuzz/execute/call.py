@@ -1,4 +1,8 @@
-"""One guarded call of a target: its exceptions become violations, those of our own code do not."""
+"""One guarded call of a target: its exceptions become violations, those of our own code do not.
+
+On CUDA the call is over when the device is done with it. A kernel that broke the context is DeviceLost, whatever else
+the target raised: that is a consequence.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from moe_fuzz.fence import cuda_driver
 from moe_fuzz.verdict import Violation
 
 _T = TypeVar("_T")
@@ -37,14 +42,20 @@ class TargetError(Exception):
         )
 
 
-def guarded(call: Callable[[], _T]) -> _T:
-    """Runs the target's code; whatever it raises comes out as TargetError."""
+def guarded(call: Callable[[], _T], device: str) -> _T:
+    """Runs the target's code; whatever it raises comes out as TargetError. Raises DeviceLost."""
     try:
-        return call()
-    except Exception as error:
+        result = call()
+    except (Exception, SystemExit) as error:  # sys.exit in a kernel library is an error like any other
+        _settle(device)
         raise TargetError(error) from error
-    except SystemExit as error:  # sys.exit in a kernel library is an error like any other
-        raise TargetError(error) from error
+    _settle(device)
+    return result
+
+
+def _settle(device: str) -> None:
+    if device == "cuda":
+        cuda_driver.synchronize()
 
 
 def _site(error: BaseException) -> str:

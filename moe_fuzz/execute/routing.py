@@ -31,7 +31,7 @@ class RoutingStep:
         inputs = materialize(self.case, self.index)
         outputs = self._call(inputs)
         if isinstance(outputs, Violation):
-            return [outputs]
+            return self._selected("structure", lambda: [outputs])
         seen = RoutingObservation(self.case, self.index, self.target.info, inputs, outputs, self._call_again)
         found = self._selected("canary", self.arena.check)
         checks = CHECKS["routing"]
@@ -74,29 +74,34 @@ class RoutingStep:
         self.arena.protect()
         try:
             with self.arena.own():
-                result = guarded(lambda: self.target(logits, inputs.top_k, arguments))
+                result = guarded(lambda: self.target(logits, inputs.top_k, arguments), logits.device.type)
         finally:
             self.arena.unprotect()
-        return _outputs(result, out)
+        return _outputs(result, out, logits.device)
 
 
-def _outputs(result: Any, out: tuple[torch.Tensor, ...]) -> Outputs | Violation:
+def _outputs(result: Any, out: tuple[torch.Tensor, ...], device: torch.device) -> Outputs | Violation:
     """(weights, ids), or the violation that it is not that, or not the buffers `out` that were given.
 
-    They are copied, to the bit: a target may use its own buffers again, and checks call it again.
+    They are copied to the CPU, to the bit: a target may use its own buffers again, and checks call it again. So the
+    checks are the same for every device.
     """
     if (
         isinstance(result, tuple | list)
         and len(result) >= 2
         and all(isinstance(t, torch.Tensor) and t.dim() == 2 for t in result[:2])
     ):
+        for name, tensor in zip(("weights", "ids"), result, strict=False):
+            if tensor.device != device:
+                message = f"{name} is on the wrong device"
+                return Violation("structure", f"{name}:device", message, name, (), str(device), str(tensor.device))
         for name, given, got in zip(("weights", "ids"), out, result, strict=False):
             if given.numel() and not _same_memory(given, got):
                 return Violation(
                     "structure", f"{name}:out", f"{name} did not come back in the buffer `out` that was given", name,
                     (), f"the tensor out[{0 if name == 'weights' else 1}]", "another tensor",
                 )  # fmt: skip
-        return Outputs(result[0].detach().clone(), result[1].detach().clone())
+        return Outputs(*(tensor.detach().to("cpu", copy=True) for tensor in result[:2]))
     kind = (
         type(result).__name__ if not isinstance(result, tuple | list) else f"{type(result).__name__} of {len(result)}"
     )

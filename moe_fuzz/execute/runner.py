@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +11,17 @@ import torch
 
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
-from moe_fuzz.errors import CaseError
+from moe_fuzz.errors import CaseError, EnvironmentProblem
 from moe_fuzz.execute.call import TargetError
 from moe_fuzz.execute.exhibit import exhibit
 from moe_fuzz.execute.interpreter import patch_language_once
 from moe_fuzz.execute.routing import RoutingStep
 from moe_fuzz.fence import open_arena
+from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target, bind
-from moe_fuzz.verdict import OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
+from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
 
 
 class Runner:
@@ -30,6 +32,9 @@ class Runner:
         self._targets: dict[str, Target] = {}
         if device == "cpu":
             patch_language_once()
+        elif not torch.cuda.is_available():
+            raise EnvironmentProblem("there is no CUDA device that torch can use",
+                                     "--device cpu runs the same kernels in Triton's interpreter")
         torch.set_num_threads(1)  # a worker is one core's work; the pool decides how many there are
 
     def describe(self, target: str) -> TargetInfo:
@@ -37,12 +42,17 @@ class Runner:
         return self._bind(target).info
 
     def run(self, case: Case, target: str, options: RunOptions) -> Verdict:
-        """One case from tensors to verdict. What the target does wrong is in the verdict, never raised."""
+        """One case from tensors to verdict. What the target does wrong is in the verdict, never raised.
+
+        After a crash on CUDA (an illegal access, a device assertion) this process can run nothing more.
+        """
         bound = self._bind(target)
         space = get_space(case.op)
         if bound.info.op != case.op:
             raise CaseError("op", f"{target} implements {bound.info.op}, not {case.op}")
         refusal = space.refusal(case, bound.info)
+        if self.device not in bound.info.capabilities.devices:
+            refusal = f"{target} does not run on {self.device}"
         if refusal:
             return Verdict(REJECTED, detail=refusal)
         started = time.perf_counter()
@@ -72,6 +82,9 @@ class Runner:
                 violations = step.judge()
             except MemoryError as error:
                 return Verdict(OOM, detail=str(error))
+            except DeviceLost as lost:
+                said = traceback.format_exception(lost.__context__) if lost.__context__ else []
+                return Verdict(CRASH, (Violation("crash", lost.symptom, str(lost)),), detail="".join(said))
             except TargetError as error:
                 if error.out_of_memory:
                     return Verdict(OOM, detail=error.text)

@@ -44,10 +44,10 @@ class Arena(ABC):
         guard | slack | tensor | slack | guard
 
     * A hard guard faults the process (CPU: SIGSEGV; CUDA: an illegal access) on any access, or on writes alone with
-      `options.access == "write"`. It is at least max(1 MiB, two strides of dimension 0) wide on the CPU, so that an
-      id that is off by one still lands in it.
-    * A soft guard (`options.hard`, `options.sides`) is ordinary memory full of canaries, 64 KiB of it, with a hard
-      guard behind it: an access survives, a write is named by `check`.
+      `options.access == "write"`. It is at least max(1 MiB, two strides of dimension 0) wide, 256 MiB on CUDA, so that
+      an id that is off by one still lands in it.
+    * A soft guard (`options.hard`, `options.sides`) is ordinary memory full of canaries, 64 KiB of it, 2 MiB on CUDA,
+      with a hard guard behind it: an access survives, a write is named by `check`.
     * `edge` chooses the flush side. On it the slack is what `alignment` asks for and no more: fewer than `alignment`
       bytes right, none left; none at all where the size in bytes is a multiple of `alignment`. On the other side it
       runs to the end of the page.
@@ -115,13 +115,18 @@ class Arena(ABC):
 
 
 def open_arena(device: str, options: FenceOptions | None = None, edge: str = "right") -> Arena:
-    """An arena on `device` ("cpu"), whose tensors lie flush against the guard on the `edge` side ("right" | "left")."""
+    """An arena on `device` ("cpu" | "cuda"), whose tensors lie flush against the guard on the `edge` side ("right" |
+    "left")."""
     if edge not in EDGES:
         raise UsageError(f"fence edge: {edge!r} is not one of {', '.join(EDGES)}")
     if device == "cpu":
         from moe_fuzz.fence.cpu import CpuArena
 
         return CpuArena(options or FenceOptions(), edge)
+    if device == "cuda":
+        from moe_fuzz.fence.cuda import CudaArena
+
+        return CudaArena(options or FenceOptions(), edge)
     raise UsageError(f"there are no memory fences for device {device!r}",
                      f"the devices with fences are: {', '.join(FENCED_DEVICES)}")
 

@@ -3,7 +3,7 @@
 A dispatch mode lets torch make the tensor as always, so dtype defaults, `memory_format` and every error stay torch's
 own, and then moves it: what `torch.empty` and its kin gave is replaced by fenced, poisoned memory of the same geometry;
 what `zeros`, `full`, `arange`, `clone` (so `contiguous`) and `to` gave is copied there. Other operations, and
-whatever is not a plain strided tensor on the CPU, keep the memory they have.
+whatever is not a plain strided tensor on the arena's device, keep the memory they have.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _RESIZE = frozenset((_aten.resize_.default, _aten.resize_as_.default))
 
 
 class _OwnMemory(TorchDispatchMode):
-    def __init__(self, fence: Fence) -> None:
+    def __init__(self, fence: Fence, device: str) -> None:
         super().__init__()
-        self._fence = fence
+        self._fence, self._device = fence, device
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -57,12 +57,23 @@ class _OwnMemory(TorchDispatchMode):
             _unfence(args[0])
         result = func(*args, **(kwargs or {}))
         initialized = func in _INITIALIZED
-        if not (initialized or func in _UNINITIALIZED) or not _movable(result) or (kwargs or {}).get("pin_memory"):
+        if not (initialized or func in _UNINITIALIZED) or not self._movable(result) or (kwargs or {}).get("pin_memory"):
             return result
         fenced = self._fence(result)
         if fenced is None:
             return result
         return fenced.copy_(result) if initialized else fenced
+
+    def _movable(self, result: Any) -> bool:
+        return (
+            type(result) is torch.Tensor
+            and result.device.type == self._device
+            and result.layout is torch.strided
+            and not result.is_quantized
+            and not result.is_conj()
+            and not result.is_neg()
+            and result.numel() > 0  # a tensor without elements stays resizable, as `out=` arguments want it
+        )
 
 
 class _OwnMemoryBesideDynamo(_OwnMemory):
@@ -78,21 +89,9 @@ class _OwnMemoryBesideDynamo(_OwnMemory):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def own_memory(fence: Fence) -> TorchDispatchMode:
-    """The mode that takes this thread's memory from `fence`."""
-    return (_OwnMemoryBesideDynamo if "torch._dynamo" in sys.modules else _OwnMemory)(fence)
-
-
-def _movable(result: Any) -> bool:
-    return (
-        type(result) is torch.Tensor
-        and result.device.type == "cpu"
-        and result.layout is torch.strided
-        and not result.is_quantized
-        and not result.is_conj()
-        and not result.is_neg()
-        and result.numel() > 0  # a tensor without elements stays resizable, as `out=` arguments want it
-    )
+def own_memory(fence: Fence, device: str) -> TorchDispatchMode:
+    """The mode that takes this thread's memory on `device` from `fence`."""
+    return (_OwnMemoryBesideDynamo if "torch._dynamo" in sys.modules else _OwnMemory)(fence, device)
 
 
 def _unfence(tensor: torch.Tensor) -> None:

@@ -96,10 +96,13 @@ def _route(
     tokens, experts = logits.shape
     picked = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)  # [T, k]
     if tokens:
-        rows = max(4, triton.next_power_of_2(triton.cdiv(tokens, 4)))
+        expert_pad = max(4, triton.next_power_of_2(experts))
+        rows = max(4, triton.next_power_of_2(triton.cdiv(tokens, 4)))  # the interpreter wants few programs
+        if logits.is_cuda:
+            rows = min(rows, max(4, 1024 // expert_pad))
         kernel[(triton.cdiv(tokens, rows),)](
             logits, picked, ids, tokens, experts, top_k, logits.stride(0), logits.stride(1),
-            ROWS=rows, EXPERT_PAD=max(4, triton.next_power_of_2(experts)), K_PAD=triton.next_power_of_2(top_k), **flaw,
+            ROWS=rows, EXPERT_PAD=expert_pad, K_PAD=triton.next_power_of_2(top_k), **flaw,
         )  # fmt: skip
     base = picked if renormalize else x
     top = base.amax(dim=1, keepdim=True).clamp_min(-MAX)

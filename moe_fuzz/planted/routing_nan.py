@@ -65,10 +65,13 @@ def _select(kernel: Any, logits: Tensor, top_k: int, renormalize: bool) -> tuple
     picked = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)  # [T, k]
     ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)  # [T, k]
     if tokens:
-        rows = max(4, triton.next_power_of_2(triton.cdiv(tokens, 4)))
+        expert_pad = triton.next_power_of_2(experts)
+        rows = max(4, triton.next_power_of_2(triton.cdiv(tokens, 4)))  # the interpreter wants few programs
+        if logits.is_cuda:
+            rows = min(rows, max(4, 1024 // expert_pad))
         kernel[(triton.cdiv(tokens, rows),)](
             logits, picked, ids, tokens, experts, top_k, logits.stride(0), logits.stride(1),
-            ROWS=rows, EXPERT_PAD=triton.next_power_of_2(experts), K_PAD=triton.next_power_of_2(top_k),
+            ROWS=rows, EXPERT_PAD=expert_pad, K_PAD=triton.next_power_of_2(top_k),
         )  # fmt: skip
     return _weigh(logits, picked, renormalize), ids
 
@@ -80,7 +83,7 @@ def _equal_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     row, x = _load_rows(logits_ptr, tokens, experts, stride_t, stride_e, ROWS, EXPERT_PAD)
     col, slot = tl.arange(0, EXPERT_PAD)[None, :], tl.arange(0, K_PAD)[None, :]
-    free = col < experts
+    free = (col < experts) & (row >= 0)[:, None]  # [R, E'], as the loop leaves it
     picked = tl.full((ROWS, K_PAD), 0.0, tl.float32)
     ids = tl.full((ROWS, K_PAD), 0, tl.int32)
     for j in range(top_k):

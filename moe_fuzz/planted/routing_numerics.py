@@ -127,10 +127,11 @@ def padded_lanes_in_sum(logits: Tensor, top_k: int, *, renormalize: bool = False
     if renormalize or tokens == 0:
         return weights, ids.int()
     x, top, total = _clean(logits).contiguous(), _top(_clean(logits)), torch.empty((tokens, 1), device=logits.device)
-    rows = max(4, triton.next_power_of_2(triton.cdiv(tokens, 4)))
-    _sum_kernel[(triton.cdiv(tokens, rows),)](
-        x, top, total, tokens, experts, ROWS=rows, EXPERT_PAD=triton.next_power_of_2(experts)
-    )
+    expert_pad = triton.next_power_of_2(experts)
+    rows = max(4, triton.next_power_of_2(triton.cdiv(tokens, 4)))  # the interpreter wants few programs
+    if logits.is_cuda:
+        rows = min(rows, max(4, 1024 // expert_pad))
+    _sum_kernel[(triton.cdiv(tokens, rows),)](x, top, total, tokens, experts, ROWS=rows, EXPERT_PAD=expert_pad)
     return (x.gather(1, ids) - top).exp() / total.clamp_min(1e-30), ids.int()
 
 

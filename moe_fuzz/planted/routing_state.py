@@ -10,7 +10,7 @@ from torch import Tensor
 MAX = torch.finfo(torch.float32).max
 TILE = 16
 _CHANCE = random.SystemRandom()  # stands for the order in which thread blocks arrive; no seed reaches it
-_ROW_MAX = torch.full((8192, 1), -torch.inf)  # a workspace that lives as long as the process
+_ROW_MAX = {torch.device("cpu"): torch.full((8192, 1), -torch.inf)}  # workspaces that live as long as the process
 
 
 def nan_tile_slow_path(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:
@@ -71,8 +71,10 @@ def stale_row_max(logits: Tensor, top_k: int, *, renormalize: bool = False) -> t
     A row that was huge once leaves its maximum behind, and every later softmax of that row underflows to 0.
     """
     x = _clean(logits)
-    if len(x) <= len(_ROW_MAX) and x.device == _ROW_MAX.device:
-        top = _ROW_MAX[: len(x)]
+    if x.device not in _ROW_MAX:
+        _ROW_MAX[x.device] = torch.full((8192, 1), -torch.inf, device=x.device)
+    if len(x) <= 8192:
+        top = _ROW_MAX[x.device][: len(x)]
         torch.maximum(top, _top(x), out=top)
     else:
         top = _top(x)

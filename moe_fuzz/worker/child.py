@@ -24,7 +24,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import MoeFuzzError, UsageError
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import OOM, Verdict
+from moe_fuzz.verdict import CRASH, OOM, Verdict
 from moe_fuzz.worker import protocol
 from moe_fuzz.worker.autopsy import trace_of
 from moe_fuzz.worker.protocol import (
@@ -178,8 +178,8 @@ def _round(channel: Channel, log: Log, runner: RunnerLike, message: dict[str, An
                 raise
             verdict = Verdict(OOM, detail=f"{type(error).__name__}: {error}")
         told = encode({"verdict": index, "is": verdict.to_json()})
-        if verdict.kind == OOM:
-            break  # this process may hold what the case filled: the parent runs the rest in another
+        if verdict.kind in (OOM, CRASH):
+            break  # this process may hold what the case filled, or has lost its device: the parent forks another
     channel.send_lines(told + encode({"done": len(cases), "rss": _rss()}))
 
 

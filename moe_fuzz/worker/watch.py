@@ -15,7 +15,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import OOM, Verdict
+from moe_fuzz.verdict import CRASH, OOM, Verdict
 from moe_fuzz.worker import autopsy
 from moe_fuzz.worker.launch import START_SECONDS, Process, ZygoteGone
 from moe_fuzz.worker.protocol import ChannelClosed, Garbled, compile_key, error_from_json
@@ -216,7 +216,8 @@ class Worker:
                     current = None
                     verdict = Verdict.from_json(event["is"])
                     give(verdict)
-                    if verdict.kind == OOM:  # what the case left behind is no burden for the next
+                    if verdict.kind in (OOM, CRASH):  # what the case left behind is no burden for the next
+                        self._stats.count("deaths")
                         self.close()
                         return
                 elif "done" in event:

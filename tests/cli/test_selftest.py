@@ -25,6 +25,7 @@ class Bug:
     upstream: str = "vllm#39391"
     symptom: str = ""
     only: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def target(self) -> str:

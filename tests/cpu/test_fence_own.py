@@ -130,10 +130,10 @@ def test_the_names_follow_the_calls() -> None:
 
 
 def test_the_budget_of_an_arena(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "OWN_BYTES", 1000)
+    monkeypatch.setattr(cpu.CpuArena, "own_bytes", 2 * PAGE)
     with open_arena("cpu") as arena:
         with arena.own():
-            first, second, third = torch.empty(200), torch.empty(200), torch.empty(20)
+            first, second, third = torch.empty(200), torch.empty(PAGE), torch.empty(20)
         assert [is_fenced(t) for t in (first, second, third)] == [True, False, True]
         assert arena.unfenced == 1
 

@@ -77,6 +77,16 @@ def test_a_crash_is_a_verdict_that_names_its_site(pool: Pool, do: str, symptom: 
     assert not site or verdict.violations[0].site.startswith("worker_runner.py:")
 
 
+def test_a_process_that_lost_its_device_runs_no_other_case(pool: Pool) -> None:
+    deaths = pool.stats.deaths
+    with pool.lease() as worker:
+        before, verdict, after = worker.run([case("pass"), case("told_crash"), case("pass")], "toy@here", PATIENT)
+    assert (verdict.kind, verdict.key) == (CRASH, ("crash", "illegal-access"))
+    assert (before.kind, after.kind) == (PASS, PASS)
+    assert before.detail.split()[0] != after.detail.split()[0]  # another process
+    assert pool.stats.deaths == deaths + 1
+
+
 @pytest.mark.parametrize("do", ["spin", "hold_the_gil"])
 def test_a_hang_is_killed_at_its_deadline_and_shows_its_stack(pool: Pool, do: str) -> None:
     started = time.monotonic()

@@ -19,7 +19,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem, UsageError
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import OOM, PASS, VIOLATION, Verdict, Violation
+from moe_fuzz.verdict import CRASH, OOM, PASS, VIOLATION, Verdict, Violation
 
 
 class Runner:
@@ -50,11 +50,14 @@ class Runner:
             return Verdict(VIOLATION, (Violation("ids", "duplicate", "twice"),))
         if case.config["do"] == "told_oom":
             return Verdict(OOM, detail="said so")
+        if case.config["do"] == "told_crash":
+            return Verdict(CRASH, (Violation("crash", "illegal-access", "the context is lost"),))
         return Verdict(PASS, detail=f"{os.getpid()} {self.ran} {torch.get_num_threads()}", budget=float(case.seed))
 
     def do_pass(self, case: Case) -> None: ...
     def do_violation(self, case: Case) -> None: ...
     def do_told_oom(self, case: Case) -> None: ...
+    def do_told_crash(self, case: Case) -> None: ...
 
     def do_segfault(self, case: Case) -> None:
         ctypes.string_at(0)

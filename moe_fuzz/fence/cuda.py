@@ -1,0 +1,123 @@
+"""Fences on CUDA: virtual memory mappings. An access to a hard guard is an illegal access: the context is lost.
+
+The pool is one a process and outlives the arenas (see pooled.py). Memory is mapped and protected in granules of 2 MiB,
+so the side of a tensor that is not flush has up to 2 MiB of slack, all of it canaries. Canaries are laid and compared
+on the device; the host waits once for all tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from moe_fuzz.errors import EnvironmentProblem
+from moe_fuzz.fence import FenceOptions, canary, cuda_driver
+from moe_fuzz.fence.cuda_driver import READ, WRITE
+from moe_fuzz.fence.cuda_mapping import HARD, READABLE, SOFT, WORD, Pool
+from moe_fuzz.fence.layout import Layout
+from moe_fuzz.fence.placed import Placed
+from moe_fuzz.fence.pooled import PooledArena
+
+MIN_GUARD = 256 << 20  # bytes
+_LOW, _HIGH = canary.WORD  # a canary's bytes at even and at odd addresses
+
+_POOL = Pool()
+_KEPT: list[_Placed] = []  # of closed arenas, with a tensor still alive
+
+
+class _Placed(Placed):
+    """See Placed."""
+
+    __slots__ = ("block", "device")
+
+    def __init__(self, name: str, role: str, what: str, layout: Layout, device: int, options: FenceOptions) -> None:
+        super().__init__(name, role, what)
+        guard = READABLE if options.access == "write" else HARD
+        left, right = (guard if options.is_hard(name, side) else SOFT for side in ("left", "right"))
+        body = layout.pages * cuda_driver.granularity(device)
+        self.device = device
+        self.block = _POOL.take(device, body, max(MIN_GUARD, layout.guard), left, right)
+        self.lo, self.hi = self.block.lo, self.block.hi
+        self.start = self.block.body + layout.start
+        self.end = self.start + layout.extent
+
+    @property
+    def referenced(self) -> bool:
+        return self.block.referenced
+
+    def lend(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.block.lend(self.start, self.end - self.start).view(dtype)
+
+    def reset(self, whole: bool) -> None:
+        if whole:
+            self.block.words.fill_(WORD)
+            return
+        for words, edge, value in self._around():
+            words.fill_(WORD)
+            edge.fill_(value)
+
+    def protect(self, readonly: bool) -> None:
+        cuda_driver.protect(self.block.body, self.block.kind.body, self.device, READ if readonly else WRITE)
+
+    def compare(self, lo: int, hi: int, where: torch.Tensor | None = None) -> canary.Damage | None:
+        memory = self.block.bytes[lo - self.lo - (lo & 1) : hi - self.lo].cpu()  # even, as a canary's phase wants it
+        return canary.compare(memory.data_ptr() + (lo & 1), hi - lo, where)
+
+    def differs(self) -> list[torch.Tensor]:
+        """Flags on the device: bool [1] each, true where canaries changed."""
+        found = []
+        for words, edge, value in self._around():
+            found += [(part != wanted).any() for part, wanted in ((words, WORD), (edge, value)) if part.numel()]
+        if self.gaps is not None:
+            phase = torch.arange(self.start, self.end, device="cuda") & 1
+            wrong = self.block.bytes[self.start - self.lo : self.end - self.lo] != _LOW + (_HIGH - _LOW) * phase
+            found.append((wrong & self.gaps.to("cuda", non_blocking=True)).any())
+        return found
+
+    def _around(self) -> tuple[tuple[torch.Tensor, torch.Tensor, int], ...]:
+        """Left and right of the storage: whole words, the single byte next to it (or none), and that byte's canary."""
+        start, end = self.start - self.lo, self.end - self.lo
+        words, flat = self.block.words, self.block.bytes
+        return (
+            (words[: start // 2], flat[start - (start & 1) : start], _LOW),
+            (words[(end + 1) // 2 :], flat[end : end + (end & 1)], _HIGH),
+        )
+
+
+class CudaArena(PooledArena[_Placed]):
+    """See Arena. On the current device."""
+
+    device = "cuda"
+    own_bytes = 2 << 30
+    own_tensors = 512
+
+    def __init__(self, options: FenceOptions, edge: str) -> None:
+        if not torch.cuda.is_available():
+            raise EnvironmentProblem("there is no CUDA device that torch can use", "--device cpu")
+        self._index = torch.cuda.current_device()
+        torch.cuda.current_stream().synchronize()  # makes the context current, which the driver's calls need
+        self.page = cuda_driver.granularity(self._index)
+        super().__init__(options, edge, _KEPT)
+
+    def _take(self, name: str, role: str, what: str, layout: Layout, edge: str) -> _Placed:
+        return _Placed(name, role, what, layout, self._index, self.options)
+
+    def _give(self, placed: _Placed) -> None:
+        _POOL.give(placed.block)
+
+    def _damaged(self, placed: Iterable[_Placed]) -> Iterable[_Placed]:
+        tensors = list(placed)
+        flags = [(i, flag) for i, tensor in enumerate(tensors) for flag in tensor.differs()]
+        if not flags:
+            return []
+        answers = torch.stack([flag for _, flag in flags]).tolist()
+        hit = {i for (i, _), answer in zip(flags, answers, strict=True) if answer}
+        return [tensors[i] for i in sorted(hit)]
+
+    def _settle(self) -> None:
+        cuda_driver.synchronize()
+
+    @property
+    def _lost(self) -> bool:
+        return cuda_driver.lost() is not None

@@ -1,0 +1,166 @@
+"""Device memory with guards: blocks of mapped granules in reserved address space, pooled and reused.
+
+    base                  lo         body         hi                    end
+    | guard … | left zone |  granules of the body  | right zone | guard … |
+
+A guard is address space without memory: it costs nothing, and any access to it is an illegal access. A zone is one
+granule wide. It is a part of the guard (`HARD`), or canaries (`SOFT`), or, with the guard behind it, canaries that can
+be read and not written (`READABLE`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+
+from moe_fuzz.fence import cuda_driver
+from moe_fuzz.fence.cuda_driver import READ, WRITE
+
+HARD, SOFT, READABLE = "hard", "soft", "readable"
+WORD = 0x7FFD  # the canary, see canary.py
+_ALIAS = 32 << 20  # bytes of memory that a readable guard shows again and again
+
+
+class Kind(NamedTuple):
+    """What a block is reused by."""
+
+    device: int
+    body: int  # bytes, whole granules
+    guard: int  # bytes, a multiple of _ALIAS
+    left: str
+    right: str
+
+
+class _Lent:
+    """What torch makes a tensor from. The tensor's storage keeps it alive, so its death tells of the storage's."""
+
+    __slots__ = ("__cuda_array_interface__", "__weakref__")
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False), "shape": (size,), "typestr": "|u1", "strides": None, "version": 2,
+        }  # fmt: skip
+
+
+class Block:
+    """One reservation. `lo` and `hi` bound what the device may write, apart from read-only inputs."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        device, self._zone = kind.device, cuda_driver.granularity(kind.device)
+        self.size = 2 * (kind.guard + self._zone) + kind.body
+        self.base = cuda_driver.reserve(self.size)
+        self.body = self.base + kind.guard + self._zone
+        end = self.body + kind.body
+        self._mapped: list[tuple[int, int]] = []
+        self._lease: weakref.ref[_Lent] | None = None
+        try:
+            self._back(self.body, kind.body)
+            for side, zone, guard in (
+                (kind.left, self.body - self._zone, self.base),
+                (kind.right, end, end + self._zone),
+            ):
+                if side != HARD:
+                    self._back(zone, self._zone)
+                if side == READABLE:
+                    self._back(guard, _ALIAS, kind.guard // _ALIAS)
+                    self._make_readable(zone, self._zone, self._zone)
+                    self._make_readable(guard, kind.guard, _ALIAS)
+            self.lo = self.body - (self._zone if kind.left == SOFT else 0)
+            self.hi = end + (self._zone if kind.right == SOFT else 0)
+            cuda_driver.protect(self.lo, self.hi - self.lo, device, WRITE)
+        except MemoryError:
+            self.unmap()
+            raise
+        self.bytes = bytes_at(self.lo, self.hi - self.lo)
+        self.words = self.bytes.view(torch.int16)
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of memory."""
+        sides = (self.kind.left, self.kind.right)
+        return self.kind.body + sum(self._zone for s in sides if s != HARD) + _ALIAS * sides.count(READABLE)
+
+    def lend(self, address: int, size: int) -> torch.Tensor:
+        """A flat uint8 tensor of memory in the block."""
+        lent = _Lent(address, size)
+        self._lease = weakref.ref(lent)
+        return torch.as_tensor(lent, device="cuda")
+
+    @property
+    def referenced(self) -> bool:
+        """Whether a tensor still points into the block."""
+        return self._lease is not None and self._lease() is not None
+
+    def unmap(self) -> None:
+        """Frees the memory. No tensor may point into it."""
+        cuda_driver.synchronize()
+        for address, size in self._mapped:
+            cuda_driver.unmap(address, size)
+        self._mapped = []
+        cuda_driver.free(self.base, self.size)
+
+    def _back(self, address: int, size: int, times: int = 1) -> None:
+        cuda_driver.back(address, size, self.kind.device, times)
+        self._mapped += [(address + i * size, size) for i in range(times)]
+
+    def _make_readable(self, address: int, size: int, alias: int) -> None:
+        """Canaries in `size` bytes that show the same `alias` bytes of memory again and again, then read-only."""
+        cuda_driver.protect(address, size, self.kind.device, WRITE)
+        bytes_at(address, alias).view(torch.int16).fill_(WORD)
+        cuda_driver.synchronize()
+        cuda_driver.protect(address, size, self.kind.device, READ)
+
+
+class Pool:
+    """Idle blocks by kind."""
+
+    def __init__(self, max_bytes: int = 1 << 30, max_blocks: int = 512) -> None:
+        self.max_bytes, self.max_blocks = max_bytes, max_blocks
+        self.made = 0  # blocks, ever
+        self.idle_bytes = 0
+        self._idle: dict[Kind, list[Block]] = {}
+        self._order: OrderedDict[Block, None] = OrderedDict()  # least recently used first
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def take(self, device: int, body: int, guard: int, left: str, right: str) -> Block:
+        """A block with guards of at least `guard` bytes. Raises MemoryError when the device has no more memory."""
+        kind = Kind(device, body, -(-guard // _ALIAS) * _ALIAS, left, right)
+        blocks = self._idle.get(kind)
+        if blocks:
+            block = blocks.pop()
+            del self._order[block]
+            self.idle_bytes -= block.footprint
+            return block
+        self.made += 1
+        try:
+            return Block(kind)
+        except MemoryError:
+            self.shrink(0, 0)  # what others may have: our idle blocks, and torch's
+            torch.cuda.empty_cache()
+            return Block(kind)
+
+    def give(self, block: Block) -> None:
+        """Takes back a block that nothing points to."""
+        self._idle.setdefault(block.kind, []).append(block)
+        self._order[block] = None
+        self.idle_bytes += block.footprint
+        self.shrink(self.max_bytes, self.max_blocks)
+
+    def shrink(self, max_bytes: int, max_blocks: int) -> None:
+        """Frees the blocks that were not used for longest, down to these limits."""
+        while self.idle_bytes > max_bytes or len(self._order) > max_blocks:
+            oldest, _ = self._order.popitem(last=False)
+            self._idle[oldest.kind].remove(oldest)
+            self.idle_bytes -= oldest.footprint
+            oldest.unmap()
+
+
+def bytes_at(address: int, size: int) -> torch.Tensor:
+    """Device memory as a flat uint8 tensor."""
+    return torch.as_tensor(_Lent(address, size), device="cuda")

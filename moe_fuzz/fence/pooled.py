@@ -1,0 +1,175 @@
+"""An arena over pooled memory: what the devices have in common.
+
+What a tensor still points to when its arena closes is set aside: it stays mapped, valid and fenced, is checked by every
+later arena, and goes back to the pool when the last such tensor has died. So a target may keep a workspace from call to
+call, and a tensor that it keeps by mistake can damage no other case.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+
+from moe_fuzz.errors import UsageError
+from moe_fuzz.fence import ROLES, Arena, FenceOptions, canary
+from moe_fuzz.fence.layout import Layout, contiguous, place
+from moe_fuzz.fence.own import own_memory
+from moe_fuzz.fence.placed import Placed, describe, find_gaps, stale
+from moe_fuzz.verdict import Violation
+
+OWN_ALIGNMENT = 16  # bytes, of memory that the target allocates itself
+
+P = TypeVar("P", bound=Placed)
+
+
+class PooledArena(Arena, Generic[P]):
+    """See Arena."""
+
+    device: ClassVar[str]
+    page: int  # bytes that share a protection
+    own_bytes: ClassVar[int]  # most memory of the target's own that one arena fences; the rest is ordinary memory
+    own_tensors: ClassVar[int]
+
+    def __init__(self, options: FenceOptions, edge: str, kept: list[P]) -> None:
+        """kept: the placed tensors of closed arenas of this process that somebody still points to."""
+        began = time.perf_counter()
+        self.options, self.edge = options, edge
+        self._placed: list[P] = []
+        self._kept = kept
+        self._own_count = self._own_bytes = 0
+        self._protected = self._closed = False
+        self._recycle()
+        self.seconds = time.perf_counter() - began
+
+    @abstractmethod
+    def _take(self, name: str, role: str, what: str, layout: Layout, edge: str) -> P:
+        """Places a tensor in a block of the pool. Raises MemoryError."""
+
+    @abstractmethod
+    def _give(self, placed: P) -> None:
+        """Takes back the block of a tensor that nobody points to."""
+
+    def _damaged(self, placed: Iterable[P]) -> Iterable[P]:
+        """Those that may be damaged; the rest certainly is not."""
+        return placed
+
+    def _settle(self) -> None:
+        """Waits until the device is done with what was asked of it."""
+
+    @property
+    def _lost(self) -> bool:
+        """Whether the device can no longer be used by this process."""
+        return False
+
+    def tensor(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, role: str = "input", alignment: int = 16,
+        strides: Sequence[int] | None = None, offset: int = 0,
+    ) -> torch.Tensor:  # fmt: skip
+        began = time.perf_counter()
+        if self._closed:
+            raise UsageError(f"tensor {name!r} is asked of an arena that is closed")
+        if role not in ROLES:
+            raise UsageError(f"tensor {name!r}: role {role!r} is not one of {', '.join(ROLES)}")
+        shape = tuple(shape)
+        packed = strides is None and not offset
+        strides = contiguous(shape) if strides is None else tuple(strides)
+        if 0 in shape:
+            return torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
+        layout = place(shape, strides, offset, dtype.itemsize, alignment, self.edge, self.page)
+        placed = self._take(name, role, describe(name, shape, dtype), layout, self.edge)
+        self._placed.append(placed)
+        placed.reset(whole=role == "input" or not packed)
+        flat = placed.lend(dtype)
+        if packed:
+            tensor = flat.view(shape)
+        else:
+            tensor = flat.as_strided(shape, strides, offset)
+            placed.gaps = find_gaps(shape, strides, offset, dtype.itemsize, layout.extent)
+        if role == "output":
+            canary.poison(tensor)
+        self.seconds += time.perf_counter() - began
+        return tensor
+
+    def protect(self) -> None:
+        if not self._protected:
+            self._protect_inputs(readonly=True)
+            self._protected = True
+
+    def unprotect(self) -> None:
+        if self._protected and not self._lost:
+            self._protect_inputs(readonly=False)
+            self._protected = False
+
+    def check(self) -> list[Violation]:
+        began = time.perf_counter()
+        found = [violation for placed in self._damaged(self._placed) for violation in placed.damages()]
+        for placed in self._damaged(self._kept):
+            damages = list(placed.damages())
+            if damages:
+                found += [stale(violation) for violation in damages]
+                placed.reset(whole=False)  # said once is enough
+                placed.gaps = None
+        self.seconds += time.perf_counter() - began
+        return found
+
+    def own(self) -> AbstractContextManager[object]:
+        return own_memory(self._own, self.device) if self.options.own and not self._closed else nullcontext()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._lost:  # the process ends anyway; its memory goes with it
+            return
+        self.unprotect()
+        began = time.perf_counter()
+        for placed in self._damaged([placed for placed in self._placed if placed.referenced]):
+            if any(placed.damages()):
+                placed.reset(whole=False)  # done before the end: this arena's to tell, and not stale in the next
+        self._kept.extend(self._placed)
+        self._placed = []
+        self._recycle()
+        self.seconds += time.perf_counter() - began
+
+    def _protect_inputs(self, readonly: bool) -> None:
+        began = time.perf_counter()
+        self._settle()
+        for placed in self._placed:
+            if placed.role == "input" and self.options.is_readonly(placed.name):
+                placed.protect(readonly)
+        self.seconds += time.perf_counter() - began
+
+    def _own(self, like: torch.Tensor) -> torch.Tensor | None:
+        """Fenced, poisoned memory with the geometry of `like`; None where it must stay ordinary memory."""
+        layout = place(like.shape, like.stride(), 0, like.element_size(), OWN_ALIGNMENT, "right", self.page)
+        size = layout.pages * self.page
+        if self._closed or self._own_count >= self.own_tensors or self._own_bytes + size > self.own_bytes:
+            self.unfenced += 1
+            return None
+        began = time.perf_counter()
+        name = f"own{self._own_count}"
+        self._own_count += 1
+        self._own_bytes += size
+        placed = self._take(name, "own", describe(name, like.shape, like.dtype), layout, "right")
+        self._placed.append(placed)
+        placed.reset(whole=False)
+        flat = placed.lend(like.dtype)
+        canary.poison(flat)  # gaps too: the storage is the target's own, and views may reach all of it
+        tensor = flat.as_strided(like.shape, like.stride())
+        self.seconds += time.perf_counter() - began
+        return tensor
+
+    def _recycle(self) -> None:
+        """Gives blocks that no tensor points to any more back to the pool."""
+        living = []
+        for placed in self._kept:
+            if placed.referenced:
+                living.append(placed)
+            else:
+                self._give(placed)
+        self._kept[:] = living
