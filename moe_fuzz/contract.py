@@ -25,6 +25,7 @@ class Contract:
     ties: str = "any"  # "any" | "lowest_index_first"
     ordered: bool = False  # the slots of a row stand in descending order of biased score
     padding: tuple[str, ...] = ("distinct",)  # the dialects it can speak; only asked for where `is_padding` is taken
+    graph: bool = True  # can be captured into a CUDA graph and replayed; False where nobody says so
 
 
 @dataclass(frozen=True)

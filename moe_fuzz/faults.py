@@ -199,8 +199,21 @@ class Ties(Fault):
 
 
 @register
+class ZeroRows(Fault):
+    """The rows are zero: a static buffer in which nobody has written yet."""
+
+    name = "zero_rows"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.values[positions] = 0.0
+
+
+@register
 class StaleRows(Fault):
-    """The rows hold what an earlier step left there: finite, ordinary, and somebody else's."""
+    """The rows hold what an earlier step left there: finite, ordinary, and somebody else's.
+
+    Where the case says which step it was (`Fault.stream`), they hold its very values (ops/routing/inputs.py).
+    """
 
     name = "stale_rows"
 

@@ -13,10 +13,12 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
 from moe_fuzz.execute.call import TargetError
+from moe_fuzz.execute.capture import CaptureFailed
+from moe_fuzz.execute.eager import EagerSteps
 from moe_fuzz.execute.exhibit import exhibit
+from moe_fuzz.execute.graph import GraphSteps
 from moe_fuzz.execute.interpreter import patch_language_once
-from moe_fuzz.execute.routing import RoutingStep
-from moe_fuzz.fence import open_arena
+from moe_fuzz.execute.steps import Steps
 from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
@@ -56,12 +58,8 @@ class Runner:
         if refusal:
             return Verdict(REJECTED, detail=refusal)
         started = time.perf_counter()
-        verdict = Verdict(PASS)
-        for index in range(len(case.steps)):
-            verdict = self._step(case, index, bound, options, verdict)
-            if verdict.kind != PASS:
-                break
-        return replace(verdict, seconds=time.perf_counter() - started)
+        steps = (EagerSteps if case.mode == "eager" else GraphSteps)(case, bound, options, self.device)
+        return replace(_verdict(steps), seconds=time.perf_counter() - started)
 
     def exhibit(self, case: Case, target: str) -> dict[str, Any]:
         """All that a script needs to make the calls of this case without moe-fuzz: see execute/exhibit.py."""
@@ -73,28 +71,37 @@ class Runner:
             self._targets[target] = bind(target)
         return self._targets[target]
 
-    def _step(self, case: Case, index: int, target: Target, options: RunOptions, before: Verdict) -> Verdict:
-        with open_arena(self.device, options.fence, str(case.config["edge"])) as arena:
-            step = RoutingStep(case, index, target, arena, options)
-            violations: list[Violation] = []
-            detail = ""
-            try:
-                violations = step.judge()
-            except MemoryError as error:
-                return Verdict(OOM, detail=str(error))
-            except DeviceLost as lost:
-                said = traceback.format_exception(lost.__context__) if lost.__context__ else []
-                return Verdict(CRASH, (Violation("crash", lost.symptom, str(lost)),), detail="".join(said))
-            except TargetError as error:
-                if error.out_of_memory:
-                    return Verdict(OOM, detail=error.text)
-                judged = options.checks is None or "error" in options.checks
-                violations, detail = [error.violation] if judged else [], error.text
-            return Verdict(
-                VIOLATION if violations else PASS,
-                tuple(violations),
-                fence_seconds=before.fence_seconds + arena.seconds,
-                parity=step.parity and (index == 0 or before.parity),
-                budget=max(before.budget, step.budget),
-                detail=detail,
-            )
+
+def _verdict(steps: Steps) -> Verdict:
+    """Runs the steps, and says what came of them. What they found before something ended them is told too."""
+    kind, first, detail, spent = PASS, (), "", False
+    try:
+        steps.run()
+    except MemoryError as error:
+        kind, detail = OOM, str(error)
+    except DeviceLost as lost:
+        said = traceback.format_exception(lost.__context__) if lost.__context__ else []
+        kind, first, detail = CRASH, (Violation("crash", lost.symptom, str(lost)),), "".join(said)
+    except TargetError as error:  # all others are violations already
+        kind, detail = OOM, error.text
+    except CaptureFailed as failed:
+        kind, detail, spent = PASS, failed.error.text, True
+        if steps.target.info.contract.graph:
+            steps.add("capture", _cannot_be_captured(failed.error.violation))
+        else:
+            kind = REJECTED
+    violations = (*first, *steps.violations)
+    return Verdict(
+        VIOLATION if kind == PASS and violations else kind,
+        violations,
+        fence_seconds=steps.fence_seconds,
+        parity=steps.parity and kind == PASS and not spent and not violations,
+        budget=steps.budget,
+        detail=detail or steps.detail,
+        spent=spent,
+    )
+
+
+def _cannot_be_captured(raised: Violation) -> Violation:
+    message = f"cannot be captured into a CUDA graph: {raised.got}"
+    return replace(raised, check="capture", message=message, expected="a graph")

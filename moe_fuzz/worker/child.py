@@ -178,7 +178,7 @@ def _round(channel: Channel, log: Log, runner: RunnerLike, message: dict[str, An
                 raise
             verdict = Verdict(OOM, detail=f"{type(error).__name__}: {error}")
         told = encode({"verdict": index, "is": verdict.to_json()})
-        if verdict.kind in (OOM, CRASH):
+        if verdict.kind in (OOM, CRASH) or verdict.spent:
             break  # this process may hold what the case filled, or has lost its device: the parent forks another
     channel.send_lines(told + encode({"done": len(cases), "rss": _rss()}))
 

@@ -216,7 +216,7 @@ class Worker:
                     current = None
                     verdict = Verdict.from_json(event["is"])
                     give(verdict)
-                    if verdict.kind in (OOM, CRASH):  # what the case left behind is no burden for the next
+                    if verdict.kind in (OOM, CRASH) or verdict.spent:  # what it left behind is no burden for the next
                         self._stats.count("deaths")
                         self.close()
                         return

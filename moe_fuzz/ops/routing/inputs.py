@@ -66,21 +66,20 @@ def materialize(case: Case, step_index: int) -> Inputs:
     """The inputs of one step of a case, a function of the case alone."""
     config, step = case.config, case.steps[step_index]
     experts = list(case.experts)
-    dtype = getattr(torch, str(config["dtype"]))
     inputs = Inputs(int(config["top_k"]), {key: config[key] for key in ("renormalize", "scale", "padding")})
 
     rows = list(step.rows)
-    logits = generator.triangular(case.seed, "logits", rows, experts, stream=step_index) * 2.0 ** int(
-        config["magnitude"]
-    )
-    canvases = {"logits": Canvas("logits", logits.to(dtype), rows, experts, case.seed)}
+    logits = _fresh(case, rows, case.stream(step_index))
+    canvases = {"logits": Canvas("logits", logits, rows, experts, case.seed)}
     if config["bias"]:
         bias = generator.triangular(case.seed, "bias", [0], experts) * _BIAS_MAGNITUDE
         canvases["bias"] = Canvas("bias", bias, [0], experts, case.seed)
     for fault in step.faults:
         canvas = canvases[fault.tensor]
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(canvas.rows)))
-        if canvas.values.numel():
+        if fault.stream is not None:  # what that step had put there, before its own faults
+            canvas.values[positions] = _fresh(case, [rows[p] for p in positions], fault.stream)
+        elif canvas.values.numel():
             FAULTS[fault.name].lay(canvas, positions)
 
     for name, canvas in canvases.items():
@@ -93,6 +92,12 @@ def materialize(case: Case, step_index: int) -> Inputs:
         flags[step.padding.positions(step.rows)] = True
         inputs.plain["is_padding"] = flags
     return inputs
+
+
+def _fresh(case: Case, rows: list[int], stream: int) -> torch.Tensor:
+    """Logits [R, E] of these row labels before any fault."""
+    values = generator.triangular(case.seed, "logits", rows, list(case.experts), stream=stream)
+    return (values * 2.0 ** int(case.config["magnitude"])).to(getattr(torch, str(case.config["dtype"])))
 
 
 def benign_rows(case: Case, step_index: int, positions: list[int]) -> torch.Tensor:
