@@ -102,7 +102,8 @@ class Reducer:
         def accept_step(index: int, step: Step) -> bool:
             return accept(now().with_step(index, step))
 
-        ddmin(now().steps, lambda steps: accept(replace(now(), steps=steps)))
+        at_first = now()
+        ddmin(range(len(at_first.steps)), lambda kept: accept(at_first.keep_steps(kept)))
         for index in range(len(now().steps)):
             self._reduce_step(partial(accept_step, index), partial(step_now, index))
         while any(accept(simpler) for simpler in self._space.simplify(now())):

@@ -11,9 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 
 from moe_fuzz.checks.observation import Outputs
-from moe_fuzz.execute.call import guarded
 from moe_fuzz.execute.routing import RoutingCall, fetch
-from moe_fuzz.fence import Arena
+from moe_fuzz.fence import Arena, canary
 from moe_fuzz.ops.routing.inputs import Inputs
 from moe_fuzz.targets.bind import Target
 
@@ -58,8 +57,6 @@ class Simulated(Bucket):
         self.call.pair(self.call.run())  # as the warm-up before a capture
 
     def _replay(self) -> Outputs:
-        from moe_fuzz.fence import canary
-
         for tensor in self.call.out:
             canary.poison(tensor)
         logits = self.call.tensors["logits"]

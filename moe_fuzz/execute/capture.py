@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -95,10 +95,10 @@ class Captured(Bucket):
         try:
             with call.arena.own():
                 warm = call.pair(pool.warm_up(call.bare))
-            logits = self._record(pool, lambda: _produce(staging, inputs)) if pieces else staging
-            self._routed: Pair = call.pair(self._record(pool, lambda: call.bare(logits)))
+            logits = self._record(pool, partial(_produce, staging)) if pieces else staging
+            self._routed: Pair = call.pair(self._record(pool, partial(call.bare, logits)))
             del logits  # what comes after the router may take its place in the pool
-            self._result = self._record(pool, lambda: _consume(self._routed, staging)) if pieces else self._routed
+            self._result = self._record(pool, partial(_consume, self._routed, staging)) if pieces else self._routed
         finally:
             call.arena.unprotect()
         # A buffer that came back from the warm-up too is one that the target keeps. It may hold what never changes, and
@@ -136,11 +136,9 @@ class Captured(Bucket):
         self._graphs = []
 
 
-def _produce(staging: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+def _produce(staging: torch.Tensor) -> torch.Tensor:
     """The logits as the layer before leaves them: in the pool, laid out as the case has it."""
-    memory = torch.empty(
-        staging.storage_offset() + _extent(staging), dtype=staging.dtype, device=staging.device
-    )
+    memory = staging.new_empty(staging.storage_offset() + _extent(staging))
     return memory.as_strided(staging.shape, staging.stride(), staging.storage_offset()).copy_(staging)
 
 
@@ -151,7 +149,7 @@ def _consume(routed: Pair, staging: torch.Tensor) -> Pair:
 
 
 def _extent(tensor: torch.Tensor) -> int:
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return 1 + sum(max(0, size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @cache

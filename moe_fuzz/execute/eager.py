@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from moe_fuzz.checks.observation import Outputs
 from moe_fuzz.execute.routing import call_once
 from moe_fuzz.execute.steps import Steps
@@ -13,10 +15,10 @@ class EagerSteps(Steps):
     """See Steps."""
 
     def run(self) -> None:
-        for self.index in range(len(self.case.steps)):
+        for index in range(len(self.case.steps)):
+            self.index = index
             with self.arena() as arena:  # open while its results are judged: what the target allocated lives in it
-                inputs = materialize(self.case, self.index)
-                self.attempt(lambda inputs=inputs, arena=arena: self._step(inputs, arena))  # type: ignore[misc]
+                self.attempt(partial(self._step, materialize(self.case, index), arena))
             if self.violations:
                 return
 

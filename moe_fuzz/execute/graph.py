@@ -6,6 +6,8 @@ replay too, so that replaying twice must give what replaying once gives.
 
 from __future__ import annotations
 
+from functools import partial
+
 from moe_fuzz.checks.observation import Outputs
 from moe_fuzz.execute.buckets import Bucket, Simulated
 from moe_fuzz.execute.capture import Captured, GraphPool
@@ -29,24 +31,27 @@ class GraphSteps(Steps):
                 pool = GraphPool.new() if self.device == "cuda" else None
                 for key in sorted(set(keys), key=lambda key: (-key[0], keys.index(key))):
                     self.index = keys.index(key)
-                    when = f" (warming up the bucket of {key[0]} tokens)"
-                    if not self.attempt(lambda: buckets.update({key: self._bucket(inputs[self.index], static, pool)}),
-                                        when):  # fmt: skip
+                    make = partial(self._make, buckets, key, inputs[self.index], static, pool)
+                    if not self.attempt(make, f" (warming up the bucket of {key[0]} tokens)"):
                         return
-                for self.index, key in enumerate(keys):
+                for index, key in enumerate(keys):
+                    self.index = index
                     with self.arena() as fresh:
-                        self.attempt(lambda: self._step(inputs[self.index], buckets[key], static, fresh))
+                        self.attempt(partial(self._step, inputs[index], buckets[key], static, fresh))
                     if self.violations:
                         return
             finally:
                 for bucket in buckets.values():
                     bucket.close()
 
-    def _bucket(self, inputs: Inputs, arena: Arena, pool: GraphPool | None) -> Bucket:
+    def _make(
+        self, buckets: dict[_Key, Bucket], key: _Key, inputs: Inputs, arena: Arena, pool: GraphPool | None
+    ) -> None:
         with_out, pieces = bool(self.case.config["out"]), self.case.mode == "piecewise"
         if pool is None:
-            return Simulated(inputs, self.target, arena, with_out, pieces)
-        return Captured(inputs, self.target, arena, with_out, pieces, pool)
+            buckets[key] = Simulated(inputs, self.target, arena, with_out, pieces)
+        else:
+            buckets[key] = Captured(inputs, self.target, arena, with_out, pieces, pool)
 
     def _step(self, inputs: Inputs, bucket: Bucket, static: Arena, fresh: Arena) -> None:
         def eager(other: Inputs) -> Outputs:

@@ -74,7 +74,8 @@ class Runner:
 
 def _verdict(steps: Steps) -> Verdict:
     """Runs the steps, and says what came of them. What they found before something ended them is told too."""
-    kind, first, detail, spent = PASS, (), "", False
+    kind, detail, spent = PASS, "", False
+    first: tuple[Violation, ...] = ()
     try:
         steps.run()
     except MemoryError as error:

@@ -57,6 +57,14 @@ class Space(Protocol):
         """The token counts of the dictionary that a case of this config can afford, the simplest first."""
         ...
 
+    def modes(self, info: TargetInfo) -> tuple[str, ...]:
+        """The modes in which the target can be run: see moe_fuzz.case.MODES."""
+        ...
+
+    def affordable(self, case: Case, device: str) -> bool:
+        """Whether the case may be drawn for the device, by its cost."""
+        ...
+
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
         """Repairs what was drawn axis by axis (k above E, a scale the target does not take) into a valid config."""
         ...

@@ -43,6 +43,9 @@ def _router(name: str, module: str, check: str, upstream: str, story: str, **mor
     return Planted(name, "topk_softmax", module, check, upstream, story, **more)
 
 
+_GRAPH = {"deterministic": True, "graph": True}
+_CUDA = {"devices": ("cuda",)}
+
 PLANTED: tuple[Planted, ...] = (
     # what a NaN does
     _router("nan_argmax", "routing_nan", "ids", "vllm#39391", "on a row of NaN `>` is never true: expert 0, k times"),
@@ -101,6 +104,25 @@ PLANTED: tuple[Planted, ...] = (
             "fills slots that no finite score claims in the order in which lanes arrive", only=True),
     _router("stale_row_max", "routing_state", "weights", "vllm#49139",
             "row maxima outlive the call: a huge row spoils what stands in its place later"),
+    # graphs: where nothing else is said, a planted bug promises nothing about being captured
+    _router("counts_rows_on_host", "routing_graph", "capture", "Megatron-LM#6999",
+            "reads a count on the host: cannot be captured", only=True, contract=_GRAPH, capabilities=_CUDA),
+    _router("tactic_of_the_capture", "routing_graph", "replay", "flashinfer#4841",
+            "takes another arithmetic while it is captured", only=True, contract=_GRAPH, capabilities=_CUDA),
+    _router("frozen_staging", "routing_graph", "selection", "vllm#52308",
+            "captures a padded copy that the warm-up made: every replay routes its zeros",
+            contract=_GRAPH, capabilities=_CUDA),
+    _router("epoch_baked_in", "routing_graph", "weights", "vllm#28334",
+            "the number of the call is baked in: row maxima of earlier replays count as this one's",
+            contract=_GRAPH, capabilities=_CUDA),
+    _router("side_stream_not_joined", "routing_graph", "written", "flashinfer#1894",
+            "computes the weights on a stream that the graph does not know", contract=_GRAPH, capabilities=_CUDA),
+    _router("padding_mask_mirrored", "routing_graph", "padding", "sglang#30895",
+            "keeps the first padding mask that it sees at an address", contract=_GRAPH | {"padding": ("minus_one",)}),
+    _router("sums_cleared_once", "routing_graph", "weights", "vllm#41444",
+            "adds into a workspace that is cleared when a buffer is first seen, and never again", contract=_GRAPH),
+    _router("amax_of_the_batch", "routing_graph", "weights", "aiter#6568",
+            "subtracts the maximum of the batch, with all that its tail holds", contract=_GRAPH),
     # the process
     _router("null_workspace", "routing_process", "crash", "flashinfer#3558", "clears a null workspace for k > 8",
             symptom="SIGSEGV", only=True, capabilities={"devices": ("cpu",)}),

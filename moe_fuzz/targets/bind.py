@@ -55,7 +55,7 @@ def bind(name: str) -> Target:
     planted = get_planted(source.removeprefix("planted.")) if source.startswith("planted.") else None
     if planted:
         promise = {
-            "contract": Contract(**planted.contract),
+            "contract": Contract(**{"graph": False, **planted.contract}),
             "capabilities": Capabilities(**planted.capabilities),
             "clauses": {"*": f"planted: the bug of {planted.upstream}"},
         }
@@ -161,5 +161,6 @@ def _read_signature(
     contract: Contract | None = promise.get("contract")
     if contract is None:
         default = parameters["padding"].default if "padding" in parameters else None
-        contract = Contract(padding=(default,) if default in PADDING_DIALECTS else ("garbage",))
+        # Nobody said that it can be captured: then it need not be.
+        contract = Contract(padding=(default,) if default in PADDING_DIALECTS else ("garbage",), graph=False)
     return keywords, capabilities, contract

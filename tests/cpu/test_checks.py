@@ -53,7 +53,7 @@ def plain_case(rows: int = 6, experts: int = 16, top_k: int = 4, seed: int = 3, 
 
 
 def test_the_spaces_checks_are_the_registered_ones():
-    by_worker = {"error", "fence", "canary"}  # seen where the target runs, not by looking at its outputs
+    by_worker = {"error", "capture", "fence", "canary"}  # seen where the target runs, not by looking at its outputs
     assert set(SPACE.checks) == set(CHECKS) | by_worker
 
 

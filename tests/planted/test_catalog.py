@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 NAN, INF = torch.nan, torch.inf
 CHECKS = {
     "error", "structure", "written", "ids", "finite", "padding", "selection", "ties", "order", "weights", "fence",
-    "canary", "isolation", "batch_invariance", "determinism", "crash", "hang", "oom",
+    "canary", "isolation", "batch_invariance", "determinism", "capture", "replay", "crash", "hang", "oom",
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
 

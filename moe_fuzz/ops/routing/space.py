@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from moe_fuzz.case import Case, Scalar
+from moe_fuzz.case import MODES, Case, Scalar
 from moe_fuzz.contract import PADDING_DIALECTS, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
@@ -52,7 +52,7 @@ PRESETS: dict[str, dict[str, Scalar]] = {
 }
 
 _ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts", "shifted_rows",
-               "huge_rows", "ladder", "ties", "stale_rows")  # fmt: skip
+               "huge_rows", "ladder", "ties", "zero_rows", "stale_rows")  # fmt: skip
 _PLACES = (
     *(FaultPlace(name, "logits", on_rows=True) for name in _ROW_FAULTS),
     FaultPlace("extreme_bias", "bias", on_rows=False, needs="bias"),
@@ -98,6 +98,9 @@ class RoutingSpace:
             Axis("magnitude", MAGNITUDES),
         )
 
+    def modes(self, info: TargetInfo) -> tuple[str, ...]:
+        return MODES if info.contract.graph else MODES[:1]
+
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
         count, top_k = int(config["experts"]), int(config["top_k"])
         whole = {**config, "experts": str(Labels.range(count)), "top_k": min(top_k, count)}
@@ -108,6 +111,9 @@ class RoutingSpace:
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
         count = len(Labels.parse(str(config["experts"])))
         return tuple(t for t in TOKENS if device != "cpu" or _cpu_seconds(t, count, int(config["top_k"])) <= CPU_BUDGET)
+
+    def affordable(self, case: Case, device: str) -> bool:
+        return device != "cpu" or self.cost(case, device) <= CPU_BUDGET
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         return tuple(
@@ -158,6 +164,8 @@ class RoutingSpace:
                     raise CaseError(where, f"needs config.{place.needs}")
                 if place.on_rows != bool(fault.rows):
                     raise CaseError(f"{where}.rows", "must name rows" if place.on_rows else "must name no rows")
+                if fault.stream is not None and fault.name != "stale_rows":
+                    raise CaseError(f"{where}.stream", "only stale_rows hold what another step had")
 
     def refusal(self, case: Case, info: TargetInfo) -> str:
         can, contract, config = info.capabilities, info.contract, case.config
@@ -196,9 +204,14 @@ class RoutingSpace:
         found |= {"large logits"} if int(config["magnitude"]) > 4 else set()
         found |= {f"fault:{name}" for name in case.fault_names}
         found |= {"several steps"} if len(case.steps) > 1 else set()
+        found |= {"several buckets"} if case.mode != "eager" and len(case.buckets) > 1 else set()
         return frozenset(found)
 
     def simplify(self, case: Case) -> Iterator[Case]:
+        for mode in MODES[: MODES.index(case.mode)]:
+            yield replace(case, mode=mode)
+        if any(step.stream is not None for step in case.steps):  # numbered anew, where nothing hangs on old values
+            yield replace(case, steps=tuple(replace(step, stream=None) for step in case.steps))
         count, top_k = len(case.experts), int(case.config["top_k"])
         for smaller in (k for k in TOP_K if k < top_k):
             yield case.with_config(top_k=smaller)
@@ -220,9 +233,15 @@ class RoutingSpace:
         return case.with_config(**{axis: str(labels)}, top_k=min(int(case.config["top_k"]), len(labels)))
 
     def cost(self, case: Case, device: str) -> float:
+        graph = case.mode != "eager"
         if device != "cpu":
-            return 0.002 * len(case.steps)
-        return sum(_cpu_seconds(s.tokens, len(case.experts), int(case.config["top_k"])) for s in case.steps)
+            return 0.002 * len(case.steps) + (0.02 * len(case.buckets) if graph else 0.0)
+        seconds = {t: _cpu_seconds(t, len(case.experts), int(case.config["top_k"])) for t in case.buckets}
+        each = [seconds[step.tokens] for step in case.steps]
+        if not graph:
+            return sum(each)
+        # A call is a third of an eager step. Here: one to warm up a bucket, two a step, and the relations of the last.
+        return (sum(seconds.values()) + 2 * sum(each) + 3 * each[-1]) / 3
 
     def label(self, case: Case) -> str:
         return text.label(case)
@@ -240,8 +259,10 @@ def _plainer_faults(case: Case) -> Iterator[Case]:
         for number, fault in enumerate(step.faults):
             if fault.name not in _ROW_FAULTS:
                 continue
-            for name in _ROW_FAULTS[: _ROW_FAULTS.index(fault.name)]:
-                faults = (*step.faults[:number], replace(fault, name=name), *step.faults[number + 1 :])
+            plainer = [replace(fault, name=n, stream=None) for n in _ROW_FAULTS[: _ROW_FAULTS.index(fault.name)]]
+            plainer += [replace(fault, stream=None)] if fault.stream is not None else []
+            for other in plainer:
+                faults = (*step.faults[:number], other, *step.faults[number + 1 :])
                 yield case.with_step(index, replace(step, faults=faults))
 
 
