@@ -20,6 +20,7 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 
+Device = torch.device | str
 Word = Any  # uint32 values: numpy uint64 or torch int64, of any shape, or int
 
 
@@ -38,7 +39,7 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tupl
 
 
 def words(
-    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: torch.device | str = "cpu"
+    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: Device = "cpu"
 ) -> torch.Tensor:
     """uint32 words [len(rows), len(columns)] as int64 on `device`, one for each (row label, column label).
 
@@ -54,7 +55,7 @@ def words(
         counter: tuple[Word, ...] = (blocks.astype(numpy.uint64)[None, :], row.astype(numpy.uint64),
                                      numpy.uint64(tensor_id), numpy.uint64(stream))  # fmt: skip
         with numpy.errstate(over="ignore"):  # of scalars; arrays wrap in silence
-            lanes = philox(counter, key)  # type: ignore[arg-type]
+            lanes = philox(counter, key)
         table = numpy.stack([numpy.broadcast_to(lane, shape) for lane in lanes], axis=-1)  # [R, B, 4]
         return torch.from_numpy(table[:, block_of, column & 3].astype(numpy.int64))  # [R, C]
     there = [torch.from_numpy(part).to(device) for part in (blocks[None, :], row, block_of, column & 3)]
@@ -64,7 +65,7 @@ def words(
 
 
 def triangular(
-    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: torch.device | str = "cpu"
+    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: Device = "cpu"
 ) -> torch.Tensor:
     """float32 [R, C] in (-1, 1), steps of 2^-16, the density of a tent: the sum of two 16-bit uniforms, exact."""
     word = words(seed, name, rows, columns, stream, device)
@@ -73,7 +74,7 @@ def triangular(
 
 def choice(
     seed: int, name: str, rows: Sequence[int], columns: Sequence[int], count: int, stream: int = 0,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
 ) -> torch.Tensor:  # fmt: skip
     """int64 [R, C] in [0, count), count <= 2^16: which of `count` things each place takes."""
     return ((words(seed, name, rows, columns, stream, device) >> 16) * count) >> 16
