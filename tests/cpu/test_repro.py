@@ -194,8 +194,9 @@ SAYS = {
 def test_every_planted_bug_shows_without_moe_fuzz(
     runner: Runner, tmp_path: Path, batch: Batch, bare: bool
 ) -> None:
-    """And a healthy router passes the same scripts. `stale_row_max`, which needs a call before, has its own test."""
-    bugs = [bug for bug in PLANTED if bug.name != "stale_row_max"]
+    """And a healthy router passes the same scripts. `stale_row_max`, which needs a call before, has its own test; the
+    bugs of replays need graphs, and a script makes eager calls."""
+    bugs = [bug for bug in PLANTED if bug.name != "stale_row_max" and bug.module != "routing_graph"]
     assert {bug.check for bug in bugs} == set(SAYS)
     runs = []
     for bug in bugs:
