@@ -93,9 +93,13 @@ class Captured(Bucket):
         call, staging = self.call, self.call.tensors["logits"]
         call.arena.protect()
         try:
+            # The whole chain, so that no kernel is compiled or loaded for the first time while capturing.
+            logits = pool.warm_up(partial(_produce, staging)) if pieces else staging
             with call.arena.own():
-                warm = call.pair(pool.warm_up(call.bare))
-            logits = self._record(pool, partial(_produce, staging)) if pieces else staging
+                warm = call.pair(pool.warm_up(partial(call.bare, logits)))
+            if pieces:
+                pool.warm_up(partial(_consume, warm, staging))
+                logits = self._record(pool, partial(_produce, staging))
             self._routed: Pair = call.pair(self._record(pool, partial(call.bare, logits)))
             del logits  # what comes after the router may take its place in the pool
             self._result = self._record(pool, partial(_consume, self._routed, staging)) if pieces else self._routed
@@ -104,7 +108,7 @@ class Captured(Bucket):
         # A buffer that came back from the warm-up too is one that the target keeps. It may hold what never changes, and
         # no replay need write it again.
         fresh = [one for one, old in zip(self._routed, warm, strict=True) if one.data_ptr() != old.data_ptr()]
-        self._poisoned = [*call.out] if call.out else fresh
+        self._poisoned = [*call.out] if call.out else [one for one in fresh if 0 not in one.stride()]
         self._poisoned += self._result if pieces else ()
 
     def _record(self, pool: GraphPool, function: Callable[[], Any]) -> Any:
@@ -131,6 +135,8 @@ class Captured(Bucket):
     def close(self) -> None:
         self._routed = self._result = ()  # type: ignore[assignment]
         self._poisoned = []
+        if cuda_driver.lost() is not None:
+            return  # the process ends with them
         for graph in self._graphs:
             graph.reset()
         self._graphs = []

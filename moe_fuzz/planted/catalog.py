@@ -112,7 +112,7 @@ PLANTED: tuple[Planted, ...] = (
     _router("frozen_staging", "routing_graph", "selection", "vllm#52308",
             "captures a padded copy that the warm-up made: every replay routes its zeros",
             contract=_GRAPH, capabilities=_CUDA),
-    _router("epoch_baked_in", "routing_graph", "weights", "vllm#28334",
+    _router("epoch_baked_in", "routing_graph", "replay", "vllm#28334",
             "the number of the call is baked in: row maxima of earlier replays count as this one's",
             contract=_GRAPH, capabilities=_CUDA),
     _router("side_stream_not_joined", "routing_graph", "written", "flashinfer#1894",

@@ -196,7 +196,8 @@ def test_who_does_not_declare_it_is_not_drawn_graphs(runner: Runner, file: Path)
 
 
 @pytest.mark.parametrize(
-    ("name", "then"), [("off_then_raises", ("error", "RuntimeError")), ("off_then_wider", ("structure", "weights:shape"))]
+    ("name", "then"),
+    [("off_then_raises", ("error", "RuntimeError")), ("off_then_wider", ("structure", "weights:shape"))],
 )
 def test_what_a_check_found_stays_when_a_later_one_raises(
     runner: Runner, file: Path, name: str, then: tuple[str, str]

@@ -50,6 +50,8 @@ class Runner:
             return Verdict(VIOLATION, (Violation("ids", "duplicate", "twice"),))
         if case.config["do"] == "told_oom":
             return Verdict(OOM, detail="said so")
+        if case.config["do"] == "told_spent":
+            return Verdict(VIOLATION, (Violation("capture", "RuntimeError", "not while capturing"),), spent=True)
         if case.config["do"] == "told_crash":
             return Verdict(CRASH, (Violation("crash", "illegal-access", "the context is lost"),))
         return Verdict(PASS, detail=f"{os.getpid()} {self.ran} {torch.get_num_threads()}", budget=float(case.seed))
@@ -57,6 +59,7 @@ class Runner:
     def do_pass(self, case: Case) -> None: ...
     def do_violation(self, case: Case) -> None: ...
     def do_told_oom(self, case: Case) -> None: ...
+    def do_told_spent(self, case: Case) -> None: ...
     def do_told_crash(self, case: Case) -> None: ...
 
     def do_segfault(self, case: Case) -> None:
