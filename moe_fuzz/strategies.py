@@ -53,7 +53,7 @@ def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tupl
     one = st.sampled_from(by_tensor).flatmap(st.sampled_from)
     swarm = draw(st.lists(one, max_size=4, unique=True)) if places else []
     fault = st.tuples(st.sampled_from(swarm), st.integers(0, 3)) if swarm else st.nothing()
-    run = draw(st.sampled_from(sequences.runs(space.modes(info))))
+    run = draw(st.sampled_from(sequences.runs(space.modes(info), device)))
     if run != sequences.SINGLE:
         several = draw(st.lists(sequences.plans(run, tokens, fault), min_size=1, max_size=MAX_ROUND // 4))
         seeds = _seeds(draw, config, run, several)
@@ -97,7 +97,7 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     chosen = random.Random(seed)
     places: list[Scalar] = ["", *(f"{p.fault}@{p.tensor}" for p in space.places)]
     rows = Axis("padding rows", (0, 1, 2, 4, 5)), Axis("where", (0, 1, 2, 3))
-    axes = [*space.axes(info), Axis("fault", places), *rows, Axis("run", sequences.runs(space.modes(info)))]
+    axes = [*space.axes(info), Axis("fault", places), *rows, Axis("run", sequences.runs(space.modes(info), device))]
     for row in pairwise(axes, chosen):
         config = space.complete({axis.name: row[axis.name] for axis in axes[:-4]}, info)
         place = next((p for p in space.places_for(config, info) if f"{p.fault}@{p.tensor}" == row["fault"]), None)

@@ -14,8 +14,8 @@ from moe_fuzz.ops import get_space
 
 _MODES = {
     "eager": "eager",
-    "graph": "graph (static buffers, captured once for each of {} tokens, largest first, in one pool; then replayed)",
-    "piecewise": "piecewise (graphs of {} tokens for producer, router and consumer, in one pool; then replayed)",
+    "graph": "graph (buckets of {} tokens, each captured once over static buffers, all in one pool; then replayed)",
+    "piecewise": "piecewise (as graph, buckets of {} tokens, but producer, router and consumer in graphs of their own)",
 }
 
 

@@ -212,3 +212,17 @@ def test_plans_are_a_function_of_their_seed() -> None:
 
     assert made(3) == made(3)
     assert len({made(seed).digest for seed in range(8)}) == 8
+
+
+def test_show_tells_the_mode_and_where_rows_come_from() -> None:
+    from moe_fuzz.cli.show import describe
+    from moe_fuzz.cli.source import Source
+
+    made = case(step(8), step(8, 2, Fault("stale_rows", "logits", Labels.parse("6-7"), 0)), step(4))
+    lines = describe(Source((made.keep_steps([0, 1]),), "here"))
+    mode = next(line for line in lines if line.startswith("mode"))
+    assert mode.startswith("mode     graph (buckets of 8 tokens, each captured once")
+    assert any(line.startswith("  fault  stale_rows in logits rows 6-7 from step 0: ") for line in lines)
+    alone = describe(Source((made.keep_steps([1]),), "here"))
+    assert "step 0   8 tokens (rows 0-7), of them 2 padding (rows 6-7), values of stream 1" in alone
+    assert any(line.startswith("  fault  stale_rows in logits rows 6-7 from stream 0: ") for line in alone)
