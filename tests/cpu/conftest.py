@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,11 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("elsewhere")
 
 
-@pytest.fixture(scope="session")
-def batch(without_us: dict[str, str], elsewhere: Path) -> Iterator[Batch]:
-    """Runs scripts, each a list of words, in the environment without moe-fuzz: their exit codes and outputs."""
+@contextmanager
+def driving(folder: Path, environment: Mapping[str, str]) -> Iterator[Batch]:
+    """Runs scripts, each a list of words, in `folder` and an environment without moe-fuzz: exit codes and outputs."""
     with subprocess.Popen(
-        [*PYTHON, "-c", DRIVER], cwd=elsewhere, env=without_us, text=True,
+        [*PYTHON, "-c", DRIVER], cwd=folder, env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     ) as driver:  # fmt: skip
 
@@ -74,6 +75,12 @@ def batch(without_us: dict[str, str], elsewhere: Path) -> Iterator[Batch]:
         yield run
         assert driver.stdin is not None
         driver.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def batch(without_us: dict[str, str], elsewhere: Path) -> Iterator[Batch]:
+    with driving(elsewhere, without_us) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
