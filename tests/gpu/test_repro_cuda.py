@@ -1,6 +1,6 @@
 """repro.py on a GPU: every planted bug shows with torch and the target alone, and a healthy router passes.
 
-The cases are found by the interpreter, whose values are the GPU's to the bit; the scripts are those of findings on cuda.
+The cases are found by the interpreter, whose values are the GPU's to the bit; the scripts are those for cuda.
 """
 
 from __future__ import annotations
