@@ -29,6 +29,11 @@ class Restriction:
     def __bool__(self) -> bool:
         return any(part is not None for part in (self.modes, self.presets, self.faults))
 
+    def lines(self) -> tuple[str, ...]:
+        """For a campaign's header."""
+        parts = (("modes", self.modes), ("presets", self.presets), ("faults", self.faults))
+        return tuple(f"only these {name}: {', '.join(part)}" for name, part in parts if part is not None)
+
     def to_json(self) -> dict[str, Any]:
         return {name: None if part is None else sorted(part) for name, part in vars(self).items()}
 

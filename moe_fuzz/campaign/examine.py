@@ -49,13 +49,14 @@ class Examiner:
             tries = 1 if confirmed.always else TRIES
             tensors = dict(self.space.tensors)
             violation = locate(self.pool, cases, bad.target, self.options, verdict, bad.key, tensors, tries)
+        own = self._needed_fence(cases, bad, confirmed.always)
         others = tuple(v for v in verdict.violations if (v.check, v.symptom) != bad.key)
-        return self._finding(bad, confirmed, minimized, replace(verdict, violations=(violation, *others)))
+        return self._finding(bad, confirmed, minimized, replace(verdict, violations=(violation, *others)), own)
 
     def still_fails(self, finding: Finding) -> bool:
         """Whether a finding of an earlier campaign fails today, in fresh workers and under all checks."""
         cases = (*finding.sequence, finding.case)
-        options = replace(self.options, checks=None, fence=FenceOptions())
+        options = replace(self.options, checks=None, fence=FenceOptions(own=finding.own))
         tries = 1 if finding.reproduces == "always" else 2 * TRIES
         return any(holds(rerun(self.pool, cases, finding.target, options), finding.raw) for _ in range(tries))
 
@@ -89,7 +90,18 @@ class Examiner:
             return nothing, confirmed.verdict
         return minimized, verdicts[cases]
 
-    def _finding(self, bad: BadCase, confirmed: Confirmation, minimized: Minimized, verdict: Verdict) -> Finding:
+    def _needed_fence(self, cases: Cases, bad: BadCase, always: bool) -> str:
+        """FenceOptions.own for a replay: what everybody has, if the failure shows with it."""
+        own = self.options.fence.own
+        usual = replace(self.options, fence=replace(self.options.fence, own="torch"))
+        if own == "torch" or self.options.fence.hard == ():  # nothing was fenced: it shows without
+            return "torch"
+        shown = any(holds(rerun(self.pool, cases, bad.target, usual), bad.key) for _ in range(1 if always else TRIES))
+        return "torch" if shown else own
+
+    def _finding(
+        self, bad: BadCase, confirmed: Confirmation, minimized: Minimized, verdict: Verdict, own: str
+    ) -> Finding:
         violation = verdict.violations[0]
         features = needed_features(self.space, minimized.case)
         if minimized.before:
@@ -117,6 +129,7 @@ class Examiner:
             minimal=minimized.complete,
             explain=minimized.explain,
             env=self._environment(),
+            own=own,
             first_seen=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 

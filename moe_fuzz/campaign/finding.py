@@ -44,6 +44,7 @@ class Finding:
     env: Mapping[str, str] = field(default_factory=dict)
     first_seen: str = ""  # UTC, ISO 8601
     times_seen: int = 1
+    own: str = "torch"  # FenceOptions.own, without which it does not show
 
     @property
     def title(self) -> str:
@@ -53,7 +54,7 @@ class Finding:
     def replay(self) -> str:
         """The line that shows it again, anywhere: the case itself, after those that must run before it."""
         inline = inline_sequence((*self.sequence, self.case)) if self.sequence else self.case.inline()
-        return f"moe-fuzz replay {inline}"
+        return f"moe-fuzz replay {inline}" + (f" --fence {self.own}" if self.own != "torch" else "")
 
     @property
     def symptoms(self) -> frozenset[tuple[str, str]]:

@@ -18,14 +18,12 @@ from moe_fuzz.cli import params
 from moe_fuzz.cli import restriction as narrow
 from moe_fuzz.errors import EXIT_CLEAN, EnvironmentProblem, UsageError
 from moe_fuzz.ops import get_space
-from moe_fuzz.options import OWN
 from moe_fuzz.report.plain import Plain
 from moe_fuzz.report.terminal import Terminal
 from moe_fuzz.restriction import Restriction
 from moe_fuzz.targets import registry
 from moe_fuzz.worker.pool import Pool
 
-CPU_FENCE = "fence all: on a CPU, memory that a target allocates in C++ stays unfenced"
 _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in config.PROFILES.values())
 
 
@@ -44,15 +42,7 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in config.P
 )
 @params.target_op
 @narrow.options
-@params.option(
-    "fence",
-    "--fence",
-    type=click.Choice(OWN),
-    default="torch",
-    show_default=True,
-    help="Of the memory a target allocates itself: torch fences what it asks torch for in Python, all what it "
-    "allocates in C++ too (CUDA, slower).",
-)
+@params.fence
 @params.option("checks", "--checks", type=params.NAMES, metavar="NAME,…", help="These checks only. [default: all]")
 @params.option(
     "minimize-time",
@@ -88,7 +78,7 @@ def command(
     mode: tuple[str, ...] | None,
     preset: tuple[str, ...] | None,
     faults: tuple[str, ...] | None,
-    fence: str,
+    fence: str | None,
     checks: tuple[str, ...] | None,
     minimize_time: float | None,
     reports: tuple[tuple[str, Path], ...],
@@ -111,6 +101,7 @@ def command(
     restriction = narrow.restriction(mode, preset, faults, names)
     validate_checks(checks, names)
     device = params.pick_device(device)
+    own, notes = params.pick_fence(fence, device)
     count = params.pick_workers(workers, device)
     opened = {f"{kind}={path}": report.open_report(kind, path) for kind, path in reports}
     broadcast = report.Broadcast({**opened, "on the screen": screen()}, lambda text: click.echo(text, err=True))
@@ -128,8 +119,8 @@ def command(
                 workers=count,
                 deadline=deadline,
                 restriction=restriction,
-                own="torch" if (device, fence) == ("cpu", "all") else fence,
-                notes=(CPU_FENCE,) if (device, fence) == ("cpu", "all") else (),
+                own=own,
+                notes=(*notes, *restriction.lines()),
                 minimize_seconds=chosen.minimize_seconds if minimize_time is None else minimize_time,
             )
             summary = Campaign(settings, pool, state, broadcast, render_repro=renderer(pool)).run()

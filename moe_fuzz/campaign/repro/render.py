@@ -100,6 +100,8 @@ def render(
         raise CaseError("", f"a script for device {device!r} cannot be written", "use `moe-fuzz replay`")
     if modes := {case.mode for case in (*finding.sequence, finding.case)} - {"eager"}:
         raise CaseError("", f"a script cannot run a case in mode {modes.pop()!r} yet", "use `moe-fuzz replay`")
+    if finding.own == "all":
+        raise CaseError("", "a script cannot fence what the target allocates in C++", "use `moe-fuzz replay`")
     check, load = finding.check, _NOTHING | exhibit["load"]
     earlier = [_prepared(step) for one in before for step in one["steps"]]
     steps = [_prepared(step) for step in exhibit["steps"]]
