@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import TRIES, Confirmation, Key, confirm, holds, killed, matching, rerun
+from moe_fuzz.campaign.faces import same_defect
 from moe_fuzz.campaign.finding import Finding, features_of, fingerprint, needed_features, place
 from moe_fuzz.campaign.interfaces import Cases, Pool, Space
 from moe_fuzz.campaign.locate import is_memory_fault, locate
@@ -55,9 +56,20 @@ class Examiner:
 
     def still_fails(self, finding: Finding) -> bool:
         """Whether a finding of an earlier campaign fails today, in fresh workers and under all checks."""
-        cases = (*finding.sequence, finding.case)
-        options = replace(self.options, checks=None, fence=FenceOptions(own=finding.own))
         tries = 1 if finding.reproduces == "always" else 2 * TRIES
+        all_cases = ((*finding.sequence, finding.case), *((face.case,) for face in finding.faces))
+        return any(self._fails(cases, finding, tries) for cases in all_cases)
+
+    def same_defect(self, earlier: Finding, new: Finding) -> str:
+        """Why a finding is taken for an earlier one: see faces.py. Empty if it is not."""
+
+        def fails(case: Case, finding: Finding) -> bool:
+            return self._fails((case,), finding, 1 if finding.reproduces == "always" else TRIES)
+
+        return same_defect(self.space, earlier, new, fails)
+
+    def _fails(self, cases: Cases, finding: Finding, tries: int) -> bool:
+        options = replace(self.options, checks=None, fence=FenceOptions(own=finding.own))
         return any(holds(rerun(self.pool, cases, finding.target, options), finding.raw) for _ in range(tries))
 
     def _minimize(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops.space import FaultPlace
 from moe_fuzz.options import RunOptions
 from moe_fuzz.restriction import RestrictedSpace, Restriction
 from moe_fuzz.verdict import Verdict
@@ -51,6 +52,9 @@ class Space(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, str]: ...  # name -> "input" | "output"
+
+    @property
+    def places(self) -> tuple[FaultPlace, ...]: ...
 
     def validate(self, case: Case) -> None: ...
 
