@@ -64,7 +64,7 @@ class Examiner:
         """Why a finding is taken for an earlier one: see faces.py. Empty if it is not."""
 
         def fails(case: Case, finding: Finding) -> bool:
-            return self._fails((case,), finding, 1 if finding.reproduces == "always" else TRIES)
+            return self._fails((case,), finding, TRIES)  # even of one that always failed: its smallest case is another
 
         return same_defect(self.space, earlier, new, fails)
 

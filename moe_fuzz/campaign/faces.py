@@ -3,8 +3,8 @@
 What is inside a target cannot be seen, so two findings with the same target, check, symptom and site are taken for one
 * if the smallest case of one has all that the other needs. A bad case like that is not examined at all where the other
   finding came first (triage.py); here it came later, or the case gained what it lacked while it was reduced;
-* or if each fails with the faults of the other, and they need the same of the config: the fault is only what sets it
-  off.
+* or if each fails with the faults of the other in place of its own: what one needs of the config the other does not
+  lack, and the fault is only what sets it off.
 The second one is kept as a face of the first: what was taken for one can be seen to be two.
 """
 
@@ -30,8 +30,6 @@ def same_defect(space: Space, earlier: Finding, new: Finding, fails: Callable[[C
     if features_of(space, earlier.case).issuperset(new.scope):
         return f"the finding's own case has all that this one needs: {', '.join(new.scope) or 'nothing special'}"
     if earlier.case.fault_names == new.case.fault_names or not (earlier.case.fault_names and new.case.fault_names):
-        return ""
-    if _beside_faults(space, earlier, new) != _beside_faults(space, new, earlier):
         return ""
     for one, other in ((new, earlier), (earlier, new)):
         swapped = with_faults_of(space, one.case, other.case)
@@ -63,12 +61,6 @@ def face_of(finding: Finding, reason: str) -> Face:
 def _alike(one: Finding, other: Finding) -> bool:
     same = (one.target, one.check, one.symptom, one.site) == (other.target, other.check, other.symptom, other.site)
     return same and not one.sequence and not other.sequence and one.case.mode == other.case.mode
-
-
-def _beside_faults(space: Space, finding: Finding, other: Finding) -> frozenset[str]:
-    """What the finding needs of the config, apart from the tensors that the faults of either lie on."""
-    needs = _flags(space, finding.case) | _flags(space, other.case)
-    return frozenset(f for f in finding.features if not f.startswith("fault:") and f not in needs)
 
 
 def _flags(space: Space, case: Case) -> frozenset[str]:

@@ -62,7 +62,7 @@ def test_the_reference_is_that_of_the_checks(runner: Runner, bias: bool) -> None
         torch.testing.assert_close(biased[defined], seen.biased[defined], rtol=1e-14, atol=0)
         torch.testing.assert_close(error[defined], seen.error[defined], rtol=1e-13, atol=0)
         for tensor_name, plain in inputs.plain.items():
-            assert torch.equal(script[tensor_name.upper()].view(torch.uint8), plain.view(torch.uint8))
+            assert torch.equal(script[tensor_name.upper()].view(torch.uint8), plain.contiguous().view(torch.uint8))
 
 
 # ---- exhibits -------------------------------------------------------------------------------------------------------
@@ -132,6 +132,19 @@ def test_hostile_text(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     (code, said), = batch([script])
     assert (code, said[:5]) == (1, "BUG: ")
     assert "{{ 7 * 7 }}" in text
+
+
+def test_what_a_script_cannot_do_is_refused(runner: Runner) -> None:
+    case, verdict = failing(runner, NAN_ARGMAX)
+    exhibit = exhibit_of(runner, case)
+    with pytest.raises(CaseError, match="mode 'graph'"):
+        render(replace(finding_of(case, verdict), case=replace(case, mode="graph")), exhibit)
+    with pytest.raises(CaseError, match=r"allocates in C\+\+"):
+        render(finding_of(case, verdict, own="all"), exhibit)
+    grouped = [step | {"n_group": 4, "topk_group": 2} for step in exhibit["steps"]]
+    inversion = Verdict(VIOLATION, (Violation("selection", "inversion", "it is not the best"),))
+    with pytest.raises(CaseError, match="among groups of experts"):
+        render(finding_of(case, inversion), exhibit | {"steps": grouped})
 
 
 def test_no_script_for_another_device(runner: Runner) -> None:
