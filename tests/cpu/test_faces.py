@@ -149,8 +149,8 @@ def test_both_must_fail_with_the_faults_of_the_other(answers):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
 def test_a_planted_bug_that_two_faults_set_off(runner: Runner):
-    """Where no finite score claims a slot, chance does: in a row of NaN as in a masked one. The reducer stops at either,
-    as chance has it, and arrival_fill was two findings or more."""
+    """Where no finite score claims a slot, chance does: in a row of NaN as in a masked one. The reducer stops at
+    either, as chance has it, and arrival_fill was two findings or more."""
     target = "topk_softmax@planted.arrival_fill"
     found = []
     for name in ("nan_rows", "neg_inf_rows"):

@@ -141,10 +141,6 @@ def test_what_a_script_cannot_do_is_refused(runner: Runner) -> None:
         render(replace(finding_of(case, verdict), case=replace(case, mode="graph")), exhibit)
     with pytest.raises(CaseError, match=r"allocates in C\+\+"):
         render(finding_of(case, verdict, own="all"), exhibit)
-    grouped = [step | {"n_group": 4, "topk_group": 2} for step in exhibit["steps"]]
-    inversion = Verdict(VIOLATION, (Violation("selection", "inversion", "it is not the best"),))
-    with pytest.raises(CaseError, match="among groups of experts"):
-        render(finding_of(case, inversion), exhibit | {"steps": grouped})
 
 
 def test_no_script_for_another_device(runner: Runner) -> None:

@@ -37,7 +37,6 @@ _DEADLINE = 60  # seconds for what should not hang
 _HANG = 10  # the least seconds after which the script says that it hangs, where the finding does not say
 _MEMORY = 4 << 30  # bytes, where the worker had no limit
 _WIDTH = 117  # three quotes stand before the first line
-_SCORING = {"topk_softmax": "softmax", "topk_sigmoid": "sigmoid"}  # of a step that does not say
 #: what an exhibit's `load` may leave out
 _NOTHING: Mapping[str, Any] = {"libraries": [], "environment": {}, "imports": [], "calls": ""}
 #: what a script may need of the standard library
@@ -104,10 +103,8 @@ def render(
     if finding.own == "all":
         raise CaseError("", "a script cannot fence what the target allocates in C++", "use `moe-fuzz replay`")
     check, load = finding.check, _NOTHING | exhibit["load"]
-    earlier = [_prepared(step, exhibit["op"]) for one in before for step in one["steps"]]
-    steps = [_prepared(step, exhibit["op"]) for step in exhibit["steps"]]
-    if check in ("selection", "ties") and any(step.get("n_group", 1) > step.get("topk_group", 1) for step in steps):
-        raise CaseError("", f"a script cannot judge {check} among groups of experts", "use `moe-fuzz replay`")
+    earlier = [_prepared(step) for one in before for step in one["steps"]]
+    steps = [_prepared(step) for step in exhibit["steps"]]
     suffixes = [f"_{i + 1}" for i in range(len(steps))] if len(steps) > 1 else [""]
     shows, fence = _SHOWS.get(check, "wrong"), _fence(finding, bare)
     everywhere = [*earlier, *steps]
@@ -150,11 +147,10 @@ def _deadline(finding: Finding, device: str) -> int:
     return seconds if device == "cpu" else max(seconds, _DEADLINE)
 
 
-def _prepared(step: Mapping[str, Any], op: str) -> dict[str, Any]:
-    """A step with `inputs`, the names of the tensors that the target is given, and what other ops lack."""
+def _prepared(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step with `inputs`: the names of the tensors that the target is given."""
     given = {keyword.get("tensor") for keyword in step["keywords"].values()}
-    defaults = {"n_shared": 0, "scoring": _SCORING.get(op, "")}
-    return {**defaults, **step, "inputs": [name for name in step["tensors"] if name == "logits" or name in given]}
+    return {**step, "inputs": [name for name in step["tensors"] if name == "logits" or name in given]}
 
 
 def _all_tensors(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
