@@ -21,6 +21,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.routing.inputs import element_bits, materialize
 from moe_fuzz.ops.routing.space import SIMPLEST
+from moe_fuzz.restriction import RestrictedSpace, Restriction
 from moe_fuzz.sequences import Move, Plan
 
 SPACE = get_space("topk_softmax")
@@ -94,6 +95,15 @@ def test_who_promises_no_graphs_is_given_none() -> None:
     drawn = list(strategies.grid(SPACE, info, "cpu", 5))
     assert {one.mode for one in drawn} == {"eager"}
     assert any(len(one.steps) > 1 for one in drawn)
+
+
+def test_restrictions_hold_for_steps_too() -> None:
+    """Of modes, eager may be the one that is not asked for; a tail holds no fault that is not."""
+    only = RestrictedSpace(SPACE, Restriction(modes=("graph",), faults=("nan_rows",)))
+    drawn = list(strategies.grid(only, INFO, "cuda", 5))
+    assert {one.mode for one in drawn} == {"graph"}
+    assert {name for one in drawn for name in one.fault_names} == {"nan_rows"}
+    assert any(fault.rows == one.padding for made in drawn for one in made.steps for fault in one.faults)
 
 
 def test_an_interpreted_case_is_cut_to_what_it_may_cost() -> None:
