@@ -44,8 +44,7 @@ def topk_softmax(
     validate(logits, top_k, bias, scale, is_padding, padding, out)
     x = finite_above(logits)  # [T, E]
     ids = _best(x if bias is None else softmax_scores(logits, bias)[1], top_k)
-    picked = x.gather(1, ids)  # [T, k]
-    weights = softmax(picked) if renormalize else softmax(x).gather(1, ids)
+    weights = renormalized(x.gather(1, ids), "softmax") if renormalize else _softmax(x).gather(1, ids)  # [T, k]
     return deliver(logits, weights * scale, ids, is_padding, padding, out)
 
 
@@ -62,9 +61,9 @@ def topk_sigmoid(
 ) -> tuple[Tensor, Tensor]:  # (weights [T, k] float32, ids [T, k] int32): `out` where it was given
     """The `top_k` experts of each token by the sigmoid of their logits, and their weights. No row changes another.
 
-    The contract is that of `topk_softmax` word for word, with score = sigmoid(logits) = 1 / (1 + exp(-logits)): selection
-    by score + bias, weight the score without the bias, and where the selected scores sum below 2^-40 (all logits far
-    below 0, chosen by their bias) a target's own epsilon may decide.
+    The contract is that of `topk_softmax` word for word, with score = sigmoid(logits) = 1 / (1 + exp(-logits)):
+    selection by score + bias, weight the score without the bias, and where the selected scores sum below 2^-40 (all
+    logits far below 0, chosen by their bias) a target's own epsilon may decide.
     Saturation: in float32 sigmoid(18) = sigmoid(30) = 1. Experts whose scores a float32 cannot tell apart may fall
     either way; experts with equal logits and equal biases tie as in `topk_softmax`.
 
@@ -73,8 +72,7 @@ def topk_sigmoid(
     validate(logits, top_k, bias, scale, is_padding, padding, out)
     x = finite_above(logits)  # [T, E]
     ids = _best(x if bias is None else sigmoid_scores(logits, bias)[1], top_k)
-    picked = x.gather(1, ids)  # [T, k]
-    weights = softmax(logsigmoid(picked)) if renormalize else picked.sigmoid()
+    weights = renormalized(x.gather(1, ids), "sigmoid") if renormalize else x.sigmoid().gather(1, ids)  # [T, k]
     return deliver(logits, weights * scale, ids, is_padding, padding, out)
 
 
@@ -83,7 +81,7 @@ def softmax_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]
 
     The scores of a row without one finite logit are 0.
     """
-    scores = softmax(finite_above(logits))
+    scores = _softmax(finite_above(logits))
     return scores, scores if bias is None else scores + finite_above(bias)
 
 
@@ -104,6 +102,11 @@ def defined_rows(logits: Tensor, bias: Tensor | None, top_k: int) -> Tensor:
         usable = usable & bias.isfinite()
         bad = bad | bias.isnan() | (bias == math.inf)
     return ~bad.any(dim=1) & (usable.sum(dim=1) >= top_k)
+
+
+def renormalized(picked: Tensor, scoring: str) -> Tensor:
+    """The scores of the picked logits [T, k], float64, over their sum: exact also where the scores underflow."""
+    return _softmax(picked if scoring == "softmax" else logsigmoid(picked))
 
 
 def deliver(
@@ -135,7 +138,7 @@ def _best(key: Tensor, top_k: int) -> Tensor:
     return key.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
 
 
-def softmax(x: Tensor) -> Tensor:
+def _softmax(x: Tensor) -> Tensor:
     """Softmax over the last dimension; all 0 where every x is -inf, and never 0/0."""
     top = x.amax(dim=1, keepdim=True)
     e = (x - top.masked_fill(top == -math.inf, 0.0)).exp()
