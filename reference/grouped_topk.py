@@ -107,7 +107,7 @@ def defined_rows(
         bad = bad | bias.isnan() | (bias == math.inf)
     determined = ~bad.any(dim=1)
     for eligible in (usable, alive):
-        count = eligible.view(tokens, n_group, -1).sum(dim=2)  # [T, n_group]
+        count = eligible.view(tokens, n_group, experts // n_group).sum(dim=2)  # [T, n_group]
         candidates = count.masked_fill(count < needed, experts + 1).sort(dim=1).values[:, :topk_group]
         determined &= (candidates <= experts).all(dim=1) & (candidates.sum(dim=1) >= top_k)
     return determined
