@@ -33,7 +33,7 @@ class RoutingCall:
         """with_out: the result goes into buffers of ours."""
         capabilities = target.info.capabilities
         self.target, self.arena, self.top_k = target, arena, inputs.top_k
-        self.shape = (inputs.plain["logits"].shape[0], inputs.top_k)
+        self.shape = (inputs.plain["logits"].shape[0], inputs.width)
         self.tensors = inputs.place(arena, capabilities)  # logits, bias, is_padding
         self.arguments: dict[str, Any] = inputs.options | {k: v for k, v in self.tensors.items() if k != "logits"}
         self.out: tuple[torch.Tensor, ...] = ()
