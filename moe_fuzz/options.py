@@ -54,8 +54,8 @@ class RunOptions:
 
     checks: tuple[str, ...] | None = None  # None: all of the op's
     fence: FenceOptions = field(default_factory=FenceOptions)
-    deadline: float = 10.0  # seconds a case may take
-    first_deadline: float = 60.0  # seconds for the first case of a config in a process: it may compile
+    deadline: float = 10.0  # seconds a case may take, those not counted in which it compiles or loads code
+    first_deadline: float = 60.0  # seconds that these may take: what comes first in a process
 
     def __post_init__(self) -> None:
         for name in ("deadline", "first_deadline"):

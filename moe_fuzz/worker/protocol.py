@@ -3,6 +3,7 @@
     parent → worker   {"round": [case, …], "target": "topk_softmax@torch", "options": {…}}   {"describe": "…"}
                       {"exhibit": case, "target": "…"}
     worker → parent   {"ready": 1}   {"start": i, "log": offset}   {"verdict": i, "is": {…}}   {"done": n, "rss": bytes}
+                      {"still": "compile"}   {"goes": "compile"}: from here, to here the case's clock stands still
                       {"info": {…}}   {"exhibit": {…}}   {"error": {"class": "UsageError", "message": "…", "hint": "…"}}
     parent → zygote   {"fork": id, "log": path, "memory": bytes} and one descriptor   {"signal": id, "number": 10}
     zygote → parent   {"ready": 1, …}   {"forked": id, "pid": 7}   {"exited": id, "status": raw wait status}
@@ -16,7 +17,6 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moe_fuzz.case import Case
 from moe_fuzz.errors import CaseError, EnvironmentProblem, MoeFuzzError, UsageError
 
 VERSION = 1  # of the messages; a worker of another version is refused
@@ -28,12 +28,6 @@ DEFAULT_RUNNER = "moe_fuzz.execute.runner:Runner"
 
 _CHUNK = 1 << 16
 _SEND_SECONDS = 30.0
-
-
-def compile_key(case: Case, target: str) -> tuple[object, ...]:
-    """Equal for cases of one process that share their compiled kernels, so that only the first gets the long deadline.
-    """
-    return (target, case.op, case.mode, *case.config.items())
 
 
 # ---- framing --------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, OOM, Verdict
 from moe_fuzz.worker import autopsy
+from moe_fuzz.worker.clock import CaseClock, Reading
 from moe_fuzz.worker.launch import START_SECONDS, Process, ZygoteGone
-from moe_fuzz.worker.protocol import ChannelClosed, Garbled, compile_key, error_from_json
+from moe_fuzz.worker.protocol import ChannelClosed, Garbled, error_from_json
 from moe_fuzz.worker.stats import Stats
 
 HISTORY = 32  # cases of a process that are remembered
@@ -50,7 +51,6 @@ class Worker:
         self._spawn, self._log, self._stats, self._limits = spawn, log, stats, limits
         self._process: Process | None = None
         self._history: deque[Case] = deque(maxlen=HISTORY)
-        self._compiled: set[tuple[object, ...]] = set()
         self._ran = 0
         self._rss = 0
 
@@ -140,7 +140,6 @@ class Worker:
         """Kills the process and what it started. Idempotent; a later run forks another."""
         process, self._process = self._process, None
         self._history.clear()
-        self._compiled.clear()
         self._ran = 0
         if process is not None:
             process.kill()
@@ -157,7 +156,7 @@ class Worker:
         started = time.monotonic()
         self._process = process = self._spawn(self._log)
         try:
-            event = self._next(process, started + START_SECONDS)
+            event = self._next(process, CaseClock(START_SECONDS, START_SECONDS))
         except (ChannelClosed, Garbled, _Expired) as error:
             status = process.status(1.0)
             self.close()
@@ -177,7 +176,7 @@ class Worker:
         offset = self._log_size()
         try:
             process.channel.send(message)
-            event = self._next(process, time.monotonic() + timeout)
+            event = self._next(process, CaseClock(timeout, timeout))
         except _Expired:
             found = self._hang(process, offset, timeout, timeout).violations[0]
             place = f"; it stands at {found.site}" if found.site else ""
@@ -201,17 +200,17 @@ class Worker:
         """Runs cases until they are done, or the process is. Each verdict goes to `give`."""
         layout, kills = self._layout(process), autopsy.oom_kills()
         current: Case | None = None
-        began, offset, limit = time.monotonic(), 0, options.first_deadline
+        clock, reading, offset = CaseClock(options.deadline, options.first_deadline), Reading(process.pid), 0
         try:
             process.channel.send({"round": [case.to_json() for case in cases], "target": target,
                                   "options": options.to_json()})
             while True:
-                event = self._next(process, began + limit)
+                event = self._next(process, clock, reading)
                 if "start" in event:
-                    current, offset, began = cases[event["start"]], event["log"], time.monotonic()
-                    key = compile_key(current, target)
-                    limit = options.deadline if key in self._compiled else options.first_deadline
-                    self._compiled.add(key)
+                    current, offset = cases[event["start"]], event["log"]
+                    clock.restart()
+                elif "still" in event or "goes" in event:
+                    clock.stand("still" in event)
                 elif "verdict" in event:
                     current = None
                     verdict = Verdict.from_json(event["is"])
@@ -226,12 +225,12 @@ class Worker:
                 else:
                     raise _Told(error_from_json(event["error"]))
         except _Expired:
-            dead = self._hang(process, offset, limit, time.monotonic() - began)
+            dead = self._hang(process, offset, clock.limit, clock.seconds, compiling=clock.still)
         except ChannelClosed:
-            seconds, status = time.monotonic() - began, process.status(1.0)
+            seconds, status = clock.seconds, process.status(1.0)
             dead = autopsy.crash(status, self._log, offset, layout, autopsy.oom_kills() - kills, seconds)
         except Garbled as said:
-            dead = autopsy.garbled(self._log, offset, time.monotonic() - began, str(said))
+            dead = autopsy.garbled(self._log, offset, clock.seconds, str(said))
         if current is None:
             self._stats.count("idle_deaths")  # between two cases: neither is to blame
         else:
@@ -239,22 +238,26 @@ class Worker:
             give(dead)
         self.close()
 
-    def _next(self, process: Process, until: float) -> dict[str, Any]:
-        """The next event. Raises _Expired at `until`, ChannelClosed when the process is dead, Garbled, ZygoteGone."""
+    def _next(self, process: Process, clock: CaseClock, reading: Reading | None = None) -> dict[str, Any]:
+        """The next event. Raises _Expired when the clock has run out, ChannelClosed when the process is dead, Garbled,
+        ZygoteGone."""
         channel = process.channel
-        while (event := channel.receive(min(max(0.0, until - time.monotonic()), _SLICE))) is None:
-            if time.monotonic() >= until:
-                raise _Expired
+        while (event := channel.receive(min(max(0.0, clock.until - time.monotonic()), _SLICE))) is None:
             # A child of the target may hold the socket open, so its end is not the only sign of death.
             if process.status() is not None and (event := channel.receive(0)) is None:
                 raise ChannelClosed("the process ended")
             if event is not None:
                 break
+            clock.look(reading is not None and reading.grew())
+            if clock.expired:
+                raise _Expired
             if self._log_size() > _RUNAWAY_LOG:
                 os.truncate(self._log, 0)
         return event
 
-    def _hang(self, process: Process, offset: int, deadline: float, seconds: float) -> Verdict:
+    def _hang(
+        self, process: Process, offset: int, deadline: float, seconds: float, compiling: bool = False
+    ) -> Verdict:
         """Asks the process for its stack, kills it, and gives the verdict."""
         process.signal(signal.SIGUSR1)
         until = time.monotonic() + _STACK_SECONDS
@@ -265,7 +268,7 @@ class Worker:
         layout = self._layout(process)
         process.kill()
         self._process = None
-        return autopsy.hang(self._log, offset, layout, deadline, seconds)
+        return autopsy.hang(self._log, offset, layout, deadline, seconds, compiling)
 
     def _recycle(self, rss: int) -> None:
         if self._ran >= self._limits.cases or rss - self._rss > self._limits.growth:
