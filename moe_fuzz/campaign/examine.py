@@ -119,4 +119,4 @@ class Examiner:
         """Versions for a report, as the workers have them: their interpreter need not be this one."""
         env = {"moe-fuzz": __version__, "target": self.info.name, "origin": self.info.origin, "device": self.device}
         env |= {"platform": platform.platform()}
-        return env | {str(name): str(version) for name, version in self.pool.environment.items()}
+        return env | {str(name): str(version) for name, version in self.pool.versions(self.info.name).items()}

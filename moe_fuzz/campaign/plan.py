@@ -56,7 +56,7 @@ class Settings:
     def options(self) -> RunOptions:
         """How workers run the cases. Where the checks are named and `fence` is not among them, nothing is fenced."""
         fenced = self.checks is None or "fence" in self.checks
-        fence = FenceOptions() if fenced else FenceOptions(hard=(), readonly=(), own=False)
+        fence = FenceOptions() if fenced else FenceOptions(hard=(), readonly=(), own="off")
         return RunOptions(self.checks, fence, self.deadline, self.first_deadline)
 
     def key(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, OOM, Verdict
 from moe_fuzz.worker import autopsy
 from moe_fuzz.worker.clock import CaseClock, Reading
-from moe_fuzz.worker.launch import START_SECONDS, Process, ZygoteGone
-from moe_fuzz.worker.protocol import ChannelClosed, Garbled, error_from_json
+from moe_fuzz.worker.launch import START_SECONDS, Demand, Process, ZygoteGone
+from moe_fuzz.worker.protocol import ALLOCATOR_VARIABLE, ChannelClosed, Garbled, error_from_json, provider_of
 from moe_fuzz.worker.stats import Stats
 
 HISTORY = 32  # cases of a process that are remembered
@@ -47,9 +47,20 @@ class _Expired(Exception):
 class Worker:
     """A place where cases run, one process after the other. For one thread at a time; it comes from a Pool."""
 
-    def __init__(self, spawn: Callable[[Path], Process], log: Path, stats: Stats, limits: Limits) -> None:
+    def __init__(
+        self,
+        spawn: Callable[[Path, Demand], Process],
+        log: Path,
+        stats: Stats,
+        limits: Limits,
+        environment: Mapping[str, str] | None = None,
+        released: Callable[[], None] = lambda: None,
+    ) -> None:
+        """environment: variables of its processes alone. released: called when the worker is discarded."""
         self._spawn, self._log, self._stats, self._limits = spawn, log, stats, limits
+        self._environment, self._released = dict(environment or {}), released
         self._process: Process | None = None
+        self._demand = Demand()
         self._history: deque[Case] = deque(maxlen=HISTORY)
         self._ran = 0
         self._rss = 0
@@ -63,6 +74,11 @@ class Worker:
     def log(self) -> Path:
         """What targets print to stdout and stderr."""
         return self._log
+
+    @property
+    def provider(self) -> str:
+        """Whose interpreter the process runs in; empty before it is forked."""
+        return self._demand.provider if self._process is not None else ""
 
     def run(
         self, cases: Sequence[Case], target: str, options: RunOptions, on_verdict: OnVerdict | None = None
@@ -90,7 +106,7 @@ class Worker:
         while len(verdicts) < len(cases):
             before = len(verdicts)
             try:
-                self._round(self._ready(), cases[before:], target, options, give)
+                self._round(self._ready(target, options.fence.own), cases[before:], target, options, give)
             except (ZygoteGone, _Killed):
                 self.close()  # the case in flight is not to blame: it runs again
             except _Told as told:
@@ -115,7 +131,7 @@ class Worker:
     def _ask(self, message: dict[str, Any], answer: str, target: str, timeout: float) -> Any:
         for _ in range(_TRIES):
             try:
-                return self._ask_once(self._ready(), message, target, timeout)[answer]
+                return self._ask_once(self._ready(target), message, target, timeout)[answer]
             except (ZygoteGone, _Killed):
                 self.close()
             except _Told as told:
@@ -135,6 +151,7 @@ class Worker:
         self.close()
         for path in (self._log, autopsy.trace_of(self._log)):
             path.unlink(missing_ok=True)
+        self._released()
 
     def close(self) -> None:
         """Kills the process and what it started. Idempotent; a later run forks another."""
@@ -146,15 +163,21 @@ class Worker:
 
     # ---- one process ------------------------------------------------------------------------------------------------
 
-    def _ready(self) -> Process:
-        """The living process, forked now if there is none."""
+    def _ready(self, target: str, own: str | None = None) -> Process:
+        """The living process, forked now if there is none that can run this target with this fence around its own
+        memory; None: whichever fence."""
+        demand = self._wanted(target, own)
         if self._process is not None:
-            if self._process.status() is None:
+            if self._process.status() is not None:
+                self._stats.count("idle_deaths")  # whoever killed it, the next case did not
+                self.close()
+            elif self._demand == demand:
                 return self._process
-            self._stats.count("idle_deaths")  # whoever killed it, the next case did not
-            self.close()
+            else:
+                self.close()
         started = time.monotonic()
-        self._process = process = self._spawn(self._log)
+        self._process, self._demand = self._spawn(self._log, demand), demand
+        process = self._process
         try:
             event = self._next(process, CaseClock(START_SECONDS, START_SECONDS))
         except (ChannelClosed, Garbled, _Expired) as error:
@@ -171,6 +194,13 @@ class Worker:
         self._stats.count("forks")
         self._stats.count("fork_seconds", time.monotonic() - started)
         return process
+
+    def _wanted(self, target: str, own: str | None) -> Demand:
+        provider = provider_of(target)
+        if own is None and self._process is not None and self._demand.provider == provider:
+            return self._demand
+        allocator = {ALLOCATOR_VARIABLE: own} if own == "all" else {}
+        return Demand(provider, tuple(sorted({**self._environment, **allocator}.items())))
 
     def _ask_once(self, process: Process, message: dict[str, Any], target: str, timeout: float) -> dict[str, Any]:
         offset = self._log_size()

@@ -73,7 +73,7 @@ def fault(tensor, side="right", access="read"):
     def judge(case, history, options):
         fence = options.fence
         name = "own2" if tensor == "own" else tensor
-        fenced = fence.own and (fence.hard is None or name in fence.hard)
+        fenced = fence.own != "off" and (fence.hard is None or name in fence.hard)
         return crash(site="k.py:3 in f") if fenced and fence.sides in ("both", side) and (
             fence.access == "any" or access == "write"
         ) else GOOD  # fmt: skip

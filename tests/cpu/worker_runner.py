@@ -200,6 +200,10 @@ class Runner:
     def do_surroundings(self, case: Case) -> str:
         return f"{os.getsid(0) == os.getpid()} {os.readlink('/proc/self/fd/0')} {len(os.listdir('/proc/self/fd'))}"
 
+    def do_variables(self, case: Case) -> str:
+        names = ("CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "MOE_FUZZ_ALLOCATOR", "TOY_VARIABLE")
+        return " ".join(os.environ.get(name, "-") for name in names[: 3 + ("toy_variable" in case.config)])
+
     def do_nap(self, case: Case) -> None:
         time.sleep(0.2)
 
