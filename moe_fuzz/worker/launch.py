@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -97,7 +98,8 @@ class Zygote:
         self._info: dict[str, Any] | None = None
         self._gone = False
         ours, theirs = socket.socketpair()
-        arguments, environment = _environment(device, runner, extra or {})
+        lent = None if python == sys.executable else log.parent / "lent"
+        arguments, environment = _environment(device, runner, extra or {}, lent)
         try:
             with log.open("ab") as output:
                 self._popen = subprocess.Popen(
@@ -236,8 +238,11 @@ class Zygote:
                                   hint or "`moe-fuzz doctor` looks at the interpreter")
 
 
-def _environment(device: str, runner: str | None, extra: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Arguments and environment of the zygote."""
+def _environment(
+    device: str, runner: str | None, extra: Mapping[str, str], lent: Path | None
+) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment of the zygote. lent: the directory in which another interpreter is shown this very
+    package, and none of those that are installed beside it."""
     environment = dict(os.environ) | dict(extra)
     environment |= dict.fromkeys(_ONE_THREAD, "1")
     environment |= {"MOE_FUZZ_DEVICE": device, "PYTHONHASHSEED": "0"}
@@ -250,7 +255,12 @@ def _environment(device: str, runner: str | None, extra: Mapping[str, str]) -> t
     root = Path(str(moe_fuzz.__file__)).parent.parent
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     if not (root / "pyproject.toml").exists():
-        return [], environment
+        if lent is None:
+            return [], environment
+        lent.mkdir(exist_ok=True)
+        (lent / "moe_fuzz").unlink(missing_ok=True)  # an earlier campaign's, of a moe-fuzz that may lie elsewhere
+        (lent / "moe_fuzz").symlink_to(root / "moe_fuzz")
+        root = lent
     # A checkout, perhaps found through the current directory, which `-P` takes away. First, so that the
     # workers' moe-fuzz is this one, not another that is installed.
     environment["PYTHONPATH"] = os.pathsep.join([str(root), *(path for path in paths if path != str(root))])
