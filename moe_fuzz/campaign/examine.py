@@ -12,7 +12,7 @@ from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import TRIES, Confirmation, Key, confirm, holds, killed, matching, rerun
 from moe_fuzz.campaign.finding import Finding, features_of, fingerprint, needed_features, place
 from moe_fuzz.campaign.interfaces import Cases, Pool, Space
-from moe_fuzz.campaign.locate import is_memory_fault, locate
+from moe_fuzz.campaign.locate import is_device_fault, is_memory_fault, launch_site, locate
 from moe_fuzz.campaign.minimize import Minimized, Reducer
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
@@ -45,6 +45,10 @@ class Examiner:
         said = f"{verdict.kind}: what a worker may have was not enough"
         violation = matching(verdict, bad.key) or Violation(*bad.key, said)
         cases = (*minimized.before, minimized.case)
+        if self.device == "cuda" and not violation.site and is_device_fault(bad.key):
+            site = launch_site(self.pool, cases, bad.target, self.options, bad.key)
+            violation = replace(violation, site=site)
+            verdict = replace(verdict, violations=(violation, *verdict.violations[1:]))
         if is_memory_fault(bad.key):
             tries = 1 if confirmed.always else TRIES
             tensors = dict(self.space.tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import traceback
 from dataclasses import replace
@@ -14,17 +15,19 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
 from moe_fuzz.execute import clock
-from moe_fuzz.execute.call import TargetError
+from moe_fuzz.execute.call import TargetError, site_of
 from moe_fuzz.execute.compiling import watch_compilers, watch_dynamo
 from moe_fuzz.execute.exhibit import exhibit
 from moe_fuzz.execute.interpreter import patch_language_once
 from moe_fuzz.execute.routing import RoutingStep
-from moe_fuzz.fence import open_arena
+from moe_fuzz.fence import allocator, cuda_driver, open_arena
 from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target, bind
 from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
+
+ALLOCATOR, MEMORY = "MOE_FUZZ_ALLOCATOR", "MOE_FUZZ_GPU_MEMORY"  # variables, see worker/protocol.py
 
 
 class Runner:
@@ -37,9 +40,8 @@ class Runner:
         watch_compilers()
         if device == "cpu":
             patch_language_once()
-        elif not torch.cuda.is_available():
-            raise EnvironmentProblem("there is no CUDA device that torch can use",
-                                     "--device cpu runs the same kernels in Triton's interpreter")
+        else:
+            _start_cuda()
         torch.set_num_threads(1)  # a worker is one core's work; the pool decides how many there are
 
     def describe(self, target: str) -> TargetInfo:
@@ -102,8 +104,12 @@ class Runner:
             except MemoryError as error:
                 return Verdict(OOM, detail=str(error))
             except DeviceLost as lost:
+                starved = allocator.installed()
+                if starved is not None and starved.failed is not None:  # the kernel was given a null pointer
+                    return Verdict(OOM, detail=str(starved.failed))
                 said = traceback.format_exception(lost.__context__) if lost.__context__ else []
-                return Verdict(CRASH, (Violation("crash", lost.symptom, str(lost)),), detail="".join(said))
+                violation = Violation("crash", lost.symptom, str(lost), site=_launch(lost))
+                return Verdict(CRASH, (violation,), detail="".join(said))
             except TargetError as error:
                 if error.out_of_memory:
                     return Verdict(OOM, detail=error.text)
@@ -117,3 +123,26 @@ class Runner:
                 budget=max(before.budget, step.budget),
                 detail=detail,
             )
+
+
+def _start_cuda() -> None:
+    """Starts CUDA in this process as its environment says: the GPU, the allocator, the memory."""
+    if os.environ.get(ALLOCATOR) == "all":
+        allocator.install()
+    if not torch.cuda.is_available():
+        raise EnvironmentProblem("there is no CUDA device that torch can use",
+                                 "--device cpu runs the same kernels in Triton's interpreter")  # fmt: skip
+    torch.cuda.init()
+    torch.cuda.current_stream().synchronize()  # the context exists from here on, and costs no case its seconds
+    if budget := int(os.environ.get(MEMORY, "0")):
+        cuda_driver.limit(budget)
+        if allocator.installed() is None:
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
+
+
+def _launch(lost: DeviceLost) -> str:
+    """Where the kernel was launched that broke the context. Known only where every launch waits for its end."""
+    if os.environ.get("CUDA_LAUNCH_BLOCKING") != "1" or lost.__context__ is None:
+        return ""
+    return site_of(lost.__context__)

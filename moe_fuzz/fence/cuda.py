@@ -8,11 +8,12 @@ on the device; the host waits once for all tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import torch
 
 from moe_fuzz.errors import EnvironmentProblem
-from moe_fuzz.fence import FenceOptions, canary, cuda_driver
+from moe_fuzz.fence import FenceOptions, allocator, canary, cuda_driver
 from moe_fuzz.fence.cuda_driver import READ, WRITE
 from moe_fuzz.fence.cuda_mapping import HARD, READABLE, SOFT, WORD, Pool
 from moe_fuzz.fence.layout import Layout
@@ -114,6 +115,11 @@ class CudaArena(PooledArena[_Placed]):
         answers = torch.stack([flag for _, flag in flags]).tolist()
         hit = {i for (i, _), answer in zip(flags, answers, strict=True) if answer}
         return [tensors[i] for i in sorted(hit)]
+
+    def _allocator(self) -> AbstractContextManager[object]:
+        if allocator.installed() is None:  # such as for graphs, which want torch's own
+            return super()._allocator()
+        return allocator.fencing(self.options, self.edge)
 
     def _settle(self) -> None:
         cuda_driver.synchronize()

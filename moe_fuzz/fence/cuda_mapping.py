@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_fuzz.fence import cuda_driver
+from moe_fuzz.fence import allocator, cuda_driver
 from moe_fuzz.fence.cuda_driver import READ, WRITE
 
 HARD, SOFT, READABLE = "hard", "soft", "readable"
@@ -142,7 +142,8 @@ class Pool:
             return Block(kind)
         except MemoryError:
             self.shrink(0, 0)  # what others may have: our idle blocks, and torch's
-            torch.cuda.empty_cache()
+            if allocator.installed() is None:  # which has no cache, and gave up its own idle memory before
+                torch.cuda.empty_cache()
             return Block(kind)
 
     def give(self, block: Block) -> None:

@@ -58,6 +58,10 @@ class PooledArena(Arena, Generic[P]):
         """Those that may be damaged; the rest certainly is not."""
         return placed
 
+    def _allocator(self) -> AbstractContextManager[object]:
+        """Fences what is allocated behind torch's back, too. On a CPU there is no such thing."""
+        return own_memory(self._own, self.device)
+
     def _settle(self) -> None:
         """Waits until the device is done with what was asked of it."""
 
@@ -118,6 +122,8 @@ class PooledArena(Arena, Generic[P]):
         return found
 
     def own(self) -> AbstractContextManager[object]:
+        if self.options.own == "all":
+            return self._allocator()
         return own_memory(self._own, self.device) if self.options.own == "torch" and not self._closed else nullcontext()
 
     def close(self) -> None:

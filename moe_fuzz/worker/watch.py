@@ -106,7 +106,7 @@ class Worker:
         while len(verdicts) < len(cases):
             before = len(verdicts)
             try:
-                self._round(self._ready(target, options.fence.own), cases[before:], target, options, give)
+                self._round(self._ready(target, _own_of(options, cases)), cases[before:], target, options, give)
             except (ZygoteGone, _Killed):
                 self.close()  # the case in flight is not to blame: it runs again
             except _Told as told:
@@ -313,6 +313,12 @@ class Worker:
             return self._log.stat().st_size
         except FileNotFoundError:
             return 0  # not made yet
+
+
+def _own_of(options: RunOptions, cases: Sequence[Case]) -> str:
+    """How the target's own memory is fenced: a CUDA graph can only be captured over torch's own allocator."""
+    graphs = any(case.mode != "eager" for case in cases)
+    return "torch" if graphs and options.fence.own == "all" else options.fence.own
 
 
 class _Killed(Exception):

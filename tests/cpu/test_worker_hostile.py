@@ -66,6 +66,7 @@ def worker(pool: Pool) -> Iterator[Worker]:
     ("write_to_socket", "crash", "garbled-pipe", ""),
     ("close_socket", "crash", "closed-pipe", ""),
     ("bad_alloc", "out-of-memory", "out-of-memory", ""),
+    ("abort_of_cuda", "crash", "misaligned-access", "in do_abort_of_cuda"),
 ])
 def test_a_hostile_case_gets_its_verdict_and_the_round_goes_on(worker, do, kind, symptom, site):
     verdicts = worker.run([case("pass"), case(do), case("pass"), case("violation")], TARGET, PATIENT)

@@ -187,6 +187,10 @@ class Runner:
         os.write(2, b"terminate called after throwing an instance of 'std::bad_alloc'\n")
         os.abort()
 
+    def do_abort_of_cuda(self, case: Case) -> None:
+        os.write(2, b"terminate called: 'c10::AcceleratorError'\n  what():  CUDA error: misaligned address\n")
+        os.abort()
+
     def do_write_to_socket(self, case: Case) -> None:
         os.write(_socket(), b"Hello, world!\n")
 
