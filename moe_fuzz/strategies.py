@@ -81,6 +81,8 @@ def make_case(
     padded = _padding_rows(rows, padding, chosen)
     laid = []
     for place, where in faults:
+        if place.max_rows is not None and tokens > place.max_rows:
+            continue
         if not place.on_rows:
             laid.append(Fault(place.fault, place.tensor))
             continue

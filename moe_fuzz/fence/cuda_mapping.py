@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,6 +114,29 @@ class Block:
         bytes_at(address, alias).view(torch.int16).fill_(WORD)
         cuda_driver.synchronize()
         cuda_driver.protect(address, size, self.kind.device, READ)
+
+
+class SparseBlock(Block):
+    """A reservation of which only these parts of the body have memory. Not reused."""
+
+    def __init__(self, device: int, body: int, guard: int, parts: Sequence[tuple[int, int]]) -> None:
+        """parts: (offset, size) in the body, whole granules, in bytes."""
+        granule = cuda_driver.granularity(device)
+        guard = -(-guard // granule) * granule
+        self.kind = Kind(device, body, guard, HARD, HARD)
+        self._zone = granule
+        self.size = 2 * guard + body
+        self.base = cuda_driver.reserve(self.size)
+        self.body = self.base + guard
+        self._mapped = []
+        self._lease = None
+        try:
+            for offset, size in parts:
+                self._back(self.body + offset, size)
+                cuda_driver.protect(self.body + offset, size, device, WRITE)
+        except MemoryError:
+            self.unmap()
+            raise
 
 
 class Pool:

@@ -125,6 +125,8 @@ PLANTED: tuple[Planted, ...] = (
     _router("waits_for_a_partner", "routing_device", "hang", "Liger-Kernel#1368",
             "the one block of T = 1 waits for a second one, on the device", symptom="deadline", only=True,
             capabilities=_CUDA),
+    _router("int32_row_offset", "routing_device", "crash", "vllm#42201",
+            "row times stride wraps in 32 bits where a row begins past 2^31 elements"),
     _router("overruns_hidden_scratch", "routing_device", "fence", "flashinfer#3957",
             "stores past a workspace from a helper thread where E is odd", symptom="own:right:write", only=True,
             capabilities=_CUDA, fence="all"),
