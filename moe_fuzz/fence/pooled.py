@@ -11,6 +11,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -91,6 +92,8 @@ class PooledArena(Arena, Generic[P]):
         layout = place(shape, strides, offset, dtype.itemsize, alignment, self.edge, self.page)
         what, far = describe(name, shape, dtype), sparse.far(shape, strides, dtype.itemsize)
         if far:
+            # An offset that wraps in 32 bits lies up to 2^31 elements before or behind the tensor: guard there too.
+            layout = replace(layout, guard=max(layout.guard, dtype.itemsize << 31))
             rows = sparse.islands(name, layout, shape, strides, offset, dtype.itemsize, self.page)
             placed = self._take_sparse(name, role, what, layout, rows)
         else:

@@ -27,10 +27,12 @@ def asserts_on_sentinel(logits: Tensor, top_k: int, *, renormalize: bool = False
 def loads_words(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:
     """flashinfer#4473: reads 8 bytes at once from an address that is aligned to an element only.
 
-    Right for every tensor that torch allocates; a view that begins at an odd element is a misaligned address.
+    Rows of whole words are taken to begin at one, which holds for every tensor that torch allocates; a view that begins
+    at an odd element is a misaligned address.
     """
     tokens, experts = logits.shape
-    if tokens and experts * logits.element_size() >= 8 and logits.stride(1) == 1:
+    size = logits.element_size()
+    if tokens and experts * size >= 8 and logits.stride(1) == 1 and logits.stride(0) * size % 8 == 0:
         first = torch.empty(tokens, dtype=torch.int64, device=logits.device)
         _first_word_kernel[(tokens,)](logits, first, logits.stride(0))
     return _route(logits, top_k, renormalize)

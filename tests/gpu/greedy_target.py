@@ -16,10 +16,9 @@ def takes_all(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Ten
     return _route(logits, top_k)
 
 
-def takes_too_much_shared_memory(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def takes_too_large_a_grid(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     if logits.shape[0] > 1:
-        square = torch.zeros((512, 512), device=logits.device)
-        _square_kernel[(1,)](square, N=512)
+        _touch_kernel[(1, 1 << 16)](torch.zeros(1, device=logits.device))  # one more than there can be
     return _route(logits, top_k)
 
 
@@ -29,7 +28,5 @@ def _route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 @triton.jit
-def _square_kernel(ptr, N: tl.constexpr):
-    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    x = tl.load(ptr + at)
-    tl.store(ptr + at, tl.dot(x, x))
+def _touch_kernel(ptr):
+    tl.store(ptr, 1.0)
