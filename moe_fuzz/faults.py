@@ -267,6 +267,21 @@ class Noncontiguous(Fault):
 
 
 @register
+class Int32Boundary(Fault):
+    """Rows so far apart that the last begins past 2^31 elements, as the rows of a large buffer do: an offset that is
+    computed in 32 bits wraps (vllm#42201, vllm#39213, flashinfer#3007). Only the rows have memory."""
+
+    name = "int32_boundary"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        if canvas.transposed:
+            return
+        apart = 1 << 31
+        gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 13))
+        canvas.stride_gap = apart // max(1, len(canvas.rows) - 1) + gap
+
+
+@register
 class Transposed(Fault):
     """The tensor is a transposed view, as `(W @ x.T).T` gives it: the experts of a token stand apart."""
 

@@ -15,6 +15,18 @@ ACCESS = ("any", "write")
 OWN = ("torch", "all", "off")
 
 
+#: The variables that name a provider's extension libraries, joined with os.pathsep, where its package is not installed.
+LIB_VARIABLES: Mapping[str, str] = {"vllm": "MOE_FUZZ_VLLM_LIB", "sglang": "MOE_FUZZ_SGLANG_LIB"}
+
+
+@dataclass(frozen=True)
+class ProviderOptions:
+    """How the workers of one provider are started: releases pin different versions of torch."""
+
+    python: str | None = None  # the interpreter, which needs torch, triton, numpy; None: ours
+    env: Mapping[str, str] = field(default_factory=dict)  # variables set for it, over those of this process
+
+
 @dataclass(frozen=True)
 class FenceOptions:
     """By default everything faults. After a crash the same case runs again with other options, which name the culprit:
@@ -61,8 +73,8 @@ class RunOptions:
 
     checks: tuple[str, ...] | None = None  # None: all of the op's
     fence: FenceOptions = field(default_factory=FenceOptions)
-    deadline: float = 10.0  # seconds a case may take
-    first_deadline: float = 60.0  # seconds for the first case of a config in a process: it may compile
+    deadline: float = 10.0  # seconds a case may take, those not counted in which it compiles or loads code
+    first_deadline: float = 60.0  # seconds that these may take: what comes first in a process
 
     def __post_init__(self) -> None:
         for name in ("deadline", "first_deadline"):

@@ -107,6 +107,8 @@ def make_step(tokens: int, padding: int, faults: Sequence[LaidFault], chosen: ra
     padded = padding_rows(rows, padding, chosen)
     laid = []
     for place, where in faults:
+        if place.max_rows is not None and tokens > place.max_rows:
+            continue
         if not place.on_rows:
             laid.append(Fault(place.fault, place.tensor))
             continue
@@ -147,7 +149,8 @@ class _Content:
 def _replays(plan: Plan, chosen: random.Random, known: Container[str]) -> list[Step]:
     """known: the faults that may be drawn. What none of them can bring into a tail is not in it."""
     whole = {place.fault: Fault(place.fault, place.tensor)  # a layout is the buffer's, a bias is a weight: they stay
-             for move in plan.moves for place, _ in move.faults if not place.on_rows}  # fmt: skip
+             for move in plan.moves for place, _ in move.faults
+             if not place.on_rows and (place.max_rows is None or max(plan.sizes) <= place.max_rows)}  # fmt: skip
     buffers: dict[int, dict[int, _Content]] = {}
     steps = []
     for stream, move in enumerate(plan.moves):

@@ -13,12 +13,12 @@ from moe_fuzz.campaign.confirm import TRIES, Confirmation, Key, confirm, holds, 
 from moe_fuzz.campaign.faces import same_defect
 from moe_fuzz.campaign.finding import Finding, features_of, fingerprint, needed_features, place
 from moe_fuzz.campaign.interfaces import Cases, Pool, Space
-from moe_fuzz.campaign.locate import is_memory_fault, locate
+from moe_fuzz.campaign.locate import is_device_fault, is_memory_fault, launch_site, locate
 from moe_fuzz.campaign.minimize import Minimized, Reducer
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.options import FenceOptions, RunOptions
-from moe_fuzz.verdict import HANG, Verdict, Violation
+from moe_fuzz.verdict import Verdict, Violation
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Examiner:
         said = f"{verdict.kind}: what a worker may have was not enough"
         violation = matching(verdict, bad.key) or Violation(*bad.key, said)
         cases = (*minimized.before, minimized.case)
+        if self.device == "cuda" and not violation.site and is_device_fault(bad.key):
+            site = launch_site(self.pool, cases, bad.target, self.options, bad.key)
+            violation = replace(violation, site=site)
+            verdict = replace(verdict, violations=(violation, *verdict.violations[1:]))
         if is_memory_fault(bad.key):
             tries = 1 if confirmed.always else TRIES
             tensors = dict(self.space.tensors)
@@ -78,14 +82,10 @@ class Examiner:
         target = confirmed.case.target
         tries = 1 if confirmed.always else TRIES
         verdicts: dict[Cases, Verdict] = {}
-        # A fresh worker's first call may take long; while reducing a hang that much patience would use up the budget
-        # on a try or two. So it goes by the short deadline, and the answer is checked with the long one.
-        hang = key[0] == HANG
-        options = replace(self.options, first_deadline=self.options.deadline) if hang else self.options
 
         def fails(cases: Cases) -> bool:
             for _ in range(tries):
-                verdict = rerun(self.pool, cases, target, options)
+                verdict = rerun(self.pool, cases, target, self.options)
                 if holds(verdict, key):
                     verdicts[cases] = verdict
                     return True
@@ -98,8 +98,6 @@ class Examiner:
         cases = (*minimized.before, minimized.case)
         if cases not in verdicts:
             return minimized, confirmed.verdict
-        if hang and not holds(rerun(self.pool, cases, target, self.options), key):
-            return nothing, confirmed.verdict
         return minimized, verdicts[cases]
 
     def _needed_fence(self, cases: Cases, bad: BadCase, always: bool) -> str:
@@ -150,4 +148,4 @@ class Examiner:
         """Versions for a report, as the workers have them: their interpreter need not be this one."""
         env = {"moe-fuzz": __version__, "target": self.info.name, "origin": self.info.origin, "device": self.device}
         env |= {"platform": platform.platform()}
-        return env | {str(name): str(version) for name, version in self.pool.environment.items()}
+        return env | {str(name): str(version) for name, version in self.pool.versions(self.info.name).items()}

@@ -36,7 +36,7 @@ class Settings:
     device: str
     workers: int
     deadline: float = 10.0
-    first_deadline: float = 60.0  # for the first call of a compile key
+    first_deadline: float = 60.0  # for compiling and loading, which do not count against `deadline`
     minimize_seconds: float = 30.0  # for each finding
     max_findings: int | None = None  # stop after this many new ones
     shard_cases: int = 256

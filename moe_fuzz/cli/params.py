@@ -76,7 +76,7 @@ workers = option(
     "--workers",
     type=click.IntRange(1, MAX_WORKERS),
     metavar="N",
-    help="Worker processes. [default: one a GPU, or one a core]",
+    help="Worker processes, spread over the GPUs. [default: as many as there are cores, and GPU memory for]",
 )
 deadline = option(
     "deadline",
@@ -127,12 +127,12 @@ def pick_fence(wanted: str | None, device: str) -> tuple[str, tuple[str, ...]]:
 
 
 def pick_workers(wanted: int | None, device: str) -> int:
-    """How many workers: as asked, else one a GPU, or one a core that this process may use."""
-    from moe_fuzz.cli.machine import gpus
+    """How many workers: as asked, else one a core that this process may use, and on GPUs no more than have room."""
+    from moe_fuzz.worker.gpus import default_workers, gpus
 
     if wanted is not None:
         return wanted
-    return max(1, len(gpus())) if device == "cuda" else max(1, len(os.sched_getaffinity(0)))
+    return default_workers(gpus()) if device == "cuda" else max(1, len(os.sched_getaffinity(0)))
 
 
 def pick_memory(wanted: int | None, device: str, workers: int) -> int | None:

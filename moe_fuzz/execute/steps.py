@@ -123,7 +123,7 @@ def _shaped(call: Call) -> Call:
     """The call, held to the shape that its inputs ask for: relations compare row by row."""
 
     def checked(inputs: Inputs) -> Outputs:
-        outputs, shape = call(inputs), (inputs.plain["logits"].shape[0], inputs.top_k)
+        outputs, shape = call(inputs), (inputs.plain["logits"].shape[0], inputs.width)
         for name, tensor in (("weights", outputs.weights), ("ids", outputs.ids)):
             if tuple(tensor.shape) != shape:
                 message = f"{name} has the wrong shape"

@@ -19,6 +19,7 @@ class FaultPlace:
     tensor: str
     on_rows: bool
     needs: str = ""  # the config flag without which the tensor does not exist
+    max_rows: int | None = None  # it is laid into no step of more rows
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class Planted:
     story: str  # the flaw, and the input that shows it
     symptom: str = ""  # the symptom of the finding, where it is one only
     only: bool = False  # no other check can find it
+    fence: str = "torch"  # FenceOptions.own that it takes to see it
     contract: Mapping[str, Any] = field(default_factory=lambda: {"deterministic": True})
     capabilities: Mapping[str, Any] = field(default_factory=dict)  # beyond what the signature tells
 
@@ -44,7 +45,9 @@ def _router(name: str, module: str, check: str, upstream: str, story: str, **mor
 
 
 _GRAPH = {"deterministic": True, "graph": True}
-_CUDA = {"devices": ("cuda",)}
+_CUDA: Mapping[str, Any] = {"devices": ("cuda",)}
+
+
 def _sigmoid(name: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
     return Planted(name, "topk_sigmoid", "routing_sigmoid", check, upstream, story, **more)
 
@@ -184,6 +187,21 @@ PLANTED: tuple[Planted, ...] = (
     _slots("mapped_in_place", "ids", "sglang#22525", "looks up again what it has looked up"),
     _slots("shared_ids_looked_up", "fence", "sglang#22525", "reads past the map for the ids of shared experts",
            only=True),
+    # the device
+    _router("asserts_on_sentinel", "routing_device", "crash", "TransformerEngine#2907",
+            "looks the id E of a row of NaN up in a table of E: a device-side assertion", symptom="device-assert",
+            only=True, capabilities=_CUDA),
+    _router("loads_words", "routing_device", "crash", "flashinfer#4473",
+            "reads 8 bytes at once where only an element is aligned", symptom="misaligned-access",
+            only=True, capabilities={**_CUDA, "alignment": 1}),
+    _router("waits_for_a_partner", "routing_device", "hang", "Liger-Kernel#1368",
+            "the one block of T = 1 waits for a second one, on the device", symptom="deadline", only=True,
+            capabilities=_CUDA),
+    _router("int32_row_offset", "routing_device", "crash", "vllm#42201",
+            "row times stride wraps in 32 bits where a row begins past 2^31 elements"),
+    _router("overruns_hidden_scratch", "routing_device", "fence", "flashinfer#3957",
+            "stores past a workspace from a helper thread where E is odd", symptom="own:right:write", only=True,
+            capabilities=_CUDA, fence="all"),
 )  # fmt: skip
 
 

@@ -177,6 +177,9 @@ class FakePool:
         op, _, provider = target.partition("@")
         return TargetInfo(target, op, provider, "a fake", clauses={"routing": "README: top k is top k"})
 
+    def versions(self, target: str) -> dict[str, str]:
+        return dict(self.environment)
+
     @contextlib.contextmanager
     def lease(self) -> Iterator[FakeWorker]:
         with self._available:
@@ -189,7 +192,7 @@ class FakePool:
                     self._free.append(worker)
 
     @contextlib.contextmanager
-    def fresh(self) -> Iterator[FakeWorker]:
+    def fresh(self, environment: Mapping[str, str] | None = None) -> Iterator[FakeWorker]:
         self._local.fresh = True
         self.fresh_runs += 1
         try:

@@ -48,12 +48,14 @@ SIMPLEST: dict[str, Scalar] = {name: values[0] for name, values in FIELDS.items(
 
 ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts", "shifted_rows",
                "huge_rows", "ladder", "ties", "zero_rows", "stale_rows")  # fmt: skip
+_STRIDED = ("noncontiguous", "transposed", "int32_boundary")  # faults that need a target which takes strides
 PLACES = (
     *(FaultPlace(name, "logits", on_rows=True) for name in ROW_FAULTS),
     FaultPlace("extreme_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("negative_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("noncontiguous", "logits", on_rows=False),
     FaultPlace("transposed", "logits", on_rows=False),
+    FaultPlace("int32_boundary", "logits", on_rows=False, max_rows=64),
     FaultPlace("misaligned", "logits", on_rows=False),
 )
 
@@ -123,7 +125,7 @@ class RoutingSpace:
             place
             for place in self.places
             if (not place.needs or config[place.needs])
-            and (place.fault not in ("noncontiguous", "transposed") or info.capabilities.strided)
+            and (place.fault not in _STRIDED or info.capabilities.strided)
             and (place.fault != "misaligned" or info.capabilities.alignment <= 1)
         )
 
@@ -163,6 +165,8 @@ class RoutingSpace:
                         f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
                         f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
                     )
+                if place.max_rows is not None and step.tokens > place.max_rows:
+                    raise CaseError(where, f"{fault.name} is for {place.max_rows} rows at most, not {step.tokens}")
                 if place.needs and not config[place.needs]:
                     raise CaseError(where, f"needs config.{place.needs}")
                 if place.on_rows != bool(fault.rows):
@@ -188,7 +192,7 @@ class RoutingSpace:
         yield config["is_padding"] and not can.is_padding, "is_padding"
         yield config["is_padding"] and config["padding"] not in contract.padding, f"padding={config['padding']}"
         yield config["out"] and not can.out, "out"
-        yield {"noncontiguous", "transposed"} & set(case.fault_names) and not can.strided, "strided logits"
+        yield set(_STRIDED) & set(case.fault_names) and not can.strided, "strided logits"
         yield "misaligned" in case.fault_names and can.alignment > 1, "misaligned logits"
 
     # ---- what it is like --------------------------------------------------------------------------------------------
