@@ -1,4 +1,4 @@
-"""What test_routers_cuda.py asks of the compiled routers, in a process of its own: `python compiled_routers.py CHECK OP`.
+"""What test_routers_cuda.py asks of compiled routers, in a process of its own: `python compiled_routers.py CHECK OP`.
 
 Tests beside it set TRITON_INTERPRET for their whole process, and Triton reads it once.
 """
@@ -103,7 +103,8 @@ def slots(op: str) -> None:
     for padding in ("distinct", "minus_one", "num_experts", "zero_weight", "garbage"):
         out, wanted = ((torch.full((70, 8), 0.5), torch.full((70, 8), 77, dtype=torch.int32)) for _ in range(2))
         device = tuple(tensor.cuda() for tensor in out)
-        kernel(logits.cuda(), 6, **groups, expert_map=table.cuda(), is_padding=flags.cuda(), padding=padding, out=device)
+        flagged = {"is_padding": flags.cuda(), "padding": padding}
+        kernel(logits.cuda(), 6, **groups, expert_map=table.cuda(), **flagged, out=device)
         right(logits, 6, **groups, expert_map=table, is_padding=flags, padding=padding, out=wanted)
         assert torch.equal(device[1].cpu(), wanted[1]), padding
         torch.testing.assert_close(device[0].cpu(), wanted[0], rtol=1e-5, atol=0)

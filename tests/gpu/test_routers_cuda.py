@@ -1,4 +1,4 @@
-"""The compiled routers: against the float64 references, on hostile rows, bit for bit, and from the pool to the verdict."""
+"""Compiled routers: against the float64 references, on hostile rows, bit for bit, and from the pool to the verdict."""
 
 from __future__ import annotations
 
