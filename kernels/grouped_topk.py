@@ -124,8 +124,8 @@ def _block(tokens: int, lanes: int) -> tuple[int, int]:
     return (512 // lanes, 4) if lanes <= 128 else (1, max(1, lanes // 512))
 
 
-# Nothing is assumed about where rows lie: a slice of a batch, or a row alone, may be aligned and strided otherwise, and a
-# kernel with another layout could sum in another order.
+# Nothing is assumed about where rows lie: a slice of a batch, or a row alone, may be aligned and strided otherwise, and
+# a kernel with another layout could sum in another order.
 @triton.jit(
     do_not_specialize=["tokens", "topk_group", "top_k", "n_shared", "padding_id", "logits_stride_t", "logits_stride_e"],
     do_not_specialize_on_alignment=["logits_ptr"],
