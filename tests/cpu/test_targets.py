@@ -72,7 +72,8 @@ def file(tmp_path: Path) -> Path:
 def test_names_resolve() -> None:
     both = ("topk_softmax@builtin", "topk_softmax@torch")
     assert registry.resolve("topk_softmax") == both
-    assert registry.resolve("torch") == ("topk_softmax@torch",)
+    assert registry.resolve("torch") == ("grouped_topk@torch", "topk_sigmoid@torch", "topk_softmax@torch")
+    assert registry.resolve("torch", "topk_sigmoid") == ("topk_sigmoid@torch",)
     assert registry.resolve("topk_softmax@planted.nan_argmax") == ("topk_softmax@planted.nan_argmax",)
     assert registry.resolve("package.module:function", "topk_softmax") == ("topk_softmax@package.module:function",)
 
@@ -137,6 +138,23 @@ def test_a_module_takes_what_its_forward_names(file: Path) -> None:
     can = module.info.capabilities
     assert (can.renormalize, can.bias, can.is_padding, can.out) == ((False, True), False, True, False)
     assert module(torch.randn(2, 8), 2, {"renormalize": True, "padding": "distinct", "scale": 1.0})[1].shape == (2, 2)
+
+
+def test_a_grouped_router_takes_what_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "grouped.py"
+    path.write_text(
+        "def named(logits, k, renormalize, num_expert_group, topk_group, scoring_func='softmax', bias=None): ...\n"
+        "def whole(logits, k, *, n_group, topk_group, scoring, group_score, n_shared=0, expert_map=None): ...\n"
+    )
+    named, whole = (bind(f"grouped_topk@{path}:{name}") for name in ("named", "whole"))
+    assert (named.keywords["n_group"], named.keywords["scoring"]) == ("num_expert_group", "scoring_func")
+    can = named.info.capabilities
+    assert (can.scorings, can.group_scores, can.n_shared) == (("softmax", "sigmoid"), ("max",), 0)
+    assert not can.expert_map
+    can = whole.info.capabilities
+    assert (can.group_scores, can.n_shared, can.expert_map) == (("max", "top2_sum"), 8, True)
+    with pytest.raises(UsageError, match="num_expert_group"):
+        bind(f"topk_softmax@{path}:named")
 
 
 def test_declarations_are_cut_down_to_the_signature(file: Path) -> None:

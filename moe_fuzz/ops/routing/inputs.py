@@ -80,6 +80,8 @@ def materialize(case: Case, step_index: int) -> Inputs:
     canvases = {"logits": Canvas("logits", logits, rows, experts, case.seed)}
     if config["bias"]:
         bias = generator.triangular(case.seed, "bias", [0], experts) * _BIAS_MAGNITUDE
+        # Learned biases share an offset. With one below 0, a 0 that a kernel holds for "none" wins (sglang#3705).
+        bias -= (generator.choice(case.seed, "bias/shift", [0], [0], 4) == 0).float()
         canvases["bias"] = Canvas("bias", bias, [0], experts, case.seed)
     if config.get("expert_map"):
         canvases["expert_map"] = Canvas("expert_map", _physical_ids(case), [0], experts, case.seed)
