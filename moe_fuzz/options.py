@@ -14,6 +14,18 @@ SIDES = ("both", "left", "right")
 ACCESS = ("any", "write")
 
 
+#: The variables that name a provider's extension libraries, joined with os.pathsep, where its package is not installed.
+LIB_VARIABLES: Mapping[str, str] = {"vllm": "MOE_FUZZ_VLLM_LIB", "sglang": "MOE_FUZZ_SGLANG_LIB"}
+
+
+@dataclass(frozen=True)
+class ProviderOptions:
+    """How the workers of one provider are started: releases pin different versions of torch."""
+
+    python: str | None = None  # the interpreter, which needs torch, triton, numpy; None: ours
+    env: Mapping[str, str] = field(default_factory=dict)  # variables set for it, over those of this process
+
+
 @dataclass(frozen=True)
 class FenceOptions:
     """By default everything faults. After a crash the same case runs again with other options, which name the culprit:
