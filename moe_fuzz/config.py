@@ -250,7 +250,7 @@ PROVIDER_KEYS: Mapping[str, Callable[[Any], Any]] = {"python": _text, "lib": _te
 
 
 def _providers(tables: Any, path: Path, environment: Mapping[str, str]) -> dict[str, ProviderOptions]:
-    """`lib` becomes the variable that the provider's target reads, unless that is set already: it wins over the file."""
+    """`lib` becomes the variable that the provider's targets read, unless it is set already: it wins over the file."""
     if not isinstance(tables, dict):
         raise UsageError(f"{path}: {TABLE}.providers must be a table", f"write [{TABLE}.providers.NAME]")
     known = {target.provider for target in registry.known()} if tables else set()
@@ -265,8 +265,8 @@ def _providers(tables: Any, path: Path, environment: Mapping[str, str]) -> dict[
         read: dict[str, Any] = {}
         for key, value in table.items():
             if key not in PROVIDER_KEYS or (key == "lib" and name not in LIB_VARIABLES):
-                raise UsageError(f"{where}: unknown key {key!r}{did_you_mean(key, PROVIDER_KEYS)}",
-                                 f"the keys are {', '.join(PROVIDER_KEYS)}; lib is for {', '.join(LIB_VARIABLES)}")  # fmt: skip
+                hint = f"the keys are {', '.join(PROVIDER_KEYS)}; lib is for {' and '.join(LIB_VARIABLES)}"
+                raise UsageError(f"{where}: unknown key {key!r}{did_you_mean(key, PROVIDER_KEYS)}", hint)
             try:
                 read[key] = PROVIDER_KEYS[key](value)
             except ValueError as error:

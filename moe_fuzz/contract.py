@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ class Contract:
     ties: str = "any"  # "any" | "lowest_index_first"
     ordered: bool = False  # the slots of a row stand in descending order of biased score
     padding: tuple[str, ...] = ("distinct",)  # the dialects it can speak; only asked for where `is_padding` is taken
+    padding_weight: str = "dialect"  # weights of flagged rows: "dialect" (0 where there is no expert) | "any"
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,22 @@ class TargetInfo:
     origin: str = ""  # where the code was found: a file, or package and version
     contract: Contract = field(default_factory=Contract)
     capabilities: Capabilities = field(default_factory=Capabilities)
-    clauses: Mapping[str, str] = field(default_factory=dict)  # check -> the documented clause that makes it `contract`
+    clauses: Mapping[str, str] = field(default_factory=dict)  # "check", "check:symptom" or "*" -> where it is promised
+    unpromised: Mapping[str, str] = field(default_factory=dict)  # the same, " @ " and a feature -> why not with that
 
-    def finding_class(self, check: str) -> str:
-        """`contract` where the target's own project promises what the check asks, else `robustness`."""
-        return "contract" if check in self.clauses or "*" in self.clauses else "robustness"
+    def classify(self, check: str, symptom: str = "", features: Iterable[str] = ()) -> tuple[str, str]:
+        """(class, clause) of a finding: `contract` where the target's own project promises what the check asks.
+
+        features: what the smallest case still needs. A finding that needs what `unpromised` names is of class
+        `robustness`, and the clause says why the project cannot be held to it.
+        """
+        keys = (f"{check}:{symptom}", check, "*")
+        for feature in features:
+            for key in keys:
+                if why := self.unpromised.get(f"{key} @ {feature}"):
+                    return "robustness", why
+        clause = next((self.clauses[key] for key in keys if key in self.clauses), None)
+        return ("robustness", "") if clause is None else ("contract", clause)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,6 +86,7 @@ class TargetInfo:
             contract=_record(Contract, data["contract"]),
             capabilities=_record(Capabilities, data["capabilities"]),
             clauses=dict(data["clauses"]),
+            unpromised=dict(data["unpromised"]),
         )
 
 
@@ -87,15 +100,22 @@ def declares(
     contract: Contract | None = None,
     capabilities: Capabilities | None = None,
     clauses: Mapping[str, str] | None = None,
+    unpromised: Mapping[str, str] | None = None,
+    origin: str = "",
 ) -> Callable[[_F], _F]:
     """Says what the decorated implementation promises; without it, moe-fuzz assumes as little as the signature shows.
 
     clauses: for each check, the sentence of the project's own documentation that promises what the check asks
-    (`"*"` for all checks). A finding of such a check is of class `contract`, any other of class `robustness`.
+    (`"*"` for all checks, `"check:symptom"` for one way to break it). A finding of such a check is of class `contract`,
+    any other of class `robustness`.
+    unpromised: what the project never promised to take, `"ids @ fault:extreme_bias"`: a check, the feature of a case
+    that it needs, and why. Such a finding is of class `robustness` whatever the clauses say.
+    origin: where the code behind an adapter is from: package and version, or a library's file.
     """
 
     def attach(function: _F) -> _F:
-        promise = {"contract": contract, "capabilities": capabilities, "clauses": dict(clauses or {})}
+        promise = {"contract": contract, "capabilities": capabilities, "clauses": dict(clauses or {}),
+                   "unpromised": dict(unpromised or {}), "origin": origin}  # fmt: skip
         setattr(function, DECLARATION, promise)
         return function
 

@@ -61,7 +61,9 @@ def bind(name: str) -> Target:
         }
     keywords, capabilities, contract = _read_signature(function, promise)
     provider = source.partition(".")[0] if ":" not in source else "user"
-    info = TargetInfo(name, op, provider, origin, contract, capabilities, promise.get("clauses") or {})
+    origin = promise.get("origin") or origin  # an adapter knows the library behind it
+    clauses, unpromised = promise.get("clauses") or {}, promise.get("unpromised") or {}
+    info = TargetInfo(name, op, provider, origin, contract, capabilities, clauses, unpromised)
     return Target(info, function, keywords)
 
 

@@ -26,6 +26,17 @@ _OWN = {
     "topk_softmax@builtin": "moe_fuzz.targets.builtin:topk_softmax",
     "topk_softmax@torch": "moe_fuzz.targets.torch:topk_softmax",
 }
+#: Of serving libraries, which need not be installed: factories, since what a release takes is known once it is loaded.
+_LIBRARIES = {
+    "topk_softmax@vllm": "moe_fuzz.targets.vllm:topk_softmax()",
+    "topk_softmax@vllm.fused_topk": "moe_fuzz.targets.vllm:topk_softmax_fused_topk()",
+    "topk_softmax@vllm.fused_topk_bias": "moe_fuzz.targets.vllm:topk_softmax_fused_topk_bias()",
+    "topk_sigmoid@vllm": "moe_fuzz.targets.vllm:topk_sigmoid()",
+    "topk_sigmoid@vllm.fused_topk": "moe_fuzz.targets.vllm:topk_sigmoid_fused_topk()",
+    "topk_sigmoid@vllm.fused_topk_bias": "moe_fuzz.targets.vllm:topk_sigmoid_fused_topk_bias()",
+    "topk_softmax@sglang": "moe_fuzz.targets.sglang:topk_softmax()",
+    "topk_sigmoid@sglang": "moe_fuzz.targets.sglang:topk_sigmoid()",
+}
 _LOCATION = re.compile(r"(?P<place>.+):(?P<attribute>[A-Za-z_][\w.]*)(?P<call>\(\))?")
 
 
@@ -47,7 +58,7 @@ class KnownTarget:
 
 def known(planted: bool = False) -> tuple[KnownTarget, ...]:
     """Our own targets and those of installed packages; the planted bugs only on request."""
-    found = dict(_OWN)
+    found = _OWN | {name: place for name, place in _LIBRARIES.items() if name.partition("@")[0] in OPS}
     found |= {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS) if "@" in entry.name}
     if planted:
         found |= {bug.target: f"moe_fuzz.planted.{bug.module}:{bug.function}" for bug in PLANTED}
