@@ -99,7 +99,7 @@ def command(
         limit = params.pick_memory(memory, device, count)
         with state, Pool(workers=count, device=device, memory_limit=limit, log_dir=state_dir / "logs") as pool:
             settings = Settings(
-                targets=names if targets else available(names, pool, broadcast),
+                targets=runnable(names, targets, op, pool, broadcast),
                 cases=cases,
                 seconds=time if time is not None or cases is not None else chosen.seconds,
                 seed=seed,
@@ -146,13 +146,18 @@ def check_floor(summary: Summary, profile: config.Profile) -> None:
         )
 
 
-def available(names: Sequence[str], pool: Pool, emit: report.Broadcast) -> tuple[str, ...]:
-    """Those that can run here. Nobody asked for the others by name, so that they cannot is told and no error."""
+def runnable(
+    names: Sequence[str], targets: Sequence[str], op: str | None, pool: Pool, emit: report.Broadcast
+) -> tuple[str, ...]:
+    """Those that can run here, and those asked for by name, which must. That the others cannot is told and no error:
+    an op or a provider stands for whatever there is of it."""
+    asked = {name for text in targets if "@" in text or ":" in text for name in registry.resolve(text, op)}
 
     def able() -> Iterator[str]:
         for name in names:
             try:
-                pool.describe(name)
+                if name not in asked:
+                    pool.describe(name)
             except EnvironmentProblem as error:
                 emit(TargetUnavailable(name, error.message, error.hint))
             else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -21,22 +20,7 @@ import torch
 
 from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.options import LIB_VARIABLES
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a provider's operators may come from."""
-
-    provider: str
-    package: str  # the Python package that holds the library
-    distributions: tuple[str, ...]  # the names under which it is installed
-    namespace: str  # of its operators: torch.ops.NAMESPACE
-    patterns: tuple[str, ...]  # its library files inside the package, the best first
-
-
-VLLM = Source("vllm", "vllm", ("vllm",), "_moe_C", ("_moe_C_stable_libtorch*.so", "_moe_C*.so"))
-SGLANG = Source("sglang", "sgl_kernel", ("sglang-kernel", "sgl-kernel"), "sgl_kernel",
-                ("{sm}/common_ops*.so", "common_ops*.so"))  # fmt: skip
+from moe_fuzz.targets.sources import Source, installed, version
 
 
 @dataclass(frozen=True)
@@ -73,23 +57,20 @@ def identity(file: Path) -> str:
 @functools.cache
 def load(source: Source) -> Library:
     """Loads the provider's library. EnvironmentProblem, with the way out, if there is none or it does not load."""
-    version, files = _installed(source)
+    release, files = _installed(source)
     if not files:
-        version, files = "", _named(source)
+        release, files = "", _named(source)
     for file in files:
         _load_file(file)
-    return Library(source, tuple(files), version)
+    return Library(source, tuple(files), release)
 
 
 def _installed(source: Source) -> tuple[str, list[Path]]:
     """Version and library of the installed package; nothing where it is not installed."""
-    try:
-        spec = importlib.util.find_spec(source.package)
-    except ValueError:  # a module of that name without a spec: somebody's stub
-        spec = None
-    if spec is None:
+    if not installed(source.package):
         return "", []
-    folders = [Path(place) for place in spec.submodule_search_locations or ()]
+    spec = importlib.util.find_spec(source.package)
+    folders = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
     patterns = [pattern.format(sm=_architecture()) for pattern in source.patterns]
     found = next((f for folder in folders for pattern in patterns for f in sorted(folder.glob(pattern))), None)
     if found is None:
@@ -97,22 +78,13 @@ def _installed(source: Source) -> tuple[str, list[Path]]:
             f"the installed package {source.package} has no library {' or '.join(patterns)}",
             "it is built for another machine, or newer than this version of moe-fuzz",
         )
-    return _version(source.distributions), [found]
+    return version(source.distributions) or "of unknown version", [found]
 
 
 def _architecture() -> str:
     """`sm90` on Hopper, else `sm100`: the two folders of sgl_kernel, which chooses by the same rule."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     return "sm90" if hopper else "sm100"
-
-
-def _version(distributions: Sequence[str]) -> str:
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "of unknown version"
 
 
 def _named(source: Source) -> list[Path]:
@@ -172,7 +144,7 @@ def function(package: str, places: Sequence[str]) -> tuple[Any, str]:
             raise EnvironmentProblem(f"{module} cannot be imported: {type(error).__name__}: {error}",
                                      f"install the whole of {package}, with what it needs") from error  # fmt: skip
         if found is not None:
-            return found, _version([package])
+            return found, version([package]) or "of unknown version"
     raise EnvironmentProblem(
         f"no package here has {' or '.join(places)}",
         f"pip install {package}; its extension library alone does not hold this function",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_fuzz.contract import Capabilities, Contract, declares
-from moe_fuzz.targets import extension
+from moe_fuzz.targets import extension, sources
 from moe_fuzz.targets.adapter import Router, into_outputs
 from moe_fuzz.targets.schema import Fixed, Names, bind_operator
 
@@ -60,7 +60,7 @@ def topk_sigmoid() -> Router:
 
 
 def _operator(name: str, names: Names) -> Router:
-    library = extension.load(extension.SGLANG)
+    library = extension.load(sources.SGLANG)
     operator = library.operator(name)
     call = bind_operator(operator, names, ("weights", "ids", "logits"))
     capabilities = replace(_CAPABILITIES, devices=extension.devices(operator))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_fuzz.contract import Capabilities, Contract, declares
-from moe_fuzz.targets import extension
+from moe_fuzz.targets import extension, sources
 from moe_fuzz.targets.adapter import Router, into_outputs, returning
 from moe_fuzz.targets.schema import BoundCall, Fixed, Names, bind_function, bind_operator
 
@@ -99,7 +99,7 @@ def topk_sigmoid_fused_topk_bias() -> Router:
 
 
 def _operator(name: str) -> Router:
-    library = extension.load(extension.VLLM)
+    library = extension.load(sources.VLLM)
     operator = library.operator(name)
     call = bind_operator(operator, _OPERATOR, ("weights", "ids", "logits"))
     devices = extension.devices(operator)

@@ -20,7 +20,7 @@ from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.execute.runner import Runner
 from moe_fuzz.ops import OPS, get_space
 from moe_fuzz.options import RunOptions
-from moe_fuzz.targets import extension, registry
+from moe_fuzz.targets import extension, registry, sources
 from moe_fuzz.targets.bind import Target, bind
 from moe_fuzz.verdict import PASS, VIOLATION
 from moe_fuzz.worker.pool import Pool
@@ -58,8 +58,8 @@ def released(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Released:
         provider = provider_of(release)
         name = f"fake_{next(_COUNTER)}"
         fake_library.register(name, list(schemas(release).values()) if texts is None else texts, change)
-        source = replace(getattr(extension, provider.upper()), package="no_such_package", namespace=name)
-        monkeypatch.setattr(extension, provider.upper(), source)
+        source = replace(getattr(sources, provider.upper()), package="no_such_package", namespace=name)
+        monkeypatch.setattr(sources, provider.upper(), source)
         file = tmp_path / "empty.py"
         file.write_text("")
         monkeypatch.setenv(VARIABLE[provider], str(file))
@@ -207,7 +207,7 @@ def test_an_operator_that_the_release_lacks_is_told(released: Released) -> None:
 
 @pytest.mark.parametrize("provider", VARIABLE)
 def test_without_package_and_library_the_way_out_is_named(provider: str) -> None:
-    if extension.importlib.util.find_spec(getattr(extension, provider.upper()).package):
+    if sources.installed(sources.SOURCES[provider].package):
         pytest.skip(f"{provider} is installed here")
     said = refused(f"topk_softmax@{provider}")
     assert VARIABLE[provider] in said
@@ -224,7 +224,7 @@ def test_a_library_that_is_missing_or_does_not_load(
     file = tmp_path / ("library.py" if content and content[0] != 0x7F else "library.so")
     if content is not None:
         file.write_bytes(content)
-    monkeypatch.setattr(extension, "VLLM", replace(extension.VLLM, package="no_such_package"))
+    monkeypatch.setattr(sources, "VLLM", replace(sources.VLLM, package="no_such_package"))
     monkeypatch.setenv("MOE_FUZZ_VLLM_LIB", os.pathsep.join([str(file), ""]))
     said = refused("topk_softmax@vllm")
     assert says in said
@@ -250,7 +250,7 @@ def test_an_installed_package_comes_first_and_tells_its_version(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-serving\nVersion: 1.2\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("MOE_FUZZ_VLLM_LIB", "/nowhere.so")
-    source = replace(extension.VLLM, package="acme_serving", distributions=("acme-serving",))
+    source = replace(sources.VLLM, package="acme_serving", distributions=("acme-serving",))
     monkeypatch.setattr(extension, "_load_file", lambda file: None)
     library = extension.load(source)
     assert (library.version, [f.name for f in library.files]) == ("1.2", ["_moe_C.py.so"])
@@ -271,7 +271,7 @@ def fused_topk(hidden_states, gating_output, topk, renormalize, indices_type=Non
 
 
 def test_the_python_wrapper_is_bound_by_its_signature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if extension.importlib.util.find_spec("vllm"):
+    if sources.installed("vllm"):
         pytest.skip("vllm is installed here")
     folder = tmp_path / "vllm" / "model_executor" / "layers" / "fused_moe" / "router"
     folder.mkdir(parents=True)
@@ -287,7 +287,7 @@ def test_the_python_wrapper_is_bound_by_its_signature(monkeypatch: pytest.Monkey
 
 
 def test_the_python_wrapper_needs_the_whole_package() -> None:
-    if extension.importlib.util.find_spec("vllm"):
+    if sources.installed("vllm"):
         pytest.skip("vllm is installed here")
     assert "its extension library alone" in refused("topk_softmax@vllm.fused_topk")
 
@@ -313,3 +313,14 @@ def test_all_libraries_are_listed() -> None:
     names = {target.name for target in registry.known()}
     for op in OPS:
         assert {f"{op}@vllm", f"{op}@sglang"} <= names
+
+
+def test_a_list_says_from_what_a_target_would_be_bound() -> None:
+    if sources.installed("vllm") or sources.installed("sgl_kernel"):
+        pytest.skip("a serving library is installed here")
+    where = sources.whereabouts
+    lib = {"MOE_FUZZ_VLLM_LIB": os.pathsep.join(["/a/_moe_C.abi3.so", "/b/_C.abi3.so"])}
+    assert where("vllm", "", lib) == "MOE_FUZZ_VLLM_LIB: _moe_C.abi3.so, _C.abi3.so"
+    assert where("vllm", "fused_topk", lib) == "nothing: no package vllm"
+    assert where("sglang", "", lib) == "nothing: no package sgl_kernel, no MOE_FUZZ_SGLANG_LIB"
+    assert (where("builtin", "", {}), where("acme", "", {})) == ("ours", "an installed package")
