@@ -30,6 +30,33 @@ def topk_softmax(
 
     Raises ValueError for anything outside these shapes, dtypes and ranges.
     """
+    return _route("softmax", logits, top_k, renormalize, bias, scale, is_padding, padding, out)
+
+
+def topk_sigmoid(
+    logits: Tensor,  # [T, E] float32 | bfloat16 | float16, any strides; T >= 0, 1 <= E <= 1024
+    top_k: int,  # 1 <= top_k <= min(E, 32)
+    *,
+    renormalize: bool = False,
+    bias: Tensor | None = None,  # [E] float32
+    scale: float = 1.0,  # finite, >= 0
+    is_padding: Tensor | None = None,  # [T] bool
+    padding: str = "distinct",
+    out: tuple[Tensor, Tensor] | None = None,  # (weights [T, k] float32, ids [T, k] int32), both contiguous
+) -> tuple[Tensor, Tensor]:  # (weights [T, k] float32, ids [T, k] int32): `out` where it was given
+    """The `top_k` experts of each token by sigmoid score (+ bias), and their weights, in one launch.
+
+    The contract is that of `reference/routing.py::topk_sigmoid`. Beyond it: as `topk_softmax`.
+
+    Raises ValueError for anything outside these shapes, dtypes and ranges.
+    """
+    return _route("sigmoid", logits, top_k, renormalize, bias, scale, is_padding, padding, out)
+
+
+def _route(
+    scoring: str, logits: Tensor, top_k: int, renormalize: bool, bias: Tensor | None, scale: float,
+    is_padding: Tensor | None, padding: str, out: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if logits.dim() != 2 or logits.dtype not in DTYPES or not 1 <= logits.shape[1] <= 1024:
         raise ValueError("logits must be [T, E] in float32, bfloat16 or float16 with 1 <= E <= 1024, "
                          f"not {list(logits.shape)} {logits.dtype}")
@@ -60,7 +87,7 @@ def topk_softmax(
         is_padding, flagged = None, 0
     else:
         flagged = 2 if padding == "garbage" else 1
-    _topk_softmax_kernel[(triton.cdiv(tokens, rows),)](
+    _topk_kernel[(triton.cdiv(tokens, rows),)](
         logits, bias, is_padding,  # inputs
         weights, ids,  # outputs
         tokens, experts, top_k,  # sizes
@@ -70,7 +97,8 @@ def topk_softmax(
         bias.stride(0) if bias is not None else 0,
         is_padding.stride(0) if is_padding is not None else 0,
         float(scale), {"minus_one": -1, "num_experts": experts}.get(padding, 0),  # values
-        HAS_BIAS=bias is not None, RENORMALIZE=bool(renormalize), FLAGGED=flagged,  # constants
+        SIGMOID=scoring == "sigmoid", HAS_BIAS=bias is not None,  # constants
+        RENORMALIZE=bool(renormalize), FLAGGED=flagged,
         ROWS=rows, EXPERT_PAD=expert_pad, K_PAD=triton.next_power_of_2(top_k),
         num_warps=warps,
     )  # fmt: skip
@@ -96,12 +124,13 @@ def _block(tokens: int, expert_pad: int) -> tuple[int, int]:
 
 
 @triton.jit(do_not_specialize=["tokens", "top_k", "padding_id"])
-def _topk_softmax_kernel(  # type: ignore[no-untyped-def]
+def _topk_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, bias_ptr, is_padding_ptr,  # [T, E], [E] f32, [T] bool
     weights_ptr, ids_ptr,  # [T, k] f32, [T, k] i32
     tokens, experts, top_k,
     logits_stride_t, logits_stride_e, bias_stride, is_padding_stride,
     scale, padding_id,
+    SIGMOID: tl.constexpr,  # else softmax
     HAS_BIAS: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     FLAGGED: tl.constexpr,  # flagged rows: 0 are routed, 1 get (padding_id, 0), 2 stay unwritten
@@ -116,17 +145,18 @@ def _topk_softmax_kernel(  # type: ignore[no-untyped-def]
 
     x = tl.load(base + col[None, :] * logits_stride_e, mask=row_ok[:, None] & real, other=float("-inf"))
     x = _finite_above(x.to(tl.float32))  # [R, E']
-    if HAS_BIAS or not RENORMALIZE:
+    if not SIGMOID and (HAS_BIAS or not RENORMALIZE):
         # The largest logit is subtracted; with nothing but -inf there is nothing to subtract it from.
         top = tl.maximum(tl.max(x, axis=1), -3.4028234663852886e38)  # [R]
         e = tl.exp(x - top[:, None])  # [R, E'], 0 past E
         total = tl.maximum(tl.sum(e, axis=1), 1e-30)  # [R], >= 1 but on a row of -inf, where every e is 0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + col * bias_stride, mask=col < experts, other=0.0)  # [E']
-        rank = e / total[:, None] + bias[None, :]
+        score = _sigmoid(x, 0.0) if SIGMOID else e / total[:, None]
+        rank = score + bias[None, :]
         rank = tl.where(rank != rank, float("-inf"), rank)
     else:
-        rank = x  # softmax is monotone, and the logits are exact
+        rank = x  # either score is monotone, and the logits are exact
 
     # One max gives value and lowest index at once, and ids stay distinct whatever the values are: the upper half of a
     # key orders like the float (and -0 like +0), the lower half prefers the lower column. A comparison of floats would
@@ -147,12 +177,20 @@ def _topk_softmax_kernel(  # type: ignore[no-untyped-def]
     ids = EXPERT_PAD - 1 - (best & 0xFFFFFFFF).to(tl.int32)  # [R, k']
     picked = tl.load(base + ids * logits_stride_e, mask=row_ok[:, None] & used, other=float("-inf"))
     picked = _finite_above(picked.to(tl.float32))  # [R, k']
-    if RENORMALIZE:
-        # Relative to the largest selected logit, so that the sum is at least 1 even where a bias has selected experts
-        # whose softmax underflows: no 0/0 (sglang#31017, flashinfer#3803).
-        top = tl.maximum(tl.max(picked, axis=1), -3.4028234663852886e38)
-        total = tl.maximum(tl.sum(tl.exp(picked - top[:, None]), axis=1), 1e-30)
-    weights = tl.exp(picked - top[:, None]) / total[:, None] * scale
+    # Renormalized: relative to the largest selected one, so that the sum is no smaller than 1 (sigmoid: 1/2) even where
+    # a bias has selected experts whose scores underflow: no 0/0 (sglang#31017, flashinfer#3803).
+    if SIGMOID:
+        if RENORMALIZE:
+            shift = tl.maximum(tl.max(tl.minimum(picked, 0.0), axis=1), -3.4028234663852886e38)[:, None]
+            score = _sigmoid(picked, shift)
+            weights = score / tl.maximum(tl.sum(score, axis=1), 1e-30)[:, None] * scale
+        else:
+            weights = _sigmoid(picked, 0.0) * scale
+    else:
+        if RENORMALIZE:
+            top = tl.maximum(tl.max(picked, axis=1), -3.4028234663852886e38)
+            total = tl.maximum(tl.sum(tl.exp(picked - top[:, None]), axis=1), 1e-30)
+        weights = tl.exp(picked - top[:, None]) / total[:, None] * scale
 
     where = row[:, None] * top_k + slot[None, :]
     mask = row_ok[:, None] & used
@@ -172,3 +210,9 @@ def _finite_above(x):
     """NaN becomes -inf and +inf the largest float32, so that no difference of two logits is NaN."""
     x = tl.where(x != x, float("-inf"), x)
     return tl.where(x == float("inf"), 3.4028234663852886e38, x)
+
+
+@triton.jit
+def _sigmoid(x, shift):
+    """sigmoid(x) / exp(shift), for shift in [min(x, 0), 0]: no exponential overflows, and 0 for -inf."""
+    return tl.exp(tl.minimum(x, 0.0) - shift) / (1.0 + tl.exp(-tl.abs(x)))

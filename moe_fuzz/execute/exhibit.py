@@ -77,7 +77,7 @@ def _step(case: Case, index: int, target: Target) -> dict[str, Any]:
         "experts": seen.experts,
         **inputs.options,
         "tensors": {name: _placed(name, plain, inputs, alignment) for name, plain in inputs.plain.items()},
-        "out": _out(seen.tokens, inputs.top_k, max(4, alignment)) if case.config["out"] else None,
+        "out": _out(seen.tokens, inputs.width, max(4, alignment)) if case.config["out"] else None,
         "keywords": _keywords(case, inputs, target),
         "flagged": seen.flagged.nonzero().flatten().tolist(),
         "lawful": (~speaks).nonzero().flatten().tolist(),
@@ -102,9 +102,9 @@ def _placed(name: str, plain: torch.Tensor, inputs: Inputs, alignment: int) -> d
     return tensor(plain) | asdict(lie) | {"strides": strides, "alignment": max(alignment, plain.element_size())}
 
 
-def _out(tokens: int, top_k: int, alignment: int) -> dict[str, Any]:
+def _out(tokens: int, width: int, alignment: int) -> dict[str, Any]:
     dtypes = {"weights": "float32", "ids": "int32"}
-    return {name: {"dtype": dtype, "shape": [tokens, top_k], "alignment": alignment} for name, dtype in dtypes.items()}
+    return {name: {"dtype": dtype, "shape": [tokens, width], "alignment": alignment} for name, dtype in dtypes.items()}
 
 
 def tensor(plain: torch.Tensor) -> dict[str, Any]:

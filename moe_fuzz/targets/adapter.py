@@ -48,10 +48,35 @@ def returning(call: BoundCall) -> Router:
     return signed(route, [name for name in DEFAULTS if call.takes(name)])
 
 
+def grouped(call: BoundCall) -> Router:
+    """A router of groups that takes sigmoid's logits, and of any other scoring the scores.
+
+    `scoring_func`, where it is taken, says which: 1 or 0. Where the scores with the bias added are asked for as well,
+    they are computed here, and weights and ids come in other dtypes than the op's: so it was before vLLM 0.11.
+    """
+
+    def route(
+        logits: torch.Tensor, top_k: int, *, scoring: str, bias: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        fused = call.takes("scoring_func") and scoring == "sigmoid"
+        scores = logits if fused else logits.sigmoid() if scoring == "sigmoid" else logits.softmax(dim=-1)
+        hidden = logits.new_empty((logits.shape[0], 1))
+        values = {**DEFAULTS, **options, "logits": logits, "scores": scores, "top_k": top_k, "bias": bias,
+                  "scoring": scoring, "scoring_func": int(fused), "hidden": hidden}  # fmt: skip
+        if call.takes("biased"):
+            values["biased"] = scores + bias
+        weights, ids = call(values)
+        surface_launch_error(logits)
+        return (weights.float(), ids.int()) if call.takes("biased") else (weights, ids)
+
+    taken = ("n_group", "topk_group", "renormalize", "scale")
+    return signed(route, ["scoring", "bias", "group_score", *(name for name in taken if call.takes(name))])
+
+
 def signed(route: Router, options: Iterable[str]) -> Router:
     """The router with a signature that names the options it takes: bind reads there what it may be given."""
     first = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("logits", "top_k")]
-    rest = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in options]
+    rest = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in options]  # all are given
     route.__signature__ = inspect.Signature([*first, *rest])  # type: ignore[attr-defined]
     return route
 

@@ -6,10 +6,13 @@ What is promised here was read in SGLang's public repository; docs/targets.md ha
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from moe_fuzz.contract import Capabilities, Contract, declares
 from moe_fuzz.targets import extension, sources
-from moe_fuzz.targets.adapter import Router, into_outputs
+from moe_fuzz.targets.adapter import DEFAULTS, Router, into_outputs, signed, surface_launch_error
 from moe_fuzz.targets.schema import Fixed, Names, bind_operator
 
 _OUTPUTS: Names = {
@@ -48,6 +51,32 @@ _UNPROMISED = {
     "ids:duplicate @ fault:extreme_bias": "taken experts are marked with -10000 'since values must be between 0 and 1'",
 }
 
+#: sgl-kernel/csrc/moe/moe_fused_gate.cu (until 0.4.2): DeepSeek-V3's router. Always divides by the sum; with
+#: apply_routed_scaling_factor_on_output the routed weights are multiplied by the factor and a shared expert's is 1.
+_GATE: Names = {
+    "input": "logits",
+    "bias": "bias",
+    "num_expert_group": "n_group",
+    "topk_group": "topk_group",
+    "topk": "slots",
+    "num_fused_shared_experts": "n_shared",
+    "routed_scaling_factor": "scale",
+    "apply_routed_scaling_factor_on_output": Fixed(True),
+}
+#: Its checks: E a power of two, E / n_group <= 32. Its comment: 8 <= E / n_group. A row is 32 lanes' at most, a group a
+#: lane's. Its caller (biased_grouped_topk_gpu) casts to float32, since it computes in the dtype of the logits.
+_GATE_CAPABILITIES = Capabilities(
+    dtypes=("float32",), min_experts=8, renormalize=(True,), bias_required=True, is_padding=False, strided=False,
+    experts_power_of_two=True, max_n_group=32, min_group_size=8, max_group_size=32, scorings=("sigmoid",),
+    group_scores=("top2_sum",), n_shared=2, expert_map=False,
+)  # fmt: skip
+_GATE_TEST = "sgl-kernel/tests/test_moe_fused_gate.py: ids equal those of the torch code"
+_GATE_CLAUSES = {
+    **{check: _CLAUSES[check] for check in ("ids:out-of-range", "written", "crash", "fence", "canary")},
+    "ids:duplicate": _GATE_TEST,
+    "selection": _GATE_TEST,
+}
+
 
 def topk_softmax() -> Router:
     """`sgl_kernel::topk_softmax`. Raises EnvironmentProblem."""
@@ -57,6 +86,26 @@ def topk_softmax() -> Router:
 def topk_sigmoid() -> Router:
     """`sgl_kernel::topk_sigmoid`. Raises EnvironmentProblem."""
     return _operator("topk_sigmoid", _SIGMOID)
+
+
+def grouped_topk() -> Router:
+    """`sgl_kernel::moe_fused_gate` (until 0.4.2). Raises EnvironmentProblem."""
+    library = extension.load(sources.SGLANG)
+    operator = library.operator("moe_fused_gate")
+    call = bind_operator(operator, _GATE, ("logits", "bias", "n_group", "topk_group", "slots"))
+
+    def route(
+        logits: torch.Tensor, top_k: int, *, n_shared: int = 0, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = call({**DEFAULTS, **options, "logits": logits, "slots": top_k + n_shared, "n_shared": n_shared})
+        surface_launch_error(logits)
+        return weights, ids
+
+    # Without `renormalize` it could not be asked for; it is always done.
+    taken = ["bias", "n_group", "topk_group", "n_shared", "scale", "renormalize", "scoring", "group_score"]
+    capabilities = replace(_GATE_CAPABILITIES, devices=extension.devices(operator))
+    origin = library.origin(call.text)
+    return declares(_CONTRACT, capabilities, _GATE_CLAUSES, _UNPROMISED, origin)(signed(route, taken))
 
 
 def _operator(name: str, names: Names) -> Router:

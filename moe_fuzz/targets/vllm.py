@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from moe_fuzz.contract import Capabilities, Contract, declares
 from moe_fuzz.targets import extension, sources
-from moe_fuzz.targets.adapter import Router, into_outputs, returning
+from moe_fuzz.targets.adapter import Router, grouped, into_outputs, returning
 from moe_fuzz.targets.schema import BoundCall, Fixed, Names, bind_function, bind_operator
 
 _TEST = "vllm tests/kernels/moe/test_fused_topk.py"
@@ -33,6 +33,23 @@ _FUNCTION: Names = {
     "renormalize": "renormalize",
     "e_score_correction_bias": "bias",
     "routed_scaling_factor": "scale",
+}
+_GROUPED: Names = {
+    "scores": "scores",
+    "scores_with_bias": "biased",  # until 0.11.0
+    "n_group": "n_group",
+    "topk_group": "topk_group",
+    "topk": "top_k",
+    "renormalize": "renormalize",
+    "routed_scaling_factor": "scale",
+    "bias": "bias",
+    "scoring_func": "scoring_func",
+}
+_GROUPED_FUNCTION: Names = {
+    **_FUNCTION,
+    "num_expert_group": "n_group",
+    "topk_group": "topk_group",
+    "scoring_func": "scoring",
 }
 
 #: csrc/libtorch_stable/moe/topk_softmax_kernels.cu (csrc/moe/ before 0.24). One to 32 lanes of a warp take a row, or a
@@ -67,6 +84,28 @@ _UNPROMISED = {
     "error @ T=0": _EMPTY,
 }
 
+#: csrc/libtorch_stable/moe/grouped_topk_kernels.cu (csrc/moe/ before 0.24). A block takes a row and a warp a group.
+#: The sigmoid is 0.5 * tanh(x / 2) + 0.5: exact to an absolute error only. Softmax is computed before the call.
+_GROUPED_CONTRACT = Contract(sigmoid="tanh", deterministic=True, batch_invariant=True, ordered=True)
+#: The operator checks n_group <= 32, top_k <= 32 and that groups are whole. A group's score is the sum of its two best
+#: experts, so that a group needs two: GroupedTopKRouter takes another path where E <= n_group, and without a bias.
+#: With logits in 16 bits one of its two kernels computes in 16 bits, which no bound of ours allows for: float32 alone.
+_GROUPED_CAPABILITIES = Capabilities(
+    dtypes=("float32",), min_experts=2, bias_required=True, is_padding=False, strided=False, alignment=1,
+    max_n_group=32, min_group_size=2, group_scores=("top2_sum",), n_shared=0, expert_map=False,
+)  # fmt: skip
+_GROUPED_TEST = "vllm tests/kernels/moe/test_grouped_topk.py"
+_GROUPED_CLAUSES = {
+    **{check: _CLAUSES[check] for check in ("written", "crash", "fence", "canary")},
+    "ids": "duplicates crash the experts' sort (vllm#39244); a row without a finite score is given the ids 0 to k-1",
+    "selection": f"{_GROUPED_TEST}: ids equal those of the torch code, without tolerance",
+}
+_GROUPED_UNPROMISED = {
+    "ids @ fault:extreme_bias": "no model's bias is -Inf",
+    "selection @ fault:extreme_bias": "no model's bias is -Inf",
+    "error @ T=0": "vllm/_custom_ops.py answers a batch of no tokens before the operator is called (0.33)",
+}
+
 
 def topk_softmax() -> Router:
     """`_moe_C::topk_softmax`. Raises EnvironmentProblem."""
@@ -96,6 +135,31 @@ def topk_softmax_fused_topk_bias() -> Router:
 def topk_sigmoid_fused_topk_bias() -> Router:
     """`fused_topk_bias(scoring_func="sigmoid")`, as vLLM's layers call it. Needs the whole package."""
     return _function("fused_topk_bias", "sigmoid")
+
+
+def grouped_topk() -> Router:
+    """`_moe_C::grouped_topk`. Raises EnvironmentProblem."""
+    library = extension.load(sources.VLLM)
+    operator = library.operator("grouped_topk")
+    call = bind_operator(operator, _GROUPED, ("scores", "n_group", "topk_group", "top_k"))
+    return _promise_grouped(call, extension.devices(operator), library.origin(call.text))
+
+
+def grouped_topk_function() -> Router:
+    """`fused_grouped_topk`, as vLLM's layers call it where there is a bias. Needs the whole package."""
+    router = f"{_PACKAGE}.router.grouped_topk_router:fused_grouped_topk"
+    function, version = extension.function("vllm", (router, f"{_PACKAGE}.fused_moe:fused_grouped_topk"))
+    call = bind_function(function, _GROUPED_FUNCTION, ("logits", "n_group", "topk_group", "top_k", "bias", "scoring"))
+    return _promise_grouped(call, ("cuda",), f"vllm {version}, {function.__module__}.{call.text}")
+
+
+def _promise_grouped(call: BoundCall, devices: tuple[str, ...], origin: str) -> Router:
+    # Before it had a scoring_func, the caller applied the sigmoid, in torch's arithmetic: that is not the same for
+    # every place of a row in a batch (on a CPU the last elements take another path).
+    fused = call.takes("scoring_func") or call.takes("scoring")
+    contract = _GROUPED_CONTRACT if fused else replace(_GROUPED_CONTRACT, sigmoid="exp", batch_invariant=False)
+    capabilities = replace(_GROUPED_CAPABILITIES, devices=devices)
+    return declares(contract, capabilities, _GROUPED_CLAUSES, _GROUPED_UNPROMISED, origin)(grouped(call))
 
 
 def _operator(name: str) -> Router:

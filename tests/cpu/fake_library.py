@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moe_fuzz.reference import routing
+from moe_fuzz.reference.grouped_topk import grouped_topk
 
 RELEASES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("upstream_schemas.json").read_text())
 _KEPT: list[torch.library.Library] = []  # a library that is collected takes its operators with it
@@ -32,8 +33,6 @@ def register(namespace: str, texts: Sequence[str], change: Callable[[str, Operat
     _KEPT.append(library)
     for text in texts:
         name = text.partition("(")[0]
-        if name not in _IMPLEMENTATIONS:
-            continue
         library.define(text)
         arguments = [a.name for a in getattr(getattr(torch.ops, namespace), name).default._schema.arguments]
         operator = _IMPLEMENTATIONS[name](arguments)
@@ -76,7 +75,51 @@ def _writing(score: str) -> Callable[[list[str]], Operator]:
     return make
 
 
+def _vllm_grouped(arguments: list[str]) -> Operator:
+    def operator(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        value = dict(zip(arguments, given, strict=False))
+        scores, old = value["scores"], "scores_with_bias" in value
+        biased = value["scores_with_bias"] if old else None
+        if not old:
+            scores = 0.5 * torch.tanh(0.5 * scores) + 0.5 if value["scoring_func"] == 1 else scores
+            biased = scores + value["bias"]
+        tokens, experts = scores.shape
+        best = biased.view(tokens, value["n_group"], experts // value["n_group"]).topk(2, dim=2).values.sum(dim=2)
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, _top(best, value["topk_group"]), True)
+        kept = kept.repeat_interleave(experts // value["n_group"], dim=1)
+        ids = _top(biased.masked_fill(~kept, -torch.inf).masked_fill(biased == -torch.inf, -3e38), value["topk"])
+        weights = scores.nan_to_num(0.0, 0.0, 0.0).gather(1, ids)
+        if value["renormalize"]:
+            weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20)
+        weights = weights * value["routed_scaling_factor"]
+        return weights, ids if old else ids.int()
+
+    return operator
+
+
+def _gate(arguments: list[str]) -> Operator:
+    def operator(*given: Any) -> list[torch.Tensor]:
+        value = dict(zip(arguments, given, strict=False))
+        assert value["apply_routed_scaling_factor_on_output"]
+        shared = value["num_fused_shared_experts"]
+        weights, ids = grouped_topk(
+            value["input"], value["topk"] - shared, n_group=value["num_expert_group"], topk_group=value["topk_group"],
+            scoring="sigmoid", group_score="top2_sum", renormalize=True, bias=value["bias"],
+            scale=value["routed_scaling_factor"], n_shared=shared,
+        )  # fmt: skip
+        return [weights, ids]
+
+    return operator
+
+
+def _top(values: torch.Tensor, count: int) -> torch.Tensor:
+    """The positions of the largest, NaN as the smallest, the first of equals first."""
+    return values.nan_to_num(-3.1e38, 3e38).sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
 _IMPLEMENTATIONS: dict[str, Callable[[list[str]], Operator]] = {
     "topk_softmax": _writing("topk_softmax"),
     "topk_sigmoid": _writing("topk_sigmoid"),
+    "grouped_topk": _vllm_grouped,
+    "moe_fused_gate": _gate,
 }

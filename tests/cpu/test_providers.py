@@ -69,7 +69,8 @@ def released(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Released:
 
 def targets(release: str) -> list[str]:
     """The operators of a release that are targets of ours."""
-    return [f"{name}@{provider_of(release)}" for name in schemas(release) if name in OPS]
+    ops = {"moe_fused_gate": "grouped_topk"}
+    return [f"{ops.get(name, name)}@{provider_of(release)}" for name in schemas(release)]
 
 
 #: What follows from each release's schema: (renormalize, bias, scale, is_padding).
@@ -101,7 +102,7 @@ def test_every_router_of_every_release_is_expected() -> None:
     assert known == set(EXPECTED)
 
 
-@pytest.mark.parametrize(("release", "op"), [key for key in EXPECTED if key[1] in OPS])
+@pytest.mark.parametrize(("release", "op"), EXPECTED)
 def test_what_a_target_takes_follows_from_the_schema(released: Released, release: str, op: str) -> None:
     released(release)
     info = bind(f"{op}@{provider_of(release)}").info
@@ -111,6 +112,42 @@ def test_what_a_target_takes_follows_from_the_schema(released: Released, release
     assert (can.devices, can.strided, can.out) == (("cpu",), False, True)  # the fake has a kernel for the CPU alone
     assert schemas(release)[op].partition("(")[2] in info.origin
     assert TargetInfo.from_json(info.to_json()) == info
+
+
+#: What follows for grouped routing: (sigmoid, batch_invariant, n_shared, scorings).
+GROUPED = {
+    "vllm 0.10.2": ("exp", False, 0, ("softmax", "sigmoid")),
+    "vllm 0.11.2": ("tanh", True, 0, ("softmax", "sigmoid")),
+    "vllm 0.33.0": ("tanh", True, 0, ("softmax", "sigmoid")),
+    "sgl-kernel 0.3.21": ("exp", True, 2, ("sigmoid",)),
+    "sglang-kernel 0.4.2": ("exp", True, 2, ("sigmoid",)),
+}
+
+
+@pytest.mark.parametrize("release", GROUPED)
+def test_what_a_router_of_groups_takes_follows_from_the_schema(released: Released, release: str) -> None:
+    released(release)
+    info = bind(f"grouped_topk@{provider_of(release)}").info
+    can, contract = info.capabilities, info.contract
+    assert (contract.sigmoid, contract.batch_invariant, can.n_shared, can.scorings) == GROUPED[release]
+    assert (can.group_scores, can.bias_required, can.expert_map) == (("top2_sum",), True, False)
+    assert (can.scale, can.is_padding, can.max_n_group) == (True, False, 32)
+    assert can.renormalize == ((False, True) if release.startswith("vllm") else (True,))
+
+
+def test_the_release_that_lost_moe_fused_gate_is_told(released: Released) -> None:
+    released("sglang-kernel 0.4.10")
+    assert "registers no operator" in refused("grouped_topk@sglang")
+
+
+def test_sizes_that_moe_fused_gate_refuses_are_not_drawn(released: Released) -> None:
+    released("sglang-kernel 0.4.2")
+    info, space = bind("grouped_topk@sglang").info, get_space("grouped_topk")
+    cases = list(itertools.islice(strategies.grid(space, info, "cuda", seed=2), 60))
+    assert not any(space.refusal(case, info) for case in cases)
+    sizes = {(len(case.experts), len(case.experts) // int(case.config["n_group"])) for case in cases}
+    assert all(experts & (experts - 1) == 0 and 8 <= size <= 32 for experts, size in sizes)
+    assert len(sizes) > 4
 
 
 def fuzz(target: str, count: int) -> list[str]:
