@@ -26,23 +26,14 @@ from pathlib import Path
 import pytest
 
 import moe_fuzz
+from moe_fuzz.worker.gpus import default_workers, gpus
 
 ROOT = Path(__file__).resolve().parent
-DEVICES = Path("/dev")
 
 
 def gpu_count() -> int:
-    """How many NVIDIA GPUs this process may use: the device files it can see, limited by CUDA_VISIBLE_DEVICES."""
-    present = len(list(DEVICES.glob("nvidia[0-9]*")))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or not present:
-        return present
-    named = []
-    for entry in visible.split(","):
-        if entry.strip() in ("", "-1"):  # CUDA ignores everything from the first invalid entry on
-            break
-        named.append(entry)
-    return min(present, len(named))
+    """How many NVIDIA GPUs this process may use."""
+    return len(gpus())
 
 
 def cpu_count() -> int:
@@ -51,8 +42,8 @@ def cpu_count() -> int:
 
 
 def gpu_slots() -> int:
-    """How many tests may use the GPUs at once: one a GPU, until a worker pool divides a GPU's memory among several."""
-    return gpu_count()
+    """How many tests may use the GPUs at once: as many workers as a campaign would have. Each leases its place."""
+    return default_workers(gpus())
 
 
 GPUS = gpu_count()

@@ -105,7 +105,7 @@ def measure(target: str, count: int, repeats: int) -> dict[str, float]:
         through(one, cases, target, 1)
         through(two, cases, target, 2)
         slow = [case for case, verdict in zip(cases, verdicts, strict=True) if verdict.seconds >= SLOW]
-        bare = RunOptions(fence=FenceOptions(hard=(), readonly=(), own=False), deadline=60.0)
+        bare = RunOptions(fence=FenceOptions(hard=(), readonly=(), own="off"), deadline=60.0)
         found: dict[str, list[float]] = {}
         for _ in range(repeats):
             for name, call in {

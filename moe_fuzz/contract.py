@@ -47,6 +47,7 @@ class Capabilities:
     out: bool = False  # writes into `out=(...)` buffers when given
     alignment: int = 16  # bytes to which every input and output must be aligned; 1: element alignment is enough
     devices: tuple[str, ...] = ("cpu", "cuda")
+    jit: bool = False  # compiles inside the process where nobody can see it: what is first of a config may take long
     # of grouped_topk alone
     min_n_group: int = 1
     max_n_group: int = 1024

@@ -17,7 +17,7 @@ from moe_fuzz.campaign.minimize import Minimized, Reducer
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.options import FenceOptions, RunOptions
-from moe_fuzz.verdict import HANG, Verdict, Violation
+from moe_fuzz.verdict import Verdict, Violation
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,10 @@ class Examiner:
         target = confirmed.case.target
         tries = 1 if confirmed.always else TRIES
         verdicts: dict[Cases, Verdict] = {}
-        # A fresh worker's first call may take long; while reducing a hang that much patience would use up the budget
-        # on a try or two. So it goes by the short deadline, and the answer is checked with the long one.
-        hang = key[0] == HANG
-        options = replace(self.options, first_deadline=self.options.deadline) if hang else self.options
 
         def fails(cases: Cases) -> bool:
             for _ in range(tries):
-                verdict = rerun(self.pool, cases, target, options)
+                verdict = rerun(self.pool, cases, target, self.options)
                 if holds(verdict, key):
                     verdicts[cases] = verdict
                     return True
@@ -85,8 +81,6 @@ class Examiner:
         cases = (*minimized.before, minimized.case)
         if cases not in verdicts:
             return minimized, confirmed.verdict
-        if hang and not holds(rerun(self.pool, cases, target, self.options), key):
-            return nothing, confirmed.verdict
         return minimized, verdicts[cases]
 
     def _finding(self, bad: BadCase, confirmed: Confirmation, minimized: Minimized, verdict: Verdict) -> Finding:
@@ -126,4 +120,4 @@ class Examiner:
         """Versions for a report, as the workers have them: their interpreter need not be this one."""
         env = {"moe-fuzz": __version__, "target": self.info.name, "origin": self.info.origin, "device": self.device}
         env |= {"platform": platform.platform()}
-        return env | {str(name): str(version) for name, version in self.pool.environment.items()}
+        return env | {str(name): str(version) for name, version in self.pool.versions(self.info.name).items()}

@@ -35,11 +35,13 @@ class Pool(Protocol):
     @property
     def environment(self) -> Mapping[str, Any]: ...  # versions on the workers' side
 
+    def versions(self, target: str) -> Mapping[str, Any]: ...  # the same for this target, which may run elsewhere
+
     def describe(self, target: str) -> TargetInfo: ...
 
     def lease(self) -> AbstractContextManager[Worker]: ...
 
-    def fresh(self) -> AbstractContextManager[Worker]: ...
+    def fresh(self, environment: Mapping[str, str] | None = None) -> AbstractContextManager[Worker]: ...
 
 
 class Space(Protocol):

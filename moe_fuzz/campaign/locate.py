@@ -42,7 +42,7 @@ def locate(
         return any(matching(rerun(pool, cases, target, with_fence), key) is not None for _ in range(tries))
 
     # Soft guards stay everywhere: without them an overrun lands in somebody's heap, and crashes when it likes.
-    soft = FenceOptions(hard=(), sides="both", access="any", readonly=(), own=True)
+    soft = FenceOptions(hard=(), sides="both", access="any", readonly=(), own=options.fence.own)
     if crashes(soft):
         return crash
     there = {name: role for name, role in tensors.items() if _is_there(cases[-1], name)}

@@ -35,7 +35,7 @@ class Settings:
     device: str
     workers: int
     deadline: float = 10.0
-    first_deadline: float = 60.0  # for the first call of a compile key
+    first_deadline: float = 60.0  # for compiling and loading, which do not count against `deadline`
     minimize_seconds: float = 30.0  # for each finding
     max_findings: int | None = None  # stop after this many new ones
     shard_cases: int = 256
@@ -56,7 +56,7 @@ class Settings:
     def options(self) -> RunOptions:
         """How workers run the cases. Where the checks are named and `fence` is not among them, nothing is fenced."""
         fenced = self.checks is None or "fence" in self.checks
-        fence = FenceOptions() if fenced else FenceOptions(hard=(), readonly=(), own=False)
+        fence = FenceOptions() if fenced else FenceOptions(hard=(), readonly=(), own="off")
         return RunOptions(self.checks, fence, self.deadline, self.first_deadline)
 
     def key(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ COMPILE_DEADLINE = 60.0
 _ROUNDS = 50  # rounds drawn at once
 OOM = "oom"  # how the catalog names it; it is a kind of verdict
 FENCE = "fence"  # the check that is no code: the worker dies in a fence, and the parent says which
-_NO_FENCE = FenceOptions(hard=(), readonly=(), own=False)
+_NO_FENCE = FenceOptions(hard=(), readonly=(), own="off")
 
 
 class Planted(Protocol):

@@ -97,7 +97,10 @@ def command(
     state = StateDir(state_dir)
     try:
         limit = params.pick_memory(memory, device, count)
-        with state, Pool(workers=count, device=device, memory_limit=limit, log_dir=state_dir / "logs") as pool:
+        providers, logs = params.pick_providers(), state_dir / "logs"
+        with state, Pool(
+            workers=count, device=device, memory_limit=limit, log_dir=logs, providers=providers
+        ) as pool:  # fmt: skip
             settings = Settings(
                 targets=runnable(names, targets, op, pool, broadcast),
                 cases=cases,

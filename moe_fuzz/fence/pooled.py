@@ -118,7 +118,7 @@ class PooledArena(Arena, Generic[P]):
         return found
 
     def own(self) -> AbstractContextManager[object]:
-        return own_memory(self._own, self.device) if self.options.own and not self._closed else nullcontext()
+        return own_memory(self._own, self.device) if self.options.own == "torch" and not self._closed else nullcontext()
 
     def close(self) -> None:
         if self._closed:

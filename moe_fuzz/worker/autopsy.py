@@ -84,11 +84,13 @@ def garbled(log: Path, offset: int, seconds: float, said: str) -> Verdict:
     return Verdict(CRASH, (violation,), seconds=seconds, detail=_detail(log, offset, ""))
 
 
-def hang(log: Path, offset: int, layout: Layout, deadline: float, seconds: float) -> Verdict:
+def hang(
+    log: Path, offset: int, layout: Layout, deadline: float, seconds: float, compiling: bool = False
+) -> Verdict:
     """The verdict on a case that gave none within `deadline` seconds, and was then asked for its stack."""
     stack = read_trace(log)
-    message = f"no verdict within {deadline:g} s; the worker was killed"
-    violation = Violation("hang", "deadline", message, site=site(stack, layout))
+    message = f"no verdict within {deadline:g} s{' of compiling' * compiling}; the worker was killed"
+    violation = Violation("hang", "compile" if compiling else "deadline", message, site=site(stack, layout))
     return Verdict(HANG, (violation,), seconds=seconds, detail=_detail(log, offset, stack))
 
 

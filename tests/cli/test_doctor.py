@@ -111,13 +111,3 @@ def test_a_broken_configuration_is_a_line(call: Callable, monkeypatch: pytest.Mo
     ran = call("doctor")
     assert ran.code == 3
     assert "did you mean time?" in ran.out
-
-
-def test_visible_devices_limit_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = machine.Gpu("H200")
-    monkeypatch.setattr(machine, "_by_nvml", lambda: (card, card))
-    for value, count in (("", 0), ("0", 1), ("1,0", 2), ("0,-1,1", 1)):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-        machine.gpus.cache_clear()
-        assert len(machine.gpus()) == count
-    machine.gpus.cache_clear()

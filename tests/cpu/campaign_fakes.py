@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from hypothesis import strategies as st
@@ -161,6 +161,9 @@ class FakePool:
         op, _, provider = target.partition("@")
         return TargetInfo(target, op, provider, "a fake", clauses={"routing": "README: top k is top k"})
 
+    def versions(self, target: str) -> dict[str, str]:
+        return dict(self.environment)
+
     @contextlib.contextmanager
     def lease(self) -> Iterator[FakeWorker]:
         with self._available:
@@ -173,7 +176,7 @@ class FakePool:
                     self._free.append(worker)
 
     @contextlib.contextmanager
-    def fresh(self) -> Iterator[FakeWorker]:
+    def fresh(self, environment: Mapping[str, str] | None = None) -> Iterator[FakeWorker]:
         self._local.fresh = True
         self.fresh_runs += 1
         try:

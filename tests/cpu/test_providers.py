@@ -19,7 +19,7 @@ from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.execute.runner import Runner
 from moe_fuzz.ops import OPS, get_space
-from moe_fuzz.options import RunOptions
+from moe_fuzz.options import ProviderOptions, RunOptions
 from moe_fuzz.targets import extension, registry, sources
 from moe_fuzz.targets.bind import Target, bind
 from moe_fuzz.verdict import PASS, VIOLATION
@@ -344,6 +344,13 @@ def test_a_worker_loads_the_library_that_the_environment_names(
             verdicts = worker.run(cases, target, RunOptions())
     assert "operators.py (" in info.origin
     assert [verdict.kind for verdict in verdicts] == [PASS] * len(cases)
+
+
+def test_the_library_may_be_given_to_the_workers_of_its_provider_alone(tmp_path: Path) -> None:
+    lib = str(fake_library.stub(tmp_path, "_moe_C", "vllm 0.33.0"))
+    with Pool(1, "cpu", providers={"vllm": ProviderOptions(env={"MOE_FUZZ_VLLM_LIB": lib})}) as pool:
+        assert pool.describe("topk_softmax@vllm").contract.padding == ("minus_one",)
+        assert pool.describe("topk_softmax@torch").provider == "torch"
 
 
 def test_all_libraries_are_listed() -> None:

@@ -461,7 +461,7 @@ def test_the_renderer_asks_a_worker(runner: Runner) -> None:
     assert "def judge(target)" in text
     assert "FreshMemory" not in text
     assert pool.options[0].fence.hard == ()
-    assert not pool.options[0].fence.own
+    assert pool.options[0].fence.own == "off"
     left = case_of("topk_softmax@planted.id_left_unwritten", top_k=3)  # shows by the poison alone
     text = renderer(pool)(finding_of(left, runner.run(left, left.target, RunOptions())))
     assert "FreshMemory" in text

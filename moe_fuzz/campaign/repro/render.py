@@ -30,7 +30,7 @@ from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict
 
 #: check -> what the script must see of the child process that makes the calls; all others return a sentence
 _SHOWS = {CRASH: "died", "fence": "died", HANG: "hung", "oom": "memory", OOM: "memory", "error": "raised"}
-_UNFENCED = FenceOptions(hard=(), readonly=(), own=False)
+_UNFENCED = FenceOptions(hard=(), readonly=(), own="off")
 _ATTEMPTS = 20  # child processes, for a finding that shows sometimes
 _DEADLINE = 60  # seconds for what should not hang
 _HANG = 10  # the least seconds after which the script says that it hangs, where the finding does not say
