@@ -241,12 +241,16 @@ class NegativeBias(Fault):
 
 @register
 class Noncontiguous(Fault):
-    """Rows stand apart, as in a slice of a wider buffer; what lies between them is no one's to touch."""
+    """Rows stand apart, as in a slice of a wider buffer; what lies between them is no one's to touch.
+
+    One time in four far apart, so that the distance of the last row from the first leaves 24 bits where rows are many.
+    """
 
     name = "noncontiguous"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.stride_gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 13))
+        gap = int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 16))
+        canvas.stride_gap = 1 + gap if gap < 12 else 256 * (gap - 11) + 1
 
 
 @register

@@ -77,6 +77,8 @@ class GroupedSpace(space.RoutingSpace):
         drawn["experts"], groups = next((found for found in candidates if found[1]), (drawn["experts"], (1,)))
         fitting = [n for n in groups if n <= int(drawn["n_group"])]
         drawn["n_group"] = max(fitting) if fitting else min(groups)
+        # Wrapped, not cut off: else most cases would keep all of their few groups, and choose none.
+        drawn["topk_group"] = (int(drawn["topk_group"]) - 1) % int(drawn["n_group"]) + 1
         if can.group_score_by_bias:
             drawn["group_score"] = _score_by_bias(drawn)
         return super().complete(drawn, info)
@@ -130,11 +132,16 @@ class GroupedSpace(space.RoutingSpace):
         found |= {name for name in ("n_shared", "expert_map") if config[name]}
         return super().features(case) | found
 
+    def simplify(self, case: Case) -> Iterator[Case]:
+        yield from super().simplify(case)
+        if case.config["bias"] and case.config["group_score"] == "top2_sum":  # one cannot go first in a target that
+            yield self.without_orphans(case.with_config(bias=False, group_score="max"))  # binds the rule to the bias
+
     def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
         count, n_group, top_k = len(Labels.parse(str(config["experts"]))), int(config["n_group"]), int(config["top_k"])
         padded = (1 << (n_group - 1).bit_length()) << (count // n_group - 1).bit_length()
         searches = top_k + int(config["topk_group"]) / 4
-        return 0.06 + 5e-4 * searches + tokens * padded * (9e-7 + 7e-8 * searches)
+        return 0.08 + 2e-3 * searches + tokens * padded * (9e-7 + 7e-8 * searches)
 
 
 def _n_groups(count: int, can: Capabilities) -> tuple[int, ...]:

@@ -20,13 +20,17 @@ EXPERTS = (1, 2, 3, 5, 6, 7, 8, 10, 13, 16, 17, 32, 33, 60, 61, 64, 67, 72, 96, 
            320, 384, 512, 576, 1024)  # fmt: skip
 TOP_K = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 16, 17, 22, 24, 31, 32)
 TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
-          4095, 4096, 4097, 8191)  # fmt: skip
+          4095, 4096, 4097, 8191, 16385, 32769, 65537)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 SCALES = (1.0, 2.5, 0.5, 16.0, 2.827)  # the last one, Kimi K2's, is no bfloat16 and no float32 either
 MAGNITUDES = (2, 0, 4, -4, 7, 10, 14, -14)  # logits lie within ±2^magnitude
 
 MAX_ELEMENTS = 1 << 27
 CPU_BUDGET = 0.2  # seconds an interpreted case may take
+CPU_TOKENS = 8191
+#: T x E on a device: the host draws and judges each element. T x k still passes 2^16, and where rows stand apart
+#: T x stride passes 2^24, which is what narrow indices cannot hold.
+CUDA_ELEMENTS = 1 << 21
 
 #: What each field of a config may be; `experts` is a labels string and stands apart.
 FIELDS: dict[str, tuple[Scalar, ...]] = {
@@ -98,7 +102,10 @@ class RoutingSpace:
         return whole
 
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
-        return tuple(t for t in TOKENS if device != "cpu" or self.cpu_seconds(t, config) <= CPU_BUDGET)
+        if device == "cpu":
+            return tuple(t for t in TOKENS if t <= CPU_TOKENS and self.cpu_seconds(t, config) <= CPU_BUDGET)
+        count = len(Labels.parse(str(config["experts"])))
+        return tuple(t for t in TOKENS if t * count <= CUDA_ELEMENTS)
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         return tuple(
@@ -199,7 +206,7 @@ class RoutingSpace:
             yield self.keep(case, "experts", case.experts.first(fewer))
         for name, values in self.fields.items():
             for value in values[: values.index(case.config[name])]:
-                simpler = self._without_orphans(replace(case, config=self.mended({**case.config, name: value})))
+                simpler = self.without_orphans(replace(case, config=self.mended({**case.config, name: value})))
                 if simpler != case:  # mended back
                     yield simpler
         yield from self._plainer_faults(case)
@@ -221,7 +228,7 @@ class RoutingSpace:
 
     def cost(self, case: Case, device: str) -> float:
         if device != "cpu":
-            return 0.002 * len(case.steps)
+            return sum(0.002 + 5e-7 * step.tokens * len(case.experts) for step in case.steps)
         return sum(self.cpu_seconds(step.tokens, case.config) for step in case.steps)
 
     def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
@@ -243,7 +250,7 @@ class RoutingSpace:
                     faults = (*step.faults[:number], replace(fault, name=name), *step.faults[number + 1 :])
                     yield case.with_step(index, replace(step, faults=faults))
 
-    def _without_orphans(self, case: Case) -> Case:
+    def without_orphans(self, case: Case) -> Case:
         """Without the faults that lie on a tensor the config no longer has."""
         needs = {(p.fault, p.tensor): p.needs for p in self.places}
         for index, step in enumerate(case.steps):
