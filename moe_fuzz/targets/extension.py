@@ -5,11 +5,13 @@ Libraries are loaded here, after the worker was forked, and stay for the life of
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ import torch
 from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.options import LIB_VARIABLES
 from moe_fuzz.targets.sources import Source, installed, version
+
+_MISSING = re.compile(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file")
+_MOST_NEEDS = 8
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def _load_file(file: Path) -> None:
         if file.suffix == ".py":
             _run(file)
         else:
-            torch.ops.load_library(str(file))
+            _load_with_needs(file)
     except Exception as error:
         cause = error.__cause__ or error
         raise EnvironmentProblem(
@@ -117,6 +122,28 @@ def _load_file(file: Path) -> None:
             "a release needs the torch and CUDA it was built for: name an interpreter that has them with python in "
             "[tool.moe-fuzz.providers.NAME]",
         ) from error
+
+
+def _load_with_needs(file: Path) -> None:
+    """Loads a library, and before it the CUDA libraries it needs and the loader does not find.
+
+    They lie in packages beside torch, which loads its own from there; the rest a library's Python package would load.
+    """
+    for _ in range(_MOST_NEEDS):
+        try:
+            torch.ops.load_library(str(file))
+            return
+        except OSError as error:
+            missing = _MISSING.search(str(error.__cause__ or error))
+            found = missing and next((p for folder in _cuda_folders() for p in folder.glob(missing[1])), None)
+            if not found:
+                raise
+            ctypes.CDLL(str(found), mode=ctypes.RTLD_GLOBAL)
+    torch.ops.load_library(str(file))
+
+
+def _cuda_folders() -> list[Path]:
+    return [*sorted((Path(torch.__file__).parents[1] / "nvidia").glob("*/lib")), Path("/usr/local/cuda/lib64")]
 
 
 def _run(file: Path) -> None:

@@ -268,6 +268,24 @@ def test_a_library_that_is_missing_or_does_not_load(
     assert str(file) in said
 
 
+def test_cuda_libraries_beside_torch_are_loaded_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """sgl_kernel needs libnvrtc, which torch loads only when it compiles."""
+    (tmp_path / "libnvrtc.so.13").write_text("")
+    loaded: list[str] = []
+
+    def load(path: str) -> None:
+        if not loaded:
+            cause = OSError("libnvrtc.so.13: cannot open shared object file: No such file or directory")
+            raise OSError(f"Could not load this library: {path}") from cause
+        loaded.append(path)
+
+    monkeypatch.setattr(extension, "_cuda_folders", lambda: [tmp_path])
+    monkeypatch.setattr(extension.torch.ops, "load_library", load)
+    monkeypatch.setattr(extension.ctypes, "CDLL", lambda path, mode: loaded.append(path))
+    extension._load_file(Path("/some/common_ops.abi3.so"))
+    assert loaded == [str(tmp_path / "libnvrtc.so.13"), "/some/common_ops.abi3.so"]
+
+
 def test_a_lone_library_is_named_by_size_and_hash(tmp_path: Path) -> None:
     file = tmp_path / "lib.so"
     file.write_bytes(b"x" * 250_000)

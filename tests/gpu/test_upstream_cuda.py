@@ -1,7 +1,7 @@
 """Serving libraries as they were released, on a GPU. Needs MOE_FUZZ_VLLM_LIB or MOE_FUZZ_SGLANG_LIB, or the packages.
 
-These are not tests of the libraries: what they get wrong, a campaign says. What is held here is that each is bound, runs
-in its worker, and that what is known to be right in them is not called wrong.
+These are not tests of the libraries: what they get wrong, a campaign says. What is held here is that each is bound and
+runs in its worker, and that what is known to be right in them is not called wrong.
 """
 
 from __future__ import annotations
