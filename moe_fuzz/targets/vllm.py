@@ -67,7 +67,7 @@ _CONTRACT = Contract(
 _CAPABILITIES = Capabilities(strided=False, out=True, alignment=16)
 
 _CLAUSES = {
-    "ids": f"{_TEST}: k distinct ids on rows of NaN and Inf too; duplicates crash the experts' sort (vllm#39391)",
+    "ids": f"{_TEST}: k distinct ids, on rows of NaN and Inf too; duplicates crash the experts' sort (vllm#39391)",
     "finite": f"{_TEST}: finite weights on rows of NaN and Inf too (vllm#39391)",
     "selection": f"{_TEST}: ids equal those of torch.topk over the scores, plus the bias where there is one",
     "padding": "vllm#48979: a row flagged in is_padding gets the id -1, which the experts kernels skip",
