@@ -5,6 +5,7 @@ An exhibit is a JSON value, made by the worker, which has torch; the parent rend
     {"op": "topk_softmax", "device": "cpu", "edge": "right", "memory_limit": null, "contract": {…},
      "load": {"kind": "file", "path": "/…/routing.py", "attribute": "topk_softmax", "factory": false, …},
      "steps": [{"top_k": 2, "tokens": 3, "experts": 8, "scale": 1.0, "renormalize": false, "padding": "distinct",
+                "width": 2, "scoring": "softmax", "n_group": 1, "topk_group": 1, "group_score": "max", "n_shared": 0,
                 "tensors": {"logits": TENSOR, …}, "out": {"weights": …, "ids": …} or null,
                 "keywords": {"renormalize": {"value": false}, "bias": {"tensor": "bias"}, "out": {"out": true}},
                 "flagged": [2], "lawful": [0, 1], "defined": [0, 1], "healed": {"rows": [2], "values": TENSOR} or null,
@@ -43,6 +44,7 @@ from moe_fuzz.targets.bind import Target
 
 MAX_LITERAL = 256  # elements; a longer tensor is compressed
 _PACKAGE = "moe_fuzz"
+_NO_GROUPS = {"n_group": 1, "topk_group": 1, "group_score": "max", "n_shared": 0}
 _NOTHING = Outputs(torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int32))
 
 
@@ -75,6 +77,9 @@ def _step(case: Case, index: int, target: Target) -> dict[str, Any]:
         "top_k": inputs.top_k,
         "tokens": seen.tokens,
         "experts": seen.experts,
+        "width": inputs.width,
+        "scoring": seen.scoring,
+        **_NO_GROUPS,
         **inputs.options,
         "tensors": {name: _placed(name, plain, inputs, alignment) for name, plain in inputs.plain.items()},
         "out": _out(seen.tokens, inputs.width, max(4, alignment)) if case.config["out"] else None,

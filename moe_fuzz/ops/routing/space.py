@@ -74,6 +74,11 @@ class RoutingSpace:
     row_faults: ClassVar[tuple[str, ...]] = ROW_FAULTS  # the plainest first
 
     @cached_property
+    def simplest(self) -> Mapping[str, Scalar]:
+        """Every field of a config but experts and top_k at its simplest value."""
+        return {name: values[0] for name, values in self.fields.items()}
+
+    @cached_property
     def tensors(self) -> Mapping[str, str]:
         return {"logits": "input", "bias": "input", "is_padding": "input", "weights": "output", "ids": "output"}
 
