@@ -118,14 +118,15 @@ class Examiner:
             features = (*features, "after other cases")
         site = place(violation.site)
         before = self.space.label(bad.case)
+        class_, clause = self.info.classify(violation.check, violation.symptom, features)
         return Finding(
             id=fingerprint(bad.target, violation.check, violation.symptom, site, features),
             target=bad.target,
             check=violation.check,
             symptom=violation.symptom,
             message=violation.message,
-            finding_class=self.info.finding_class(violation.check),
-            clause=self.info.clauses.get(violation.check) or self.info.clauses.get("*", ""),
+            finding_class=class_,
+            clause=clause,
             case=minimized.case,
             verdict=verdict,
             raw=bad.key,

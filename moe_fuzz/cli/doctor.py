@@ -192,7 +192,7 @@ def _targets(device: str) -> Iterator[Line]:
     names = [target.name for target in known()]
     with contextlib.ExitStack() as stack:
         try:
-            pool = stack.enter_context(Pool(workers=1, device=device))
+            pool = stack.enter_context(Pool(workers=1, device=device, providers=params.pick_providers()))
         except MoeFuzzError as error:
             yield Line(FAIL, "worker", f"no worker starts: {error.message}", error.hint)
             return

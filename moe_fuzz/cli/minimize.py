@@ -55,7 +55,8 @@ def command(
     found = source.load(case, state_dir)
     name = found.target(target)
     device = params.pick_device(device)
-    with Pool(workers=1, device=device, memory_limit=params.pick_memory(memory, device, 1)) as pool:
+    limit = params.pick_memory(memory, device, 1)
+    with Pool(workers=1, device=device, memory_limit=limit, providers=params.pick_providers()) as pool:
         pool.describe(name)
         result = minimize(pool, found, name, found.options(fence, device, deadline), minimize_time)
     for line in describe(found, result):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import click
 
 from moe_fuzz import config
 from moe_fuzz.errors import EnvironmentProblem
-from moe_fuzz.options import FENCED_DEVICES, OWN
+from moe_fuzz.options import FENCED_DEVICES, OWN, ProviderOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 MIN_MEMORY, MAX_MEMORY = 1 << 30, 4 << 30  # bytes; what a worker gets unless told
@@ -124,6 +124,13 @@ def pick_fence(wanted: str | None, device: str) -> tuple[str, tuple[str, ...]]:
     if (wanted, device) == ("all", "cpu"):
         return "torch", ("fence all: on a CPU, memory that a target allocates in C++ stays unfenced",)
     return wanted or "torch", ()
+
+
+def pick_providers() -> Mapping[str, ProviderOptions]:
+    """The interpreters and variables that the configuration gives to providers."""
+    context = click.get_current_context(silent=True)
+    found = (context.obj or {}).get("config") if context else None
+    return found.providers if isinstance(found, config.Config) else {}
 
 
 def pick_workers(wanted: int | None, device: str) -> int:

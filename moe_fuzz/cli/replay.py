@@ -95,7 +95,8 @@ def command(
     tries = times or (TRIES if found.finding and found.finding.reproduces != "always" else 1)
     try:
         device = params.pick_device(device)
-        with Pool(workers=1, device=device, memory_limit=params.pick_memory(memory, device, 1)) as pool:
+        limit = params.pick_memory(memory, device, 1)
+        with Pool(workers=1, device=device, memory_limit=limit, providers=params.pick_providers()) as pool:
             pool.describe(name)  # an unavailable target is told as such, not as a case that failed
             answer = replay(pool, found, name, found.options(fence, device, deadline), tries)
     except EnvironmentProblem as error:

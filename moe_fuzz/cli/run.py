@@ -108,9 +108,12 @@ def command(
     state = StateDir(state_dir)
     try:
         limit = params.pick_memory(memory, device, count)
-        with state, Pool(workers=count, device=device, memory_limit=limit, log_dir=state_dir / "logs") as pool:
+        providers, logs = params.pick_providers(), state_dir / "logs"
+        with state, Pool(
+            workers=count, device=device, memory_limit=limit, log_dir=logs, providers=providers
+        ) as pool:  # fmt: skip
             settings = Settings(
-                targets=names if targets else available(names, pool, broadcast, restriction),
+                targets=runnable(names, targets, op, pool, broadcast, restriction),
                 cases=cases,
                 seconds=time if time is not None or cases is not None else chosen.seconds,
                 seed=seed,
@@ -160,18 +163,22 @@ def check_floor(summary: Summary, profile: config.Profile) -> None:
         )
 
 
-def available(
-    names: Sequence[str], pool: Pool, emit: report.Broadcast, restriction: Restriction
+def runnable(
+    names: Sequence[str], targets: Sequence[str], op: str | None, pool: Pool, emit: report.Broadcast,
+    restriction: Restriction,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Those that can run here. Nobody asked for the others by name, so that they cannot is told and no error."""
+    """Those that can run here, and those asked for by name, which must. That the others cannot is told and no error:
+    an op or a provider stands for whatever there is of it."""
+    asked = {name for text in targets if "@" in text or ":" in text for name in registry.resolve(text, op)}
 
     def able() -> Iterator[str]:
         for name in names:
             try:
-                info = pool.describe(name)
-                refusal = restriction.refusal(get_space(info.op), info)
-                if refusal:
-                    raise nothing_left(refusal)
+                if name not in asked:
+                    info = pool.describe(name)
+                    refusal = restriction.refusal(get_space(info.op), info)
+                    if refusal:
+                        raise nothing_left(refusal)
             except EnvironmentProblem as error:
                 emit(TargetUnavailable(name, error.message, error.hint))
             else:

@@ -92,5 +92,5 @@ def tables(case: Case, device: str) -> Mapping[str, str]:
     from moe_fuzz.campaign.repro import tensors
     from moe_fuzz.worker.pool import Pool
 
-    with Pool(workers=1, device=device) as pool, pool.fresh() as worker:
+    with Pool(workers=1, device=device, providers=params.pick_providers()) as pool, pool.fresh() as worker:
         return tensors.tables(worker.exhibit(case, case.target))

@@ -70,7 +70,9 @@ def bind(name: str) -> Target:
     spellings = {**SPELLINGS, **(_GROUPED_SPELLINGS if op == "grouped_topk" else {})}
     keywords, capabilities, contract = _read_signature(function, promise, spellings)
     provider = source.partition(".")[0] if ":" not in source else "user"
-    info = TargetInfo(name, op, provider, origin, contract, capabilities, promise.get("clauses") or {})
+    origin = promise.get("origin") or origin  # an adapter knows the library behind it
+    clauses, unpromised = promise.get("clauses") or {}, promise.get("unpromised") or {}
+    info = TargetInfo(name, op, provider, origin, contract, capabilities, clauses, unpromised)
     return Target(info, function, keywords)
 
 

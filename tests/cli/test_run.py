@@ -14,8 +14,12 @@ from moe_fuzz.campaign import events
 from moe_fuzz.campaign.events import Summary, TargetRow
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.plan import Settings
-from moe_fuzz.ops import OPS
+from moe_fuzz.options import LIB_VARIABLES
 from moe_fuzz.restriction import Restriction
+from moe_fuzz.targets import registry
+
+#: The targets that are serving libraries': they are not installed where these tests run, or may be.
+LIBRARIES = tuple(target.name for target in registry.known() if target.provider in LIB_VARIABLES)
 
 
 def summary(**changes: Any) -> Summary:
@@ -101,8 +105,15 @@ def test_targets(call: Callable, campaign: FakeCampaign, pool: Any, tmp_path: Pa
     assert call("run", "mine.py:f", "--op", "topk_softmax").code == 0
     assert campaign.settings is not None
     assert campaign.settings.targets == (f"topk_softmax@{tmp_path}/mine.py:f",)
-    call("run", "topk_softmax", "topk_softmax@torch")  # each once
+    pool.unavailable = ("topk_softmax@torch", *LIBRARIES)
+    call("run", "topk_softmax", "topk_softmax@torch")  # each once; who is asked for by name is not left out
     assert campaign.settings.targets == ("topk_softmax@builtin", "topk_softmax@torch")
+    pool.unavailable = ("topk_softmax@vllm.fused_topk", "topk_softmax@vllm.fused_topk_bias")
+    ran = call("run", "vllm", "--op", "topk_softmax")  # a provider stands for whatever there is of it
+    assert campaign.settings.targets == ("topk_softmax@vllm",)
+    assert "not available: topk_softmax@vllm.fused_topk" in ran.out
+    pool.unavailable = LIBRARIES
+    assert call("run", "vllm", "--op", "topk_softmax").code == 3
 
 
 def test_restrictions(
@@ -163,15 +174,14 @@ def test_a_restriction_that_leaves_nothing(
 
 
 def test_without_a_target_all_that_can_run_do(call: Callable, campaign: FakeCampaign, pool: Any) -> None:
-    every = tuple(f"{op}@{provider}" for op in OPS for provider in ("builtin", "torch"))
-    pool.unavailable = ("topk_softmax@torch",)
-    ran = call("run")
+    pool.unavailable = ("topk_softmax@torch", *LIBRARIES)
+    ran = call("run", "--op", "topk_softmax")
     assert ran.code == 0
     assert "not available: topk_softmax@torch: topk_softmax@torch is not installed" in ran.out
     assert campaign.settings is not None
-    assert set(campaign.settings.targets) == set(every) - {"topk_softmax@torch"}
-    pool.unavailable = every
-    assert call("run").code == 3
+    assert campaign.settings.targets == ("topk_softmax@builtin",)
+    pool.unavailable = ("topk_softmax@builtin", "topk_softmax@torch", *LIBRARIES)
+    assert call("run", "--op", "topk_softmax").code == 3
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 130])

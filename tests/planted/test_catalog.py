@@ -24,7 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 NAN, INF = torch.nan, torch.inf
 CHECKS = {
     "error", "structure", "written", "ids", "finite", "padding", "shared", "expert_map", "selection", "ties", "order",
-    "weights", "fence", "canary", "isolation", "batch_invariance", "determinism", "capture", "replay", "crash", "hang", "oom",
+    "weights", "fence", "canary", "isolation", "batch_invariance", "determinism", "capture", "replay",
+    "crash", "hang", "oom",
 }  # fmt: skip
 REFERENCES = {"topk_softmax": reference, "topk_sigmoid": topk_sigmoid, "grouped_topk": grouped_topk}
 EVERY = pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from moe_fuzz.case import MODES, Case, Scalar
-from moe_fuzz.contract import PADDING_DIALECTS, TargetInfo
+from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.routing import text
@@ -89,7 +89,7 @@ class RoutingSpace:
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         can, contract = info.capabilities, info.contract
         return (
-            Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts]),
+            Axis("experts", [e for e in EXPERTS if takes_experts(can, e)]),
             Axis("top_k", [k for k in TOP_K if k <= can.max_top_k]),
             Axis("dtype", [d for d in DTYPES if d in can.dtypes]),
             Axis("renormalize", can.renormalize),
@@ -183,7 +183,7 @@ class RoutingSpace:
         can, contract, config = info.capabilities, info.contract, case.config
         count = len(case.experts)
         yield config["dtype"] not in can.dtypes, f"dtype {config['dtype']}"
-        yield not can.min_experts <= count <= can.max_experts, f"{count} experts"
+        yield not takes_experts(can, count), f"{count} experts"
         yield int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"
         yield config["renormalize"] not in can.renormalize, f"renormalize={config['renormalize']}"
         yield config["bias"] and not can.bias, "bias"
@@ -291,6 +291,12 @@ class RoutingSpace:
             if kept != step.faults:
                 case = case.with_step(index, replace(step, faults=kept))
         return case
+
+
+def takes_experts(can: Capabilities, count: int) -> bool:
+    """Whether a target takes so many experts."""
+    in_range = can.min_experts <= count <= can.max_experts
+    return in_range and not (can.experts_power_of_two and count & (count - 1))
 
 
 SPACES = (
