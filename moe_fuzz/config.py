@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fuzz.errors import UsageError
+from moe_fuzz.options import OWN
 
 TABLE = "tool.moe-fuzz"
 ENV_PREFIX = "MOE_FUZZ_"
@@ -144,6 +145,11 @@ KEYS: Mapping[str, Callable[[Any], Any]] = {
     "deadline": parse_duration,
     "memory": parse_size,
     "checks": _texts,
+    "ops": _texts,
+    "mode": _texts,
+    "preset": _texts,
+    "faults": _texts,
+    "fence": _choice(*OWN),
     "report": _reports,
     "minimize-time": parse_duration,
 }

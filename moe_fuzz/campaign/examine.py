@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import TRIES, Confirmation, Key, confirm, holds, killed, matching, rerun
+from moe_fuzz.campaign.faces import same_defect
 from moe_fuzz.campaign.finding import Finding, features_of, fingerprint, needed_features, place
 from moe_fuzz.campaign.interfaces import Cases, Pool, Space
 from moe_fuzz.campaign.locate import is_device_fault, is_memory_fault, launch_site, locate
@@ -53,14 +54,26 @@ class Examiner:
             tries = 1 if confirmed.always else TRIES
             tensors = dict(self.space.tensors)
             violation = locate(self.pool, cases, bad.target, self.options, verdict, bad.key, tensors, tries)
+        own = self._needed_fence(cases, bad, confirmed.always)
         others = tuple(v for v in verdict.violations if (v.check, v.symptom) != bad.key)
-        return self._finding(bad, confirmed, minimized, replace(verdict, violations=(violation, *others)))
+        return self._finding(bad, confirmed, minimized, replace(verdict, violations=(violation, *others)), own)
 
     def still_fails(self, finding: Finding) -> bool:
         """Whether a finding of an earlier campaign fails today, in fresh workers and under all checks."""
-        cases = (*finding.sequence, finding.case)
-        options = replace(self.options, checks=None, fence=FenceOptions())
         tries = 1 if finding.reproduces == "always" else 2 * TRIES
+        all_cases = ((*finding.sequence, finding.case), *((face.case,) for face in finding.faces))
+        return any(self._fails(cases, finding, tries) for cases in all_cases)
+
+    def same_defect(self, earlier: Finding, new: Finding) -> str:
+        """Why a finding is taken for an earlier one: see faces.py. Empty if it is not."""
+
+        def fails(case: Case, finding: Finding) -> bool:
+            return self._fails((case,), finding, TRIES)  # even of one that always failed: its smallest case is another
+
+        return same_defect(self.space, earlier, new, fails)
+
+    def _fails(self, cases: Cases, finding: Finding, tries: int) -> bool:
+        options = replace(self.options, checks=None, fence=FenceOptions(own=finding.own))
         return any(holds(rerun(self.pool, cases, finding.target, options), finding.raw) for _ in range(tries))
 
     def _minimize(
@@ -87,7 +100,18 @@ class Examiner:
             return minimized, confirmed.verdict
         return minimized, verdicts[cases]
 
-    def _finding(self, bad: BadCase, confirmed: Confirmation, minimized: Minimized, verdict: Verdict) -> Finding:
+    def _needed_fence(self, cases: Cases, bad: BadCase, always: bool) -> str:
+        """FenceOptions.own for a replay: what everybody has, if the failure shows with it."""
+        own = self.options.fence.own
+        usual = replace(self.options, fence=replace(self.options.fence, own="torch"))
+        if own == "torch" or self.options.fence.hard == ():  # nothing was fenced: it shows without
+            return "torch"
+        shown = any(holds(rerun(self.pool, cases, bad.target, usual), bad.key) for _ in range(1 if always else TRIES))
+        return "torch" if shown else own
+
+    def _finding(
+        self, bad: BadCase, confirmed: Confirmation, minimized: Minimized, verdict: Verdict, own: str
+    ) -> Finding:
         violation = verdict.violations[0]
         features = needed_features(self.space, minimized.case)
         if minimized.before:
@@ -115,6 +139,7 @@ class Examiner:
             minimal=minimized.complete,
             explain=minimized.explain,
             env=self._environment(),
+            own=own,
             first_seen=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 

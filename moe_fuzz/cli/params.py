@@ -11,7 +11,7 @@ import click
 
 from moe_fuzz import config
 from moe_fuzz.errors import EnvironmentProblem
-from moe_fuzz.options import FENCED_DEVICES
+from moe_fuzz.options import FENCED_DEVICES, OWN
 
 F = TypeVar("F", bound=Callable[..., Any])
 MIN_MEMORY, MAX_MEMORY = 1 << 30, 4 << 30  # bytes; what a worker gets unless told
@@ -94,6 +94,14 @@ memory = option(
     metavar="SIZE",
     help="Memory limit of a worker, e.g. 8GiB. [default: on a CPU its share, 4GiB at most]",
 )
+fence = option(
+    "fence",
+    "--fence",
+    type=click.Choice(OWN),
+    default=None,
+    help="Of the memory a target allocates itself: torch fences what it asks torch for in Python, all what it "
+    "allocates in C++ too (CUDA, slower). [default: torch]",
+)
 target_op = click.option("--op", metavar="OP", help="The op of a file.py:function or package.module:function target.")
 
 
@@ -109,6 +117,13 @@ def pick_device(wanted: str) -> str:
             f"--device {FENCED_DEVICES[0]} runs the same kernels in Triton's interpreter",
         )
     return wanted
+
+
+def pick_fence(wanted: str | None, device: str) -> tuple[str, tuple[str, ...]]:
+    """FenceOptions.own, and notes for a person: on a CPU nobody stands between a target's C++ and its memory."""
+    if (wanted, device) == ("all", "cpu"):
+        return "torch", ("fence all: on a CPU, memory that a target allocates in C++ stays unfenced",)
+    return wanted or "torch", ()
 
 
 def pick_workers(wanted: int | None, device: str) -> int:

@@ -66,6 +66,11 @@ profile = "quick"
 deadline = 5
 memory = "1GiB"
 checks = ["ids"]
+ops = ["topk_softmax"]
+mode = ["eager"]
+preset = ["mixtral-8x7b"]
+faults = ["nan_rows"]
+fence = "all"
 report = ["ndjson=out/events.ndjson"]
 minimize-time = 3
 """
