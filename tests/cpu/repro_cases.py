@@ -45,7 +45,18 @@ FATAL: dict[str, tuple[dict[str, Any], str]] = {
     "waits_for_a_tile": ({"experts": 7}, "deadline"),
     "counts_below_zero": ({"experts": 7}, "out-of-memory"),
     "shared_ids_looked_up": ({"experts": 8, "n_shared": 1, "expert_map": True}, "expert_map:right:read"),
-}
+    "asserts_on_sentinel": ({"faults": (Fault("nan_rows", "logits", Labels.range(3)),)}, "device-assert"),
+    "loads_words": ({"faults": (Fault("misaligned", "logits"),), "dtype": "bfloat16", "edge": "left"},
+                    "misaligned-access"),
+    "waits_for_a_partner": ({"tokens": 1}, "deadline"),
+}  # fmt: skip
+#: Bugs that a script can show, and a case is known for: it has no allocator of its own, no graphs, no rows gigabytes
+#: apart, no state from a call before.
+SCRIPTED = [
+    bug for bug in PLANTED
+    if bug.fence == "torch" and bug.module != "routing_graph" and bug.name not in ("int32_row_offset", "stale_row_max")
+    and ("cpu" in bug.devices or bug.name in FATAL)
+]  # fmt: skip
 NAN_ARGMAX, SCRATCH_IN_INPUT = (
     next(bug for bug in PLANTED if bug.name == name) for name in ("nan_argmax", "scratch_in_input")
 )

@@ -13,7 +13,6 @@ from moe_fuzz.case import Fault, Step
 from moe_fuzz.execute.runner import Runner
 from moe_fuzz.labels import Labels
 from moe_fuzz.options import RunOptions
-from moe_fuzz.planted.catalog import PLANTED
 from moe_fuzz.verdict import CRASH, VIOLATION, Verdict, Violation
 from tests.cpu.conftest import PYTHON, Batch
 from tests.cpu.repro_cases import (
@@ -21,6 +20,7 @@ from tests.cpu.repro_cases import (
     NAN_ARGMAX,
     ROOT,
     SAYS,
+    SCRIPTED,
     case_of,
     exhibit_of,
     failing,
@@ -38,10 +38,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of
 def test_every_planted_bug_shows_without_moe_fuzz(
     runner: Runner, tmp_path: Path, batch: Batch, bare: bool
 ) -> None:
-    """And a healthy router passes the same scripts. `stale_row_max`, which needs a call before, has its own test; the
-    bugs of replays need graphs, and a script makes eager calls."""
-    eager = [bug for bug in PLANTED if bug.module != "routing_graph" and "cpu" in bug.devices]
-    bugs = [bug for bug in eager if bug.name != "stale_row_max"]
+    """And a healthy router passes the same scripts. `stale_row_max`, which needs a call before, has its own test."""
+    bugs = [bug for bug in SCRIPTED if "cpu" in bug.devices]
     assert {bug.check for bug in bugs} == set(SAYS)
     runs = []
     for bug in bugs:

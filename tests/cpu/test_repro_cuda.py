@@ -18,13 +18,13 @@ from moe_fuzz.case import Fault
 from moe_fuzz.execute.runner import Runner
 from moe_fuzz.labels import Labels
 from moe_fuzz.options import RunOptions
-from moe_fuzz.planted.catalog import PLANTED
 from moe_fuzz.verdict import CRASH, Verdict, Violation
 from tests.cpu.conftest import Batch
 from tests.cpu.repro_cases import (
     HEALTHY,
     NAN_ARGMAX,
     SAYS,
+    SCRIPTED,
     case_of,
     exhibit_of,
     failing,
@@ -49,8 +49,7 @@ def pretended(text: str) -> str:
 
 def test_every_planted_bug_shows_on_the_stand_in(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     """Hangs are left to the GPU, where a script gives kernels the time to compile, and so is running out of memory."""
-    bugs = [bug for bug in PLANTED if bug.name != "stale_row_max" and bug.check not in ("hang", "oom")]
-    bugs = [b for b in bugs if b.module != "routing_graph" and "cpu" in b.devices]  # a script makes eager calls
+    bugs = [bug for bug in SCRIPTED if "cpu" in bug.devices and bug.check not in ("hang", "oom")]
     runs = []
     for bug in bugs:
         case, verdict = failing(runner, bug)
@@ -135,14 +134,13 @@ def test_without_a_gpu_nothing_is_claimed(runner: Runner, tmp_path: Path, batch:
 
 def test_the_scripts_name_nothing_that_they_do_not_define(runner: Runner, tmp_path: Path) -> None:
     """What no test here can run on a GPU is at least read by a linter: undefined and unused names, in every variant."""
-    for bug in PLANTED:
-        if bug.name != "stale_row_max" and bug.module != "routing_graph":
-            case, verdict = failing(runner, bug)
-            for bare in (False, True):
-                finding = replace(finding_of(case, verdict), sequence=(case,) if bare else ())
-                before = [exhibit_of(runner, case) | GPU] if bare else []
-                text = render(finding, exhibit_of(runner, case) | GPU, before, bare=bare)
-                write(tmp_path, f"{bug.name}_{int(bare)}", text)
+    for bug in SCRIPTED:
+        case, verdict = failing(runner, bug)
+        for bare in (False, True):
+            finding = replace(finding_of(case, verdict), sequence=(case,) if bare else ())
+            before = [exhibit_of(runner, case) | GPU] if bare else []
+            text = render(finding, exhibit_of(runner, case) | GPU, before, bare=bare)
+            write(tmp_path, f"{bug.name}_{int(bare)}", text)
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "--quiet", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")

@@ -149,6 +149,13 @@ def test_no_script_for_another_device(runner: Runner) -> None:
         render(finding_of(case, verdict), exhibit_of(runner, case) | {"device": "xpu"})
 
 
+def test_no_script_for_rows_gigabytes_apart(runner: Runner) -> None:
+    case = case_of("topk_softmax@torch", faults=(Fault("int32_boundary", "logits"),))
+    verdict = Verdict(VIOLATION, (Violation("weights", "off", "is off"),))
+    with pytest.raises(CaseError, match="gigabytes apart"):
+        render(finding_of(case, verdict), exhibit_of(runner, case))
+
+
 # ---- the pool -------------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +167,7 @@ class OneProcess:
         self.options: list[RunOptions] = []
 
     @contextmanager
-    def fresh(self) -> Iterator[OneProcess]:
+    def fresh(self, *_: object) -> Iterator[OneProcess]:
         yield self
 
     def run(self, cases: tuple[Case, ...], target: str, options: RunOptions) -> list[Verdict]:

@@ -13,16 +13,15 @@ import pytest
 
 from moe_fuzz.campaign.repro import render
 from moe_fuzz.case import Case
-from moe_fuzz.planted.catalog import PLANTED
 from moe_fuzz.verdict import CRASH, Verdict, Violation
 from tests.cpu.conftest import Batch, driving, elsewhere, runner, without_us  # noqa: F401 - fixtures
-from tests.cpu.repro_cases import HEALTHY, SAYS, case_of, exhibit_of, failing, finding_of, write
+from tests.cpu.repro_cases import HEALTHY, SAYS, SCRIPTED, case_of, exhibit_of, failing, finding_of, write
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 GPU = {"device": "cuda", "memory_limit": None}
 SAYS_HERE = SAYS | {"fence": "(illegal-access, and the CUDA context is lost)"}
-BUGS = [bug for bug in PLANTED if "cuda" in bug.devices and bug.name != "stale_row_max"]  # it needs a call before
+BUGS = [bug for bug in SCRIPTED if "cuda" in bug.devices]
 HANG = 20  # seconds: compiled by then, or never
 
 

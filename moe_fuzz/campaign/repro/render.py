@@ -93,7 +93,7 @@ def render(
     """The script of a finding, from the exhibit of its case and those of the cases that must run before it.
 
     bare: the finding shows without guards and poison, so the script has none, unless the finding is about them.
-    Raises CaseError for what a script cannot do: another device, another mode than eager.
+    Raises CaseError for what a script cannot do: another device, another mode than eager, rows gigabytes apart.
     """
     device = exhibit["device"]
     if device not in FENCED_DEVICES:
@@ -102,6 +102,8 @@ def render(
         raise CaseError("", f"a script cannot run a case in mode {modes.pop()!r} yet", "use `moe-fuzz replay`")
     if finding.own == "all":
         raise CaseError("", "a script cannot fence what the target allocates in C++", "use `moe-fuzz replay`")
+    if any("int32_boundary" in case.fault_names for case in (*finding.sequence, finding.case)):
+        raise CaseError("", "a script has no memory for rows that lie gigabytes apart", "use `moe-fuzz replay`")
     check, load = finding.check, _NOTHING | exhibit["load"]
     earlier = [_prepared(step) for one in before for step in one["steps"]]
     steps = [_prepared(step) for step in exhibit["steps"]]
