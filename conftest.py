@@ -2,8 +2,9 @@
 
 Four things happen here, each before any test module is imported:
 
-1. Without a GPU, TRITON_INTERPRET=1 goes into the environment, because Triton decides between compiler and interpreter
-   when a kernel is *defined*. With a GPU the variable is left alone.
+1. TRITON_INTERPRET=1 goes into the environment, because Triton decides between compiler and interpreter when a kernel
+   is *defined*. It does so with a GPU too: what runs on one runs in processes of its own, which drop the variable, so a
+   test does the same thing whichever tests ran before it in its process.
 2. An xdist worker gets one OpenMP thread. Otherwise every worker starts as many threads as the machine has cores, and
    N workers fight over them N-fold.
 3. The repository root leaves `sys.path`. `python -m pytest` puts it there, and then our top-level `kernels/` would
@@ -48,8 +49,7 @@ def gpu_slots() -> int:
 
 GPUS = gpu_count()
 
-if not GPUS:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 assert moe_fuzz.__path__, "imported above, so that its submodules are found without the root on sys.path"
