@@ -25,12 +25,13 @@ from moe_fuzz.execute.call import TargetError
 from moe_fuzz.execute.routing import BadResult
 from moe_fuzz.fence import Arena, open_arena
 from moe_fuzz.ops import get_space
-from moe_fuzz.ops.routing.inputs import Inputs
+from moe_fuzz.ops.routing.inputs import Inputs, materialize
 from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
 
 _FAMILY = "routing"
+DEVICE_ELEMENTS = 1 << 15
 Call = Callable[[Inputs], Outputs]
 
 
@@ -50,6 +51,14 @@ class Steps(ABC):
     def run(self) -> None:
         """Runs the steps until one has violations. Raises DeviceLost and MemoryError, TargetError where the target ran
         out of memory, and what a mode adds to it."""
+
+    def inputs(self, index: int) -> Inputs:
+        """The inputs of a step. They are made, and judged, on the host where they are small, else on the device: a few
+        thousand elements take the host less time than launches take, millions take it seconds."""
+        elements = self.case.steps[index].tokens * len(self.case.experts)
+        # Where every allocation on the device is fenced, those of the judgement would be too.
+        there = self.device != "cpu" and elements >= DEVICE_ELEMENTS and self.options.fence.own != "all"
+        return materialize(self.case, index, self.device if there else "cpu")
 
     @contextmanager
     def arena(self) -> Iterator[Arena]:
