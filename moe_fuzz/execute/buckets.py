@@ -31,7 +31,7 @@ class Bucket(ABC):
     def replay(self, inputs: Inputs) -> Outputs:
         """The result for these inputs. Raises TargetError, BadResult, DeviceLost, MemoryError."""
         for name, tensor in self.call.tensors.items():
-            tensor.copy_(inputs.plain[name])
+            self.call.arena.fill(tensor, inputs.plain[name])
         return fetch(self._replay(), inputs.device)
 
     @abstractmethod

@@ -34,13 +34,18 @@ class _Placed(Placed):
 
     __slots__ = ("block", "device")
 
-    def __init__(self, name: str, role: str, what: str, layout: Layout, device: int, options: FenceOptions) -> None:
+    def __init__(
+        self, name: str, role: str, what: str, layout: Layout, device: int, options: FenceOptions, fixed: bool
+    ) -> None:
+        """fixed: filled through `twin` alone. With soft guards the memory beside the tensor must be writable, so there
+        is none, and the protection is switched."""
         super().__init__(name, role, what)
         guard = READABLE if options.access == "write" else HARD
         left, right = (guard if options.is_hard(name, side) else SOFT for side in ("left", "right"))
         body = layout.pages * cuda_driver.granularity(device)
         self.device = device
-        self.block = _POOL.take(device, body, max(MIN_GUARD, layout.guard), left, right)
+        twin = fixed and options.is_readonly(name) and (left, right) == (HARD, HARD)
+        self.block = _POOL.take(device, body, max(MIN_GUARD, layout.guard), left, right, twin)
         self.lo, self.hi = self.block.lo, self.block.hi
         self.start = self.block.body + layout.start
         self.end = self.start + layout.extent
@@ -60,6 +65,14 @@ class _Placed(Placed):
             words.fill_(WORD)
             edge.fill_(value)
 
+    @property
+    def fixed(self) -> bool:
+        return self.block.kind.twin
+
+    def twin(self, dtype: torch.dtype) -> torch.Tensor | None:
+        start = self.start - self.lo
+        return self.block.bytes[start : start + self.end - self.start].view(dtype) if self.block.kind.twin else None
+
     def protect(self, readonly: bool) -> None:
         cuda_driver.protect(self.block.body, self.block.kind.body, self.device, READ if readonly else WRITE)
 
@@ -69,7 +82,9 @@ class _Placed(Placed):
 
     def differs(self) -> list[torch.Tensor]:
         """Flags on the device: bool [1] each, true where canaries changed."""
-        found = []
+        found: list[torch.Tensor] = []
+        if self.block.kind.twin:  # nobody can write there
+            return found
         for words, edge, value in self._around():
             found += [(part != wanted).any() for part, wanted in ((words, WORD), (edge, value)) if part.numel()]
         if self.gaps is not None:
@@ -154,8 +169,8 @@ class CudaArena(PooledArena[_Placed]):
         self.page = cuda_driver.granularity(self._index)
         super().__init__(options, edge, _KEPT)
 
-    def _take(self, name: str, role: str, what: str, layout: Layout, edge: str) -> _Placed:
-        return _Placed(name, role, what, layout, self._index, self.options)
+    def _take(self, name: str, role: str, what: str, layout: Layout, edge: str, fixed: bool = False) -> _Placed:
+        return _Placed(name, role, what, layout, self._index, self.options, fixed)
 
     def _take_sparse(self, name: str, role: str, what: str, layout: Layout, rows: tuple[Island, ...]) -> _Placed:
         return _Sparse(name, role, what, layout, self._index, rows)

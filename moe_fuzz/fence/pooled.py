@@ -44,12 +44,13 @@ class PooledArena(Arena, Generic[P]):
         self._kept = kept
         self._own_count = self._own_bytes = 0
         self._protected = self._closed = False
+        self._twins: dict[int, torch.Tensor] = {}  # by the address of the tensor that is read-only
         self._recycle()
         self.seconds = time.perf_counter() - began
 
     @abstractmethod
-    def _take(self, name: str, role: str, what: str, layout: Layout, edge: str) -> P:
-        """Places a tensor in a block of the pool. Raises MemoryError."""
+    def _take(self, name: str, role: str, what: str, layout: Layout, edge: str, fixed: bool = False) -> P:
+        """Places a tensor in a block of the pool; `fixed` if nobody but `fill` writes it. Raises MemoryError."""
 
     @abstractmethod
     def _give(self, placed: P) -> None:
@@ -79,6 +80,22 @@ class PooledArena(Arena, Generic[P]):
         self, name: str, shape: Sequence[int], dtype: torch.dtype, role: str = "input", alignment: int = 16,
         strides: Sequence[int] | None = None, offset: int = 0,
     ) -> torch.Tensor:  # fmt: skip
+        return self._tensor(name, shape, dtype, role, alignment, strides, offset)
+
+    def filled(
+        self, name: str, value: torch.Tensor, alignment: int = 16, strides: Sequence[int] | None = None, offset: int = 0
+    ) -> torch.Tensor:  # fmt: skip
+        tensor = self._tensor(name, value.shape, value.dtype, "input", alignment, strides, offset, fixed=True)
+        self.fill(tensor, value)
+        return tensor
+
+    def fill(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        self._twins.get(tensor.data_ptr(), tensor).copy_(value)
+
+    def _tensor(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, role: str, alignment: int,
+        strides: Sequence[int] | None, offset: int, fixed: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
         began = time.perf_counter()
         if self._closed:
             raise UsageError(f"tensor {name!r} is asked of an arena that is closed")
@@ -97,10 +114,10 @@ class PooledArena(Arena, Generic[P]):
             rows = sparse.islands(name, layout, shape, strides, offset, dtype.itemsize, self.page)
             placed = self._take_sparse(name, role, what, layout, rows)
         else:
-            placed = self._take(name, role, what, layout, self.edge)
+            placed = self._take(name, role, what, layout, self.edge, fixed)
         self._placed.append(placed)
         placed.reset(whole=role == "input" or not packed)
-        flat = placed.lend(dtype)
+        flat, twin = placed.lend(dtype), placed.twin(dtype)
         if packed:
             tensor = flat.view(shape)
         else:
@@ -109,6 +126,8 @@ class PooledArena(Arena, Generic[P]):
                 placed.gaps = find_gaps(shape, strides, offset, dtype.itemsize, layout.extent)
         if role == "output":
             canary.poison(tensor)
+        if twin is not None:
+            self._twins[tensor.data_ptr()] = twin.as_strided(shape, strides, twin.storage_offset() + offset)
         self.seconds += time.perf_counter() - began
         return tensor
 
@@ -152,15 +171,17 @@ class PooledArena(Arena, Generic[P]):
                 placed.reset(whole=False)  # done before the end: this arena's to tell, and not stale in the next
         self._kept.extend(self._placed)
         self._placed = []
+        self._twins.clear()
         self._recycle()
         self.seconds += time.perf_counter() - began
 
     def _protect_inputs(self, readonly: bool) -> None:
         began = time.perf_counter()
-        self._settle()
-        for placed in self._placed:
-            if placed.role == "input" and self.options.is_readonly(placed.name):
-                placed.protect(readonly)
+        switched = [p for p in self._placed if p.role == "input" and not p.fixed and self.options.is_readonly(p.name)]
+        if switched:
+            self._settle()
+        for placed in switched:
+            placed.protect(readonly)
         self.seconds += time.perf_counter() - began
 
     def _own(self, like: torch.Tensor) -> torch.Tensor | None:

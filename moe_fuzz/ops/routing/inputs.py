@@ -62,16 +62,13 @@ class Inputs:
 
     def _place(self, name: str, plain: torch.Tensor, arena: Arena, capabilities: Capabilities) -> torch.Tensor:
         lie = self.lies.get(name, Lie())
-        tensor = arena.tensor(
+        return arena.filled(
             name,
-            tuple(plain.shape),
-            plain.dtype,
-            role="input",
+            plain,
             alignment=max(capabilities.alignment, plain.element_size()),
             strides=lie.strides(plain.shape) if lie.gap or lie.column_stride else None,
             offset=lie.offset,
         )
-        return tensor.copy_(plain)
 
 
 def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> Inputs:
