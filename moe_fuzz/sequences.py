@@ -13,8 +13,6 @@ import random
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hypothesis import strategies as st
-
 from moe_fuzz.case import MODES, Case, Fault, Scalar, Step
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.space import FaultPlace, Space
@@ -59,31 +57,33 @@ def runs(modes: Sequence[str], device: str) -> tuple[str, ...]:
     return (SINGLE,) * single + (SEQUENCE, *graphs)
 
 
-def plans(run: str, tokens: Sequence[int], fault: st.SearchStrategy[LaidFault]) -> st.SearchStrategy[Plan]:
-    """Plans of a kind of run. tokens: the counts that a case can afford, the simplest first."""
-    few, all_ = _sizes(run, tokens)
-    sizes = st.lists(st.sampled_from(few) | st.sampled_from(all_), min_size=1, max_size=2, unique=run != SEQUENCE)
-    faults = st.just([]) if fault.is_empty else st.lists(fault, max_size=2, unique_by=lambda chosen: chosen[0])
-    move = st.builds(
-        Move, st.integers(0, 1), st.integers(0, 4), st.integers(0, len(TAILS) - 1), faults.map(tuple)
-    )
-    moves = st.lists(move, min_size=2, max_size=MAX_SEQUENCE if run == SEQUENCE else MAX_REPLAYS)
-    return st.builds(Plan, sizes.map(tuple), moves.map(tuple))
+def plan(run: str, tokens: Sequence[int], swarm: Sequence[FaultPlace], chosen: random.Random) -> Plan:
+    """A plan of a kind of run. tokens: the counts that a case can afford, the simplest first; swarm: the faults."""
+    count = chosen.randint(2, MAX_SEQUENCE if run == SEQUENCE else MAX_REPLAYS)
+    moves = [
+        Move(chosen.randint(0, 1), chosen.randint(0, 4), chosen.randrange(len(TAILS)), some(swarm, 2, chosen))
+        for _ in range(count)
+    ]
+    return Plan(_some_sizes(run, tokens, chosen), tuple(moves))
+
+
+def some(swarm: Sequence[FaultPlace], most: int, chosen: random.Random) -> tuple[LaidFault, ...]:
+    """None to `most` of the faults, each at some rows (`fault_rows`)."""
+    places = chosen.sample(swarm, chosen.randint(0, min(most, len(swarm))))
+    return tuple((place, chosen.randint(0, 3)) for place in places)
 
 
 def random_plan(
     run: str, tokens: Sequence[int], faults: Sequence[LaidFault], padding: int, chosen: random.Random
 ) -> Plan:
     """A plan for the grid, which has chosen a fault and some padding that must be in it."""
-    few, all_ = _sizes(run, tokens)
-    sizes = tuple(chosen.choice(few if chosen.random() < 0.5 else all_) for _ in range(2))
     moves = [Move(0, min(padding, 4), chosen.randrange(len(TAILS)), tuple(faults))]
     moves += [
         Move(chosen.randint(0, 1), chosen.randint(0, 4), chosen.randrange(len(TAILS)), ())
         for _ in range(chosen.randint(1, MAX_SEQUENCE - 1))
     ]
     chosen.shuffle(moves)
-    return Plan(tuple(dict.fromkeys(sizes)), tuple(moves))
+    return Plan(_some_sizes(run, tokens, chosen), tuple(moves))
 
 
 def make(
@@ -186,6 +186,13 @@ def _faults(stream: int, buffer: Mapping[int, _Content]) -> list[Fault]:
 
 def _size(plan: Plan, move: Move) -> int:
     return plan.sizes[move.size % len(plan.sizes)]
+
+
+def _some_sizes(run: str, tokens: Sequence[int], chosen: random.Random) -> tuple[int, ...]:
+    """One or two."""
+    few, all_ = _sizes(run, tokens)
+    sizes = [chosen.choice(few if chosen.random() < 0.5 else all_) for _ in range(chosen.randint(1, 2))]
+    return tuple(dict.fromkeys(sizes))
 
 
 def _sizes(run: str, tokens: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
