@@ -165,7 +165,7 @@ def _network(n: int) -> tuple[tuple[int, int], ...]:
 
 
 @triton.jit(do_not_specialize=["tokens", "top_k", "padding_id"])
-def _topk_kernel(  # type: ignore[no-untyped-def]
+def _topk_kernel(
     logits_ptr, bias_ptr, is_padding_ptr,  # [T, E], [E] f32, [T] bool
     weights_ptr, ids_ptr,  # [T, k] f32, [T, k] i32
     tokens, experts, top_k,
