@@ -132,10 +132,10 @@ def _block(tokens: int, experts: int) -> tuple[int, int, int, int]:
 
     All reductions stay within the lanes of a row, so rows and warps are free to choose: a row's bits depend on lanes
     and experts a lane alone, and those on E alone. In the interpreter a program costs the same whatever its block, and
-    so does each step in it: there all of a row is one step, and there are at most 2 programs.
+    so does each step in it: there all of a row is one step, longer than a warp, and there are at most 2 programs.
     """
     if _INTERPRETED:
-        padded = triton.next_power_of_2(experts)
+        padded = max(64, triton.next_power_of_2(experts))
         return padded, 1, min(triton.next_power_of_2(triton.cdiv(tokens, 2)), (1 << 20) // padded), 4
     lanes = min(32, triton.next_power_of_2(experts))
     return lanes, _padded(triton.cdiv(experts, lanes)), 4 * (32 // lanes), 4
@@ -217,13 +217,18 @@ def _topk_kernel(
     for n in tl.static_range(len(NETWORK)):
         keys = _exchange(keys, NETWORK[n][0], NETWORK[n][1], EACH, WIDE)
 
+    # A list that runs out holds what is below the key of -inf: an expert taken already never wins again.
     lowest = tl.full((ROWS, LANES), -0x8000000000000000 if WIDE else -0x80000000, tl.int64 if WIDE else tl.int32)
     best = lowest  # [R, L]: slot j in lane j
     first = _row_max(keys[0], WIDE)  # [R, 1]
     winner = first
     for j in range(top_k):
         best = tl.where(lane[None, :] == j, winner, best)
-        keys = _without(keys, winner, lowest, EACH)
+        won = keys[0] == winner  # in one lane: its list moves up
+        rest = ()
+        for v in tl.static_range(EACH):
+            rest = rest + (tl.where(won, keys[v + 1] if v + 1 < EACH else lowest, keys[v]),)
+        keys = rest
         winner = _row_max(keys[0], WIDE)
 
     used = lane[None, :] < top_k  # [1, L]
@@ -331,8 +336,8 @@ def _exchange(keys, A: tl.constexpr, B: tl.constexpr, EACH: tl.constexpr, WIDE: 
 
 @triton.jit
 def _row_max(key, WIDE: tl.constexpr):
-    """[R, L] -> [R, 1]. Twice 32 bits are faster than once 64: the hardware reduces 32 bits over a warp at once."""
-    if WIDE:
+    """[R, L] -> [R, 1]. Over a warp, twice 32 bits are faster than once 64: that is one instruction each."""
+    if WIDE and key.shape[1] <= 32:
         high = (key >> 32).to(tl.int32)
         top = tl.max(high, axis=1)[:, None]
         low = tl.max(tl.where(high == top, key.to(tl.int32), -1), axis=1)[:, None]
@@ -340,16 +345,3 @@ def _row_max(key, WIDE: tl.constexpr):
     else:
         largest = tl.max(key, axis=1)[:, None]
     return largest
-
-
-@triton.jit
-def _without(keys, winner, lowest, EACH: tl.constexpr):
-    """The lists without `winner`, which is the first key of one lane; a list that runs out holds `lowest`.
-
-    `lowest` is below the key of -inf: an expert taken already never wins again.
-    """
-    won = keys[0] == winner
-    left = ()
-    for v in tl.static_range(EACH - 1):
-        left = left + (tl.where(won, keys[v + 1], keys[v]),)
-    return left + (tl.where(won, lowest, keys[EACH - 1]),)
