@@ -19,6 +19,7 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +117,21 @@ class Case:
     # ---- JSON -------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
+        return {**self._body(), "digest": self.digest}
+
+    def _body(self) -> dict[str, Any]:
         data: dict[str, Any] = {"moe_fuzz": FORMAT, "op": self.op}
         if self.target:
             data["target"] = self.target
         data |= {"mode": self.mode, "seed": self.seed, "config": dict(self.config)}
         data["steps"] = [step.to_json() for step in self.steps]
-        data["digest"] = _digest(data)
         return data
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """12 hexadecimal digits that stand for everything in the case."""
-        return str(self.to_json()["digest"])
+        body = json.dumps(self._body(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(body.encode()).hexdigest()[:12]
 
     def dumps(self, indent: int | None = None) -> str:
         separators = (",", ":") if indent is None else None
@@ -231,11 +235,6 @@ def parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise CaseError("", f"not JSON: {error}") from error
-
-
-def _digest(data: Mapping[str, Any]) -> str:
-    body = {key: value for key, value in data.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
 
 
 def _pack(text: str) -> str:

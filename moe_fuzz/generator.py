@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
+import numpy
 import torch
 
 _MASK = 0xFFFFFFFF
@@ -18,40 +20,61 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 
-Word = torch.Tensor | int
+Device = torch.device | str
+Word = Any  # uint32 values: numpy uint64 or torch int64, of any shape, or int
 
 
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
-    """Philox4x32-10 on int64 tensors that hold uint32 values; the four words broadcast against each other."""
+    """Philox4x32-10 on 64-bit integers that hold uint32 values; the four words broadcast against each other.
+
+    In torch's int64 the product of two uint32 wraps; its low and high words, all that is read of it, stay right.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        p0, p1 = c0 * _M0, c2 * _M1  # the product of two uint32 wraps int64, but its low and high words stay right
+        p0, p1 = c0 * _M0, c2 * _M1
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
     return c0, c1, c2, c3
 
 
-def words(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0) -> torch.Tensor:
-    """uint32 words [len(rows), len(columns)] as int64, one for each (row label, column label)."""
-    row = torch.tensor(list(rows), dtype=torch.int64).view(-1, 1)  # [R, 1]
-    column = torch.tensor(list(columns), dtype=torch.int64)  # [C]
-    blocks, block_of = torch.unique(column >> 2, return_inverse=True)  # four columns share a call
+def words(
+    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: Device = "cpu"
+) -> torch.Tensor:
+    """uint32 words [len(rows), len(columns)] as int64 on `device`, one for each (row label, column label).
+
+    On the host in numpy, whose operations on a few elements cost a fifth of torch's.
+    """
+    row = numpy.asarray(rows, dtype=numpy.int64).reshape(-1, 1)  # [R, 1]
+    column = numpy.asarray(columns, dtype=numpy.int64)  # [C]
+    blocks, block_of = numpy.unique(column >> 2, return_inverse=True)  # four columns share a call
     key = (seed & _MASK, (seed >> 32) & _MASK)
     tensor_id = zlib.crc32(name.encode())
-    lanes = philox((blocks.view(1, -1) + 0 * row, row, tensor_id, stream), key)  # 4 x [R, B]
-    table = torch.stack([torch.as_tensor(lane).expand(len(row), len(blocks)) for lane in lanes], dim=-1)  # [R, B, 4]
-    return table[:, block_of, column & 3]  # [R, C]
+    shape = (len(rows), len(blocks))
+    if torch.device(device).type == "cpu":
+        counter: tuple[Word, ...] = (blocks.astype(numpy.uint64)[None, :], row.astype(numpy.uint64),
+                                     numpy.uint64(tensor_id), numpy.uint64(stream))  # fmt: skip
+        with numpy.errstate(over="ignore"):  # of scalars; arrays wrap in silence
+            lanes = philox(counter, key)
+        table = numpy.stack([numpy.broadcast_to(lane, shape) for lane in lanes], axis=-1)  # [R, B, 4]
+        return torch.from_numpy(table[:, block_of, column & 3].astype(numpy.int64))  # [R, C]
+    there = [torch.from_numpy(part).to(device) for part in (blocks[None, :], row, block_of, column & 3)]
+    lanes = philox((there[0], there[1], tensor_id, stream), key)
+    parts = [torch.as_tensor(lane, device=device).expand(shape) for lane in lanes]
+    return torch.stack(parts, dim=-1)[:, there[2], there[3]]
 
 
-def triangular(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0) -> torch.Tensor:
+def triangular(
+    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: Device = "cpu"
+) -> torch.Tensor:
     """float32 [R, C] in (-1, 1), steps of 2^-16, the density of a tent: the sum of two 16-bit uniforms, exact."""
-    word = words(seed, name, rows, columns, stream)
+    word = words(seed, name, rows, columns, stream, device)
     return ((word & 0xFFFF) + (word >> 16) - 0xFFFF).to(torch.float32) * 2.0**-16
 
 
 def choice(
-    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], count: int, stream: int = 0
-) -> torch.Tensor:
+    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], count: int, stream: int = 0,
+    device: Device = "cpu",
+) -> torch.Tensor:  # fmt: skip
     """int64 [R, C] in [0, count), count <= 2^16: which of `count` things each place takes."""
-    return ((words(seed, name, rows, columns, stream) >> 16) * count) >> 16
+    return ((words(seed, name, rows, columns, stream, device) >> 16) * count) >> 16

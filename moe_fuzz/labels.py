@@ -80,17 +80,39 @@ class Labels:
 
     def __and__(self, other: Labels) -> Labels:
         spans: list[tuple[int, int]] = []
-        for a, b in self.spans:
-            for c, d in other.spans:
-                if max(a, c) < min(b, d):
-                    spans.append((max(a, c), min(b, d)))
-        return Labels(tuple(sorted(spans)))
+        i = j = 0
+        while i < len(self.spans) and j < len(other.spans):
+            (a, b), (c, d) = self.spans[i], other.spans[j]
+            if max(a, c) < min(b, d):
+                spans.append((max(a, c), min(b, d)))
+            i, j = (i + 1, j) if b < d else (i, j + 1)
+        return Labels(tuple(spans))
 
     def __or__(self, other: Labels) -> Labels:
-        return Labels.of([*self, *other])
+        spans: list[tuple[int, int]] = []
+        for a, b in sorted((*self.spans, *other.spans)):
+            if spans and a <= spans[-1][1]:
+                spans[-1] = (spans[-1][0], max(b, spans[-1][1]))
+            else:
+                spans.append((a, b))
+        return Labels(tuple(spans))
 
     def __sub__(self, other: Labels) -> Labels:
-        return Labels.of(label for label in self if label not in other)
+        # Both span lists are sorted, so what follows other's last span that ends before ours begins is all that counts.
+        spans: list[tuple[int, int]] = []
+        j = 0
+        for start, stop in self.spans:
+            while j < len(other.spans) and other.spans[j][1] <= start:
+                j += 1
+            k = j
+            while k < len(other.spans) and other.spans[k][0] < stop:
+                if start < other.spans[k][0]:
+                    spans.append((start, other.spans[k][0]))
+                start = max(start, other.spans[k][1])
+                k += 1
+            if start < stop:
+                spans.append((start, stop))
+        return Labels(tuple(spans))
 
     def issubset(self, other: Labels) -> bool:
         return len(self & other) == len(self)

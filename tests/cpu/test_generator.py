@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy
 import pytest
 import torch
 
@@ -56,3 +57,12 @@ def test_range_and_shape_of_the_distribution():
 @pytest.mark.parametrize(("rows", "columns"), [([], [1, 2]), ([3], [])])
 def test_empty(rows, columns):
     assert generator.words(0, "x", rows, columns).shape == (len(rows), len(columns))
+
+
+def test_torch_and_numpy_give_the_same_bits():
+    columns, rows = torch.tensor([[0, 1, 77]]), torch.tensor([[3], [2**31 - 1]])
+    in_torch = generator.philox((columns, rows, 5, 63), (0x12345678, 0x9ABCDEF0))
+    in_numpy = generator.philox((columns.numpy().astype(numpy.uint64), rows.numpy().astype(numpy.uint64),
+                       numpy.uint64(5), numpy.uint64(63)), (0x12345678, 0x9ABCDEF0))  # fmt: skip
+    for one, other in zip(in_torch, in_numpy, strict=True):
+        assert one.tolist() == other.tolist()
