@@ -20,6 +20,7 @@ class Contract:
     """The numerical contract of a target: the checks take their bounds from it and from nothing else."""
 
     compute: str = "float32"  # dtype in which scores and weights are computed
+    sigmoid: str = "exp"  # "exp": relative accuracy | "tanh": 0.5 * tanh(x / 2) + 0.5, which has an absolute one only
     deterministic: bool = False  # same input, same bits
     batch_invariant: bool = False  # a row's bits depend on that row alone: not on its position, on T, on other rows
     ties: str = "any"  # "any" | "lowest_index_first"
@@ -37,12 +38,22 @@ class Capabilities:
     max_top_k: int = 32
     renormalize: tuple[bool, ...] = (False, True)
     bias: bool = True
+    bias_required: bool = False  # without a bias it is another kernel's business
     scale: bool = True
     is_padding: bool = True
     strided: bool = True  # takes inputs whose rows are not packed
     out: bool = False  # writes into `out=(...)` buffers when given
     alignment: int = 16  # bytes to which every input and output must be aligned; 1: element alignment is enough
     devices: tuple[str, ...] = ("cpu", "cuda")
+    # of grouped_topk alone
+    min_n_group: int = 1
+    max_n_group: int = 1024
+    min_group_size: int = 1  # experts in a group; some take the two best of each without asking (vllm#29439)
+    scorings: tuple[str, ...] = ("softmax", "sigmoid")
+    group_scores: tuple[str, ...] = ("max", "top2_sum")
+    group_score_by_bias: bool = False  # `top2_sum` with a bias, `max` without: one function in many libraries
+    n_shared: int = 8  # fused shared experts, at most
+    expert_map: bool = True
 
 
 @dataclass(frozen=True)

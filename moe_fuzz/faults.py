@@ -43,10 +43,16 @@ class Canvas:
         return generator.choice(self.seed, f"{self.name}/{fault}", rows, self.columns, count)
 
     def nans(self, positions: Sequence[int], fault: str) -> torch.Tensor:
-        """NaN [len(positions), columns] of both signs, with and without payload."""
+        """NaN [len(positions), columns]: of one bit pattern a row, as a computation leaves them, or of several.
+
+        A row of one pattern is the harder one: among NaNs of both signs, some are always on the side that wins.
+        """
         dtype = self.values.dtype
         bits = torch.tensor(_NANS[dtype], dtype=torch.int64).to(_BITS[dtype])  # wraps to the signed pattern
-        return bits[self.choose(positions, len(bits), fault)].view(dtype)
+        rows = [self.rows[p] for p in positions]
+        mode = generator.choice(self.seed, f"{self.name}/{fault}/pattern", rows, [0], 2 * len(bits))  # [P, 1]
+        mixed = self.choose(positions, len(bits), fault)
+        return bits[torch.where(mode < len(bits), mode, mixed)].view(dtype)
 
 
 class Fault:
@@ -235,12 +241,16 @@ class NegativeBias(Fault):
 
 @register
 class Noncontiguous(Fault):
-    """Rows stand apart, as in a slice of a wider buffer; what lies between them is no one's to touch."""
+    """Rows stand apart, as in a slice of a wider buffer; what lies between them is no one's to touch.
+
+    One time in four far apart, so that the distance of the last row from the first leaves 24 bits where rows are many.
+    """
 
     name = "noncontiguous"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.stride_gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 13))
+        gap = int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 16))
+        canvas.stride_gap = 1 + gap if gap < 12 else 256 * (gap - 11) + 1
 
 
 @register

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIALECTS = ("distinct", "minus_one", "num_experts", "zero_weight", "garbage")
@@ -40,23 +41,39 @@ def topk_softmax(
 
     Raises ValueError for anything outside these shapes, dtypes and ranges.
     """
-    tokens, experts = _validate(logits, top_k, bias, scale, is_padding, padding, out)
-    x = _finite_above(logits)  # [T, E]
-    key = x if bias is None else softmax_scores(logits, bias)[1]
-    ids = key.sort(dim=1, descending=True, stable=True).indices[:, :top_k]  # [T, k]
-    weights = _softmax(x.gather(1, ids)) if renormalize else _softmax(x).gather(1, ids)  # [T, k]
-    weights = weights * scale
-    if out is None:
-        shape = (tokens, top_k)
-        out = logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
-    flagged = logits.new_zeros(tokens, dtype=torch.bool) if is_padding is None else is_padding  # [T]
-    if padding != "distinct":
-        weights = weights.masked_fill(flagged[:, None], 0.0)
-        ids = ids.masked_fill(flagged[:, None], {"minus_one": -1, "num_experts": experts}.get(padding, 0))
-    written = ~flagged if padding == "garbage" else torch.ones_like(flagged)
-    out[0][written] = weights[written].float()
-    out[1][written] = ids[written].int()
-    return out
+    validate(logits, top_k, bias, scale, is_padding, padding, out)
+    x = finite_above(logits)  # [T, E]
+    ids = _best(x if bias is None else softmax_scores(logits, bias)[1], top_k)
+    weights = renormalized(x.gather(1, ids), "softmax") if renormalize else _softmax(x).gather(1, ids)  # [T, k]
+    return deliver(logits, weights * scale, ids, is_padding, padding, out)
+
+
+def topk_sigmoid(
+    logits: Tensor,  # [T, E] float32 | bfloat16 | float16, any strides; T >= 0, 1 <= E <= 1024
+    top_k: int,  # 1 <= top_k <= min(E, 32)
+    *,
+    renormalize: bool = False,
+    bias: Tensor | None = None,  # [E] float32
+    scale: float = 1.0,  # finite, >= 0
+    is_padding: Tensor | None = None,  # [T] bool
+    padding: str = "distinct",
+    out: tuple[Tensor, Tensor] | None = None,  # (weights [T, k] float32, ids [T, k] int32), both contiguous
+) -> tuple[Tensor, Tensor]:  # (weights [T, k] float32, ids [T, k] int32): `out` where it was given
+    """The `top_k` experts of each token by the sigmoid of their logits, and their weights. No row changes another.
+
+    The contract is that of `topk_softmax` word for word, with score = sigmoid(logits) = 1 / (1 + exp(-logits)):
+    selection by score + bias, weight the score without the bias, and where the selected scores sum below 2^-40 (all
+    logits far below 0, chosen by their bias) a target's own epsilon may decide.
+    Saturation: in float32 sigmoid(18) = sigmoid(30) = 1. Experts whose scores a float32 cannot tell apart may fall
+    either way; experts with equal logits and equal biases tie as in `topk_softmax`.
+
+    Raises ValueError for anything outside these shapes, dtypes and ranges.
+    """
+    validate(logits, top_k, bias, scale, is_padding, padding, out)
+    x = finite_above(logits)  # [T, E]
+    ids = _best(x if bias is None else sigmoid_scores(logits, bias)[1], top_k)
+    weights = renormalized(x.gather(1, ids), "sigmoid") if renormalize else x.sigmoid().gather(1, ids)  # [T, k]
+    return deliver(logits, weights * scale, ids, is_padding, padding, out)
 
 
 def softmax_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -64,8 +81,17 @@ def softmax_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]
 
     The scores of a row without one finite logit are 0.
     """
-    scores = _softmax(_finite_above(logits))
-    return scores, scores if bias is None else scores + _finite_above(bias)
+    scores = _softmax(finite_above(logits))
+    return scores, scores if bias is None else scores + finite_above(bias)
+
+
+def sigmoid_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `softmax_scores`, for the sigmoid: a NaN has the score 0."""
+    scores = finite_above(logits).sigmoid()
+    return scores, scores if bias is None else scores + finite_above(bias)
+
+
+SCORES = {"softmax": softmax_scores, "sigmoid": sigmoid_scores}
 
 
 def defined_rows(logits: Tensor, bias: Tensor | None, top_k: int) -> Tensor:
@@ -78,10 +104,38 @@ def defined_rows(logits: Tensor, bias: Tensor | None, top_k: int) -> Tensor:
     return ~bad.any(dim=1) & (usable.sum(dim=1) >= top_k)
 
 
-def _finite_above(values: Tensor) -> Tensor:
+def renormalized(picked: Tensor, scoring: str) -> Tensor:
+    """The scores of the picked logits [T, k], float64, over their sum: exact also where the scores underflow."""
+    return _softmax(picked if scoring == "softmax" else logsigmoid(picked))
+
+
+def deliver(
+    logits: Tensor, weights: Tensor, ids: Tensor, is_padding: Tensor | None, padding: str,
+    out: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Lays the padding dialect over what was routed, and writes it into `out`, or into new tensors."""
+    tokens, experts = logits.shape
+    if out is None:
+        out = logits.new_empty(ids.shape, dtype=torch.float32), logits.new_empty(ids.shape, dtype=torch.int32)
+    flagged = logits.new_zeros(tokens, dtype=torch.bool) if is_padding is None else is_padding  # [T]
+    if padding != "distinct":
+        weights = weights.masked_fill(flagged[:, None], 0.0)
+        ids = ids.masked_fill(flagged[:, None], {"minus_one": -1, "num_experts": experts}.get(padding, 0))
+    written = ~flagged if padding == "garbage" else torch.ones_like(flagged)
+    out[0][written] = weights[written].float()
+    out[1][written] = ids[written].int()
+    return out
+
+
+def finite_above(values: Tensor) -> Tensor:
     """`values` in float64, NaN as -inf, +inf as the dtype's largest number, -0 as +0."""
     x = values.double().masked_fill(values.isnan(), -math.inf)
     return x.clamp(max=torch.finfo(values.dtype).max) + 0.0
+
+
+def _best(key: Tensor, top_k: int) -> Tensor:
+    """The columns of the `top_k` largest keys of each row, the lowest first among equal ones: int64 [T, k]."""
+    return key.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
 
 
 def _softmax(x: Tensor) -> Tensor:
@@ -92,16 +146,11 @@ def _softmax(x: Tensor) -> Tensor:
     return e / total.masked_fill(total == 0.0, 1.0)
 
 
-def _validate(
-    logits: Tensor,
-    top_k: int,
-    bias: Tensor | None,
-    scale: float,
-    is_padding: Tensor | None,
-    padding: str,
-    out: tuple[Tensor, Tensor] | None,
-) -> tuple[int, int]:
-    """(T, E), or ValueError."""
+def validate(
+    logits: Tensor, top_k: int, bias: Tensor | None, scale: float, is_padding: Tensor | None, padding: str,
+    out: tuple[Tensor, Tensor] | None, n_shared: int = 0,
+) -> None:  # fmt: skip
+    """ValueError for what lies outside the contract; `n_shared` slots follow the routed ones in `out`."""
     if logits.dim() != 2 or logits.dtype not in DTYPES or not 1 <= logits.shape[1] <= 1024:
         raise ValueError("logits must be [T, E] in float32, bfloat16 or float16 with 1 <= E <= 1024, "
                          f"not {list(logits.shape)} {logits.dtype}")
@@ -115,12 +164,11 @@ def _validate(
     for name, tensor, shape, dtype in (
         ("bias", bias, (experts,), torch.float32),
         ("is_padding", is_padding, (tokens,), torch.bool),
-        ("out[0]", None if out is None else out[0], (tokens, top_k), torch.float32),
-        ("out[1]", None if out is None else out[1], (tokens, top_k), torch.int32),
+        ("out[0]", None if out is None else out[0], (tokens, top_k + n_shared), torch.float32),
+        ("out[1]", None if out is None else out[1], (tokens, top_k + n_shared), torch.int32),
     ):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device != logits.device):
             raise ValueError(f"{name} must be {list(shape)} {dtype} on {logits.device}, "
                              f"not {list(tensor.shape)} {tensor.dtype} on {tensor.device}")
     if out is not None and not (out[0].is_contiguous() and out[1].is_contiguous()):
         raise ValueError("out must be contiguous; route into contiguous buffers and copy")
-    return tokens, experts

@@ -13,22 +13,39 @@ import torch
 from moe_fuzz.checks import CHECKS, PARITY
 from moe_fuzz.checks.observation import Outputs, RoutingObservation
 from moe_fuzz.ops.routing.inputs import benign_rows
-from moe_fuzz.reference.routing import topk_softmax
 
-_JUDGES = ("ids", "finite")
+_JUDGES = ("ids", "shared", "expert_map", "finite")
 
 
 def wrong_answers(seen: RoutingObservation) -> Iterator[tuple[str, Outputs]]:
-    """All zero; stale (the right answer to the logits of another step); two experts swapped."""
+    """All zero; stale (the right answer to the logits of another step); two experts swapped.
+
+    Where the op has them also: groups ignored, ids not looked up, shared experts left out.
+    """
     weights, ids = seen.outputs.weights, seen.outputs.ids
     yield "all zero", Outputs(torch.zeros_like(weights), torch.zeros_like(ids))
-    other = benign_rows(seen.case, seen.step_index, list(range(seen.tokens)))
-    old = topk_softmax(other, seen.top_k, renormalize=seen.renormalize, bias=seen.bias, scale=seen.scale)
-    yield "stale", Outputs(*old)
+    yield "stale", seen.right_answer(logits=benign_rows(seen.case, seen.step_index, list(range(seen.tokens))))
     one = seen.ids[:, :1]
     neighbour = torch.where(one == 0, seen.experts - 1, one - 1)
     swapped = torch.where(seen.ids == one, neighbour, torch.where(seen.ids == neighbour, one, seen.ids))
-    yield "two experts swapped", Outputs(weights, swapped.to(ids.dtype))
+    yield "two experts swapped", _with_ids(seen, swapped)
+    if seen.topk_group < seen.n_group:
+        anywhere = seen.right_answer(topk_group=seen.n_group)
+        if not torch.equal(anywhere.ids[seen.judged], seen.right_answer().ids[seen.judged]):  # else it is right
+            yield "groups ignored", anywhere
+    if seen.expert_map is not None:
+        yield "ids not looked up", Outputs(weights, torch.cat([seen.ids.to(ids.dtype), ids[:, seen.top_k :]], dim=1))
+    if seen.n_shared:
+        bare = ids.clone()
+        bare[:, seen.top_k :] = 0
+        yield "shared experts left out", Outputs(weights, bare)
+
+
+def _with_ids(seen: RoutingObservation, logical: torch.Tensor) -> Outputs:
+    """The answer with these experts in the routed slots. An id that is none stays none."""
+    experts = logical if seen.expert_map is None else seen.expert_map.long()[logical.clamp(0, seen.experts - 1)]
+    ids = seen.outputs.ids
+    return Outputs(seen.outputs.weights, torch.cat([experts.to(ids.dtype), ids[:, seen.top_k :]], dim=1))
 
 
 def binding(seen: RoutingObservation, family: str = "routing") -> list[str]:

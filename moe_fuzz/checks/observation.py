@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -13,9 +14,14 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.fence import unwritten
 from moe_fuzz.ops.routing.inputs import Inputs, benign_rows
-from moe_fuzz.reference.routing import defined_rows, softmax_scores
+from moe_fuzz.reference import grouped_topk, routing
 
 U = 2.0**-24  # unit roundoff of float32
+REFERENCES: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
+    "topk_softmax": routing.topk_softmax,
+    "topk_sigmoid": routing.topk_sigmoid,
+    "grouped_topk": grouped_topk.grouped_topk,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class RoutingObservation:
     def with_outputs(self, outputs: Outputs) -> RoutingObservation:
         """The same inputs and another answer; the reference is not computed again."""
         other = replace(self, outputs=outputs, budget={})
-        for name in ("scores", "biased", "defined", "_reference", "error", "flagged"):
+        for name in ("_reference", "error", "bounds", "defined", "flagged"):
             other.__dict__[name] = getattr(self, name)
         return other
 
@@ -73,36 +79,81 @@ class RoutingObservation:
 
     @property
     def scale(self) -> float:
-        return float(self.inputs.options["scale"])  # type: ignore[arg-type]
+        return float(self.inputs.options["scale"])
 
     @property
     def dialect(self) -> str:
         return str(self.inputs.options["padding"])
 
+    @property
+    def scoring(self) -> str:
+        return str(self.inputs.options.get("scoring", self.case.op.removeprefix("topk_")))
+
+    @property
+    def n_group(self) -> int:
+        return int(self.inputs.options.get("n_group", 1))
+
+    @property
+    def topk_group(self) -> int:
+        return int(self.inputs.options.get("topk_group", 1))
+
+    @property
+    def group_score(self) -> str:
+        return str(self.inputs.options.get("group_score", "max"))
+
+    @property
+    def n_shared(self) -> int:
+        return self.inputs.width - self.top_k
+
+    @property
+    def expert_map(self) -> torch.Tensor | None:
+        """From logical to physical ids, int32 [E]."""
+        return self.inputs.plain.get("expert_map")
+
     # ---- reference --------------------------------------------------------------------------------------------------
 
     @cached_property
     def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return softmax_scores(self.logits, self.bias)
+        return routing.SCORES[self.scoring](self.logits, self.bias)
 
-    @cached_property
+    def right_answer(self, **changed: Any) -> Outputs:
+        """What the reference gives for these inputs, some of them changed; without padding flags."""
+        arguments = {**self.inputs.plain, **self.inputs.options, **changed}
+        arguments.pop("is_padding", None)
+        return Outputs(*REFERENCES[self.case.op](arguments.pop("logits"), self.top_k, **arguments))
+
+    @property
     def scores(self) -> torch.Tensor:
-        """float64 softmax scores [T, E]."""
+        """float64 scores [T, E]: softmax or sigmoid."""
         return self._reference[0]
 
-    @cached_property
+    @property
     def biased(self) -> torch.Tensor:
         """float64 scores by which experts are selected [T, E]."""
         return self._reference[1]
 
     @cached_property
     def error(self) -> torch.Tensor:
-        """δ [T, E]: how far a float32 softmax score may be from the float64 one (docs/numerics.md)."""
+        """δ [T, E]: how far a float32 score may be from the float64 one (docs/numerics.md)."""
         x = self.logits.double()
-        distance = (x - x.amax(dim=1, keepdim=True)).abs()
-        relative = (2 * distance + self.experts + 2 * math.log(self.experts) + 16) * U
+        if self.scoring == "sigmoid":
+            relative = (2 * x.neg().clamp(min=0) + 12) * U
+            floor = 2.0**-120 + (2 * U if self.info.contract.sigmoid == "tanh" else 0.0)
+        else:
+            distance = (x - x.amax(dim=1, keepdim=True)).abs()
+            relative = (2 * distance + self.experts + 2 * math.log(self.experts) + 16) * U
+            floor = 2.0**-126
         scaled = torch.where(self.scores > 0, self.scores * relative, torch.zeros_like(relative))
-        return torch.nan_to_num(scaled, nan=torch.inf) + 2.0**-126
+        return torch.nan_to_num(scaled, nan=torch.inf) + floor
+
+    @cached_property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The lowest and the highest biased score [T, E] that a target may compute for each expert.
+
+        A masked expert (logit -inf) has a score of 0 + bias for some targets, for others it is out of the race.
+        """
+        slack = self.error + U * torch.where(self.biased.isfinite(), self.biased.abs(), torch.zeros_like(self.biased))
+        return (self.biased - slack).masked_fill(self.logits == -torch.inf, -torch.inf), self.biased + slack
 
     @cached_property
     def flagged(self) -> torch.Tensor:
@@ -112,8 +163,11 @@ class RoutingObservation:
 
     @cached_property
     def defined(self) -> torch.Tensor:
-        """bool [T]: not flagged, and the reference of the scores is finite."""
-        return defined_rows(self.logits, self.bias, self.top_k) & ~self.flagged
+        """bool [T]: not flagged, and selection and weights are determined by the contract."""
+        if "n_group" in self.inputs.options:
+            groups = self.n_group, self.topk_group, self.group_score
+            return grouped_topk.defined_rows(self.logits, self.bias, self.top_k, *groups) & ~self.flagged
+        return routing.defined_rows(self.logits, self.bias, self.top_k) & ~self.flagged
 
     @cached_property
     def healed(self) -> tuple[Inputs, Outputs]:
@@ -131,16 +185,27 @@ class RoutingObservation:
     @property
     def shaped(self) -> bool:
         """Whether the outputs have the contract's shape; without it nothing else can be judged."""
-        shape = (self.tokens, self.top_k)
+        shape = (self.tokens, self.inputs.width)
         return tuple(self.outputs.weights.shape) == shape and tuple(self.outputs.ids.shape) == shape
 
     @cached_property
     def weights(self) -> torch.Tensor:
-        return self.outputs.weights.double()
+        """float64 [T, k]: of the routed slots."""
+        return self.outputs.weights[:, : self.top_k].double()
+
+    @cached_property
+    def routed(self) -> torch.Tensor:
+        """int64 [T, k]: the ids of the routed slots as they were returned, physical where there is a map."""
+        return self.outputs.ids[:, : self.top_k].long()
 
     @cached_property
     def ids(self) -> torch.Tensor:
-        return self.outputs.ids.long()
+        """int64 [T, k]: the logical ids of the routed slots; -1 for a physical id that no expert has."""
+        if self.expert_map is None:
+            return self.routed
+        physical, logical = self.expert_map.long().sort()
+        at = torch.searchsorted(physical, self.routed).clamp(max=self.experts - 1)
+        return torch.where(physical[at] == self.routed, logical[at], -1)
 
     @cached_property
     def unwritten(self) -> torch.Tensor:

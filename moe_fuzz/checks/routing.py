@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_fuzz.checks import check
+from moe_fuzz.checks.groups import Kept, kept_groups, same_groups
 from moe_fuzz.checks.observation import RoutingObservation, U, first, row_text
 from moe_fuzz.verdict import Violation
 
@@ -14,23 +15,24 @@ def selection(seen: RoutingObservation) -> list[Violation]:
     """max(unselected) <= min(selected) + ε: set-valued, so that ties and near-ties may fall either way.
 
     An inversion of i (selected) and j (not) is legal iff c_j - c_i <= δ_i + δ_j + u(|c_i| + |c_j|), which splits into
-    one number for each expert. A masked expert (logit -inf) under a bias has a score of 0 + bias for some routers and
-    -inf for others; both readings are accepted there.
+    one number for each expert, c_j - slack_j <= c_i + slack_i. With groups, j counts only where its group was kept, and
+    the groups that were kept must be a legal choice by the same rule (groups.py).
     """
     if seen.top_k == seen.experts or not seen.judged.any():
         return []
-    slack = seen.error + U * torch.where(seen.biased.isfinite(), seen.biased.abs(), torch.zeros_like(seen.biased))
-    high, low = seen.biased + slack, seen.biased - slack
-    if seen.bias is not None:
-        masked = seen.logits == -torch.inf
-        high, low = high.masked_fill(masked, torch.inf), low.masked_fill(masked, -torch.inf)
+    low, high = seen.bounds
     taken = torch.zeros_like(seen.biased, dtype=torch.bool)
     taken.scatter_(1, torch.where(seen.sound_ids.view(-1, 1), seen.ids, torch.zeros_like(seen.ids)), True)
+    kept = None
+    eligible = ~taken
+    if seen.topk_group < seen.n_group:
+        kept = kept_groups(low, high, taken, seen.n_group, seen.topk_group, seen.group_score)
+        eligible &= kept.touched.repeat_interleave(seen.experts // seen.n_group, dim=1)
     worst = high.masked_fill(~taken, torch.inf).min(dim=1)
-    best = low.masked_fill(taken, -torch.inf).max(dim=1)
+    best = low.masked_fill(~eligible, -torch.inf).max(dim=1)
     wrong = seen.judged & (best.values > worst.values)
     if not wrong.any():
-        return []
+        return [] if kept is None else _groups(seen, kept)
     row = first(wrong)[0]
     lost, won = int(best.indices[row]), int(worst.indices[row])
     message = f"row {row} takes expert {won}, although expert {lost} has a higher score"
@@ -38,7 +40,7 @@ def selection(seen: RoutingObservation) -> list[Violation]:
         Violation(
             "selection",
             "inversion",
-            message,
+            message + (" and a group that was kept" if kept else ""),
             "ids",
             (row,),
             f"expert {lost} (score {float(seen.biased[row, lost]):.9g})",
@@ -47,20 +49,57 @@ def selection(seen: RoutingObservation) -> list[Violation]:
     ]
 
 
+def _groups(seen: RoutingObservation, kept: Kept) -> list[Violation]:
+    """No legal choice of groups explains what was selected."""
+    wrong = seen.judged & ~kept.lawful
+    if not wrong.any():
+        return []
+    row = first(wrong)[0]
+    touched = kept.touched[row]
+    won = int(kept.high[row].masked_fill(~touched, torch.inf).argmin())
+    lost = int(kept.low[row].masked_fill(touched, -torch.inf).argmax())
+    message = f"row {row}: no {seen.topk_group} best of {seen.n_group} groups explain the experts it takes"
+    if int(touched.sum()) > seen.topk_group:
+        message = f"row {row} takes experts of {int(touched.sum())} groups, where {seen.topk_group} stay"
+    return [
+        Violation(
+            "selection",
+            "group",
+            message,
+            "ids",
+            (row,),
+            f"group {lost} (score {float(kept.low[row, lost]):.9g} or more)",
+            f"group {won} (score {float(kept.high[row, won]):.9g} or less); ids {row_text(seen.ids[row])}",
+        )
+    ]
+
+
 @check("routing", "ties")
 def ties(seen: RoutingObservation) -> list[Violation]:
-    """Of experts with equal logit and equal bias, the lowest index is taken, where the target declares it."""
+    """Of experts with equal logit and equal bias, the lowest index is taken, where the target declares it.
+
+    With groups that holds for a lower expert whose group was kept for certain: another expert of it was taken, or it
+    holds the same as the group of the expert that was taken, and is the lower one of the two.
+    """
     if seen.info.contract.ties != "lowest_index_first" or seen.top_k == seen.experts or not seen.judged.any():
         return []
     rows = seen.judged.nonzero().flatten()
     logits, chosen = seen.logits[rows].double(), seen.ids[rows]
     taken = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
     column = torch.arange(seen.experts)
+    size = seen.experts // seen.n_group
+    grouped = seen.topk_group < seen.n_group
+    if grouped:
+        touched = taken.view(len(rows), seen.n_group, size).any(dim=2)  # [R, G]
+        same = same_groups(logits, seen.bias, seen.n_group)  # [R, G, G]
     for slot in range(seen.top_k):
         expert = chosen[:, slot : slot + 1]
         equal = logits == logits.gather(1, expert)
         if seen.bias is not None:
             equal &= seen.bias.view(1, -1) == seen.bias[expert]
+        if grouped:
+            kept = touched | same[torch.arange(len(rows)), (expert // size).flatten()]
+            equal &= kept.repeat_interleave(size, dim=1)
         passed_over = equal & ~taken & (column < expert)
         if passed_over.any():
             at, lower = first(passed_over)
@@ -75,11 +114,9 @@ def order(seen: RoutingObservation) -> list[Violation]:
     """Slots stand in descending order of biased score, within ε, where the target declares it (sglang#8125)."""
     if not seen.info.contract.ordered or not seen.judged.any():
         return []
-    biased, error = seen.gather(seen.biased), seen.gather(seen.error)
-    slack = error + U * torch.where(biased.isfinite(), biased.abs(), torch.zeros_like(biased))
-    if seen.bias is not None:
-        slack = slack.masked_fill(seen.gather(seen.logits.double()) == -torch.inf, torch.inf)
-    wrong = (biased[:, 1:] - slack[:, 1:] > biased[:, :-1] + slack[:, :-1]) & seen.judged.view(-1, 1)
+    biased = seen.gather(seen.biased)
+    low, high = (seen.gather(bound) for bound in seen.bounds)
+    wrong = (low[:, 1:] > high[:, :-1]) & seen.judged.view(-1, 1)
     if not wrong.any():
         return []
     row, slot = first(wrong)

@@ -12,9 +12,9 @@ from moe_fuzz.verdict import Violation
 
 @check("routing", "structure")
 def structure(seen: RoutingObservation) -> list[Violation]:
-    """weights [T, k] float32 and ids [T, k] int32. Their device is judged where they are fetched."""
+    """weights [T, k + n_shared] float32 and ids int32. Their device is judged where they are fetched."""
     found = []
-    shape = (seen.tokens, seen.top_k)
+    shape = (seen.tokens, seen.inputs.width)
     for name, tensor, dtype in (
         ("weights", seen.outputs.weights, torch.float32),
         ("ids", seen.outputs.ids, torch.int32),
@@ -57,7 +57,7 @@ def written(seen: RoutingObservation) -> list[Violation]:
 def ids(seen: RoutingObservation) -> list[Violation]:
     """k distinct ids in [0, E) on every row that no padding dialect rules, undefined rows included (vllm#39391)."""
     outside = ((seen.ids < 0) | (seen.ids >= seen.experts)) & seen.lawful.view(-1, 1)
-    if outside.any():
+    if outside.any() and seen.expert_map is None:  # else `expert_map` reports it
         where = first(outside)
         return [
             Violation(
@@ -70,7 +70,8 @@ def ids(seen: RoutingObservation) -> list[Violation]:
                 str(int(seen.ids[where])),
             )
         ]
-    twice = seen.lawful & ~seen.sound_ids
+    ordered = seen.routed.sort(dim=1).values
+    twice = seen.lawful & (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
     if twice.any():
         row = first(twice)[0]
         return [
@@ -81,21 +82,53 @@ def ids(seen: RoutingObservation) -> list[Violation]:
                 "ids",
                 (row,),
                 f"{seen.top_k} distinct ids",
-                row_text(seen.ids[row]),
+                row_text(seen.routed[row]),
             )
         ]
     return []
 
 
+@check("routing", "shared")
+def shared(seen: RoutingObservation) -> list[Violation]:
+    """The slots of fused shared experts hold the ids E, E + 1, … and the weight 1, on every row no dialect rules."""
+    rows = seen.lawful.view(-1, 1)
+    weights, ids = seen.outputs.weights[:, seen.top_k :], seen.outputs.ids[:, seen.top_k :]
+    wanted = seen.experts + torch.arange(seen.n_shared)
+    for symptom, name, wrong in (("id", "ids", ids != wanted), ("weight", "weights", weights != 1)):
+        if (wrong & rows).any():
+            row, slot = first(wrong & rows)
+            got = str(int(ids[row, slot])) if symptom == "id" else str(float(weights[row, slot]))
+            message = f"row {row}: the slot of shared expert {slot} does not hold its {symptom}"
+            expected = str(seen.experts + slot) if symptom == "id" else "1"
+            return [Violation("shared", symptom, message, name, (row, seen.top_k + slot), expected, got)]
+    return []
+
+
+@check("routing", "expert_map")
+def expert_map(seen: RoutingObservation) -> list[Violation]:
+    """The ids of routed slots are in expert_map. Which expert each is, parity judges after the inverse map."""
+    if seen.expert_map is None:
+        return []
+    unknown = (seen.ids < 0) & seen.lawful.view(-1, 1)
+    if not unknown.any():
+        return []
+    where = first(unknown)
+    got = int(seen.routed[where])
+    symptom, what = ("logical", "a logical id") if 0 <= got < seen.experts else ("unknown", "an id of no expert")
+    message = f"row {where[0]} holds {what}, where expert_map gives physical ones"
+    return [Violation("expert_map", symptom, message, "ids", where, "an id in expert_map", str(got))]
+
+
 @check("routing", "finite")
 def finite(seen: RoutingObservation) -> list[Violation]:
     """Weights are finite and >= 0 on every row that no padding dialect rules (sglang#31017, flashinfer#3803)."""
-    wrong = ~(torch.isfinite(seen.weights) & (seen.weights >= 0)) & seen.lawful.view(-1, 1)
+    weights = seen.outputs.weights.double()
+    wrong = ~(torch.isfinite(weights) & (weights >= 0)) & seen.lawful.view(-1, 1)
     if not wrong.any():
         return []
     defined = wrong & seen.defined.view(-1, 1)
     where = first(defined if defined.any() else wrong)  # a real row's weight is the worse news, and another bug
-    value = float(seen.weights[where])
+    value = float(weights[where])
     kind = "nan" if value != value else "infinite" if abs(value) == float("inf") else "negative"
     symptom, row = (
         (kind, "") if bool(seen.defined[where[0]]) else (f"{kind} on an undefined row", ", which is undefined,")
@@ -115,12 +148,13 @@ def finite(seen: RoutingObservation) -> list[Violation]:
 
 @check("routing", "padding")
 def padding(seen: RoutingObservation) -> list[Violation]:
-    """A row flagged as padding carries exactly the declared dialect's id and weight."""
+    """A row flagged as padding carries exactly the declared dialect's id and weight, in every slot."""
     wanted = {"minus_one": -1, "num_experts": seen.experts, "zero_weight": 0}.get(seen.dialect)
     if wanted is None:
         return []
     rows = (seen.flagged & ~seen.unwritten).view(-1, 1)
-    wrong = (seen.ids != wanted) & rows
+    weights, ids = seen.outputs.weights, seen.outputs.ids
+    wrong = (ids != wanted) & rows
     if wrong.any():
         where = first(wrong)
         return [
@@ -131,10 +165,10 @@ def padding(seen: RoutingObservation) -> list[Violation]:
                 "ids",
                 where,
                 f"{wanted} ({seen.dialect})",
-                str(int(seen.ids[where])),
+                str(int(ids[where])),
             )
         ]
-    heavy = ~(seen.weights == 0) & rows
+    heavy = ~(weights == 0) & rows
     if heavy.any():
         where = first(heavy)
         return [
@@ -145,7 +179,7 @@ def padding(seen: RoutingObservation) -> list[Violation]:
                 "weights",
                 where,
                 f"0 ({seen.dialect})",
-                str(float(seen.weights[where])),
+                str(float(weights[where])),
             )
         ]
     return []

@@ -5,6 +5,7 @@ An exhibit is a JSON value, made by the worker, which has torch; the parent rend
     {"op": "topk_softmax", "device": "cpu", "edge": "right", "memory_limit": null, "contract": {…},
      "load": {"kind": "file", "path": "/…/routing.py", "attribute": "topk_softmax", "factory": false, …},
      "steps": [{"top_k": 2, "tokens": 3, "experts": 8, "scale": 1.0, "renormalize": false, "padding": "distinct",
+                "width": 2, "scoring": "softmax", "n_group": 1, "topk_group": 1, "group_score": "max", "n_shared": 0,
                 "tensors": {"logits": TENSOR, …}, "out": {"weights": …, "ids": …} or null,
                 "keywords": {"renormalize": {"value": false}, "bias": {"tensor": "bias"}, "out": {"out": true}},
                 "flagged": [2], "lawful": [0, 1], "defined": [0, 1], "healed": {"rows": [2], "values": TENSOR} or null,
@@ -43,6 +44,7 @@ from moe_fuzz.targets.bind import Target
 
 MAX_LITERAL = 256  # elements; a longer tensor is compressed
 _PACKAGE = "moe_fuzz"
+_NO_GROUPS = {"n_group": 1, "topk_group": 1, "group_score": "max", "n_shared": 0}
 _NOTHING = Outputs(torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int32))
 
 
@@ -75,9 +77,12 @@ def _step(case: Case, index: int, target: Target) -> dict[str, Any]:
         "top_k": inputs.top_k,
         "tokens": seen.tokens,
         "experts": seen.experts,
+        "width": inputs.width,
+        "scoring": seen.scoring,
+        **_NO_GROUPS,
         **inputs.options,
         "tensors": {name: _placed(name, plain, inputs, alignment) for name, plain in inputs.plain.items()},
-        "out": _out(seen.tokens, inputs.top_k, max(4, alignment)) if case.config["out"] else None,
+        "out": _out(seen.tokens, inputs.width, max(4, alignment)) if case.config["out"] else None,
         "keywords": _keywords(case, inputs, target),
         "flagged": seen.flagged.nonzero().flatten().tolist(),
         "lawful": (~speaks).nonzero().flatten().tolist(),
@@ -102,9 +107,9 @@ def _placed(name: str, plain: torch.Tensor, inputs: Inputs, alignment: int) -> d
     return tensor(plain) | asdict(lie) | {"strides": strides, "alignment": max(alignment, plain.element_size())}
 
 
-def _out(tokens: int, top_k: int, alignment: int) -> dict[str, Any]:
+def _out(tokens: int, width: int, alignment: int) -> dict[str, Any]:
     dtypes = {"weights": "float32", "ids": "int32"}
-    return {name: {"dtype": dtype, "shape": [tokens, top_k], "alignment": alignment} for name, dtype in dtypes.items()}
+    return {name: {"dtype": dtype, "shape": [tokens, width], "alignment": alignment} for name, dtype in dtypes.items()}
 
 
 def tensor(plain: torch.Tensor) -> dict[str, Any]:

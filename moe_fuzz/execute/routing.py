@@ -66,7 +66,7 @@ class RoutingStep:
         arguments |= placed
         tokens = inputs.plain["logits"].shape[0]
         if self.case.config["out"]:
-            shape, alignment = (tokens, inputs.top_k), max(4, capabilities.alignment)
+            shape, alignment = (tokens, inputs.width), max(4, capabilities.alignment)
             out = arguments["out"] = (
                 self.arena.tensor("weights", shape, torch.float32, role="output", alignment=alignment),
                 self.arena.tensor("ids", shape, torch.int32, role="output", alignment=alignment),

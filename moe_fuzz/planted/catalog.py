@@ -1,6 +1,6 @@
 """The planted bugs, by name. Free of torch: the parent lists them, the worker loads them.
 
-The target of a planted bug is `topk_softmax@planted.NAME`.
+The target of a planted bug is `OP@planted.NAME`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,18 @@ class Planted:
 
 def _router(name: str, module: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
     return Planted(name, "topk_softmax", module, check, upstream, story, **more)
+
+
+def _sigmoid(name: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
+    return Planted(name, "topk_sigmoid", "routing_sigmoid", check, upstream, story, **more)
+
+
+def _grouped(name: str, check: str, upstream: str, story: str, module: str = "grouped", **more: Any) -> Planted:
+    return Planted(name, "grouped_topk", module, check, upstream, story, **more)
+
+
+def _slots(name: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
+    return _grouped(name, check, upstream, story, module="grouped_slots", **more)
 
 
 PLANTED: tuple[Planted, ...] = (
@@ -112,6 +124,45 @@ PLANTED: tuple[Planted, ...] = (
             "waits for a tile that nobody produces where E is odd", symptom="deadline", only=True),
     _router("counts_below_zero", "routing_process", "oom", "flashinfer#4595",
             "an unsigned count below zero: asks for 16 GiB where E < 8", only=True, capabilities={"devices": ("cpu",)}),
+    _router("narrow_index", "routing_sigmoid", "written", "vllm#12413",
+            "indices of 16 bits wrap where T x k is beyond 65536", capabilities={"devices": ("cuda",)}),
+    # the sigmoid
+    _sigmoid("sigmoid_nan_fallback", "ids", "vllm#39391",
+             "the fallback for E not a power of two knows no NaN: expert 0, k times"),
+    _sigmoid("saturated_ties", "ids", "sglang#30645",
+             "a winner leaves by its value, and all that tie with it: then none is left"),
+    _sigmoid("sigmoid_zero_division", "finite", "flashinfer#3803",
+             "renormalizes 0/0 where all selected sigmoids underflow", only=True),
+    _sigmoid("sigmoid_in_input_dtype", "weights", "flashinfer#3595",
+             "computes the sigmoid in the dtype of the logits", only=True),
+    # groups
+    _grouped("nan_groups", "ids", "vllm#39391", "on a row of NaN group 0 stays topk_group times, and expert 0 k times"),
+    _grouped("masked_groups_zero", "selection", "transformers#45440",
+             "experts of the groups that are out get 0, and beat negative biased scores", only=True),
+    _grouped("top2_for_every_rule", "selection", "vllm#34673",
+             "ranks groups by their two best experts where one is asked for", only=True),
+    _grouped("groups_before_bias", "selection", "vllm#34673", "ranks groups before the bias is added", only=True),
+    _grouped("group_of_one", "error", "vllm#29439", "takes the two best of a group of one", only=True),
+    _grouped("padded_group_lanes", "selection", "sglang#23874",
+             "lanes past a group's size hold 0, and beat negative biased scores", only=True),
+    _grouped("last_of_tied_groups", "ties", "sglang#31001", "of tied groups the last stays", only=True,
+             contract={"deterministic": True, "ties": "lowest_index_first"}),
+    _grouped("bits_of_negative_scores", "selection", "sglang#23874",
+             "orders the bits of scores as integers, which is wrong for negative ones", only=True),
+    _grouped("grouped_zero_division", "finite", "flashinfer#3946",
+             "no epsilon where there are several groups: 0/0", only=True),
+    _grouped("grouped_biased_weight", "weights", "vllm#34673", "takes the weight from the biased score"),
+    # shared experts and mapped ids
+    _slots("shared_id_off_by_one", "shared", "sglang#8125", "the first shared expert has the id E - 1", only=True),
+    _slots("shared_guard_missing", "selection", "sglang#17325", "ignores groups where there are shared experts",
+           only=True),
+    _slots("renormalized_with_shared", "weights", "sglang#8125", "divides by a sum with the shared experts in it",
+           only=True),
+    _slots("unmapped_on_one_path", "expert_map", "sglang#28378", "does not look ids up where there is one group",
+           only=True),
+    _slots("mapped_in_place", "ids", "sglang#22525", "looks up again what it has looked up"),
+    _slots("shared_ids_looked_up", "fence", "sglang#22525", "reads past the map for the ids of shared experts",
+           only=True),
 )  # fmt: skip
 
 

@@ -31,6 +31,14 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "padding": ("padding",),
     "out": ("out",),
 }
+_GROUPED_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "n_group": ("n_group", "num_expert_group"),
+    "topk_group": ("topk_group",),
+    "scoring": ("scoring", "scoring_func"),
+    "group_score": ("group_score",),
+    "n_shared": ("n_shared", "num_fused_shared_experts"),
+    "expert_map": ("expert_map",),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,8 @@ def bind(name: str) -> Target:
             "capabilities": Capabilities(**planted.capabilities),
             "clauses": {"*": f"planted: the bug of {planted.upstream}"},
         }
-    keywords, capabilities, contract = _read_signature(function, promise)
+    spellings = {**SPELLINGS, **(_GROUPED_SPELLINGS if op == "grouped_topk" else {})}
+    keywords, capabilities, contract = _read_signature(function, promise, spellings)
     provider = source.partition(".")[0] if ":" not in source else "user"
     info = TargetInfo(name, op, provider, origin, contract, capabilities, promise.get("clauses") or {})
     return Target(info, function, keywords)
@@ -111,7 +120,9 @@ def _functions(module: Any) -> list[str]:
     ]
 
 
-def _refuse_unknown(parameters: Mapping[str, inspect.Parameter], known: set[str]) -> None:
+def _refuse_unknown(
+    parameters: Mapping[str, inspect.Parameter], known: set[str], spellings: Mapping[str, tuple[str, ...]]
+) -> None:
     """UsageError for a function that could not be called: a TypeError of our own call would pass for its bug."""
     named = [p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     star = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
@@ -119,18 +130,19 @@ def _refuse_unknown(parameters: Mapping[str, inspect.Parameter], known: set[str]
     if len(first) < 2 and not star:
         raise UsageError("the function does not take the logits and top_k as its first two positional arguments",
                          "wrap it in a function of (logits, top_k, …)")  # fmt: skip
-    always = {s for name in ("renormalize", "scale", "padding") for s in SPELLINGS[name]}
+    optional = ("bias", "is_padding", "out", "expert_map")  # not every case has them
+    always = {s for name in spellings if name not in optional for s in spellings[name]}
     for p in named:
         if p in first or p.default is not p.empty or (p.name in known and p.name in always):
             continue
         raise UsageError(
             f"the function has a parameter {p.name!r} without a default, which not every case has a value for",
-            f"give it one, or wrap the function; the names known are {', '.join(sum(SPELLINGS.values(), ()))}",
+            f"give it one, or wrap the function; the names known are {', '.join(sum(spellings.values(), ()))}",
         )
 
 
 def _read_signature(
-    function: Callable[..., Any], promise: Mapping[str, Any]
+    function: Callable[..., Any], promise: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, str], Capabilities, Contract]:
     """What the function takes, and its promises cut down to that."""
     parameters: Mapping[str, inspect.Parameter] = {}
@@ -142,12 +154,12 @@ def _read_signature(
         has_signature = True
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     keywords = {
-        argument: next((s for s in spellings if s in parameters), argument)
-        for argument, spellings in SPELLINGS.items()
-        if takes_all or any(s in parameters for s in spellings)
+        argument: next((s for s in names if s in parameters), argument)
+        for argument, names in spellings.items()
+        if takes_all or any(s in parameters for s in names)
     }
     if has_signature:
-        _refuse_unknown(parameters, set(keywords.values()))
+        _refuse_unknown(parameters, set(keywords.values()), spellings)
     declared: Capabilities | None = promise.get("capabilities")
     capabilities = declared or Capabilities(out="out" in keywords)
     capabilities = replace(
@@ -157,7 +169,13 @@ def _read_signature(
         scale=capabilities.scale and "scale" in keywords,
         is_padding=capabilities.is_padding and "is_padding" in keywords,
         out=capabilities.out and "out" in keywords,
+        n_shared=capabilities.n_shared if "n_shared" in keywords else 0,
+        expert_map=capabilities.expert_map and "expert_map" in keywords,
     )
+    if not capabilities.group_score_by_bias and "group_score" not in keywords:
+        capabilities = replace(capabilities, group_scores=capabilities.group_scores[:1])
+    if "scoring" not in keywords:
+        capabilities = replace(capabilities, scorings=capabilities.scorings[:1])
     contract: Contract | None = promise.get("contract")
     if contract is None:
         default = parameters["padding"].default if "padding" in parameters else None

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, declares
+from moe_fuzz.kernels import grouped_topk as grouped
 from moe_fuzz.kernels import routing
 
-_PROMISE = "the contract in the docstring of moe_fuzz.reference.routing"
+_CONTRACT = Contract(
+    deterministic=True, batch_invariant=True, ties="lowest_index_first", ordered=True, padding=PADDING_DIALECTS
+)
+_CAPABILITIES = Capabilities(out=True, alignment=1)
 
-topk_softmax = declares(
-    contract=Contract(
-        deterministic=True, batch_invariant=True, ties="lowest_index_first", ordered=True, padding=PADDING_DIALECTS
-    ),
-    capabilities=Capabilities(out=True, alignment=1),
-    clauses={"*": _PROMISE},
-)(routing.topk_softmax)
+
+def _promises(module: str) -> dict[str, Any]:
+    clause = f"the contract in the docstring of moe_fuzz.reference.{module}"
+    return {"contract": _CONTRACT, "capabilities": _CAPABILITIES, "clauses": {"*": clause}}
+
+
+topk_softmax = declares(**_promises("routing"))(routing.topk_softmax)
+topk_sigmoid = declares(**_promises("routing"))(routing.topk_sigmoid)
+grouped_topk = declares(**_promises("grouped_topk"))(grouped.grouped_topk)

@@ -22,10 +22,7 @@ from moe_fuzz.ops import OPS, get_space
 from moe_fuzz.planted.catalog import PLANTED
 
 ENTRY_POINTS = "moe_fuzz.targets"
-_OWN = {
-    "topk_softmax@builtin": "moe_fuzz.targets.builtin:topk_softmax",
-    "topk_softmax@torch": "moe_fuzz.targets.torch:topk_softmax",
-}
+_OWN = {f"{op}@{module}": f"moe_fuzz.targets.{module}:{op}" for op in OPS for module in ("builtin", "torch")}
 _LOCATION = re.compile(r"(?P<place>.+):(?P<attribute>[A-Za-z_][\w.]*)(?P<call>\(\))?")
 
 

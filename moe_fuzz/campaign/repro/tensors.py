@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "bool": 1}  # bytes
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "bool": 1}  # bytes
 _WIDTH = 112  # columns of a literal's line, its comment aside
 _COLUMNS = 16  # of a table
 
@@ -116,6 +116,8 @@ def _value(bits: int, dtype: str) -> float:
         value: float = struct.unpack("=e", struct.pack("=H", bits))[0]
     elif dtype == "bool":
         value = float(bits)
+    elif dtype == "int32":
+        value = float(struct.unpack("=i", struct.pack("=I", bits))[0])
     else:
         value = struct.unpack("=f", struct.pack("=I", bits << 16 if dtype == "bfloat16" else bits))[0]
     return value

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from moe_fuzz import generator
+from moe_fuzz import generator, group_faults  # noqa: F401 - they register
 from moe_fuzz.case import Case
 from moe_fuzz.contract import Capabilities
 from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.fence import Arena
 
-#: Of all fields of a case, what the target is given besides the tensors.
 _BIAS_MAGNITUDE = 2.0**-2
+#: Of all fields of a case, what the target is given besides the tensors.
+_OPTIONS = ("renormalize", "scale", "padding", "n_group", "topk_group", "scoring", "group_score", "n_shared")
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,14 @@ class Inputs:
     """Arguments of one call. `plain` holds the tensors in ordinary memory, before they were fenced."""
 
     top_k: int
-    options: dict[str, object]  # renormalize, scale, padding
-    plain: dict[str, torch.Tensor] = field(default_factory=dict)  # logits [T, E], bias [E], is_padding [T] bool
+    options: dict[str, Any]  # renormalize, scale, padding; of grouped_topk also what it alone has
+    plain: dict[str, torch.Tensor] = field(default_factory=dict)  # logits [T, E], bias [E], is_padding [T] bool, …
     lies: dict[str, Lie] = field(default_factory=dict)  # of the tensors that are not packed
+
+    @property
+    def width(self) -> int:
+        """Slots of a row of the outputs: the routed ones, then those of fused shared experts."""
+        return self.top_k + int(self.options.get("n_shared", 0))
 
     def replace(self, **tensors: torch.Tensor) -> Inputs:
         """The same call with other tensors."""
@@ -67,7 +74,7 @@ def materialize(case: Case, step_index: int) -> Inputs:
     config, step = case.config, case.steps[step_index]
     experts = list(case.experts)
     dtype = getattr(torch, str(config["dtype"]))
-    inputs = Inputs(int(config["top_k"]), {key: config[key] for key in ("renormalize", "scale", "padding")})
+    inputs = Inputs(int(config["top_k"]), {key: config[key] for key in _OPTIONS if key in config})
 
     rows = list(step.rows)
     logits = generator.triangular(case.seed, "logits", rows, experts, stream=step_index) * 2.0 ** int(
@@ -77,6 +84,8 @@ def materialize(case: Case, step_index: int) -> Inputs:
     if config["bias"]:
         bias = generator.triangular(case.seed, "bias", [0], experts) * _BIAS_MAGNITUDE
         canvases["bias"] = Canvas("bias", bias, [0], experts, case.seed)
+    if config.get("expert_map"):
+        canvases["expert_map"] = Canvas("expert_map", _physical_ids(case), [0], experts, case.seed)
     for fault in step.faults:
         canvas = canvases[fault.tensor]
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(canvas.rows)))
@@ -84,7 +93,7 @@ def materialize(case: Case, step_index: int) -> Inputs:
             FAULTS[fault.name].lay(canvas, positions)
 
     for name, canvas in canvases.items():
-        inputs.plain[name] = canvas.values[0] if name == "bias" else canvas.values
+        inputs.plain[name] = canvas.values if name == "logits" else canvas.values[0]
         # The stride is that of the whole step, also where a check takes fewer rows: they are rows of the same view.
         column_stride = max(1, len(canvas.rows) + canvas.stride_gap) if canvas.transposed else 0
         inputs.lies[name] = Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
@@ -93,6 +102,18 @@ def materialize(case: Case, step_index: int) -> Inputs:
         flags[step.padding.positions(step.rows)] = True
         inputs.plain["is_padding"] = flags
     return inputs
+
+
+def _physical_ids(case: Case) -> torch.Tensor:
+    """An injective map of the experts into a range wider than theirs, int32 [1, E], each a function of its label.
+
+    Every id is past the logical ones and those of shared experts: what was not looked up cannot pass for what was.
+    """
+    labels = torch.tensor(list(case.experts))
+    room = max(1024, 1 << int(labels.max()).bit_length())  # more than the largest label, so that 5 * label is injective
+    turn = int(generator.choice(case.seed, "expert_map/turn", [0], [0], 1024))
+    odd = generator.choice(case.seed, "expert_map", [0], labels.tolist(), 2)  # [1, E]
+    return (2 * room + 2 * ((labels * 5 + turn) % room) + odd).to(torch.int32)
 
 
 def benign_rows(case: Case, step_index: int, positions: list[int]) -> torch.Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.contract import PADDING_DIALECTS, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.routing import text
+from moe_fuzz.ops.routing.presets import SIGMOID_MODELS, SOFTMAX_MODELS
 from moe_fuzz.ops.space import Axis, FaultPlace
 
 #: Never uniform random sizes: each of these has broken a kernel, or stands next to one that has.
@@ -18,13 +20,17 @@ EXPERTS = (1, 2, 3, 5, 6, 7, 8, 10, 13, 16, 17, 32, 33, 60, 61, 64, 67, 72, 96, 
            320, 384, 512, 576, 1024)  # fmt: skip
 TOP_K = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 16, 17, 22, 24, 31, 32)
 TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
-          4095, 4096, 4097, 8191)  # fmt: skip
+          4095, 4096, 4097, 8191, 16385, 32769, 65537)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 SCALES = (1.0, 2.5, 0.5, 16.0, 2.827)  # the last one, Kimi K2's, is no bfloat16 and no float32 either
 MAGNITUDES = (2, 0, 4, -4, 7, 10, 14, -14)  # logits lie within ±2^magnitude
 
 MAX_ELEMENTS = 1 << 27
 CPU_BUDGET = 0.2  # seconds an interpreted case may take
+CPU_TOKENS = 8191
+#: T x E on a device: the host draws and judges each element. T x k still passes 2^16, and where rows stand apart
+#: T x stride passes 2^24, which is what narrow indices cannot hold.
+CUDA_ELEMENTS = 1 << 21
 
 #: What each field of a config may be; `experts` is a labels string and stands apart.
 FIELDS: dict[str, tuple[Scalar, ...]] = {
@@ -40,21 +46,10 @@ FIELDS: dict[str, tuple[Scalar, ...]] = {
 }
 SIMPLEST: dict[str, Scalar] = {name: values[0] for name, values in FIELDS.items()}
 
-PRESETS: dict[str, dict[str, Scalar]] = {
-    "qwen3-30b-a3b": {"experts": 128, "top_k": 8, "renormalize": True, "dtype": "bfloat16"},
-    "qwen3-vl-235b-a22b": {"experts": 128, "top_k": 8, "renormalize": True, "dtype": "bfloat16"},
-    "qwen3-next-80b-a3b": {"experts": 512, "top_k": 10, "renormalize": True, "dtype": "bfloat16"},
-    "qwen2-57b-a14b": {"experts": 64, "top_k": 8, "renormalize": False, "dtype": "bfloat16"},
-    "mixtral-8x7b": {"experts": 8, "top_k": 2, "renormalize": True, "dtype": "bfloat16"},
-    "deepseek-v2-lite": {"experts": 64, "top_k": 6, "renormalize": False, "dtype": "bfloat16"},
-    "qwen1.5-moe-a2.7b": {"experts": 60, "top_k": 4, "renormalize": False, "dtype": "bfloat16"},
-    "gpt-oss-120b": {"experts": 128, "top_k": 4, "renormalize": True, "dtype": "bfloat16"},
-}
-
-_ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts", "shifted_rows",
+ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts", "shifted_rows",
                "huge_rows", "ladder", "ties", "stale_rows")  # fmt: skip
-_PLACES = (
-    *(FaultPlace(name, "logits", on_rows=True) for name in _ROW_FAULTS),
+PLACES = (
+    *(FaultPlace(name, "logits", on_rows=True) for name in ROW_FAULTS),
     FaultPlace("extreme_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("negative_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("noncontiguous", "logits", on_rows=False),
@@ -65,16 +60,23 @@ _PLACES = (
 
 @dataclass(frozen=True)
 class RoutingSpace:
-    """topk_softmax today; its siblings share all of this."""
+    """topk_softmax and topk_sigmoid; grouped_topk extends it (grouped.py)."""
 
     op: str
     description: str
+    presets: Mapping[str, Mapping[str, Scalar]]
 
-    checks = text.CHECKS
-    faults = text.FAULTS
-    places = _PLACES
-    presets = PRESETS
-    sizes = ("experts", "top_k")
+    checks: ClassVar[Mapping[str, str]] = text.CHECKS
+    faults: ClassVar[Mapping[str, str]] = text.FAULTS
+    places: ClassVar[tuple[FaultPlace, ...]] = PLACES
+    sizes: ClassVar[tuple[str, ...]] = ("experts", "top_k")
+    fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = FIELDS
+    row_faults: ClassVar[tuple[str, ...]] = ROW_FAULTS  # the plainest first
+
+    @cached_property
+    def simplest(self) -> Mapping[str, Scalar]:
+        """Every field of a config but experts and top_k at its simplest value."""
+        return {name: values[0] for name, values in self.fields.items()}
 
     @cached_property
     def tensors(self) -> Mapping[str, str]:
@@ -89,7 +91,7 @@ class RoutingSpace:
             Axis("top_k", [k for k in TOP_K if k <= can.max_top_k]),
             Axis("dtype", [d for d in DTYPES if d in can.dtypes]),
             Axis("renormalize", can.renormalize),
-            Axis("bias", (False, True) if can.bias else (False,)),
+            Axis("bias", (True,) if can.bias_required else (False, True) if can.bias else (False,)),
             Axis("scale", SCALES if can.scale else (1.0,)),
             Axis("is_padding", (False, True) if can.is_padding else (False,)),
             Axis("padding", contract.padding),
@@ -99,20 +101,21 @@ class RoutingSpace:
         )
 
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
-        count, top_k = int(config["experts"]), int(config["top_k"])
-        whole = {**config, "experts": str(Labels.range(count)), "top_k": min(top_k, count)}
+        whole = self.mended({**config, "experts": str(Labels.range(int(config["experts"])))})
         if not config["is_padding"]:
             whole["padding"] = info.contract.padding[0]  # nobody asks: one value, so that equal cases look equal
         return whole
 
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
+        if device == "cpu":
+            return tuple(t for t in TOKENS if t <= CPU_TOKENS and self.cpu_seconds(t, config) <= CPU_BUDGET)
         count = len(Labels.parse(str(config["experts"])))
-        return tuple(t for t in TOKENS if device != "cpu" or _cpu_seconds(t, count, int(config["top_k"])) <= CPU_BUDGET)
+        return tuple(t for t in TOKENS if t * count <= CUDA_ELEMENTS)
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         return tuple(
             place
-            for place in _PLACES
+            for place in self.places
             if (not place.needs or config[place.needs])
             and (place.fault not in ("noncontiguous", "transposed") or info.capabilities.strided)
             and (place.fault != "misaligned" or info.capabilities.alignment <= 1)
@@ -122,7 +125,7 @@ class RoutingSpace:
 
     def validate(self, case: Case) -> None:
         config = case.config
-        expected = {"experts", "top_k", *FIELDS}
+        expected = {"experts", "top_k", *self.fields}
         for key in sorted(set(config) ^ expected):
             raise CaseError(
                 f"config.{key}",
@@ -138,7 +141,7 @@ class RoutingSpace:
             raise CaseError("config.experts", f'must name 1 to 1024 experts as a string like "0-59", not {experts!r}')
         if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= min(32, len(labels)):
             raise CaseError("config.top_k", f"must be an integer from 1 to {min(32, len(labels))}, not {top_k!r}")
-        for key, values in FIELDS.items():
+        for key, values in self.fields.items():
             value = config[key]
             if not any(value == v and type(value) is type(v) for v in values):
                 raise CaseError(f"config.{key}", f"must be one of {', '.join(map(repr, values))}, not {value!r}")
@@ -147,12 +150,12 @@ class RoutingSpace:
                 raise CaseError(f"steps[{index}].rows", f"{step.tokens} rows x {len(labels)} experts are too many")
             for number, fault in enumerate(step.faults):
                 where = f"steps[{index}].faults[{number}]"
-                place = next((p for p in _PLACES if (p.fault, p.tensor) == (fault.name, fault.tensor)), None)
+                place = next((p for p in self.places if (p.fault, p.tensor) == (fault.name, fault.tensor)), None)
                 if place is None:
                     raise CaseError(
                         where,
                         f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
-                        f"`moe-fuzz list faults` shows them: {', '.join(text.FAULTS)}",
+                        f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
                     )
                 if place.needs and not config[place.needs]:
                     raise CaseError(where, f"needs config.{place.needs}")
@@ -160,23 +163,25 @@ class RoutingSpace:
                     raise CaseError(f"{where}.rows", "must name rows" if place.on_rows else "must name no rows")
 
     def refusal(self, case: Case, info: TargetInfo) -> str:
+        refused = [what for hit, what in self.refusals(case, info) if hit]
+        return f"{info.name} does not take {', '.join(refused)}" if refused else ""
+
+    def refusals(self, case: Case, info: TargetInfo) -> Iterator[tuple[object, str]]:
+        """Each limit of the target's capabilities: whether the case is outside it, and what that is."""
         can, contract, config = info.capabilities, info.contract, case.config
         count = len(case.experts)
-        reasons = (
-            (config["dtype"] not in can.dtypes, f"dtype {config['dtype']}"),
-            (not can.min_experts <= count <= can.max_experts, f"{count} experts"),
-            (int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"),
-            (config["renormalize"] not in can.renormalize, f"renormalize={config['renormalize']}"),
-            (config["bias"] and not can.bias, "bias"),
-            (config["scale"] != 1.0 and not can.scale, "scale"),
-            (config["is_padding"] and not can.is_padding, "is_padding"),
-            (config["is_padding"] and config["padding"] not in contract.padding, f"padding={config['padding']}"),
-            (config["out"] and not can.out, "out"),
-            (bool({"noncontiguous", "transposed"} & set(case.fault_names)) and not can.strided, "strided logits"),
-            ("misaligned" in case.fault_names and can.alignment > 1, "misaligned logits"),
-        )
-        refused = [what for hit, what in reasons if hit]
-        return f"{info.name} does not take {', '.join(refused)}" if refused else ""
+        yield config["dtype"] not in can.dtypes, f"dtype {config['dtype']}"
+        yield not can.min_experts <= count <= can.max_experts, f"{count} experts"
+        yield int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"
+        yield config["renormalize"] not in can.renormalize, f"renormalize={config['renormalize']}"
+        yield config["bias"] and not can.bias, "bias"
+        yield can.bias_required and not config["bias"], "logits without a bias"
+        yield config["scale"] != 1.0 and not can.scale, "scale"
+        yield config["is_padding"] and not can.is_padding, "is_padding"
+        yield config["is_padding"] and config["padding"] not in contract.padding, f"padding={config['padding']}"
+        yield config["out"] and not can.out, "out"
+        yield {"noncontiguous", "transposed"} & set(case.fault_names) and not can.strided, "strided logits"
+        yield "misaligned" in case.fault_names and can.alignment > 1, "misaligned logits"
 
     # ---- what it is like --------------------------------------------------------------------------------------------
 
@@ -204,10 +209,12 @@ class RoutingSpace:
             yield case.with_config(top_k=smaller)
         for fewer in (e for e in EXPERTS if e < count):
             yield self.keep(case, "experts", case.experts.first(fewer))
-        for name, values in FIELDS.items():
+        for name, values in self.fields.items():
             for value in values[: values.index(case.config[name])]:
-                yield _without_orphans(case.with_config(**{name: value}))
-        yield from _plainer_faults(case)
+                simpler = self.without_orphans(replace(case, config=self.mended({**case.config, name: value})))
+                if simpler != case:  # mended back
+                    yield simpler
+        yield from self._plainer_faults(case)
 
     def sharpen(self, case: Case) -> Iterator[Case]:
         if case.config["edge"] == "right":  # an access before a tensor is seen at any size only if it lies flush left
@@ -217,44 +224,50 @@ class RoutingSpace:
         return {"experts": case.experts}
 
     def keep(self, case: Case, axis: str, labels: Labels) -> Case:
-        return case.with_config(**{axis: str(labels)}, top_k=min(int(case.config["top_k"]), len(labels)))
+        return replace(case, config=self.mended({**case.config, axis: str(labels)}))
+
+    def mended(self, config: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """The config with what depends on the number of experts cut down to it."""
+        count = len(Labels.parse(str(config["experts"])))
+        return {**config, "top_k": min(int(config["top_k"]), count)}
 
     def cost(self, case: Case, device: str) -> float:
         if device != "cpu":
-            return 0.002 * len(case.steps)
-        return sum(_cpu_seconds(s.tokens, len(case.experts), int(case.config["top_k"])) for s in case.steps)
+            return sum(0.002 + 5e-7 * step.tokens * len(case.experts) for step in case.steps)
+        return sum(self.cpu_seconds(step.tokens, case.config) for step in case.steps)
+
+    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
+        """An interpreted case with its reruns, fitted to measurements: launches, then numpy over the block a slot."""
+        count, top_k = len(Labels.parse(str(config["experts"]))), int(config["top_k"])
+        padded = 1 << (count - 1).bit_length()
+        return 0.04 + 4e-4 * top_k + tokens * padded * (4e-7 + 7e-8 * top_k)
 
     def label(self, case: Case) -> str:
         return text.label(case)
 
+    def _plainer_faults(self, case: Case) -> Iterator[Case]:
+        """Each fault on rows replaced by those listed before it: one bug, seen through many faults, is one finding."""
+        for index, step in enumerate(case.steps):
+            for number, fault in enumerate(step.faults):
+                if fault.name not in self.row_faults:
+                    continue
+                for name in self.row_faults[: self.row_faults.index(fault.name)]:
+                    faults = (*step.faults[:number], replace(fault, name=name), *step.faults[number + 1 :])
+                    yield case.with_step(index, replace(step, faults=faults))
 
-def _cpu_seconds(tokens: int, experts: int, top_k: int) -> float:
-    """An interpreted case with its reruns, fitted to measurements: launches, then numpy over the block a slot."""
-    padded = 1 << (experts - 1).bit_length()
-    return 0.04 + 4e-4 * top_k + tokens * padded * (4e-7 + 7e-8 * top_k)
-
-
-def _plainer_faults(case: Case) -> Iterator[Case]:
-    """Each fault on rows replaced by those listed before it: one bug, seen through many faults, is one finding."""
-    for index, step in enumerate(case.steps):
-        for number, fault in enumerate(step.faults):
-            if fault.name not in _ROW_FAULTS:
-                continue
-            for name in _ROW_FAULTS[: _ROW_FAULTS.index(fault.name)]:
-                faults = (*step.faults[:number], replace(fault, name=name), *step.faults[number + 1 :])
-                yield case.with_step(index, replace(step, faults=faults))
-
-
-def _without_orphans(case: Case) -> Case:
-    """Without the faults that lie on a tensor the config no longer has."""
-    needs = {(p.fault, p.tensor): p.needs for p in _PLACES}
-    for index, step in enumerate(case.steps):
-        kept = tuple(f for f in step.faults if not (need := needs[f.name, f.tensor]) or case.config[need])
-        if kept != step.faults:
-            case = case.with_step(index, replace(step, faults=kept))
-    return case
+    def without_orphans(self, case: Case) -> Case:
+        """Without the faults that lie on a tensor the config no longer has."""
+        needs = {(p.fault, p.tensor): p.needs for p in self.places}
+        for index, step in enumerate(case.steps):
+            kept = tuple(f for f in step.faults if not (need := needs[f.name, f.tensor]) or case.config[need])
+            if kept != step.faults:
+                case = case.with_step(index, replace(step, faults=kept))
+        return case
 
 
 SPACES = (
-    RoutingSpace("topk_softmax", "softmax over the experts' logits, then the k best (+ bias), weights renormalized"),
-)
+    RoutingSpace("topk_softmax", "softmax over the experts' logits, then the k best (+ bias), weights renormalized",
+                 SOFTMAX_MODELS),
+    RoutingSpace("topk_sigmoid", "the sigmoid of each expert's logit, then the k best (+ bias), weights renormalized",
+                 SIGMOID_MODELS),
+)  # fmt: skip

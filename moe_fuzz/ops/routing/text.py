@@ -24,7 +24,7 @@ CHECKS = {
 }
 
 FAULTS = {
-    "nan_rows": "whole rows of NaN, both signs, with and without payload",
+    "nan_rows": "whole rows of NaN, of one bit pattern or of several, both signs",
     "inf_rows": "whole rows of +Inf",
     "neg_inf_rows": "whole rows of -Inf",
     "partial_nan": "a third of a row is NaN",
@@ -43,6 +43,26 @@ FAULTS = {
 }
 
 
+GROUPED_CHECKS: dict[str, str] = {}
+for _name, _line in CHECKS.items():  # their order is that of attribution
+    GROUPED_CHECKS[_name] = _line
+    if _name == "padding":
+        GROUPED_CHECKS["shared"] = "the slots of fused shared experts hold the ids E, E + 1, … and the weight 1"
+        GROUPED_CHECKS["expert_map"] = "the ids of routed slots are those that expert_map gives"
+GROUPED_CHECKS["selection"] = (
+    "some legal choice of groups holds all selected experts and no better unselected one, beyond rounding"
+)
+GROUPED_CHECKS["ties"] = "equal scores of experts and of groups fall to the lowest index, where declared"
+
+GROUPED_FAULTS = {
+    "tied_groups": "values that repeat along a row: groups tie, inside and with each other",
+    "near_tied_groups": "the same with a last bit changed here and there",
+    "masked_groups": "runs of experts masked by -Inf, but for one expert in every second row",
+    **FAULTS,
+    "overlapping_map": "physical ids begin at 0, as where experts are replicated: they are logical ids too",
+}
+
+
 def label(case: Case) -> str:
     """`topk_softmax T=7 (2 padding) E=60 k=4 bfloat16 renormalize; nan_rows on logits rows 5-6`.
 
@@ -53,7 +73,11 @@ def label(case: Case) -> str:
     for step in case.steps:
         parts.append(f"T={step.tokens}" + (f" ({len(step.padding)} padding)" if step.padding else ""))
     parts += [f"E={len(case.experts)}", f"k={config['top_k']}", str(config["dtype"])]
-    parts += [name for name in ("renormalize", "bias", "out") if config[name]]
+    if "n_group" in config:
+        parts.append(f"groups={config['topk_group']}/{config['n_group']} {config['scoring']} {config['group_score']}")
+    parts += [name for name in ("renormalize", "bias", "expert_map", "out") if config.get(name)]
+    if config.get("n_shared"):
+        parts.append(f"shared={config['n_shared']}")
     if config["is_padding"]:
         parts.append(f"is_padding={config['padding']}")
     if config["scale"] != 1.0:
