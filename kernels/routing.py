@@ -156,9 +156,11 @@ def _lanes(tokens: int, experts: int, top_k: int, wide: bool) -> dict[str, Any]:
         rows = _interpreted_rows(tokens, lanes)
     else:
         lanes = min(32, triton.next_power_of_2(experts))
+        if experts > lanes * (12 if wide else 16):
+            lanes = 128  # four warps: sorting longer lists takes the compiler seconds, and each time anew in fuzzing
         each = list_length(triton.cdiv(experts, lanes))
-        rows = 4 * (32 // lanes)  # for 4 warps: one element of a list a thread, so that no layout is the compiler's
-    known = top_k in _KNOWN_K and each <= 16  # longer lists take the compiler seconds
+        rows = 128 // lanes  # one element of a list a thread, so that no layout is the compiler's to choose
+    known = top_k in _KNOWN_K
     return {"ROWS": rows, "LANES": lanes, "EACH": each, "FULL": experts == lanes * each, "SORTED": known,
             "NETWORK": network(each) if known else (), "TOP_K": top_k if known else 0, "num_warps": 4}  # fmt: skip
 

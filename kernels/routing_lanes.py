@@ -1,4 +1,4 @@
-"""A row within a warp: lane l holds the experts l, l + LANES, l + 2 LANES, … Nothing crosses warps.
+"""A row within a warp: lane l holds the experts l, l + LANES, l + 2 LANES, … (More experts than 512: four warps.)
 
 Each expert is an integer key (routing_keys.py). A slot is one maximum over the lanes, which is one instruction where a
 key has 32 bits, and the winners stay in the lanes, slot j in lane j.
@@ -26,7 +26,7 @@ from moe_fuzz.kernels.routing_keys import (
 
 
 def list_length(each: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, 32: few binaries, and at most a third of the work for nothing."""
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16: few binaries, and at most a third of the work for nothing."""
     power = triton.next_power_of_2(each)
     return power * 3 // 4 if power >= 4 and each <= power * 3 // 4 else power
 
@@ -94,14 +94,14 @@ def topk_by_lanes(
         top = _row_top(peak, LARGEST, NAN_SAFE)  # [R, 1]
         total = _total(xs, top, EACH)
 
+    if HAS_BIAS:  # each row loads it for itself: what lies in this warp's registers need not come from another's
+        bias_base = tl.broadcast_to((bias_ptr + lane * bias_stride)[None, :], (ROWS, LANES))
     keys = ()
     for v in tl.static_range(EACH):
         column = (lane + v * LANES)[None, :]  # [1, L]
         rank = xs[v]  # without a bias: both scores are monotone, and the logits are exact
         if HAS_BIAS:
-            # Each row loads it for itself: what lies in this warp's registers need not come from another's.
-            at = tl.broadcast_to(bias_ptr + column * bias_stride, (ROWS, LANES))
-            bias = tl.load(at, mask=tl.broadcast_to(column < experts, (ROWS, LANES)), other=0.0)
+            bias = tl.load(bias_base + v * LANES * bias_stride, mask=row_ok & (column < experts), other=0.0)
             rank = (1.0 / (1.0 + tl.exp(-xs[v])) if SIGMOID else tl.exp(xs[v] - top) * (1.0 / total)) + bias
         keys = keys + (key_of(rank, LANES * EACH - 1 - column, column < experts, FULL, WIDE),)
     if SORTED:

@@ -12,6 +12,7 @@ import torch
 
 from moe_fuzz.kernels import routing
 from moe_fuzz.kernels.routing import topk_sigmoid, topk_softmax
+from moe_fuzz.kernels.routing_lanes import list_length, network
 from moe_fuzz.reference.routing import defined_rows, softmax_scores
 from moe_fuzz.reference.routing import topk_softmax as reference
 
@@ -126,9 +127,22 @@ def test_undefined_rows_give_distinct_ids_and_finite_weights(router, experts, wi
     assert torch.equal(ids[:3], alone[1])
 
 
-def test_nan_ranks_below_every_number():
-    logits = torch.tensor([[NAN, -1e30, NAN, 3.0], [-NAN, -INF, 2.0, INF]])
-    assert topk_softmax(logits, 3)[1].tolist() == reference(logits, 3)[1].tolist() == [[3, 1, 0], [3, 2, 0]]
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN - x in the sum of a row with NaN
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("experts", [4, 5, 40])
+def test_nan_ranks_below_every_number(experts, dtype):
+    """Whatever its sign and its payload: the kernel's keys are integers."""
+    bits, width = (torch.int32, 23) if dtype == torch.float32 else (torch.int16, 7 if dtype == torch.bfloat16 else 10)
+    infinity = torch.tensor(INF, dtype=dtype).view(bits).item()
+    nans = torch.tensor([infinity + 1, infinity + (1 << width) - 1], dtype=bits).view(dtype)  # [2], signaling and not
+    for nan in (*nans, *-nans):
+        logits = torch.full((3, experts), nan.item(), dtype=dtype)
+        logits.view(bits)[:] = nan.view(bits)
+        logits[0, 1], logits[0, 3], logits[1, 2], logits[1, 3] = -3e4, 3.0, -INF, INF
+        ids = topk_softmax(logits, 4)[1]
+        assert ids[:2, :2].tolist() == [[3, 1], [3, 2]]
+        assert ids[2].tolist() == [0, 1, 2, 3]  # among equal ones the lowest, and never one past the last
+        assert (ids.sort(1).values.diff(dim=1) > 0).all()
 
 
 def test_defined_rows():
@@ -239,18 +253,17 @@ def test_refuses_what_is_outside_the_contract(router, arguments, complaint):
 def like_a_gpu(monkeypatch):
     """Lists of experts a lane, as on a device; the interpreter's own choice has one expert a lane."""
 
-    def block(tokens: int, experts: int) -> tuple[int, int, int, int]:
-        lanes = min(32, 1 << (experts - 1).bit_length())
-        return lanes, routing._padded(-(-experts // lanes)), 16, 4
-
-    monkeypatch.setattr(routing, "_block", block)
+    monkeypatch.setattr(routing, "_INTERPRETED", False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(("experts", "top_k"), [(6, 6), (33, 9), (60, 4), (128, 8), (160, 6), (257, 12)])
+@pytest.mark.parametrize(
+    ("experts", "top_k"),
+    [(6, 6), (8, 2), (16, 10), (33, 9), (60, 4), (128, 8), (160, 6), (257, 12), (400, 8)],
+)
 def test_lists_of_a_gpu(like_a_gpu, experts, top_k, with_bias, dtype):
-    """Every length of list up to 12, with NaN, infinities and ties in it."""
+    """Lists of many lengths, sorted and not, and rows in a thread, with NaN, infinities and ties in them."""
     logits = logits_of(12, experts, seed=experts, dtype=dtype)
     bias = logits_of(1, experts, seed=9)[0] / 30 if with_bias else None
     logits[7] = logits[7].round()
@@ -266,24 +279,22 @@ def test_lists_of_a_gpu(like_a_gpu, experts, top_k, with_bias, dtype):
         sound = [0, 2, 6, 7, 8, 9, 10, 11]
         got, want = (weights[sound], ids[sound]), (expected[0][sound], expected[1][sound])
         assert_same(got, want, healthy[sound], bias, top_k, renormalize)
-        if bias is None:
-            assert torch.equal(ids, expected[1])
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 8, 12, 16])
 def test_network_sorts(n):
     """By the 0-1 principle: what sorts every sequence of zeros and ones sorts everything."""
     sequences = torch.arange(2**n).view(-1, 1) >> torch.arange(n) & 1  # [2^n, n]
-    for a, b in routing._network(n):
+    for a, b in network(n):
         one, other = sequences[:, a].clone(), sequences[:, b].clone()
         sequences[:, a], sequences[:, b] = torch.maximum(one, other), torch.minimum(one, other)
     assert (sequences.diff(dim=1) <= 0).all()
 
 
 def test_list_lengths_cover_every_expert():
-    lengths = {routing._padded(each) for each in range(1, 33)}
-    assert all(each <= routing._padded(each) < each * 2 for each in range(1, 33))
-    assert lengths == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32}
+    lengths = {list_length(each) for each in range(1, 17)}
+    assert all(each <= list_length(each) < each * 2 for each in range(1, 17))
+    assert lengths == {1, 2, 3, 4, 6, 8, 12, 16}
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
