@@ -2,8 +2,9 @@
 
 Four things happen here, each before any test module is imported:
 
-1. Without a GPU, TRITON_INTERPRET=1 goes into the environment, because Triton decides between compiler and interpreter
-   when a kernel is *defined*. With a GPU the variable is left alone.
+1. TRITON_INTERPRET=1 goes into the environment, because Triton decides between compiler and interpreter when a kernel
+   is *defined*. It does so with a GPU too: what runs on one runs in processes of its own, which drop the variable, so a
+   test does the same thing whichever tests ran before it in its process.
 2. An xdist worker gets one OpenMP thread. Otherwise every worker starts as many threads as the machine has cores, and
    N workers fight over them N-fold.
 3. The repository root leaves `sys.path`. `python -m pytest` puts it there, and then our top-level `kernels/` would
@@ -26,23 +27,14 @@ from pathlib import Path
 import pytest
 
 import moe_fuzz
+from moe_fuzz.worker.gpus import default_workers, gpus
 
 ROOT = Path(__file__).resolve().parent
-DEVICES = Path("/dev")
 
 
 def gpu_count() -> int:
-    """How many NVIDIA GPUs this process may use: the device files it can see, limited by CUDA_VISIBLE_DEVICES."""
-    present = len(list(DEVICES.glob("nvidia[0-9]*")))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or not present:
-        return present
-    named = []
-    for entry in visible.split(","):
-        if entry.strip() in ("", "-1"):  # CUDA ignores everything from the first invalid entry on
-            break
-        named.append(entry)
-    return min(present, len(named))
+    """How many NVIDIA GPUs this process may use."""
+    return len(gpus())
 
 
 def cpu_count() -> int:
@@ -51,14 +43,13 @@ def cpu_count() -> int:
 
 
 def gpu_slots() -> int:
-    """How many tests may use the GPUs at once: one a GPU, until a worker pool divides a GPU's memory among several."""
-    return gpu_count()
+    """How many tests may use the GPUs at once: as many workers as a campaign would have. Each leases its place."""
+    return default_workers(gpus())
 
 
 GPUS = gpu_count()
 
-if not GPUS:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 assert moe_fuzz.__path__, "imported above, so that its submodules are found without the root on sys.path"

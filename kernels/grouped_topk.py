@@ -67,9 +67,7 @@ def grouped_topk(
         logits, bias, is_padding, expert_map,  # inputs
         weights, ids,  # outputs
         tokens, experts, n_group, topk_group, top_k, n_shared,  # sizes
-        # A row alone has stride E whatever the view says: another stride would compile another kernel, and its sums
-        # could round differently from the same row's in a batch.
-        logits.stride(0) if tokens > 1 else experts, logits.stride(1),  # strides, in elements
+        logits.stride(0), logits.stride(1),  # strides, in elements
         bias.stride(0) if bias is not None else 0,
         is_padding.stride(0) if is_padding is not None else 0,
         expert_map.stride(0) if expert_map is not None else 0,
@@ -126,11 +124,11 @@ def _block(tokens: int, lanes: int) -> tuple[int, int]:
     return (512 // lanes, 4) if lanes <= 128 else (1, max(1, lanes // 512))
 
 
-# Nothing is assumed about alignment: a slice of a batch may lie elsewhere, and a kernel with wider loads could sum in
-# another order.
+# Nothing is assumed about where rows lie: a slice of a batch, or a row alone, may be aligned and strided otherwise, and
+# a kernel with another layout could sum in another order.
 @triton.jit(
-    do_not_specialize=["tokens", "topk_group", "top_k", "n_shared", "padding_id"],
-    do_not_specialize_on_alignment=["logits_ptr", "logits_stride_t", "logits_stride_e"],
+    do_not_specialize=["tokens", "topk_group", "top_k", "n_shared", "padding_id", "logits_stride_t", "logits_stride_e"],
+    do_not_specialize_on_alignment=["logits_ptr"],
 )
 def _grouped_topk_kernel(
     logits_ptr, bias_ptr, is_padding_ptr, expert_map_ptr,  # [T, E], [E] f32, [T] bool, [E] i32

@@ -12,8 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_fuzz.kernels.routing_lanes import list_length, network, topk_by_lanes
-from moe_fuzz.kernels.routing_threads import topk_by_threads
+if __package__:
+    from .routing_lanes import list_length, network, topk_by_lanes
+    from .routing_threads import topk_by_threads
+else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
+    from routing_lanes import list_length, network, topk_by_lanes
+    from routing_threads import topk_by_threads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIALECTS = ("distinct", "minus_one", "num_experts", "zero_weight", "garbage")

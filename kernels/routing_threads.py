@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from moe_fuzz.kernels.routing_keys import divisor, exchanged, key_of, relative_score, value_of, widened
+if __package__:
+    from .routing_keys import divisor, exchanged, key_of, relative_score, value_of, widened
+else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
+    from routing_keys import divisor, exchanged, key_of, relative_score, value_of, widened
 
 
 @triton.jit(

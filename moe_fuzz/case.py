@@ -28,7 +28,10 @@ from moe_fuzz.labels import Labels
 
 FORMAT = 1
 INLINE_PREFIX = "mfz1:"
-MODES = ("eager",)
+#: How the steps run. eager: one call each, in one process. graph: over static buffers, one bucket a token count, all
+#: captured in one pool, the largest first, then replayed in order. piecewise: the same, with what produces the logits
+#: and what consumes the result in graphs of their own, and eager work between them.
+MODES = ("eager", "graph", "piecewise")
 MAX_STEPS = 64
 MAX_BYTES = 1 << 20  # of a case's JSON, so that a hostile file cannot fill the memory
 MAX_ROWS = 1 << 20
@@ -41,11 +44,15 @@ _TARGET = re.compile(r"[a-z][a-z0-9_]{0,63}@\S.{0,1000}")
 
 @dataclass(frozen=True)
 class Fault:
-    """An adversity laid into one tensor. `rows` names row labels; empty for faults that concern the whole tensor."""
+    """An adversity laid into one tensor. `rows` names row labels; empty for faults that concern the whole tensor.
+
+    `stream` names the step whose values the rows hold (see Step.stream), for a fault that brings back old ones.
+    """
 
     name: str
     tensor: str = ""
     rows: Labels = field(default_factory=Labels)
+    stream: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {"name": self.name}
@@ -53,16 +60,23 @@ class Fault:
             data["tensor"] = self.tensor
         if self.rows:
             data["rows"] = str(self.rows)
+        if self.stream is not None:
+            data["stream"] = self.stream
         return data
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the target: its token rows, those of them that are padding, and its faults."""
+    """One call of the target: its token rows, those of them that are padding, and its faults.
+
+    Its values are drawn from the generator's stream of that number; None stands for its place in the case. A step keeps
+    its stream when those before it are taken away, so its values, and those that others took from it, stay the same.
+    """
 
     rows: Labels
     padding: Labels = field(default_factory=Labels)
     faults: tuple[Fault, ...] = ()
+    stream: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -74,13 +88,15 @@ class Step:
             data["padding"] = str(self.padding)
         if self.faults:
             data["faults"] = [fault.to_json() for fault in self.faults]
+        if self.stream is not None:
+            data["stream"] = self.stream
         return data
 
     def keep_rows(self, rows: Labels) -> Step:
         """The step with these rows only; a fault that named rows and has none left goes too."""
         faults = (replace(f, rows=f.rows & rows) if f.rows else f for f in self.faults)
         kept = tuple(new for new, old in zip(faults, self.faults, strict=True) if new.rows or not old.rows)
-        return Step(rows, self.padding & rows, kept)
+        return Step(rows, self.padding & rows, kept, self.stream)
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,8 @@ class Case:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", dict(sorted(self.config.items())))
+        steps = (replace(step, stream=None) if step.stream == at else step for at, step in enumerate(self.steps))
+        object.__setattr__(self, "steps", tuple(steps))
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -107,6 +125,20 @@ class Case:
     @property
     def fault_names(self) -> tuple[str, ...]:
         return tuple(sorted({fault.name for step in self.steps for fault in step.faults}))
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The token counts of the steps, the largest first: the sizes in which a graph mode captures."""
+        return tuple(sorted({step.tokens for step in self.steps}, reverse=True))
+
+    def stream(self, index: int) -> int:
+        """The number of the generator's stream from which a step's values come."""
+        own = self.steps[index].stream
+        return index if own is None else own
+
+    def keep_steps(self, kept: Iterable[int]) -> Case:
+        """The case with the steps at these places only, their values unchanged."""
+        return replace(self, steps=tuple(replace(self.steps[at], stream=self.stream(at)) for at in kept))
 
     def with_config(self, **changes: Scalar) -> Case:
         return replace(self, config={**self.config, **changes})
@@ -286,7 +318,7 @@ def _labels(record: Mapping[str, Any], key: str, where: str) -> Labels:
 
 
 def _step(data: Any, where: str) -> Step:
-    record = _record(data, where, {"rows", "padding", "faults"})
+    record = _record(data, where, {"rows", "padding", "faults", "stream"})
     if "rows" not in record:
         raise CaseError(f"{where}.rows", "is missing")
     rows, padding = _labels(record, "rows", where), _labels(record, "padding", where)
@@ -297,14 +329,22 @@ def _step(data: Any, where: str) -> Step:
     faults = record.get("faults", [])
     if not isinstance(faults, list) or len(faults) > 64:
         raise CaseError(f"{where}.faults", "must be a list of at most 64 faults")
-    return Step(rows, padding, tuple(_fault(f, f"{where}.faults[{i}]", rows) for i, f in enumerate(faults)))
+    laid = tuple(_fault(f, f"{where}.faults[{i}]", rows) for i, f in enumerate(faults))
+    return Step(rows, padding, laid, _stream(record, where))
 
 
 def _fault(data: Any, where: str, rows: Labels) -> Fault:
-    record = _record(data, where, {"name", "tensor", "rows"})
+    record = _record(data, where, {"name", "tensor", "rows", "stream"})
     name = _text(record, "name", _WORD, where)
     tensor = _text(record, "tensor", _WORD, where) if "tensor" in record else ""
     named = _labels(record, "rows", where)
     if not named.issubset(rows):
         raise CaseError(f"{where}.rows", "names a row that the step does not have")
-    return Fault(name, tensor, named)
+    return Fault(name, tensor, named, _stream(record, where))
+
+
+def _stream(record: Mapping[str, Any], where: str) -> int | None:
+    value = record.get("stream")
+    if "stream" in record and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_STEPS):
+        raise CaseError(f"{where}.stream", f"must be an integer from 0 to {MAX_STEPS - 1}, not {value!r}")
+    return value

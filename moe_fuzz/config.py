@@ -7,11 +7,17 @@ that names the place and the way out: a mistyped budget must not silently become
     targets = ["topk_softmax@builtin", "my_kernels.py:my_topk"]
     time = "10m"
     state-dir = "build/moe-fuzz"
+
+    [tool.moe-fuzz.providers.vllm]                       # how the workers that load vLLM are started
+    python = "/opt/vllm-0.33/bin/python"                 # an interpreter of its own, with torch, triton and numpy
+    lib = ["libs/_moe_C_stable_libtorch.abi3.so"]        # or its extension library alone
+    env = { VLLM_MOE_SKIP_PADDING = "1" }
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_fuzz.errors import UsageError
+from moe_fuzz.options import LIB_VARIABLES, OWN, ProviderOptions
+from moe_fuzz.targets import registry
 
 TABLE = "tool.moe-fuzz"
 ENV_PREFIX = "MOE_FUZZ_"
@@ -144,6 +152,11 @@ KEYS: Mapping[str, Callable[[Any], Any]] = {
     "deadline": parse_duration,
     "memory": parse_size,
     "checks": _texts,
+    "ops": _texts,
+    "mode": _texts,
+    "preset": _texts,
+    "faults": _texts,
+    "fence": _choice(*OWN),
     "report": _reports,
     "minimize-time": parse_duration,
 }
@@ -163,6 +176,7 @@ class Config:
 
     values: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    providers: Mapping[str, ProviderOptions] = field(default_factory=dict)  # by the provider's name
 
 
 def load(start: Path, environment: Mapping[str, str]) -> Config:
@@ -171,13 +185,13 @@ def load(start: Path, environment: Mapping[str, str]) -> Config:
     for folder in (start, *start.parents):
         table = _read_table(folder / "pyproject.toml")
         if table is not None:
-            return _validate(table, folder / "pyproject.toml")
+            return _validate(table, folder / "pyproject.toml", environment)
     return Config()
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
     """Raises UsageError for a `MOE_FUZZ_*` variable that means nothing."""
-    known = [env_name(key) for key in KEYS] + [ENV_PREFIX + "DEBUG"]
+    known = [*(env_name(key) for key in KEYS), *LIB_VARIABLES.values(), ENV_PREFIX + "DEBUG"]
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in known:
             raise UsageError(
@@ -211,19 +225,66 @@ def _read_table(path: Path) -> Mapping[str, Any] | None:
     return table
 
 
-def _validate(table: Mapping[str, Any], path: Path) -> Config:
+def _validate(table: Mapping[str, Any], path: Path, environment: Mapping[str, str]) -> Config:
     values: dict[str, Any] = {}
+    providers = _providers(table.get("providers", {}), path, environment)
     for key, value in table.items():
+        if key == "providers":
+            continue
         if key not in KEYS:
             # an underscore for a hyphen is the commonest slip, and difflib finds it as well
             raise UsageError(
-                f"{path}: unknown key {key!r} in [{TABLE}]{did_you_mean(key, KEYS)}", f"the keys are {', '.join(KEYS)}"
+                f"{path}: unknown key {key!r} in [{TABLE}]{did_you_mean(key, [*KEYS, 'providers'])}",
+                f"the keys are {', '.join(KEYS)}, and the tables [{TABLE}.providers.NAME]",
             )
         try:
             values[key.replace("-", "_")] = KEYS[key](value)
         except ValueError as error:
             raise UsageError(f"{path}: [{TABLE}] {key}: {error}") from error
-    return Config(_absolute(values, path.parent), path)
+    return Config(_absolute(values, path.parent), path, providers)
+
+
+def _strings(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise ValueError(f"must be a table of strings, not {value!r}")
+    return value
+
+
+#: The keys of `[tool.moe-fuzz.providers.NAME]`.
+PROVIDER_KEYS: Mapping[str, Callable[[Any], Any]] = {"python": _text, "lib": _texts, "env": _strings}
+
+
+def _providers(tables: Any, path: Path, environment: Mapping[str, str]) -> dict[str, ProviderOptions]:
+    """`lib` becomes the variable that the provider's targets read, unless it is set already: it wins over the file."""
+    if not isinstance(tables, dict):
+        raise UsageError(f"{path}: {TABLE}.providers must be a table", f"write [{TABLE}.providers.NAME]")
+    known = {target.provider for target in registry.known()} if tables else set()
+    found = {}
+    for name, table in tables.items():
+        where = f"{path}: [{TABLE}.providers.{name}]"
+        if name not in known:
+            raise UsageError(f"{where}: there is no provider {name!r}{did_you_mean(name, known)}",
+                             f"the providers are {', '.join(sorted(known))}")  # fmt: skip
+        if not isinstance(table, dict):
+            raise UsageError(f"{where} must be a table, not {table!r}")
+        read: dict[str, Any] = {}
+        for key, value in table.items():
+            if key not in PROVIDER_KEYS or (key == "lib" and name not in LIB_VARIABLES):
+                hint = f"the keys are {', '.join(PROVIDER_KEYS)}; lib is for {' and '.join(LIB_VARIABLES)}"
+                raise UsageError(f"{where}: unknown key {key!r}{did_you_mean(key, PROVIDER_KEYS)}", hint)
+            try:
+                read[key] = PROVIDER_KEYS[key](value)
+            except ValueError as error:
+                raise UsageError(f"{where} {key}: {error}") from error
+        env = dict(read.get("env", {}))
+        if "lib" in read and LIB_VARIABLES[name] not in environment:
+            files = [str(path.parent / Path(file).expanduser()) for file in read["lib"]]
+            env[LIB_VARIABLES[name]] = os.pathsep.join(files)
+        python = read.get("python")
+        if python and os.sep in python:  # a bare name is looked up in PATH
+            python = str(path.parent / Path(python).expanduser())
+        found[name] = ProviderOptions(python, env)
+    return found
 
 
 def _absolute(values: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ class Contract:
     ties: str = "any"  # "any" | "lowest_index_first"
     ordered: bool = False  # the slots of a row stand in descending order of biased score
     padding: tuple[str, ...] = ("distinct",)  # the dialects it can speak; only asked for where `is_padding` is taken
+    graph: bool = True  # can be captured into a CUDA graph and replayed; False where nobody says so
+    padding_weight: str = "dialect"  # weights of flagged rows: "dialect" (0 where there is no expert) | "any"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Capabilities:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     min_experts: int = 1
     max_experts: int = 1024
+    experts_power_of_two: bool = False  # takes no other number of experts
     max_top_k: int = 32
     renormalize: tuple[bool, ...] = (False, True)
     bias: bool = True
@@ -45,10 +48,12 @@ class Capabilities:
     out: bool = False  # writes into `out=(...)` buffers when given
     alignment: int = 16  # bytes to which every input and output must be aligned; 1: element alignment is enough
     devices: tuple[str, ...] = ("cpu", "cuda")
+    jit: bool = False  # compiles inside the process where nobody can see it: what is first of a config may take long
     # of grouped_topk alone
     min_n_group: int = 1
     max_n_group: int = 1024
     min_group_size: int = 1  # experts in a group; some take the two best of each without asking (vllm#29439)
+    max_group_size: int = 1024
     scorings: tuple[str, ...] = ("softmax", "sigmoid")
     group_scores: tuple[str, ...] = ("max", "top2_sum")
     group_score_by_bias: bool = False  # `top2_sum` with a bias, `max` without: one function in many libraries
@@ -66,11 +71,22 @@ class TargetInfo:
     origin: str = ""  # where the code was found: a file, or package and version
     contract: Contract = field(default_factory=Contract)
     capabilities: Capabilities = field(default_factory=Capabilities)
-    clauses: Mapping[str, str] = field(default_factory=dict)  # check -> the documented clause that makes it `contract`
+    clauses: Mapping[str, str] = field(default_factory=dict)  # "check", "check:symptom" or "*" -> where it is promised
+    unpromised: Mapping[str, str] = field(default_factory=dict)  # the same, " @ " and a feature -> why not with that
 
-    def finding_class(self, check: str) -> str:
-        """`contract` where the target's own project promises what the check asks, else `robustness`."""
-        return "contract" if check in self.clauses or "*" in self.clauses else "robustness"
+    def classify(self, check: str, symptom: str = "", features: Iterable[str] = ()) -> tuple[str, str]:
+        """(class, clause) of a finding: `contract` where the target's own project promises what the check asks.
+
+        features: what the smallest case still needs. A finding that needs what `unpromised` names is of class
+        `robustness`, and the clause says why the project cannot be held to it.
+        """
+        keys = (f"{check}:{symptom}", check, "*")
+        for feature in features:
+            for key in keys:
+                if why := self.unpromised.get(f"{key} @ {feature}"):
+                    return "robustness", why
+        clause = next((self.clauses[key] for key in keys if key in self.clauses), None)
+        return ("robustness", "") if clause is None else ("contract", clause)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,6 +101,7 @@ class TargetInfo:
             contract=_record(Contract, data["contract"]),
             capabilities=_record(Capabilities, data["capabilities"]),
             clauses=dict(data["clauses"]),
+            unpromised=dict(data["unpromised"]),
         )
 
 
@@ -98,15 +115,22 @@ def declares(
     contract: Contract | None = None,
     capabilities: Capabilities | None = None,
     clauses: Mapping[str, str] | None = None,
+    unpromised: Mapping[str, str] | None = None,
+    origin: str = "",
 ) -> Callable[[_F], _F]:
     """Says what the decorated implementation promises; without it, moe-fuzz assumes as little as the signature shows.
 
     clauses: for each check, the sentence of the project's own documentation that promises what the check asks
-    (`"*"` for all checks). A finding of such a check is of class `contract`, any other of class `robustness`.
+    (`"*"` for all checks, `"check:symptom"` for one way to break it). A finding of such a check is of class `contract`,
+    any other of class `robustness`.
+    unpromised: what the project never promised to take, `"ids @ fault:extreme_bias"`: a check, the feature of a case
+    that it needs, and why. Such a finding is of class `robustness` whatever the clauses say.
+    origin: where the code behind an adapter is from: package and version, or a library's file.
     """
 
     def attach(function: _F) -> _F:
-        promise = {"contract": contract, "capabilities": capabilities, "clauses": dict(clauses or {})}
+        promise = {"contract": contract, "capabilities": capabilities, "clauses": dict(clauses or {}),
+                   "unpromised": dict(unpromised or {}), "origin": origin}  # fmt: skip
         setattr(function, DECLARATION, promise)
         return function
 

@@ -205,8 +205,21 @@ class Ties(Fault):
 
 
 @register
+class ZeroRows(Fault):
+    """The rows are zero: a static buffer in which nobody has written yet."""
+
+    name = "zero_rows"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.values[positions] = 0.0
+
+
+@register
 class StaleRows(Fault):
-    """The rows hold what an earlier step left there: finite, ordinary, and somebody else's."""
+    """The rows hold what an earlier step left there: finite, ordinary, and somebody else's.
+
+    Where the case says which step it was (`Fault.stream`), they hold its very values (ops/routing/inputs.py).
+    """
 
     name = "stale_rows"
 
@@ -251,6 +264,21 @@ class Noncontiguous(Fault):
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         gap = int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 16))
         canvas.stride_gap = 1 + gap if gap < 12 else 256 * (gap - 11) + 1
+
+
+@register
+class Int32Boundary(Fault):
+    """Rows so far apart that the last begins past 2^31 elements, as the rows of a large buffer do: an offset that is
+    computed in 32 bits wraps (vllm#42201, vllm#39213, flashinfer#3007). Only the rows have memory."""
+
+    name = "int32_boundary"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        if canvas.transposed:
+            return
+        apart = 1 << 31
+        gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 13))
+        canvas.stride_gap = apart // max(1, len(canvas.rows) - 1) + gap
 
 
 @register

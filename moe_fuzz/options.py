@@ -12,6 +12,19 @@ from moe_fuzz.errors import UsageError
 FENCED_DEVICES = ("cpu", "cuda")
 SIDES = ("both", "left", "right")
 ACCESS = ("any", "write")
+OWN = ("torch", "all", "off")
+
+
+#: The variables that name a provider's extension libraries, joined with os.pathsep, where its package is not installed.
+LIB_VARIABLES: Mapping[str, str] = {"vllm": "MOE_FUZZ_VLLM_LIB", "sglang": "MOE_FUZZ_SGLANG_LIB"}
+
+
+@dataclass(frozen=True)
+class ProviderOptions:
+    """How the workers of one provider are started: releases pin different versions of torch."""
+
+    python: str | None = None  # the interpreter, which needs torch, triton, numpy; None: ours
+    env: Mapping[str, str] = field(default_factory=dict)  # variables set for it, over those of this process
 
 
 @dataclass(frozen=True)
@@ -23,13 +36,19 @@ class FenceOptions:
     sides: str = "both"  # "both" | "left" | "right": the side on which a hard tensor's guard is real
     access: str = "any"  # "any": a real guard faults on reads and writes; "write": it can be read
     readonly: tuple[str, ...] | None = None  # inputs that are read-only during the call, soft guards or not; None: all
-    own: bool = True  # memory that the target allocates itself is fenced too
+    own: str = "torch"  # memory the target allocates itself. "torch": what it asks torch for in Python; "all": on CUDA
+    #                     whatever torch allocates for it, in C++ too, by an allocator of ours; "off": none of it
 
     def __post_init__(self) -> None:
         if self.sides not in SIDES:
             raise UsageError(f"fence sides: {self.sides!r} is not one of {', '.join(SIDES)}")
         if self.access not in ACCESS:
             raise UsageError(f"fence access: {self.access!r} is not one of {', '.join(ACCESS)}")
+
+        if isinstance(self.own, bool):  # as it was written before there was a third choice
+            object.__setattr__(self, "own", "torch" if self.own else "off")
+        if self.own not in OWN:
+            raise UsageError(f"fence own: {self.own!r} is not one of {', '.join(OWN)}")
 
     def is_hard(self, name: str, side: str) -> bool:
         """Whether the guard of tensor `name` on `side` ("left" | "right") is real."""
@@ -54,8 +73,8 @@ class RunOptions:
 
     checks: tuple[str, ...] | None = None  # None: all of the op's
     fence: FenceOptions = field(default_factory=FenceOptions)
-    deadline: float = 10.0  # seconds a case may take
-    first_deadline: float = 60.0  # seconds for the first case of a config in a process: it may compile
+    deadline: float = 10.0  # seconds a case may take, those not counted in which it compiles or loads code
+    first_deadline: float = 60.0  # seconds that these may take: what comes first in a process
 
     def __post_init__(self) -> None:
         for name in ("deadline", "first_deadline"):

@@ -12,13 +12,13 @@ from itertools import combinations
 
 from hypothesis import strategies as st
 
-from moe_fuzz.case import Case, Fault, Scalar, Step
+from moe_fuzz import sequences
+from moe_fuzz.case import Case, Scalar
 from moe_fuzz.contract import TargetInfo
-from moe_fuzz.labels import Labels
 from moe_fuzz.ops.space import Axis, FaultPlace, Space
+from moe_fuzz.sequences import SMALL, make_step
 
 MAX_ROUND = 16
-SMALL = 6  # of the dictionary's token counts: half of all cases are of these, which are cheap and break most
 _SEEDS = st.integers(0, 2**62 - 1)
 
 
@@ -43,7 +43,8 @@ def configs(draw: st.DrawFn, space: Space, info: TargetInfo) -> dict[str, Scalar
 
 @st.composite
 def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tuple[Case, ...]:
-    """1 to 16 cases of one config, each with rows, padding and faults of its own."""
+    """1 to 16 cases of one config, each with rows, padding and faults of its own; at most 4 where they have several
+    steps."""
     config = draw(configs(space, info))
     tokens = space.tokens(config, device)
     places = space.places_for(config, info)
@@ -51,19 +52,27 @@ def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tupl
     by_tensor = [[p for p in places if p.tensor == tensor] for tensor in dict.fromkeys(p.tensor for p in places)]
     one = st.sampled_from(by_tensor).flatmap(st.sampled_from)
     swarm = draw(st.lists(one, max_size=4, unique=True)) if places else []
-    fault = st.tuples(st.sampled_from(swarm), st.integers(0, 3))
-    variant = st.tuples(
-        st.sampled_from(tokens[:SMALL]) | st.sampled_from(tokens),
-        st.integers(0, 6),
-        st.lists(fault, max_size=3, unique_by=lambda chosen: chosen[0]) if swarm else st.just([]),
-    )
-    variants = draw(st.lists(variant, min_size=1, max_size=MAX_ROUND))
-    # Hypothesis repeats and recombines what it has drawn. Seeds from the whole round make each repeat a new case.
-    seeds = random.Random(repr((draw(_SEEDS), config, variants)))
+    fault = st.tuples(st.sampled_from(swarm), st.integers(0, 3)) if swarm else st.nothing()
+    run = draw(st.sampled_from(sequences.runs(space.modes(info), device)))
+    if run != sequences.SINGLE:
+        several = draw(st.lists(sequences.plans(run, tokens, fault), min_size=1, max_size=MAX_ROUND // 4))
+        seeds = _seeds(draw, config, run, several)
+        return tuple(
+            sequences.make(space, config, run, plan, seeds.getrandbits(62), info.name, device) for plan in several
+        )
+    faults = st.lists(fault, max_size=3, unique_by=lambda chosen: chosen[0]) if swarm else st.just([])
+    counts = st.sampled_from(tokens[:SMALL]) | st.sampled_from(tokens)
+    variants = draw(st.lists(st.tuples(counts, st.integers(0, 6), faults), min_size=1, max_size=MAX_ROUND))
+    seeds = _seeds(draw, config, run, variants)
     return tuple(
-        make_case(space, config, count, padding, faults, seeds.getrandbits(62), info.name)
-        for count, padding, faults in variants
+        make_case(space, config, count, padding, laid, seeds.getrandbits(62), info.name)
+        for count, padding, laid in variants
     )
+
+
+def _seeds(draw: st.DrawFn, *drawn: object) -> random.Random:
+    """Hypothesis repeats and recombines what it has drawn. Seeds from the whole round make each repeat a new case."""
+    return random.Random(repr((draw(_SEEDS), *drawn)))
 
 
 def make_case(
@@ -75,36 +84,9 @@ def make_case(
     seed: int,
     target: str,
 ) -> Case:
-    """A case from small choices: `padding`, as in `_padding_rows`, and each fault with where it is laid."""
-    rows = Labels.range(tokens)
+    """A case from small choices: `padding`, as in `sequences.padding_rows`, and each fault with where it is laid."""
     chosen = random.Random(seed)  # positions only; the values come from the case's generator
-    padded = _padding_rows(rows, padding, chosen)
-    laid = []
-    for place, where in faults:
-        if not place.on_rows:
-            laid.append(Fault(place.fault, place.tensor))
-            continue
-        named = _fault_rows(rows, padded, where, chosen)
-        if named:
-            laid.append(Fault(place.fault, place.tensor, named))
-    return Case(space.op, config, (Step(rows, padded, tuple(laid)),), seed, target=target)
-
-
-def _padding_rows(rows: Labels, padding: int, chosen: random.Random) -> Labels:
-    """0 to 4: so many quarters of the rows, at the tail, as a CUDA graph pads. 5 and 6: one and two quarters of them,
-    anywhere, as where the padded batches of several ranks are joined."""
-    count = -(-len(rows) * (padding if padding <= 4 else padding - 4) // 4)
-    return rows.last(count) if padding <= 4 else Labels.of(chosen.sample(range(len(rows)), min(count, 64)))
-
-
-def _fault_rows(rows: Labels, padded: Labels, where: int, chosen: random.Random) -> Labels:
-    """The padding, one row, some rows, or all rows."""
-    if where == 0 and padded:
-        return padded
-    if where == 3 or not rows:
-        return rows
-    count = 1 if where == 1 else chosen.randint(1, len(rows))
-    return Labels.of(chosen.sample(range(len(rows)), min(count, 64)))
+    return Case(space.op, config, (make_step(tokens, padding, faults, chosen),), seed, target=target)
 
 
 def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Case]:
@@ -115,12 +97,16 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     chosen = random.Random(seed)
     places: list[Scalar] = ["", *(f"{p.fault}@{p.tensor}" for p in space.places)]
     rows = Axis("padding rows", (0, 1, 2, 4, 5)), Axis("where", (0, 1, 2, 3))
-    axes = [*space.axes(info), Axis("fault", places), *rows]
+    axes = [*space.axes(info), Axis("fault", places), *rows, Axis("run", sequences.runs(space.modes(info), device))]
     for row in pairwise(axes, chosen):
-        config = space.complete({axis.name: row[axis.name] for axis in axes[:-3]}, info)
+        config = space.complete({axis.name: row[axis.name] for axis in axes[:-4]}, info)
         place = next((p for p in space.places_for(config, info) if f"{p.fault}@{p.tensor}" == row["fault"]), None)
         tokens = space.tokens(config, device)
         faults = [(place, int(row["where"]))] if place else []
+        if row["run"] != sequences.SINGLE:
+            plan = sequences.random_plan(str(row["run"]), tokens, faults, int(row["padding rows"]), chosen)
+            yield sequences.make(space, config, str(row["run"]), plan, chosen.getrandbits(62), info.name, device)
+            continue
         count = chosen.choice(tokens if chosen.random() < 0.5 else tokens[:SMALL])
         yield make_case(space, config, count, int(row["padding rows"]), faults, chosen.getrandbits(62), info.name)
 

@@ -30,6 +30,7 @@ class Violation:
     got: str = ""
     budget: float | None = None  # error over bound, where there is a bound
     site: str = ""  # file:line of the kernel or launcher, where it is known
+    step: int | None = None  # of the case, where it has several
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Verdict:
     budget: float = 0.0  # largest error over bound that was still accepted
     detail: str = ""  # for a person: a traceback's tail, the reason of a rejection
     stats: Mapping[str, float] = field(default_factory=dict)
+    spent: bool = False  # the process that gave it must not run another case
 
     @property
     def bad(self) -> bool:

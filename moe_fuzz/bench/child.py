@@ -31,7 +31,7 @@ from moe_fuzz.verdict import PASS, REJECTED
 
 _COLD_COPIES = 64  # sets of inputs; where together they pass the L2 twice, a cold time is taken too
 EMPTY, COPY = "(empty)", "(copy)"  # beside the candidates in a round
-_UNFENCED = RunOptions(fence=FenceOptions(hard=(), readonly=(), own=False))
+_UNFENCED = RunOptions(fence=FenceOptions(hard=(), readonly=(), own="off"))
 Say = Callable[..., None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe_fuzz.campaign.interfaces import Cases, Pool
@@ -42,11 +43,14 @@ def killed(verdict: Verdict) -> bool:
     return verdict.kind == CRASH and verdict.key[1].startswith("killed:")
 
 
-def rerun(pool: Pool, cases: Cases, target: str, options: RunOptions) -> Verdict:
+def rerun(
+    pool: Pool, cases: Cases, target: str, options: RunOptions, environment: Mapping[str, str] | None = None
+) -> Verdict:
     """The verdict of the last of `cases`, all run in this order by one worker that never ran anything else. Being
-    killed from outside says nothing about a case; such a worker is replaced, and believed the third time."""
+    killed from outside says nothing about a case; such a worker is replaced, and believed the third time.
+    `environment`: variables of its process alone."""
     for _ in range(TRIES):
-        with pool.fresh() as worker:
+        with pool.fresh(environment) as worker:
             verdicts = worker.run(cases, target, options)
         if not any(map(killed, verdicts)):
             break

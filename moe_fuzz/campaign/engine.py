@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from moe_fuzz._version import __version__
@@ -21,7 +22,7 @@ from moe_fuzz.campaign.events import Summary
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.findings import RenderRepro
 from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space, own_sources
-from moe_fuzz.campaign.plan import GRID_SHARE, Settings, Unit, units
+from moe_fuzz.campaign.plan import GRID_SHARE, Settings, Unit, nothing_left, units
 from moe_fuzz.campaign.progress import Plan
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.campaign.stats import Stats
@@ -52,7 +53,7 @@ class Campaign:
         self._pool = pool
         self._state = state
         self._listener = emit
-        self._sources = sources or own_sources()
+        self._sources = (sources or own_sources()).restricted(settings.restriction)
         self._render = render_repro
         self._options = settings.options()
         self._lock = threading.RLock()
@@ -67,6 +68,7 @@ class Campaign:
         self._start = time.monotonic()
         self._targets: dict[str, tuple[TargetInfo, Space]] = {}
         self._unavailable: dict[str, EnvironmentProblem] = {}
+        self._left_out: set[str] = set()  # of these, by the restriction
 
     def run(self) -> Summary:
         """Runs it all. Raises MoeFuzzError where no campaign is possible; an interrupt ends in a Summary with 130."""
@@ -103,8 +105,14 @@ class Campaign:
                 info = self._pool.describe(target)
             except EnvironmentProblem as problem:
                 self._unavailable[target] = problem
+                continue
+            space = self._sources.space(info.op)
+            refusal = self._settings.restriction.refusal(space, info) if self._settings.restriction else ""
+            if refusal:
+                self._unavailable[target] = nothing_left(refusal)
+                self._left_out.add(target)
             else:
-                self._targets[target] = (info, self._sources.space(info.op))
+                self._targets[target] = (info, space)
 
     def _header(self) -> None:
         settings, infos = self._settings, tuple(info for info, _ in self._targets.values())
@@ -291,7 +299,10 @@ class Campaign:
         total.merge(self._plan.before)
         total.merge(self._tally)
         reasons = {target: problem.message for target, problem in self._unavailable.items()}
-        summary = summarize(self._settings, self._plan, total, self._triage, reasons, self._interrupted)
+        # A restriction that leaves some targets nothing is what was asked for; one that leaves nothing at all is not.
+        targets = tuple(t for t in self._settings.targets if t not in self._left_out) or self._settings.targets
+        settings = replace(self._settings, targets=targets)
+        summary = summarize(settings, self._plan, total, self._triage, reasons, self._interrupted)
         self._emit(events.CampaignFinished(summary))
         return summary
 

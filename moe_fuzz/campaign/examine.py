@@ -10,14 +10,15 @@ from datetime import UTC, datetime
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import TRIES, Confirmation, Key, confirm, holds, killed, matching, rerun
+from moe_fuzz.campaign.faces import same_defect
 from moe_fuzz.campaign.finding import Finding, features_of, fingerprint, needed_features, place
 from moe_fuzz.campaign.interfaces import Cases, Pool, Space
-from moe_fuzz.campaign.locate import is_memory_fault, locate
+from moe_fuzz.campaign.locate import is_device_fault, is_memory_fault, launch_site, locate
 from moe_fuzz.campaign.minimize import Minimized, Reducer
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.options import FenceOptions, RunOptions
-from moe_fuzz.verdict import HANG, Verdict, Violation
+from moe_fuzz.verdict import Verdict, Violation
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,34 @@ class Examiner:
         said = f"{verdict.kind}: what a worker may have was not enough"
         violation = matching(verdict, bad.key) or Violation(*bad.key, said)
         cases = (*minimized.before, minimized.case)
+        if self.device == "cuda" and not violation.site and is_device_fault(bad.key):
+            site = launch_site(self.pool, cases, bad.target, self.options, bad.key)
+            violation = replace(violation, site=site)
+            verdict = replace(verdict, violations=(violation, *verdict.violations[1:]))
         if is_memory_fault(bad.key):
             tries = 1 if confirmed.always else TRIES
             tensors = dict(self.space.tensors)
             violation = locate(self.pool, cases, bad.target, self.options, verdict, bad.key, tensors, tries)
+        own = self._needed_fence(cases, bad, confirmed.always)
         others = tuple(v for v in verdict.violations if (v.check, v.symptom) != bad.key)
-        return self._finding(bad, confirmed, minimized, replace(verdict, violations=(violation, *others)))
+        return self._finding(bad, confirmed, minimized, replace(verdict, violations=(violation, *others)), own)
 
     def still_fails(self, finding: Finding) -> bool:
         """Whether a finding of an earlier campaign fails today, in fresh workers and under all checks."""
-        cases = (*finding.sequence, finding.case)
-        options = replace(self.options, checks=None, fence=FenceOptions())
         tries = 1 if finding.reproduces == "always" else 2 * TRIES
+        all_cases = ((*finding.sequence, finding.case), *((face.case,) for face in finding.faces))
+        return any(self._fails(cases, finding, tries) for cases in all_cases)
+
+    def same_defect(self, earlier: Finding, new: Finding) -> str:
+        """Why a finding is taken for an earlier one: see faces.py. Empty if it is not."""
+
+        def fails(case: Case, finding: Finding) -> bool:
+            return self._fails((case,), finding, TRIES)  # even of one that always failed: its smallest case is another
+
+        return same_defect(self.space, earlier, new, fails)
+
+    def _fails(self, cases: Cases, finding: Finding, tries: int) -> bool:
+        options = replace(self.options, checks=None, fence=FenceOptions(own=finding.own))
         return any(holds(rerun(self.pool, cases, finding.target, options), finding.raw) for _ in range(tries))
 
     def _minimize(
@@ -65,14 +82,10 @@ class Examiner:
         target = confirmed.case.target
         tries = 1 if confirmed.always else TRIES
         verdicts: dict[Cases, Verdict] = {}
-        # A fresh worker's first call may take long; while reducing a hang that much patience would use up the budget
-        # on a try or two. So it goes by the short deadline, and the answer is checked with the long one.
-        hang = key[0] == HANG
-        options = replace(self.options, first_deadline=self.options.deadline) if hang else self.options
 
         def fails(cases: Cases) -> bool:
             for _ in range(tries):
-                verdict = rerun(self.pool, cases, target, options)
+                verdict = rerun(self.pool, cases, target, self.options)
                 if holds(verdict, key):
                     verdicts[cases] = verdict
                     return True
@@ -85,25 +98,35 @@ class Examiner:
         cases = (*minimized.before, minimized.case)
         if cases not in verdicts:
             return minimized, confirmed.verdict
-        if hang and not holds(rerun(self.pool, cases, target, self.options), key):
-            return nothing, confirmed.verdict
         return minimized, verdicts[cases]
 
-    def _finding(self, bad: BadCase, confirmed: Confirmation, minimized: Minimized, verdict: Verdict) -> Finding:
+    def _needed_fence(self, cases: Cases, bad: BadCase, always: bool) -> str:
+        """FenceOptions.own for a replay: what everybody has, if the failure shows with it."""
+        own = self.options.fence.own
+        usual = replace(self.options, fence=replace(self.options.fence, own="torch"))
+        if own == "torch" or self.options.fence.hard == ():  # nothing was fenced: it shows without
+            return "torch"
+        shown = any(holds(rerun(self.pool, cases, bad.target, usual), bad.key) for _ in range(1 if always else TRIES))
+        return "torch" if shown else own
+
+    def _finding(
+        self, bad: BadCase, confirmed: Confirmation, minimized: Minimized, verdict: Verdict, own: str
+    ) -> Finding:
         violation = verdict.violations[0]
         features = needed_features(self.space, minimized.case)
         if minimized.before:
             features = (*features, "after other cases")
         site = place(violation.site)
         before = self.space.label(bad.case)
+        class_, clause = self.info.classify(violation.check, violation.symptom, features)
         return Finding(
             id=fingerprint(bad.target, violation.check, violation.symptom, site, features),
             target=bad.target,
             check=violation.check,
             symptom=violation.symptom,
             message=violation.message,
-            finding_class=self.info.finding_class(violation.check),
-            clause=self.info.clauses.get(violation.check) or self.info.clauses.get("*", ""),
+            finding_class=class_,
+            clause=clause,
             case=minimized.case,
             verdict=verdict,
             raw=bad.key,
@@ -117,6 +140,7 @@ class Examiner:
             minimal=minimized.complete,
             explain=minimized.explain,
             env=self._environment(),
+            own=own,
             first_seen=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
@@ -125,4 +149,4 @@ class Examiner:
         """Versions for a report, as the workers have them: their interpreter need not be this one."""
         env = {"moe-fuzz": __version__, "target": self.info.name, "origin": self.info.origin, "device": self.device}
         env |= {"platform": platform.platform()}
-        return env | {str(name): str(version) for name, version in self.pool.environment.items()}
+        return env | {str(name): str(version) for name, version in self.pool.versions(self.info.name).items()}

@@ -19,6 +19,28 @@ _LINE = re.compile(r":\d+(?=$|[ ,:])")
 
 
 @dataclass(frozen=True)
+class Face:
+    """Another smallest case of what is taken for the same defect: nobody but a person can tell, so it is told."""
+
+    id: str  # the fingerprint it would have had as a finding
+    case: Case
+    features: tuple[str, ...]
+    scope: tuple[str, ...]
+    label: str
+    reason: str  # why it is taken for the same
+
+    def to_json(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)} | {"case": self.case.to_json()}
+        return data | {"features": list(self.features), "scope": list(self.scope)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Face:
+        """Raises KeyError, TypeError, ValueError or CaseError if `data` is not a face's."""
+        lists = {name: tuple(data[name]) for name in ("features", "scope")}
+        return cls(**{**data, **lists, "case": Case.from_json(data["case"])})
+
+
+@dataclass(frozen=True)
 class Finding:
     """`case` fails in a fresh worker; if `sequence` is not empty, only after those cases ran there before it."""
 
@@ -44,6 +66,8 @@ class Finding:
     env: Mapping[str, str] = field(default_factory=dict)
     first_seen: str = ""  # UTC, ISO 8601
     times_seen: int = 1
+    own: str = "torch"  # FenceOptions.own, without which it does not show
+    faces: tuple[Face, ...] = ()
 
     @property
     def title(self) -> str:
@@ -53,7 +77,17 @@ class Finding:
     def replay(self) -> str:
         """The line that shows it again, anywhere: the case itself, after those that must run before it."""
         inline = inline_sequence((*self.sequence, self.case)) if self.sequence else self.case.inline()
-        return f"moe-fuzz replay {inline}"
+        return f"moe-fuzz replay {inline}" + (f" --fence {self.own}" if self.own != "torch" else "")
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """Its own id and those of its faces."""
+        return frozenset({self.id, *(face.id for face in self.faces)})
+
+    @property
+    def scopes(self) -> tuple[tuple[str, ...], ...]:
+        """What a case needs to be explained by it: all of one of these."""
+        return (self.scope, *(face.scope for face in self.faces))
 
     @property
     def symptoms(self) -> frozenset[tuple[str, str]]:
@@ -65,6 +99,7 @@ class Finding:
         data |= {"case": self.case.to_json(), "sequence": [case.to_json() for case in self.sequence]}
         data |= {"verdict": self.verdict.to_json(), "raw": list(self.raw)}
         data |= {"features": list(self.features), "scope": list(self.scope)}
+        data |= {"faces": [face.to_json() for face in self.faces]}
         return data | {"explain": list(self.explain), "env": dict(self.env), "replay": self.replay}
 
     @classmethod
@@ -75,6 +110,7 @@ class Finding:
         found |= {"case": Case.from_json(found["case"]), "verdict": Verdict.from_json(found["verdict"])}
         found |= {"sequence": tuple(Case.from_json(case) for case in found["sequence"]), "raw": (check, symptom)}
         found |= {name: tuple(found[name]) for name in ("features", "scope", "explain")}
+        found |= {"faces": tuple(map(Face.from_json, found.get("faces", ())))}
         return cls(**found)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_fuzz.campaign.finding import Finding
+from moe_fuzz.campaign.finding import Face, Finding
 from moe_fuzz.campaign.issue import render_issue
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.case import Case, dumps_sequence, loads_sequence, read_text
@@ -41,6 +41,14 @@ def seen_again(state: StateDir, finding: Finding, times: int = 1) -> Finding:
     """Counts further sightings of a finding that is on disk."""
     finding = replace(finding, times_seen=finding.times_seen + times)
     state.write_json(f"findings/{finding.id}/finding.json", _record(finding))
+    return finding
+
+
+def add_face(state: StateDir, finding: Finding, face: Face) -> Finding:
+    """Adds another smallest case to a finding that is on disk, and counts the sighting."""
+    finding = seen_again(state, replace(finding, faces=(*finding.faces, face)))
+    repro = (folder(state, finding) / "repro.py").exists()
+    state.write_text(f"findings/{finding.id}/report.md", render_issue(finding, repro=repro))
     return finding
 
 

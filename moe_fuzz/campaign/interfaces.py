@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops.space import FaultPlace
 from moe_fuzz.options import RunOptions
+from moe_fuzz.restriction import RestrictedSpace, Restriction
 from moe_fuzz.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -35,11 +37,13 @@ class Pool(Protocol):
     @property
     def environment(self) -> Mapping[str, Any]: ...  # versions on the workers' side
 
+    def versions(self, target: str) -> Mapping[str, Any]: ...  # the same for this target, which may run elsewhere
+
     def describe(self, target: str) -> TargetInfo: ...
 
     def lease(self) -> AbstractContextManager[Worker]: ...
 
-    def fresh(self) -> AbstractContextManager[Worker]: ...
+    def fresh(self, environment: Mapping[str, str] | None = None) -> AbstractContextManager[Worker]: ...
 
 
 class Space(Protocol):
@@ -50,6 +54,9 @@ class Space(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, str]: ...  # name -> "input" | "output"
+
+    @property
+    def places(self) -> tuple[FaultPlace, ...]: ...
 
     def validate(self, case: Case) -> None: ...
 
@@ -73,6 +80,20 @@ class Sources:
     space: Callable[[str], Space]  # op -> its space
     rounds: Callable[[Any, TargetInfo, str], SearchStrategy[Cases]]
     grid: Callable[[Any, TargetInfo, str, int], Iterator[Case]]
+
+    def restricted(self, restriction: Restriction) -> Sources:
+        """The same, cut down: what a source draws against its space is dropped."""
+        if not restriction:
+            return self
+
+        def rounds(space: Any, info: TargetInfo, device: str) -> SearchStrategy[Cases]:
+            drawn = self.rounds(RestrictedSpace(space, restriction), info, device)
+            return drawn.map(lambda cases: tuple(case for case in cases if restriction.allows(case)))
+
+        def grid(space: Any, info: TargetInfo, device: str, seed: int) -> Iterator[Case]:
+            return filter(restriction.allows, self.grid(RestrictedSpace(space, restriction), info, device, seed))
+
+        return Sources(self.space, rounds, grid)
 
 
 def own_sources() -> Sources:

@@ -24,6 +24,11 @@ def render_issue(finding: Finding, repro: bool) -> str:
         lines += [f"First seen on: {finding.minimized_from}", ""]
     if not finding.minimal:
         lines += ["The time for minimization ended early; a smaller input may exist.", ""]
+    if finding.faces:
+        lines += ["## Other inputs, taken for the same defect", ""]
+        lines += ["If one of them goes on failing when another is fixed, it is a defect of its own.", ""]
+        for face in finding.faces:
+            lines += [f"- {face.label} ({face.reason})", "", f"      moe-fuzz replay {face.case.inline()}", ""]
     lines += ["## See it again", "", "```", finding.replay, "```", ""]
     lines += ["`python repro.py` shows it with the target alone, without moe-fuzz.", ""] if repro else []
     lines += ["<details><summary>case.json</summary>", "", "```json", finding.case.dumps(indent=1), "```"]

@@ -17,8 +17,27 @@ from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.verdict import Verdict, Violation
 
 MEMORY_FAULTS = ("SIGSEGV", "SIGBUS", "illegal-access")
-OWN = "own"  # memory that the target allocated itself; the fence calls it own1, own2, … in the order of allocation
-_ALL_OWN = tuple(f"{OWN}{number}" for number in range(1, 257))
+OWN = "own"  # memory that the target allocated itself; the fence calls it own0, own1, … in the order of allocation
+_ALL_OWN = tuple(f"{OWN}{number}" for number in range(257))
+
+
+#: What a crash on a GPU is called, where no process died of a signal (fence/cuda_driver.py).
+DEVICE_FAULTS = ("illegal-access", "device-assert", "misaligned-access", "illegal-instruction", "invalid-address-space",
+                 "invalid-pc", "stack-error", "launch-failure")  # fmt: skip
+_BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1"}
+
+
+def launch_site(pool: Pool, cases: Cases, target: str, options: RunOptions, key: Key) -> str:
+    """Where the kernel was launched that broke the device or never came back: `routing.py:40 in topk`; empty where it
+    cannot be told. A launch does not wait for its kernel, so the cases run once more in a worker whose launches do."""
+    verdict = rerun(pool, cases, target, options, _BLOCKING)
+    found = matching(verdict, key)
+    return found.site if found is not None else ""
+
+
+def is_device_fault(key: Key) -> bool:
+    """Whether the stack of the process says nothing of where it happened."""
+    return (key[0] == "crash" and key[1] in DEVICE_FAULTS) or key[0] == "hang"
 
 
 def is_memory_fault(key: Key) -> bool:
@@ -42,7 +61,7 @@ def locate(
         return any(matching(rerun(pool, cases, target, with_fence), key) is not None for _ in range(tries))
 
     # Soft guards stay everywhere: without them an overrun lands in somebody's heap, and crashes when it likes.
-    soft = FenceOptions(hard=(), sides="both", access="any", readonly=(), own=True)
+    soft = FenceOptions(hard=(), sides="both", access="any", readonly=(), own=options.fence.own)
     if crashes(soft):
         return crash
     there = {name: role for name, role in tensors.items() if _is_there(cases[-1], name)}

@@ -102,7 +102,10 @@ class Reducer:
         def accept_step(index: int, step: Step) -> bool:
             return accept(now().with_step(index, step))
 
-        ddmin(now().steps, lambda steps: accept(replace(now(), steps=steps)))
+        at_first = now()
+        ddmin(range(len(at_first.steps)), lambda kept: accept(at_first.keep_steps(kept)))
+        if now().mode != "eager":  # together, as the steps of one bucket must
+            ddmin(_every_row(now()), lambda rows: accept(_keep_rows(now(), Labels.of(rows))))
         for index in range(len(now().steps)):
             self._reduce_step(partial(accept_step, index), partial(step_now, index))
         while any(accept(simpler) for simpler in self._space.simplify(now())):
@@ -169,6 +172,15 @@ def ddmin(items: Sequence[T], accept: Callable[[tuple[T, ...]], bool], may_be_em
 def _chunks(items: tuple[T, ...], parts: int) -> list[tuple[T, ...]]:
     bounds = [len(items) * i // parts for i in range(parts + 1)]
     return [items[a:b] for a, b in itertools.pairwise(bounds) if b > a]
+
+
+def _every_row(case: Case) -> tuple[int, ...]:
+    return tuple(sorted({row for step in case.steps for row in step.rows}))
+
+
+def _keep_rows(case: Case, rows: Labels) -> Case:
+    """The case with these rows only, but a step that has none of them as it is."""
+    return replace(case, steps=tuple(s.keep_rows(s.rows & rows) if s.rows & rows else s for s in case.steps))
 
 
 def _digests(cases: Cases) -> tuple[str, ...]:

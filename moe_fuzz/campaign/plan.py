@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign.interfaces import Cases
 from moe_fuzz.case import Case
-from moe_fuzz.errors import UsageError
+from moe_fuzz.errors import EnvironmentProblem, UsageError
 from moe_fuzz.options import FenceOptions, RunOptions
+from moe_fuzz.restriction import Restriction
 
 GRID_SHARE = 4  # the grid takes at most a quarter of the budget
 GRID_SLICE = 32  # cases in a unit of the grid
@@ -35,10 +36,12 @@ class Settings:
     device: str
     workers: int
     deadline: float = 10.0
-    first_deadline: float = 60.0  # for the first call of a compile key
+    first_deadline: float = 60.0  # for compiling and loading, which do not count against `deadline`
     minimize_seconds: float = 30.0  # for each finding
     max_findings: int | None = None  # stop after this many new ones
     shard_cases: int = 256
+    restriction: Restriction = field(default_factory=Restriction)
+    own: str = "torch"  # which memory of the target's own is fenced: see FenceOptions.own
     notes: tuple[str, ...] = ()  # for the header
 
     def __post_init__(self) -> None:
@@ -56,7 +59,7 @@ class Settings:
     def options(self) -> RunOptions:
         """How workers run the cases. Where the checks are named and `fence` is not among them, nothing is fenced."""
         fenced = self.checks is None or "fence" in self.checks
-        fence = FenceOptions() if fenced else FenceOptions(hard=(), readonly=(), own=False)
+        fence = FenceOptions(own=self.own) if fenced else FenceOptions(hard=(), readonly=(), own="off")
         return RunOptions(self.checks, fence, self.deadline, self.first_deadline)
 
     def key(self) -> dict[str, Any]:
@@ -69,6 +72,8 @@ class Settings:
             "checks": None if self.checks is None else sorted(self.checks),
             "device": self.device,
             "shard_cases": self.shard_cases,
+            "restriction": self.restriction.to_json(),
+            "own": self.own,
         }
 
 
@@ -87,6 +92,11 @@ class Unit:
     def line(self) -> str:
         """The row of units it belongs to; `index` counts inside it."""
         return f"{self.phase}/{self.target}"
+
+
+def nothing_left(refusal: str) -> EnvironmentProblem:
+    """The error for a target for which a restriction leaves no cases."""
+    return EnvironmentProblem(f"there is nothing to run: {refusal}", "widen --mode, --preset or --faults")
 
 
 def share(total: int, names: Sequence[str]) -> dict[str, int]:

@@ -29,7 +29,7 @@ COMPILE_DEADLINE = 60.0
 _ROUNDS = 50  # rounds drawn at once
 OOM = "oom"  # how the catalog names it; it is a kind of verdict
 FENCE = "fence"  # the check that is no code: the worker dies in a fence, and the parent says which
-_NO_FENCE = FenceOptions(hard=(), readonly=(), own=False)
+_NO_FENCE = FenceOptions(hard=(), readonly=(), own="off")
 
 
 class Planted(Protocol):
@@ -49,6 +49,8 @@ class Planted(Protocol):
     def upstream(self) -> str: ...
     @property
     def only(self) -> bool: ...
+    @property
+    def fence(self) -> str: ...
     @property
     def devices(self) -> tuple[str, ...]: ...
 
@@ -92,7 +94,7 @@ def run_planted(
     start = time.monotonic()
     cases = itertools.islice(draw(planted.op, pool.describe(target), device, seed), max_cases)
     outcome = Outcome(planted.name, target, planted.check, planted.upstream, False, 0, 0.0)
-    options = _options(checks, device)
+    options = _options(checks, planted.fence)
     for case, verdict in _verdicts(cases, target, pool, options, start + max_seconds):
         violations = _violations(verdict)
         if planted.check == FENCE and is_memory_fault(verdict.key):
@@ -126,7 +128,7 @@ def run_alone(
     cases = itertools.islice(draw(planted.op, pool.describe(outcome.target), device, seed), outcome.cases)
     fired: set[str] = set()
     ran = 0
-    for _, verdict in _verdicts(cases, outcome.target, pool, _options(rest, device), start + max_seconds):
+    for _, verdict in _verdicts(cases, outcome.target, pool, _options(rest, planted.fence), start + max_seconds):
         ran += 1
         fired |= {violation.check for violation in _violations(verdict)}
     fired -= {planted.check}  # a dead worker is seen whatever is judged: it is a verdict, not a check to turn off
@@ -149,11 +151,10 @@ def draw(op: str, info: TargetInfo, device: str, start: int) -> Iterator[Case]:
                 yield case
 
 
-def _options(checks: tuple[str, ...] | None, device: str) -> RunOptions:
-    """These checks and no other: the fences stand only where they are asked for. Nothing compiles on a CPU."""
-    first = DEADLINE if device == "cpu" else COMPILE_DEADLINE
-    fence = FenceOptions() if checks is None or FENCE in checks else _NO_FENCE
-    return RunOptions(checks, fence, DEADLINE, first)
+def _options(checks: tuple[str, ...] | None, own: str) -> RunOptions:
+    """These checks and no other: the fences stand only where they are asked for."""
+    fence = FenceOptions(own=own) if checks is None or FENCE in checks else _NO_FENCE
+    return RunOptions(checks, fence, DEADLINE, COMPILE_DEADLINE)
 
 
 def _violations(verdict: Verdict) -> tuple[Violation, ...]:

@@ -17,8 +17,9 @@ from moe_fuzz.campaign import events
 from moe_fuzz.campaign.badcase import BadCase, Bucket
 from moe_fuzz.campaign.confirm import killed
 from moe_fuzz.campaign.examine import Examiner
+from moe_fuzz.campaign.faces import face_of
 from moe_fuzz.campaign.finding import Finding, features_of
-from moe_fuzz.campaign.findings import RenderRepro, folder, load_findings, seen_again, write_finding
+from moe_fuzz.campaign.findings import RenderRepro, add_face, folder, load_findings, seen_again, write_finding
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.case import Case
 
@@ -173,13 +174,31 @@ class Triage:
             self._flaky(bad)
             return
         self._minimized[bucket] += 1
-        self._report(finding)
+        if not self._is_face(finding, examiner):
+            self._report(finding)
+
+    def _is_face(self, finding: Finding, examiner: Examiner) -> bool:
+        """Whether a finding of this campaign is taken for the same defect, which is then told. Not one of an earlier
+        campaign: somebody may have looked at that one, and must hear of what they did not see."""
+        if any(finding.id in one.ids for one in (*self.new.values(), *self.known.values())):
+            return False  # that is known without another run
+        for earlier in list(self.new.values()):
+            reason = examiner.same_defect(earlier, finding)
+            if reason:
+                with self._lock:
+                    self.new[earlier.id] = add_face(self._state, self.new[earlier.id], face_of(finding, reason))
+                    self.duplicates += 1
+                said = f"{finding.target}: finding {earlier.id} also shows on {finding.label}: {reason}"
+                self._emit(events.Note(said))
+                return True
+        return False
 
     def _report(self, finding: Finding) -> None:
         with self._lock:
             for group in (self.new, self.known):
-                if finding.id in group:
-                    self._again(group, finding)
+                known = next((one for one in group.values() if finding.id in one.ids), None)
+                if known is not None:
+                    self._again(group, known, finding)
                     return
             earlier = self.fixed.get(finding.id)
             # One that fails sometimes only looked fixed; any other one is back, which is news.
@@ -192,11 +211,18 @@ class Triage:
             path = write_finding(self._state, finding, self._render)
         self._emit(events.FindingReported(finding, "known" if only_looked_fixed else "new", str(path)))
 
-    def _again(self, group: dict[str, Finding], finding: Finding) -> None:
+    def _again(self, group: dict[str, Finding], known: Finding, finding: Finding) -> None:
         """The same defect by another way. What this case lacked, the defect does not need: it explains more now."""
-        known = group[finding.id]
-        group[finding.id] = replace(known, scope=tuple(sorted(set(known.scope) & set(finding.scope))))
-        self._sightings[finding.id] += 1
+
+        def common(scope: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(sorted(set(scope) & set(finding.scope)))
+
+        if finding.id == known.id:
+            group[known.id] = replace(known, scope=common(known.scope))
+        else:
+            faces = (replace(f, scope=common(f.scope)) if f.id == finding.id else f for f in known.faces)
+            group[known.id] = replace(known, faces=tuple(faces))
+        self._sightings[known.id] += 1
         self.duplicates += 1
 
     def _explained(self, bad: BadCase) -> bool:
@@ -206,7 +232,7 @@ class Triage:
             here = not (bad.bucket.site and finding.site) or bad.bucket.site == finding.site
             same = here and finding.target == bad.target and bad.key in finding.symptoms
             # Whether a culprit ran before this case cannot be told from here, so such a finding explains nothing.
-            if same and not finding.sequence and features.issuperset(finding.scope):
+            if same and not finding.sequence and any(map(features.issuperset, finding.scopes)):
                 self._sightings[finding.id] += 1
                 return True
         return False

@@ -16,15 +16,19 @@ Check = Callable[[Any], list[Violation]]
 #: family -> check name -> function. `parity` checks judge values against the reference; binding is proved on them.
 CHECKS: dict[str, dict[str, Check]] = {}
 PARITY: dict[str, list[str]] = {}
+#: family -> the checks that call the target again on other inputs, and so cost as much as a step each.
+RELATIONS: dict[str, list[str]] = {}
 
 
-def check(family: str, name: str, *, parity: bool = False) -> Callable[[Check], Check]:
+def check(family: str, name: str, *, parity: bool = False, relation: bool = False) -> Callable[[Check], Check]:
     """Registers a check of a family of ops under its name."""
 
     def register(function: Check) -> Check:
         CHECKS.setdefault(family, {})[name] = function
         if parity:
             PARITY.setdefault(family, []).append(name)
+        if relation:
+            RELATIONS.setdefault(family, []).append(name)
         return function
 
     return register

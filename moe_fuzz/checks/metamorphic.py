@@ -9,10 +9,10 @@ from moe_fuzz.checks.observation import Outputs, RoutingObservation, first
 from moe_fuzz.ops.routing.inputs import Inputs, element_bits
 from moe_fuzz.verdict import Violation
 
-_REPEATS = 3
+REPEATS = 3
 
 
-def _differs(one: Outputs, other: Outputs) -> torch.Tensor:
+def differs(one: Outputs, other: Outputs) -> torch.Tensor:
     """bool [T]: rows whose bits differ in weights or ids."""
     found = torch.zeros(one.ids.shape[0], dtype=torch.bool)
     for a, b in ((one.weights, other.weights), (one.ids, other.ids)):
@@ -25,19 +25,19 @@ def _differs(one: Outputs, other: Outputs) -> torch.Tensor:
 def _steady(seen: RoutingObservation, one: Inputs, other: Inputs, rows: torch.Tensor, others: torch.Tensor) -> bool:
     """Whether both calls repeat their own bits: if not, the difference is nondeterminism and not this relation's."""
     first_one, first_other = seen.call(one), seen.call(other)
-    for _ in range(_REPEATS):
-        if _differs(first_one, seen.call(one))[rows].any() or _differs(first_other, seen.call(other))[others].any():
+    for _ in range(REPEATS):
+        if differs(first_one, seen.call(one))[rows].any() or differs(first_other, seen.call(other))[others].any():
             return False
     return True
 
 
-def _pick(outputs: Outputs, rows: torch.Tensor) -> Outputs:
+def pick(outputs: Outputs, rows: torch.Tensor) -> Outputs:
     return Outputs(outputs.weights[rows], outputs.ids[rows])
 
 
-def _violation(check_name: str, message: str, rows: torch.Tensor, one: Outputs, other: Outputs) -> list[Violation]:
+def violation(check_name: str, message: str, rows: torch.Tensor, one: Outputs, other: Outputs) -> list[Violation]:
     """`one` and `other` hold the same rows; `rows` their positions in the case."""
-    at = first(_differs(one, other))[0]
+    at = first(differs(one, other))[0]
     slot = int(
         (element_bits(one.weights[at : at + 1]) != element_bits(other.weights[at : at + 1])).any(0).int().argmax()
     )
@@ -50,19 +50,19 @@ def _violation(check_name: str, message: str, rows: torch.Tensor, one: Outputs, 
     return [Violation(check_name, symptom, f"row {row}: {message}", symptom, (row, slot), shown(one), shown(other))]
 
 
-@check("routing", "determinism")
+@check("routing", "determinism", relation=True)
 def determinism(seen: RoutingObservation) -> list[Violation]:
     """The same input twice, the same bits, where the target declares it."""
     if not seen.info.contract.deterministic or not seen.tokens:
         return []
     rows = (~seen.unwritten & ~(seen.flagged & (seen.dialect == "garbage"))).nonzero().flatten()
-    one, other = _pick(seen.outputs, rows), _pick(seen.call(seen.inputs), rows)
-    if not _differs(one, other).any():
+    one, other = pick(seen.outputs, rows), pick(seen.call(seen.inputs), rows)
+    if not differs(one, other).any():
         return []
-    return _violation("determinism", "the same input gave other bits when run again", rows, one, other)
+    return violation("determinism", "the same input gave other bits when run again", rows, one, other)
 
 
-@check("routing", "isolation")
+@check("routing", "isolation", relation=True)
 def isolation(seen: RoutingObservation) -> list[Violation]:
     """Other contents in the padding and undefined rows, the same bits in the real ones (P4 of the bug table)."""
     rows = seen.defined.nonzero().flatten()
@@ -70,13 +70,13 @@ def isolation(seen: RoutingObservation) -> list[Violation]:
         return []
     other_inputs, other = seen.healed
     one = seen.outputs
-    if not _differs(one, other)[rows].any() or not _steady(seen, seen.inputs, other_inputs, rows, rows):
+    if not differs(one, other)[rows].any() or not _steady(seen, seen.inputs, other_inputs, rows, rows):
         return []
     message = "other contents in padding rows changed this real row"
-    return _violation("isolation", message, rows, _pick(one, rows), _pick(other, rows))
+    return violation("isolation", message, rows, pick(one, rows), pick(other, rows))
 
 
-@check("routing", "batch_invariance")
+@check("routing", "batch_invariance", relation=True)
 def batch_invariance(seen: RoutingObservation) -> list[Violation]:
     """Fewer rows in another order, the same bits in each. Padding is healed first: what it does, `isolation` says."""
     rows = seen.defined.nonzero().flatten().flip(0)[::2]  # every second real row, from the last
@@ -85,8 +85,8 @@ def batch_invariance(seen: RoutingObservation) -> list[Violation]:
     base_inputs, base = seen.healed
     fewer = {name: tensor[rows] for name, tensor in base_inputs.plain.items() if name in ("logits", "is_padding")}
     other_inputs = base_inputs.replace(**fewer)
-    one, other = _pick(base, rows), seen.call(other_inputs)
+    one, other = pick(base, rows), seen.call(other_inputs)
     everyone = torch.arange(len(rows))
-    if not _differs(one, other).any() or not _steady(seen, base_inputs, other_inputs, rows, everyone):
+    if not differs(one, other).any() or not _steady(seen, base_inputs, other_inputs, rows, everyone):
         return []
-    return _violation("batch_invariance", "alone with fewer rows, this row has other bits", rows, one, other)
+    return violation("batch_invariance", "alone with fewer rows, this row has other bits", rows, one, other)

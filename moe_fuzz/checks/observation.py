@@ -41,7 +41,8 @@ class RoutingObservation:
     info: TargetInfo
     inputs: Inputs
     outputs: Outputs
-    call: Callable[[Inputs], Outputs]  # runs the target again, in fences, on other inputs
+    call: Callable[[Inputs], Outputs]  # runs the target again, in fences, on other inputs; a graph is replayed
+    eager: Callable[[Inputs], Outputs] | None = None  # runs it without a graph, where `call` is a replay
     budget: dict[str, float] = field(default_factory=dict)  # largest accepted error over bound, by check
 
     def with_outputs(self, outputs: Outputs) -> RoutingObservation:

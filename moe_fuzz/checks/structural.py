@@ -169,7 +169,7 @@ def padding(seen: RoutingObservation) -> list[Violation]:
             )
         ]
     heavy = ~(weights == 0) & rows
-    if heavy.any():
+    if heavy.any() and seen.info.contract.padding_weight == "dialect":
         where = first(heavy)
         return [
             Violation(

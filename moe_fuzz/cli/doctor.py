@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -69,6 +70,9 @@ def examine(
     chosen = params.pick_device(device)
     yield judge_workers(params.pick_workers(workers, chosen), chosen, memory, machine.memory_available())
     yield judge_fence(probes.guard())
+    if chosen == "cuda":
+        yield from judge_slots(machine.gpus())
+        yield from judge_cuda(*probes.cuda(), probes.allocator(), shutil.which("compute-sanitizer"))
     yield judge_state(state_dir)
     if "torch" in found:
         yield from _targets(chosen)
@@ -127,6 +131,41 @@ def judge_fence(answer: probes.Answer) -> Line:
     return Line(OK, "fence", f"a read beyond a fenced tensor ends the process with {answer.said}, as it must")
 
 
+def judge_slots(gpus: tuple[machine.Gpu, ...]) -> Iterator[Line]:
+    """How many workers each GPU has room for, and whose memory is taken."""
+    for number, gpu in enumerate(gpus):
+        if gpu.memory is None or gpu.free is None:
+            yield Line(WARN, "slots", f"GPU {number}: its memory is not known, so it gets one worker",
+                       "pip install nvidia-ml-py, or put nvidia-smi on the PATH")  # fmt: skip
+            continue
+        text = f"GPU {number}: room for {gpu.room} of {gpu.slots} workers, {machine.human(gpu.free)} free"
+        few = gpu.room < gpu.slots
+        yield Line(WARN if few else OK, "slots", text, "somebody else's memory: `nvidia-smi` says whose" if few else "")
+
+
+def judge_cuda(
+    triton: probes.Answer, fence: probes.Answer, allocator: probes.Answer, sanitizer: str | None
+) -> Iterator[Line]:
+    if triton.said:
+        yield Line(OK, "compiler", triton.said)
+    else:
+        hint = "Triton needs a C compiler, Python's headers and the driver's libcuda.so"
+        yield Line(FAIL, "compiler", triton.problem, hint)
+    if fence.said:
+        yield Line(OK, "cuda fence", f"a read beyond a fenced tensor ends in {fence.said}, as it must")
+    else:
+        hint = "fences need the driver's virtual memory management; --device cpu has fences of its own"
+        yield Line(FAIL, "cuda fence", fence.problem, hint)
+    if allocator.said:
+        yield Line(OK, "allocator", "`--fence all` can fence what C++ allocates")
+    else:
+        yield Line(WARN, "allocator", allocator.problem, "all but `--fence all` works without")
+    if sanitizer:
+        yield Line(OK, "sanitizer", sanitizer)
+    else:
+        yield Line(WARN, "sanitizer", "compute-sanitizer is not on the PATH", "it comes with the CUDA toolkit")
+
+
 def judge_state(state_dir: Path) -> Line:
     place = state_dir.absolute()
     while not place.exists() and place != place.parent:
@@ -153,7 +192,7 @@ def _targets(device: str) -> Iterator[Line]:
     names = [target.name for target in known()]
     with contextlib.ExitStack() as stack:
         try:
-            pool = stack.enter_context(Pool(workers=1, device=device))
+            pool = stack.enter_context(Pool(workers=1, device=device, providers=params.pick_providers()))
         except MoeFuzzError as error:
             yield Line(FAIL, "worker", f"no worker starts: {error.message}", error.hint)
             return

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from moe_fuzz.cli.output import table
+from moe_fuzz.config import Config
 from moe_fuzz.ops import OPS, get_space
+from moe_fuzz.options import ProviderOptions
 
 
 def _ops() -> Iterator[dict[str, Any]]:
@@ -19,9 +22,17 @@ def _ops() -> Iterator[dict[str, Any]]:
 
 def _targets() -> Iterator[dict[str, Any]]:
     from moe_fuzz.targets.registry import known
+    from moe_fuzz.targets.sources import whereabouts
 
+    providers = (click.get_current_context().obj or {}).get("config", Config()).providers
     for target in known():
-        yield {"target": target.name, "op": target.op, "provider": target.provider, "location": target.location}
+        row = {"target": target.name, "op": target.op, "provider": target.provider, "location": target.location}
+        variant = target.name.partition("@")[2].partition(".")[2]
+        options = providers.get(target.provider, ProviderOptions())
+        if options.python:  # its packages are not this interpreter's; `doctor` asks it
+            yield row | {"from": f"what {options.python} has"}
+        else:
+            yield row | {"from": whereabouts(target.provider, variant, {**os.environ, **options.env})}
 
 
 def _checks() -> Iterator[dict[str, Any]]:

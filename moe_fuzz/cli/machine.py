@@ -2,71 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-_PROC = Path("/proc/driver/nvidia/gpus")
+from moe_fuzz.worker.gpus import Gpu, gpus
 
-
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    memory: int | None = None  # bytes; None where only the kernel driver could be asked
-
-
-@cache
-def gpus() -> tuple[Gpu, ...]:
-    """The GPUs this process may use: what NVML or the driver sees, as far as CUDA_VISIBLE_DEVICES leaves it."""
-    found = _by_nvml()
-    if found is None:
-        found = _by_proc()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return found
-    named = [part for part in visible.split(",") if part.strip()]
-    if "-1" in named:  # CUDA takes the list up to the first invalid entry
-        named = named[: named.index("-1")]
-    return found[: len(named)]
-
-
-def _by_nvml() -> tuple[Gpu, ...] | None:
-    """None where nvidia-ml-py is not installed or finds no driver."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(
-            Gpu(_text(pynvml.nvmlDeviceGetName(handle)), int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
-            for handle in handles
-        )
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _text(name: str | bytes) -> str:
-    return name.decode() if isinstance(name, bytes) else name
-
-
-def _by_proc() -> tuple[Gpu, ...]:
-    found = []
-    for file in sorted(_PROC.glob("*/information")):
-        text = file.read_text(encoding="utf-8")
-        model = re.search(r"^Model:\s*(.+)$", text, re.MULTILINE)
-        minor = re.search(r"^Device Minor:\s*(\d+)", text, re.MULTILINE)
-        if minor and not Path(f"/dev/nvidia{minor[1]}").exists():
-            continue  # the host's, not given to this container
-        found.append(Gpu(model[1].strip() if model else "unknown model"))
-    return tuple(found)
+__all__ = ["Gpu", "free_space", "gpus", "human", "memory_available"]
 
 
 def memory_available() -> int | None:

@@ -51,9 +51,9 @@ COMMANDS = {
 _WORKER_KEYS = ("device", "state_dir", "deadline", "memory")
 _KEYS = {
     "run": tuple(key.replace("-", "_") for key in config.KEYS),
-    "replay": _WORKER_KEYS,
+    "replay": (*_WORKER_KEYS, "fence"),
     "show": ("device", "state_dir"),
-    "minimize": (*_WORKER_KEYS, "minimize_time"),
+    "minimize": (*_WORKER_KEYS, "fence", "minimize_time"),
     "findings": ("state_dir",),
     "selftest": ("workers", "device", "memory"),
     "bench": (),

@@ -34,6 +34,7 @@ from moe_fuzz.worker.pool import Pool
     help="When to stop with the smallest case so far.",
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the smaller case to this file.")
+@params.fence
 @params.device
 @params.deadline
 @params.memory
@@ -43,6 +44,7 @@ def command(
     target: str | None,
     minimize_time: float,
     output: Path | None,
+    fence: str | None,
     device: str,
     deadline: float,
     memory: int | None,
@@ -53,9 +55,10 @@ def command(
     found = source.load(case, state_dir)
     name = found.target(target)
     device = params.pick_device(device)
-    with Pool(workers=1, device=device, memory_limit=params.pick_memory(memory, device, 1)) as pool:
+    limit = params.pick_memory(memory, device, 1)
+    with Pool(workers=1, device=device, memory_limit=limit, providers=params.pick_providers()) as pool:
         pool.describe(name)
-        result = minimize(pool, found, name, RunOptions(deadline=deadline), minimize_time)
+        result = minimize(pool, found, name, found.options(fence, device, deadline), minimize_time)
     for line in describe(found, result):
         click.echo(line)
     if output is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import click
 
 from moe_fuzz import config
 from moe_fuzz.errors import EnvironmentProblem
-from moe_fuzz.options import FENCED_DEVICES
+from moe_fuzz.options import FENCED_DEVICES, OWN, ProviderOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 MIN_MEMORY, MAX_MEMORY = 1 << 30, 4 << 30  # bytes; what a worker gets unless told
@@ -76,7 +76,7 @@ workers = option(
     "--workers",
     type=click.IntRange(1, MAX_WORKERS),
     metavar="N",
-    help="Worker processes. [default: one a GPU, or one a core]",
+    help="Worker processes, spread over the GPUs. [default: as many as there are cores, and GPU memory for]",
 )
 deadline = option(
     "deadline",
@@ -93,6 +93,14 @@ memory = option(
     type=SIZE,
     metavar="SIZE",
     help="Memory limit of a worker, e.g. 8GiB. [default: on a CPU its share, 4GiB at most]",
+)
+fence = option(
+    "fence",
+    "--fence",
+    type=click.Choice(OWN),
+    default=None,
+    help="Of the memory a target allocates itself: torch fences what it asks torch for in Python, all what it "
+    "allocates in C++ too (CUDA, slower). [default: torch]",
 )
 target_op = click.option("--op", metavar="OP", help="The op of a file.py:function or package.module:function target.")
 
@@ -111,13 +119,27 @@ def pick_device(wanted: str) -> str:
     return wanted
 
 
+def pick_fence(wanted: str | None, device: str) -> tuple[str, tuple[str, ...]]:
+    """FenceOptions.own, and notes for a person: on a CPU nobody stands between a target's C++ and its memory."""
+    if (wanted, device) == ("all", "cpu"):
+        return "torch", ("fence all: on a CPU, memory that a target allocates in C++ stays unfenced",)
+    return wanted or "torch", ()
+
+
+def pick_providers() -> Mapping[str, ProviderOptions]:
+    """The interpreters and variables that the configuration gives to providers."""
+    context = click.get_current_context(silent=True)
+    found = (context.obj or {}).get("config") if context else None
+    return found.providers if isinstance(found, config.Config) else {}
+
+
 def pick_workers(wanted: int | None, device: str) -> int:
-    """How many workers: as asked, else one a GPU, or one a core that this process may use."""
-    from moe_fuzz.cli.machine import gpus
+    """How many workers: as asked, else one a core that this process may use, and on GPUs no more than have room."""
+    from moe_fuzz.worker.gpus import default_workers, gpus
 
     if wanted is not None:
         return wanted
-    return max(1, len(gpus())) if device == "cuda" else max(1, len(os.sched_getaffinity(0)))
+    return default_workers(gpus()) if device == "cuda" else max(1, len(os.sched_getaffinity(0)))
 
 
 def pick_memory(wanted: int | None, device: str, workers: int) -> int | None:

@@ -48,6 +48,46 @@ with open_arena("cpu", FenceOptions(), "right") as arena:
 """
 
 
+# On a GPU: one of our kernels is compiled and run; then two bytes are copied, one in a fenced tensor and one beyond.
+_CUDA = """
+import sys
+sys.path.append({root!r})
+import torch
+from moe_fuzz.fence import cuda_driver, open_arena
+from moe_fuzz.fence.cuda_mapping import bytes_at
+from moe_fuzz.kernels.routing import topk_softmax
+topk_softmax(torch.zeros(4, 8, device="cuda"), 2)
+torch.cuda.synchronize()
+print("compiled", flush=True)
+with open_arena("cuda") as arena:
+    tensor = arena.tensor("probe", (64,), torch.float32, role="input")
+    end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    bytes_at(end - 2, 2).clone()
+    cuda_driver.synchronize()
+    print("inside", flush=True)
+    try:
+        bytes_at(end - 1, 2).clone()
+        cuda_driver.synchronize()
+        print("outside", flush=True)
+    except Exception as error:
+        lost = cuda_driver.lost()
+        print("lost", lost.symptom if lost else type(error).__name__, flush=True)
+        sys.stdout.flush()
+        import os
+        os._exit(0)
+"""
+
+# Whether torch takes an allocator of ours.
+_ALLOCATOR = """
+import sys
+sys.path.append({root!r})
+import torch
+from moe_fuzz.fence import allocator
+allocator.install()
+print("sum", float(torch.ones(3, device="cuda").sum()), allocator.installed().made > 0, flush=True)
+"""
+
+
 @dataclass(frozen=True)
 class Answer:
     """`said` is what the program printed; `problem` why there is no good answer, empty where there is one."""
@@ -81,6 +121,34 @@ def guard(python: str = sys.executable, timeout: float = 120.0) -> Answer:
         return Answer(said=signal.Signals(-done.returncode).name)
     where = "after" if inside else "before"
     return Answer(problem=f"the probe ended in {_end(done)}, {where} it had read the last byte inside")
+
+
+def cuda(python: str = sys.executable, timeout: float = 180.0) -> tuple[Answer, Answer]:
+    """On a GPU: whether Triton compiles for it, and whether a byte beyond a fenced tensor breaks the context."""
+    done = _run(_CUDA.format(root=str(Path(moe_fuzz.__file__).parents[1])), python, timeout)
+    if isinstance(done, Answer):
+        return done, done
+    words = done.stdout.split()
+    if "compiled" not in words:
+        problem = Answer(problem=f"a Triton kernel does not run: {_end(done)}")
+        return problem, Answer(problem="was not tried: no kernel runs")
+    triton = Answer(said="compiles and runs a kernel")
+    if "outside" in words:
+        return triton, Answer(problem="the byte beyond a fenced tensor was read, and nothing happened")
+    if "lost" in words:
+        return triton, Answer(said=words[words.index("lost") + 1])
+    where = "after" if "inside" in words else "before"
+    return triton, Answer(problem=f"the probe ended in {_end(done)}, {where} it had read inside")
+
+
+def allocator(python: str = sys.executable, timeout: float = 120.0) -> Answer:
+    """On a GPU: whether torch can be given an allocator, as `--fence all` needs it."""
+    done = _run(_ALLOCATOR.format(root=str(Path(moe_fuzz.__file__).parents[1])), python, timeout)
+    if isinstance(done, Answer):
+        return done
+    if done.stdout.split() == ["sum", "3.0", "True"]:
+        return Answer(said="replaced")
+    return Answer(problem=f"torch's allocator cannot be replaced: {_end(done)}")
 
 
 def _run(program: str, python: str, timeout: float) -> subprocess.CompletedProcess[str] | Answer:

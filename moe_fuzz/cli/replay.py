@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,18 +26,48 @@ _CODES = {FIXED: EXIT_CLEAN, FAILED: EXIT_FINDING, ERROR: EXIT_ENVIRONMENT}
 _COLORS = {FIXED: "green", FAILED: "red", ERROR: "yellow"}
 
 
+_MEANS = {
+    FIXED: "the case passes",
+    FAILED: "the case fails",
+    ERROR: "no answer: the target is unavailable or refuses such a case, or somebody ended the process",
+}
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a replay says. `lines` explain it."""
 
     word: str
     lines: tuple[str, ...]
+    verdicts: tuple[Verdict, ...] = ()  # of the case, a try each
+    violations: tuple[Violation, ...] = ()  # of the last one, a memory fault with its tensor
+    same: bool | None = None  # as the finding's own failure; None: no finding was named, or nothing failed
+
+    def to_json(self, found: source.Source, target: str, device: str) -> dict[str, Any]:
+        """One document: what was asked, what came of it, and what that means."""
+        return {
+            "answer": self.word,
+            "exit_code": _CODES[self.word],
+            "meaning": _MEANS[self.word],
+            "target": target,
+            "device": device,
+            "origin": found.origin,
+            "finding": found.finding.id if found.finding else None,
+            "same_failure": self.same,
+            "verdicts": [verdict.to_json() for verdict in self.verdicts],
+            "violations": [asdict(violation) for violation in self.violations],
+            "explanation": list(self.lines),
+            "before": [case.to_json() for case in found.cases[:-1]],
+            "case": found.case.to_json(),
+        }
 
 
 @click.command(short_help="Run one case again: FIXED (0), FAILED (1) or ERROR (3).", epilog=source.CASE_HELP)
 @click.argument("case", metavar="CASE|ID")
 @click.option("--target", metavar="TARGET", help="Run it on this target instead of the one the case names.")
 @click.option("--times", type=click.IntRange(1, 1000), metavar="N", help="Tries. [default: 1; 3 for a flaky one]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of lines.")
+@params.fence
 @params.device
 @params.deadline
 @params.memory
@@ -46,6 +78,8 @@ def command(
     case: str,
     target: str | None,
     times: int | None,
+    as_json: bool,
+    fence: str | None,
     device: str,
     deadline: float,
     memory: int | None,
@@ -61,11 +95,15 @@ def command(
     tries = times or (TRIES if found.finding and found.finding.reproduces != "always" else 1)
     try:
         device = params.pick_device(device)
-        with Pool(workers=1, device=device, memory_limit=params.pick_memory(memory, device, 1)) as pool:
+        limit = params.pick_memory(memory, device, 1)
+        with Pool(workers=1, device=device, memory_limit=limit, providers=params.pick_providers()) as pool:
             pool.describe(name)  # an unavailable target is told as such, not as a case that failed
-            answer = replay(pool, found, name, RunOptions(deadline=deadline), tries)
+            answer = replay(pool, found, name, found.options(fence, device, deadline), tries)
     except EnvironmentProblem as error:
         answer = Answer(ERROR, (error.message, *([error.hint] if error.hint else [])))
+    if as_json:
+        click.echo(json.dumps(answer.to_json(found, name, device), indent=1))
+        ctx.exit(_CODES[answer.word])
     click.echo(f"{click.style(answer.word, fg=_COLORS[answer.word], bold=True)}  {name}  {found.origin}")
     click.echo(f"  {get_space(found.case.op).label(found.case)}")
     for line in answer.lines:
@@ -76,21 +114,24 @@ def command(
 def replay(pool: PoolLike, found: source.Source, target: str, options: RunOptions, tries: int = 1) -> Answer:
     """Runs the cases in one fresh process, up to `tries` times, until the last of them is bad."""
     verdict = Verdict(PASS)
-    tried = 0
-    while tried < tries and verdict.kind == PASS:
+    verdicts: tuple[Verdict, ...] = ()
+    while len(verdicts) < tries and verdict.kind == PASS:
         verdict = rerun(pool, found.cases, target, options)
-        tried += 1
+        verdicts += (verdict,)
+    tried = len(verdicts)
     if verdict.kind == PASS:
-        return Answer(FIXED, (f"passed {tried} times in fresh processes" if tried > 1 else "passes",))
+        return Answer(FIXED, (f"passed {tried} times in fresh processes" if tried > 1 else "passes",), verdicts)
     if verdict.kind == REJECTED or killed(verdict):
-        return Answer(ERROR, (_why_not(verdict), *([verdict.detail] if verdict.detail else [])))
+        return Answer(ERROR, (_why_not(verdict), *([verdict.detail] if verdict.detail else [])), verdicts)
     lines = [f"failed on try {tried} of {tries}"] if tries > 1 else []
     lines += [] if verdict.violations else [f"{verdict.kind}: the worker reached its memory limit (--memory)"]
     if found.finding is not None:
         lines.append(compare(found.finding, verdict))
-    for violation in explain(pool, found, target, options, verdict):
+    violations = tuple(explain(pool, found, target, options, verdict))
+    for violation in violations:
         lines += describe(violation)
-    return Answer(FAILED, (*lines, *verdict.detail.splitlines()[-12:]))
+    same = None if found.finding is None else same_failure(found.finding, verdict)
+    return Answer(FAILED, (*lines, *verdict.detail.splitlines()[-12:]), verdicts, violations, same)
 
 
 def explain(
@@ -103,8 +144,12 @@ def explain(
     return (locate(pool, found.cases, target, options, verdict, verdict.key, tensors), *verdict.violations[1:])
 
 
+def same_failure(finding: Finding, verdict: Verdict) -> bool:
+    return holds(verdict, finding.raw) or holds(verdict, (finding.check, finding.symptom))
+
+
 def compare(finding: Finding, verdict: Verdict) -> str:
-    if holds(verdict, finding.raw) or holds(verdict, (finding.check, finding.symptom)):
+    if same_failure(finding, verdict):
         return f"the same failure as in finding {finding.id}: {finding.check} {finding.symptom}"
     check, symptom = verdict.key
     was = f"{finding.check} {finding.symptom}"

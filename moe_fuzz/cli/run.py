@@ -11,14 +11,16 @@ import click
 from moe_fuzz import config, report
 from moe_fuzz.campaign.engine import Campaign
 from moe_fuzz.campaign.events import Summary, TargetUnavailable
-from moe_fuzz.campaign.plan import Settings
+from moe_fuzz.campaign.plan import Settings, nothing_left
 from moe_fuzz.campaign.repro import renderer
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.cli import params
+from moe_fuzz.cli import restriction as narrow
 from moe_fuzz.errors import EXIT_CLEAN, EnvironmentProblem, UsageError
 from moe_fuzz.ops import get_space
 from moe_fuzz.report.plain import Plain
 from moe_fuzz.report.terminal import Terminal
+from moe_fuzz.restriction import Restriction
 from moe_fuzz.targets import registry
 from moe_fuzz.worker.pool import Pool
 
@@ -39,6 +41,8 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in config.P
     help=f"A budget by name: {_PROFILES}.",
 )
 @params.target_op
+@narrow.options
+@params.fence
 @params.option("checks", "--checks", type=params.NAMES, metavar="NAME,…", help="These checks only. [default: all]")
 @params.option(
     "minimize-time",
@@ -70,6 +74,11 @@ def command(
     seed: int | None,
     profile: str,
     op: str | None,
+    ops: tuple[str, ...] | None,
+    mode: tuple[str, ...] | None,
+    preset: tuple[str, ...] | None,
+    faults: tuple[str, ...] | None,
+    fence: str | None,
     checks: tuple[str, ...] | None,
     minimize_time: float | None,
     reports: tuple[tuple[str, Path], ...],
@@ -88,18 +97,23 @@ def command(
     replays it anywhere.
     """
     chosen = config.PROFILES[profile]
-    names = expand(targets, op)
+    names = narrow.only_ops(expand(targets, op), ops)
+    restriction = narrow.restriction(mode, preset, faults, names)
     validate_checks(checks, names)
     device = params.pick_device(device)
+    own, notes = params.pick_fence(fence, device)
     count = params.pick_workers(workers, device)
     opened = {f"{kind}={path}": report.open_report(kind, path) for kind, path in reports}
     broadcast = report.Broadcast({**opened, "on the screen": screen()}, lambda text: click.echo(text, err=True))
     state = StateDir(state_dir)
     try:
         limit = params.pick_memory(memory, device, count)
-        with state, Pool(workers=count, device=device, memory_limit=limit, log_dir=state_dir / "logs") as pool:
+        providers, logs = params.pick_providers(), state_dir / "logs"
+        with state, Pool(
+            workers=count, device=device, memory_limit=limit, log_dir=logs, providers=providers
+        ) as pool:  # fmt: skip
             settings = Settings(
-                targets=names if targets else available(names, pool, broadcast),
+                targets=runnable(names, targets, op, pool, broadcast, restriction),
                 cases=cases,
                 seconds=time if time is not None or cases is not None else chosen.seconds,
                 seed=seed,
@@ -107,6 +121,9 @@ def command(
                 device=device,
                 workers=count,
                 deadline=deadline,
+                restriction=restriction,
+                own=own,
+                notes=(*notes, *restriction.lines()),
                 minimize_seconds=chosen.minimize_seconds if minimize_time is None else minimize_time,
             )
             summary = Campaign(settings, pool, state, broadcast, render_repro=renderer(pool)).run()
@@ -146,19 +163,31 @@ def check_floor(summary: Summary, profile: config.Profile) -> None:
         )
 
 
-def available(names: Sequence[str], pool: Pool, emit: report.Broadcast) -> tuple[str, ...]:
-    """Those that can run here. Nobody asked for the others by name, so that they cannot is told and no error."""
+def runnable(
+    names: Sequence[str], targets: Sequence[str], op: str | None, pool: Pool, emit: report.Broadcast,
+    restriction: Restriction,
+) -> tuple[str, ...]:  # fmt: skip
+    """Those that can run here, and those asked for by name, which must. That the others cannot is told and no error:
+    an op or a provider stands for whatever there is of it."""
+    asked = {name for text in targets if "@" in text or ":" in text for name in registry.resolve(text, op)}
 
     def able() -> Iterator[str]:
         for name in names:
             try:
-                pool.describe(name)
+                if name not in asked:
+                    info = pool.describe(name)
+                    refusal = restriction.refusal(get_space(info.op), info)
+                    if refusal:
+                        raise nothing_left(refusal)
             except EnvironmentProblem as error:
                 emit(TargetUnavailable(name, error.message, error.hint))
             else:
                 yield name
 
     found = tuple(able())
+    if not found and restriction:
+        raise EnvironmentProblem("there is nothing to run: --mode, --preset and --faults leave no case for any target",
+                                 "widen them; the lines above say what each target does not take")  # fmt: skip
     if not found:
         raise EnvironmentProblem("no target can run on this machine", "`moe-fuzz doctor` says why not")
     return found

@@ -12,6 +12,12 @@ from moe_fuzz.cli import params, source
 from moe_fuzz.errors import UsageError
 from moe_fuzz.ops import get_space
 
+_MODES = {
+    "eager": "eager",
+    "graph": "graph (buckets of {} tokens, each captured once over static buffers, all in one pool; then replayed)",
+    "piecewise": "piecewise (as graph, buckets of {} tokens, but producer, router and consumer in graphs of their own)",
+}
+
 
 @click.command(short_help="Show what a case is made of.", epilog=source.CASE_HELP)
 @click.argument("case", metavar="CASE")
@@ -46,7 +52,7 @@ def describe(found: source.Source) -> list[str]:
         f"digest   {case.digest}",
         f"from     {found.origin}",
         f"target   {case.target or '(none: replay it with --target)'}",
-        f"mode     {case.mode}",
+        f"mode     {_MODES[case.mode].format(', '.join(map(str, case.buckets)))}",
         f"seed     {case.seed}",
         f"classes  {', '.join(sorted(space.features(case)))}",
         "config",
@@ -54,7 +60,7 @@ def describe(found: source.Source) -> list[str]:
     width = max(map(len, case.config), default=0)
     lines += [f"  {key.ljust(width)}  {_word(value)}" for key, value in case.config.items()]
     for index, step in enumerate(case.steps):
-        lines += _step(index, step, space.faults)
+        lines += _step(case, index, step, space.faults)
     if len(found.cases) > 1:
         lines.append(f"before   {len(found.cases) - 1} cases run in the same process first:")
         lines += [f"  {space.label(earlier)}" for earlier in found.cases[:-1]]
@@ -62,14 +68,18 @@ def describe(found: source.Source) -> list[str]:
     return lines
 
 
-def _step(index: int, step: Step, faults: Mapping[str, str]) -> list[str]:
+def _step(case: Case, index: int, step: Step, faults: Mapping[str, str]) -> list[str]:
     rows = f"{step.tokens} tokens" + (f" (rows {step.rows})" if step.tokens else "")
     padding = f", of them {len(step.padding)} padding (rows {step.padding})" if step.padding else ""
-    lines = [f"step {index}   {rows}{padding}"]
+    values = f", values of stream {step.stream}" if step.stream is not None else ""
+    lines = [f"step {index}   {rows}{padding}{values}"]
+    streams = [case.stream(at) for at in range(len(case.steps))]
     for fault in step.faults:
         place = f" in {fault.tensor}" if fault.tensor else ""
         which = f" rows {fault.rows}" if fault.rows else ""
-        lines.append(f"  fault  {fault.name}{place}{which}: {faults.get(fault.name, '')}".rstrip(": "))
+        source = f" from stream {fault.stream}" if fault.stream is not None else ""
+        source = f" from step {streams.index(fault.stream)}" if fault.stream in streams else source
+        lines.append(f"  fault  {fault.name}{place}{which}{source}: {faults.get(fault.name, '')}".rstrip(": "))
     return lines
 
 
@@ -82,5 +92,5 @@ def tables(case: Case, device: str) -> Mapping[str, str]:
     from moe_fuzz.campaign.repro import tensors
     from moe_fuzz.worker.pool import Pool
 
-    with Pool(workers=1, device=device) as pool, pool.fresh() as worker:
+    with Pool(workers=1, device=device, providers=params.pick_providers()) as pool, pool.fresh() as worker:
         return tensors.tables(worker.exhibit(case, case.target))

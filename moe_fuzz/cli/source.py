@@ -13,9 +13,11 @@ from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.findings import load_findings
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.case import INLINE_PREFIX, MAX_BYTES, Case, loads_sequence, read_text, unpacked
+from moe_fuzz.cli import params
 from moe_fuzz.config import did_you_mean
 from moe_fuzz.errors import CaseError, UsageError
 from moe_fuzz.ops import get_space
+from moe_fuzz.options import FenceOptions, RunOptions
 
 CASE_HELP = (
     "CASE is the inline form `mfz1:…` that every finding prints, a file (case.json or sequence.json), "
@@ -34,6 +36,11 @@ class Source:
     @property
     def case(self) -> Case:
         return self.cases[-1]
+
+    def options(self, fence: str | None, device: str, deadline: float) -> RunOptions:
+        """How to run it: as the finding was seen, unless told otherwise."""
+        own, _ = params.pick_fence(fence or (self.finding.own if self.finding else None), device)
+        return RunOptions(fence=FenceOptions(own=own), deadline=deadline)
 
     def target(self, asked: str | None) -> str:
         """The target to run on: the one asked for, else the one the case names."""

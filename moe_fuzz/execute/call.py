@@ -38,7 +38,7 @@ class TargetError(Exception):
             f"raised {name} on a valid input: {message}",
             expected="a result",
             got=f"{name}: {message}",
-            site=_site(error),
+            site=site_of(error),
         )
 
 
@@ -58,7 +58,7 @@ def _settle(device: str) -> None:
         cuda_driver.synchronize()
 
 
-def _site(error: BaseException) -> str:
+def site_of(error: BaseException) -> str:
     """file:line in function of the innermost frame that is the target's own code."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(m in f.filename for m in _MACHINERY)]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""

@@ -11,6 +11,12 @@ An exhibit is a JSON value, made by the worker, which has torch; the parent rend
                 "flagged": [2], "lawful": [0, 1], "defined": [0, 1], "healed": {"rows": [2], "values": TENSOR} or null,
                 "subset": [1] or null}]}
 
+`load` is how a script gets at the target: {"kind": "file" | "module" | "source", …}. A target that stands for a call
+into a library says what it calls (execute/barecall.py); its source is written from that, and `load` also has
+"libraries": [{"variable": "MOE_FUZZ_VLLM_LIB", "path": "/…/_moe_C.abi3.so"}], for `torch.ops.load_library` (several
+files are joined as in PATH; a Python file registers its operators itself), "imports": [modules], "environment":
+{variable: value} and "calls": the dotted name of what is called.
+
 TENSOR: {"dtype": "float32", "shape": [3, 8], "gap": 0, "column_stride": 0, "strides": [8, 1], "offset": 0,
 "alignment": 16} and either
 "bits", a flat list of each element's bits as an unsigned integer, or, beyond 256 elements, "zlib": the bytes,
@@ -38,6 +44,7 @@ import torch
 from moe_fuzz.case import Case
 from moe_fuzz.checks.observation import Outputs, RoutingObservation
 from moe_fuzz.errors import CaseError
+from moe_fuzz.execute.barecall import BareCall, bare_call
 from moe_fuzz.ops.routing.inputs import Inputs, Lie, materialize
 from moe_fuzz.targets import registry
 from moe_fuzz.targets.bind import Target
@@ -93,10 +100,14 @@ def _step(case: Case, index: int, target: Target) -> dict[str, Any]:
 
 
 def _keywords(case: Case, inputs: Inputs, target: Target) -> dict[str, dict[str, Any]]:
-    """The keyword arguments in the target's spelling; only those that it takes."""
+    """The keyword arguments in the target's spelling; only those that it takes. A bare call is written in the op's."""
     given: dict[str, dict[str, Any]] = {name: {"value": value} for name, value in inputs.options.items()}
     given |= {name: {"tensor": name} for name in inputs.plain if name != "logits"}
     given |= {"out": {"out": True}} if case.config["out"] else {}
+    call = bare_call(target.function)
+    if call:
+        taken = call.names() | ({"out"} if call.takes_out else set())
+        return {name: value for name, value in given.items() if name in taken and name in target.keywords}
     return {target.keywords[name]: value for name, value in given.items() if name in target.keywords}
 
 
@@ -131,6 +142,9 @@ def _load(target: Target) -> dict[str, Any]:
     The function's own home is preferred to the place where it was named: an adapter's file imports moe-fuzz, the kernel
     that it hands on does not. `needs_moe_fuzz` says that nothing free of it was found.
     """
+    call = bare_call(target.function)
+    if call:
+        return _from_call(call, target)
     place, _, attribute = registry.locate(target.info.name).rpartition(":")
     factory, attribute = attribute.endswith("()"), attribute.removesuffix("()")
     home = _home(target.function)
@@ -150,6 +164,21 @@ def _load(target: Target) -> dict[str, Any]:
     ours = place.partition(".")[0] == _PACKAGE
     found = {"kind": "module", "module": place, "attribute": attribute, "factory": factory}
     return found | {"needs_moe_fuzz": ours or _imports_us(getattr(sys.modules.get(place), "__file__", None))}
+
+
+def _from_call(call: BareCall, target: Target) -> dict[str, Any]:
+    name = target.info.op
+    files = {variable: [os.path.realpath(path) for path in paths.split(os.pathsep)]
+             for variable, paths in call.libraries.items()}  # fmt: skip
+    return {
+        "kind": "source",
+        "text": call.source(name, out=call.takes_out and "out" in target.keywords),
+        "attribute": name,
+        "calls": call.function,
+        "libraries": [{"variable": variable, "path": os.pathsep.join(paths)} for variable, paths in files.items()],
+        "imports": list(call.modules),
+        "environment": dict(call.environment),
+    }
 
 
 def _from_file(path: str, attribute: str, factory: bool = False) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""A step of a routing case: inputs in fences, the call, then every check that the case and the options ask for."""
+"""One call of a router: its tensors laid into an arena, the call itself, and what came back.
+
+The eager mode makes a new call for each step and each relation. The graph modes keep one a bucket: its tensors are the
+static buffers, filled anew before each replay.
+"""
 
 from __future__ import annotations
 
@@ -6,108 +10,94 @@ from typing import Any
 
 import torch
 
-from moe_fuzz.case import Case
-from moe_fuzz.checks import CHECKS, binding, metamorphic, routing, structural  # noqa: F401 - they register
-from moe_fuzz.checks.observation import Outputs, RoutingObservation
+from moe_fuzz.checks.observation import Outputs
 from moe_fuzz.execute.call import guarded
 from moe_fuzz.fence import Arena
-from moe_fuzz.ops import get_space
-from moe_fuzz.ops.routing.inputs import Inputs, materialize
-from moe_fuzz.options import RunOptions
+from moe_fuzz.ops.routing.inputs import Inputs
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
 
 
-class RoutingStep:
-    """Runs one step in an arena that stays open while its outputs are judged."""
+class BadResult(Exception):
+    """What a target returned is no result at all: the violation it is."""
 
-    def __init__(self, case: Case, index: int, target: Target, arena: Arena, options: RunOptions) -> None:
-        self.case, self.index, self.target, self.arena, self.options = case, index, target, arena, options
-        self.parity = False
-        self.budget = 0.0
+    def __init__(self, violation: Violation) -> None:
+        super().__init__(violation.message)
+        self.violation = violation
 
-    def judge(self) -> list[Violation]:
-        """The violations of this step: of the first check that finds any, for what follows may be its consequence."""
-        inputs = materialize(self.case, self.index)
-        outputs = self._call(inputs)
-        if isinstance(outputs, Violation):
-            return self._selected("structure", lambda: [outputs])
-        seen = RoutingObservation(self.case, self.index, self.target.info, inputs, outputs, self._call_again)
-        found = self._selected("canary", self.arena.check)
-        checks = CHECKS["routing"]
-        found += self._selected("structure", lambda: checks["structure"](seen))
-        if not seen.shaped:
-            return found
-        for name in get_space(self.case.op).checks:  # their order is that of attribution
-            if name in checks and name != "structure":
-                found += self._selected(name, lambda judge=checks[name]: judge(seen))
-        if not any(violation.check == "canary" for violation in found):
-            found += self._selected("canary", self.arena.check)  # what the calls of the checks did
-        self.budget = max(seen.budget.values(), default=0.0)
-        self.parity = not found and not binding.binding(seen)
-        return found
 
-    def _selected(self, name: str, judge: Any) -> list[Violation]:
-        return list(judge()) if self.options.checks is None or name in self.options.checks else []
+class RoutingCall:
+    """A call that is ready to be made. Its tensors live in the arena."""
 
-    def _call_again(self, inputs: Inputs) -> Outputs:
-        outputs = self._call(inputs)
-        if isinstance(outputs, Violation):  # the shape of a result cannot depend on what a check replaced
-            raise TypeError(outputs.message)
-        return outputs
-
-    def _call(self, inputs: Inputs) -> Outputs | Violation:
-        """Places the inputs, protects them, and calls the target."""
-        capabilities = self.target.info.capabilities
-        out: tuple[torch.Tensor, ...] = ()
-        arguments: dict[str, Any] = dict(inputs.options)
-        placed = inputs.place(self.arena, capabilities)
-        logits = placed.pop("logits")
-        arguments |= placed
-        tokens = inputs.plain["logits"].shape[0]
-        if self.case.config["out"]:
-            shape, alignment = (tokens, inputs.width), max(4, capabilities.alignment)
-            out = arguments["out"] = (
-                self.arena.tensor("weights", shape, torch.float32, role="output", alignment=alignment),
-                self.arena.tensor("ids", shape, torch.int32, role="output", alignment=alignment),
+    def __init__(self, inputs: Inputs, target: Target, arena: Arena, with_out: bool) -> None:
+        """with_out: the result goes into buffers of ours."""
+        capabilities = target.info.capabilities
+        self.target, self.arena, self.top_k = target, arena, inputs.top_k
+        self.shape = (inputs.plain["logits"].shape[0], inputs.width)
+        self.tensors = inputs.place(arena, capabilities)  # logits, bias, is_padding
+        self.arguments: dict[str, Any] = inputs.options | {k: v for k, v in self.tensors.items() if k != "logits"}
+        self.out: tuple[torch.Tensor, ...] = ()
+        if with_out:
+            alignment = max(4, capabilities.alignment)
+            self.out = self.arguments["out"] = (
+                arena.tensor("weights", self.shape, torch.float32, role="output", alignment=alignment),
+                arena.tensor("ids", self.shape, torch.int32, role="output", alignment=alignment),
             )
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors["logits"].device
+
+    def bare(self, logits: torch.Tensor | None = None) -> Any:
+        """Calls the target and returns what it returns. Nothing is guarded, nothing waits for the device."""
+        return self.target(self.tensors["logits"] if logits is None else logits, self.top_k, self.arguments)
+
+    def run(self) -> Any:
+        """Calls the target with its inputs read-only and its own memory fenced. Raises TargetError, DeviceLost."""
         self.arena.protect()
         try:
             with self.arena.own():
-                result = guarded(lambda: self.target(logits, inputs.top_k, arguments), logits.device.type)
+                return guarded(self.bare, self.device.type)
         finally:
             self.arena.unprotect()
-        return _outputs(result, out, logits.device)
 
-
-def _outputs(result: Any, out: tuple[torch.Tensor, ...], device: torch.device) -> Outputs | Violation:
-    """(weights, ids), or the violation that it is not that, or not the buffers `out` that were given.
-
-    They are copied to the CPU, to the bit: a target may use its own buffers again, and checks call it again. So the
-    checks are the same for every device.
-    """
-    if (
-        isinstance(result, tuple | list)
-        and len(result) >= 2
-        and all(isinstance(t, torch.Tensor) and t.dim() == 2 for t in result[:2])
-    ):
+    def pair(self, result: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weights, ids) of a result. Raises BadResult if it is not that, or not the buffers that were given."""
+        if (
+            not isinstance(result, tuple | list)
+            or len(result) < 2
+            or not all(isinstance(t, torch.Tensor) and t.dim() == 2 for t in result[:2])
+        ):
+            several = isinstance(result, tuple | list)
+            raise BadResult(Violation(
+                "structure", "result", "the result is not a pair of tensors (weights, ids)", expected="(weights, ids)",
+                got=type(result).__name__ + (f" of {len(result)}" if several else ""),
+            ))  # fmt: skip
         for name, tensor in zip(("weights", "ids"), result, strict=False):
-            if tensor.device != device:
+            if tensor.device != self.device:
                 message = f"{name} is on the wrong device"
-                return Violation("structure", f"{name}:device", message, name, (), str(device), str(tensor.device))
-        for name, given, got in zip(("weights", "ids"), out, result, strict=False):
+                raise BadResult(
+                    Violation("structure", f"{name}:device", message, name, (), str(self.device), str(tensor.device))
+                )
+        for name, given, got in zip(("weights", "ids"), self.out, result, strict=False):
             if given.numel() and not _same_memory(given, got):
-                return Violation(
+                raise BadResult(Violation(
                     "structure", f"{name}:out", f"{name} did not come back in the buffer `out` that was given", name,
                     (), f"the tensor out[{0 if name == 'weights' else 1}]", "another tensor",
-                )  # fmt: skip
-        return Outputs(*(tensor.detach().to("cpu", copy=True) for tensor in result[:2]))
-    kind = (
-        type(result).__name__ if not isinstance(result, tuple | list) else f"{type(result).__name__} of {len(result)}"
-    )
-    return Violation(
-        "structure", "result", "the result is not a pair of tensors (weights, ids)", expected="(weights, ids)", got=kind
-    )
+                ))  # fmt: skip
+        return result[0], result[1]
+
+
+def fetch(pair: tuple[torch.Tensor, torch.Tensor]) -> Outputs:
+    """The result, copied to the CPU to the bit: a target may use its own buffers again, and checks call it again. So
+    the checks are the same for every device."""
+    return Outputs(*(tensor.detach().to("cpu", copy=True) for tensor in pair))
+
+
+def call_once(inputs: Inputs, target: Target, arena: Arena, with_out: bool) -> Outputs:
+    """Lays the inputs, calls, and fetches the result. Raises TargetError, BadResult, DeviceLost, MemoryError."""
+    call = RoutingCall(inputs, target, arena, with_out)
+    return fetch(call.pair(call.run()))
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

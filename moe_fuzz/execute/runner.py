@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 import traceback
 from dataclasses import replace
@@ -12,16 +14,23 @@ import torch
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
-from moe_fuzz.execute.call import TargetError
+from moe_fuzz.execute import clock
+from moe_fuzz.execute.call import TargetError, site_of
+from moe_fuzz.execute.capture import CaptureFailed
+from moe_fuzz.execute.compiling import watch_compilers, watch_dynamo
+from moe_fuzz.execute.eager import EagerSteps
 from moe_fuzz.execute.exhibit import exhibit
+from moe_fuzz.execute.graph import GraphSteps
 from moe_fuzz.execute.interpreter import patch_language_once
-from moe_fuzz.execute.routing import RoutingStep
-from moe_fuzz.fence import open_arena
+from moe_fuzz.execute.steps import Steps
+from moe_fuzz.fence import allocator, cuda_driver
 from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target, bind
 from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
+
+ALLOCATOR, MEMORY = "MOE_FUZZ_ALLOCATOR", "MOE_FUZZ_GPU_MEMORY"  # variables, see worker/protocol.py
 
 
 class Runner:
@@ -30,11 +39,12 @@ class Runner:
     def __init__(self, device: str) -> None:
         self.device = device
         self._targets: dict[str, Target] = {}
+        self._seen: set[tuple[object, ...]] = set()  # configs of targets that compile unseen
+        watch_compilers()
         if device == "cpu":
             patch_language_once()
-        elif not torch.cuda.is_available():
-            raise EnvironmentProblem("there is no CUDA device that torch can use",
-                                     "--device cpu runs the same kernels in Triton's interpreter")
+        else:
+            _start_cuda()
         torch.set_num_threads(1)  # a worker is one core's work; the pool decides how many there are
 
     def describe(self, target: str) -> TargetInfo:
@@ -53,15 +63,17 @@ class Runner:
         refusal = space.refusal(case, bound.info)
         if self.device not in bound.info.capabilities.devices:
             refusal = f"{target} does not run on {self.device}"
+        if self.device == "cuda" and case.mode != "eager" and options.fence.own == "all":
+            refusal = "torch captures no graph while another allocator is in its place; use --fence torch"
         if refusal:
             return Verdict(REJECTED, detail=refusal)
+        with self._patience(case, bound):
+            return self._steps(case, bound, options)
+
+    def _steps(self, case: Case, bound: Target, options: RunOptions) -> Verdict:
         started = time.perf_counter()
-        verdict = Verdict(PASS)
-        for index in range(len(case.steps)):
-            verdict = self._step(case, index, bound, options, verdict)
-            if verdict.kind != PASS:
-                break
-        return replace(verdict, seconds=time.perf_counter() - started)
+        steps = (EagerSteps if case.mode == "eager" else GraphSteps)(case, bound, options, self.device)
+        return replace(_verdict(steps), seconds=time.perf_counter() - started)
 
     def exhibit(self, case: Case, target: str) -> dict[str, Any]:
         """All that a script needs to make the calls of this case without moe-fuzz: see execute/exhibit.py."""
@@ -70,31 +82,79 @@ class Runner:
 
     def _bind(self, target: str) -> Target:
         if target not in self._targets:
-            self._targets[target] = bind(target)
+            with clock.stopped("load"):
+                self._targets[target] = bind(target)
         return self._targets[target]
 
-    def _step(self, case: Case, index: int, target: Target, options: RunOptions, before: Verdict) -> Verdict:
-        with open_arena(self.device, options.fence, str(case.config["edge"])) as arena:
-            step = RoutingStep(case, index, target, arena, options)
-            violations: list[Violation] = []
-            detail = ""
-            try:
-                violations = step.judge()
-            except MemoryError as error:
-                return Verdict(OOM, detail=str(error))
-            except DeviceLost as lost:
-                said = traceback.format_exception(lost.__context__) if lost.__context__ else []
-                return Verdict(CRASH, (Violation("crash", lost.symptom, str(lost)),), detail="".join(said))
-            except TargetError as error:
-                if error.out_of_memory:
-                    return Verdict(OOM, detail=error.text)
-                judged = options.checks is None or "error" in options.checks
-                violations, detail = [error.violation] if judged else [], error.text
-            return Verdict(
-                VIOLATION if violations else PASS,
-                tuple(violations),
-                fence_seconds=before.fence_seconds + arena.seconds,
-                parity=step.parity and (index == 0 or before.parity),
-                budget=max(before.budget, step.budget),
-                detail=detail,
-            )
+    def _patience(self, case: Case, target: Target) -> contextlib.AbstractContextManager[None]:
+        """For the first case of a config of a target that compiles unseen: its clock stands still throughout."""
+        watch_dynamo()  # a target may load it in its first call
+        key = (target.info.name, case.op, case.mode, *case.config.items())
+        if not target.info.capabilities.jit or key in self._seen:
+            return contextlib.nullcontext()
+        self._seen.add(key)
+        return clock.stopped("compile")
+
+
+def _verdict(steps: Steps) -> Verdict:
+    """Runs the steps, and says what came of them. What they found before something ended them is told too."""
+    kind, detail, spent = PASS, "", False
+    first: tuple[Violation, ...] = ()
+    try:
+        steps.run()
+    except MemoryError as error:
+        kind, detail = OOM, str(error)
+    except DeviceLost as lost:
+        starved = allocator.installed()
+        if starved is not None and starved.failed is not None:  # the kernel was given a null pointer
+            kind, detail = OOM, str(starved.failed)
+        else:
+            said = traceback.format_exception(lost.__context__) if lost.__context__ else []
+            first = (Violation("crash", lost.symptom, str(lost), site=_launch(lost)),)
+            kind, detail = CRASH, "".join(said)
+    except TargetError as error:  # all others are violations already
+        kind, detail = OOM, error.text
+    except CaptureFailed as failed:
+        kind, detail, spent = PASS, failed.error.text, True
+        if steps.target.info.contract.graph:
+            steps.add("capture", _cannot_be_captured(failed.error.violation))
+        else:
+            kind = REJECTED
+    violations = (*first, *steps.violations)
+    return Verdict(
+        VIOLATION if kind == PASS and violations else kind,
+        violations,
+        fence_seconds=steps.fence_seconds,
+        parity=steps.parity and kind == PASS and not spent and not violations,
+        budget=steps.budget,
+        detail=detail or steps.detail,
+        spent=spent,
+    )
+
+
+def _cannot_be_captured(raised: Violation) -> Violation:
+    message = f"cannot be captured into a CUDA graph: {raised.got}"
+    return replace(raised, check="capture", message=message, expected="a graph")
+
+
+def _start_cuda() -> None:
+    """Starts CUDA in this process as its environment says: the GPU, the allocator, the memory."""
+    if os.environ.get(ALLOCATOR) == "all":
+        allocator.install()
+    if not torch.cuda.is_available():
+        raise EnvironmentProblem("there is no CUDA device that torch can use",
+                                 "--device cpu runs the same kernels in Triton's interpreter")  # fmt: skip
+    torch.cuda.init()
+    torch.cuda.current_stream().synchronize()  # the context exists from here on, and costs no case its seconds
+    if budget := int(os.environ.get(MEMORY, "0")):
+        cuda_driver.limit(budget)
+        if allocator.installed() is None:
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
+
+
+def _launch(lost: DeviceLost) -> str:
+    """Where the kernel was launched that broke the context. Known only where every launch waits for its end."""
+    if os.environ.get("CUDA_LAUNCH_BLOCKING") != "1" or lost.__context__ is None:
+        return ""
+    return site_of(lost.__context__)

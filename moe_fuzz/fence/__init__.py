@@ -97,7 +97,8 @@ class Arena(ABC):
     @abstractmethod
     def own(self) -> AbstractContextManager[object]:
         """Under it, memory that this thread allocates through torch is fenced and poisoned: tensors own0, own1, ….
-        They live until the arena closes, or longer where the target keeps them. Does nothing when `options.own` is off.
+        They live until the arena closes, or longer where the target keeps them. Does nothing unless `options.own`
+        is "torch"; with "all" the worker's allocator has it all fenced already (fence/allocator.py).
         """
 
     @abstractmethod

@@ -5,13 +5,17 @@ The pool is one a process and outlives the arenas (see pooled.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from moe_fuzz.fence import FenceOptions, canary
 from moe_fuzz.fence.layout import Layout
-from moe_fuzz.fence.mapping import NONE, PAGE, READ, SOFT, WRITE, Pool, protect
+from moe_fuzz.fence.mapping import NONE, PAGE, READ, SOFT, WRITE, Block, Pool, protect
 from moe_fuzz.fence.placed import Placed
 from moe_fuzz.fence.pooled import PooledArena
+from moe_fuzz.fence.sparse import Island
+from moe_fuzz.verdict import Violation
 
 _POOL = Pool()
 _KEPT: list[_Placed] = []  # of closed arenas, with a tensor still alive
@@ -62,6 +66,40 @@ class _Placed(Placed):
         return canary.compare(lo, hi - lo, where)
 
 
+class _Sparse(_Placed):
+    """One whose rows lie far apart: an island of pages each, all hard around them."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self, name: str, role: str, what: str, layout: Layout, rows: tuple[Island, ...]) -> None:
+        Placed.__init__(self, name, role, what)
+        self.pages = layout.pages * PAGE
+        self.block = Block(self.pages, -(-layout.guard // PAGE) * PAGE)
+        self.body_lo = self.lo = self.block.base + self.block.guard
+        self.hi = self.body_lo + self.pages
+        self.start = self.body_lo + layout.start
+        self.end = self.start + layout.extent
+        self.rows = [Island(*(self.body_lo + at for at in row)) for row in rows]
+        try:
+            self.protect(readonly=False)
+        except MemoryError:
+            self.block.unmap()
+            raise
+
+    def reset(self, whole: bool) -> None:
+        for row in self.rows:
+            canary.fill(row.lo, (row.hi if whole else row.start) - row.lo)
+            if not whole:
+                canary.fill(row.end, row.hi - row.end)
+
+    def protect(self, readonly: bool) -> None:
+        for row in self.rows:
+            protect(row.lo, row.hi - row.lo, READ if readonly else WRITE)
+
+    def damages(self) -> Iterator[Violation]:
+        yield from self.around(self.rows)
+
+
 class CpuArena(PooledArena[_Placed]):
     """See Arena."""
 
@@ -76,5 +114,11 @@ class CpuArena(PooledArena[_Placed]):
     def _take(self, name: str, role: str, what: str, layout: Layout, edge: str) -> _Placed:
         return _Placed(name, role, what, layout, edge, self.options)
 
+    def _take_sparse(self, name: str, role: str, what: str, layout: Layout, rows: tuple[Island, ...]) -> _Placed:
+        return _Sparse(name, role, what, layout, rows)
+
     def _give(self, placed: _Placed) -> None:
-        _POOL.give(placed.block)
+        if isinstance(placed, _Sparse):
+            placed.block.unmap()
+        else:
+            _POOL.give(placed.block)

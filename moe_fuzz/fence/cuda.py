@@ -7,17 +7,20 @@ on the device; the host waits once for all tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 
 from moe_fuzz.errors import EnvironmentProblem
-from moe_fuzz.fence import FenceOptions, canary, cuda_driver
+from moe_fuzz.fence import FenceOptions, allocator, canary, cuda_driver
 from moe_fuzz.fence.cuda_driver import READ, WRITE
-from moe_fuzz.fence.cuda_mapping import HARD, READABLE, SOFT, WORD, Pool
+from moe_fuzz.fence.cuda_mapping import HARD, READABLE, SOFT, WORD, Pool, SparseBlock, bytes_at
 from moe_fuzz.fence.layout import Layout
 from moe_fuzz.fence.placed import Placed
 from moe_fuzz.fence.pooled import PooledArena
+from moe_fuzz.fence.sparse import Island
+from moe_fuzz.verdict import Violation
 
 MIN_GUARD = 256 << 20  # bytes
 _LOW, _HIGH = canary.WORD  # a canary's bytes at even and at odd addresses
@@ -85,6 +88,57 @@ class _Placed(Placed):
         )
 
 
+class _Sparse(_Placed):
+    """One whose rows lie far apart: granules of memory for each, all hard around them."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self, name: str, role: str, what: str, layout: Layout, device: int, rows: tuple[Island, ...]) -> None:
+        Placed.__init__(self, name, role, what)
+        self.device = device
+        body = layout.pages * cuda_driver.granularity(device)
+        parts = [(row.lo, row.hi - row.lo) for row in rows]
+        self.block = SparseBlock(device, body, max(MIN_GUARD, layout.guard), parts)
+        self.lo, self.hi = self.block.body, self.block.body + body
+        self.start = self.block.body + layout.start
+        self.end = self.start + layout.extent
+        self.rows = [Island(*(self.block.body + at for at in row)) for row in rows]
+
+    def reset(self, whole: bool) -> None:
+        for row in self.rows:
+            for lo, hi in ((row.lo, row.hi),) if whole else ((row.lo, row.start), (row.end, row.hi)):
+                odd = lo & 1  # a byte beside a row, where an element is one
+                if odd and hi > lo:
+                    bytes_at(lo, 1).fill_(_HIGH)
+                if hi - lo - odd > 1:
+                    bytes_at(lo + odd, (hi - lo - odd) // 2 * 2).view(torch.int16).fill_(WORD)
+                if (hi - lo - odd) % 2 and hi - lo > odd:
+                    bytes_at(hi - 1, 1).fill_(_LOW)
+
+    def protect(self, readonly: bool) -> None:
+        for row in self.rows:
+            cuda_driver.protect(row.lo, row.hi - row.lo, self.device, READ if readonly else WRITE)
+
+    def compare(self, lo: int, hi: int, where: torch.Tensor | None = None) -> canary.Damage | None:
+        if hi == lo:
+            return None
+        odd = lo & 1
+        memory = bytes_at(lo - odd, hi - lo + odd).cpu()
+        return canary.compare(memory.data_ptr() + odd, hi - lo, where)
+
+    def differs(self) -> list[torch.Tensor]:
+        found = []
+        for row in self.rows:
+            for lo, hi in ((row.lo, row.start), (row.end, row.hi)):
+                lo, hi = lo + (lo & 1), hi - (hi & 1)
+                if hi > lo:
+                    found.append((bytes_at(lo, hi - lo).view(torch.int16) != WORD).any())
+        return found
+
+    def damages(self) -> Iterator[Violation]:
+        yield from self.around(self.rows)
+
+
 class CudaArena(PooledArena[_Placed]):
     """See Arena. On the current device."""
 
@@ -103,8 +157,14 @@ class CudaArena(PooledArena[_Placed]):
     def _take(self, name: str, role: str, what: str, layout: Layout, edge: str) -> _Placed:
         return _Placed(name, role, what, layout, self._index, self.options)
 
+    def _take_sparse(self, name: str, role: str, what: str, layout: Layout, rows: tuple[Island, ...]) -> _Placed:
+        return _Sparse(name, role, what, layout, self._index, rows)
+
     def _give(self, placed: _Placed) -> None:
-        _POOL.give(placed.block)
+        if isinstance(placed, _Sparse):
+            placed.block.unmap()
+        else:
+            _POOL.give(placed.block)
 
     def _damaged(self, placed: Iterable[_Placed]) -> Iterable[_Placed]:
         tensors = list(placed)
@@ -114,6 +174,11 @@ class CudaArena(PooledArena[_Placed]):
         answers = torch.stack([flag for _, flag in flags]).tolist()
         hit = {i for (i, _), answer in zip(flags, answers, strict=True) if answer}
         return [tensors[i] for i in sorted(hit)]
+
+    def _allocator(self) -> AbstractContextManager[object]:
+        if allocator.installed() is None:  # such as for graphs, which want torch's own
+            return super()._allocator()
+        return allocator.fencing(self.options, self.edge)
 
     def _settle(self) -> None:
         cuda_driver.synchronize()

@@ -34,6 +34,9 @@ _FATAL = {
 }
 _NO_CONTEXT = (3, 4, 201)  # of a wait: not initialized, shut down, no current context
 _lost: DeviceLost | None = None
+_limit: int | None = None  # bytes of memory that this process may map
+_backed = 0  # bytes mapped
+_sizes: dict[int, int] = {}  # by the address where memory was first mapped
 
 
 class DeviceLost(Exception):
@@ -64,6 +67,10 @@ class _AccessDesc(ctypes.Structure):
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuGetErrorName": (c_int, c_void_p),
     "cuCtxSynchronize": (),
+    "cuCtxGetCurrent": (c_void_p,),
+    "cuCtxSetCurrent": (c_void_p,),
+    "cuDevicePrimaryCtxRetain": (c_void_p, c_int),
+    "cuMemsetD16Async": (c_uint64, c_ushort, c_size_t, c_void_p),
     "cuMemGetAllocationGranularity": (c_void_p, c_void_p, c_int),
     "cuMemAddressReserve": (c_void_p, c_size_t, c_size_t, c_uint64, c_uint64),
     "cuMemAddressFree": (c_uint64, c_size_t),
@@ -78,6 +85,20 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 def synchronize() -> None:
     """Waits for all work of this process on the current device. Raises DeviceLost."""
     _call("cuCtxSynchronize")
+
+
+def make_current(device: int) -> None:
+    """Gives this thread the context that torch uses, where it has none yet: a thread's first call may be ours."""
+    context = c_void_p()
+    _call("cuCtxGetCurrent", ctypes.byref(context))
+    if not context.value:
+        _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        _call("cuCtxSetCurrent", context)
+
+
+def fill(address: int, word: int, size: int, stream: int) -> None:
+    """Writes a 16-bit word over `size` bytes, in the order of the stream."""
+    _call("cuMemsetD16Async", address, word, size // 2, stream)
 
 
 def lost() -> DeviceLost | None:
@@ -108,8 +129,11 @@ def free(address: int, size: int) -> None:
 def back(address: int, size: int, device: int, times: int = 1) -> None:
     """Maps new memory of `size` bytes at `address`, `times` times in a row: the same memory again and again.
 
-    It cannot be accessed before `protect`. `unmap` frees it. Raises MemoryError.
+    It cannot be accessed before `protect`. `unmap` frees it. Raises MemoryError, also where `limit` is reached.
     """
+    global _backed
+    if _limit is not None and _backed + size > _limit:
+        raise MemoryError(f"{size} bytes for a memory fence: this worker has {_backed} of its {_limit}")
     handle = c_uint64()
     _call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(_prop(device)), 0)
     try:
@@ -117,6 +141,8 @@ def back(address: int, size: int, device: int, times: int = 1) -> None:
             _call("cuMemMap", address + i * size, size, 0, handle, 0)
     finally:
         _call("cuMemRelease", handle)  # the memory lives as long as it is mapped
+    _backed += size
+    _sizes[address] = size
 
 
 def protect(address: int, size: int, device: int, access: int) -> None:
@@ -127,7 +153,15 @@ def protect(address: int, size: int, device: int, access: int) -> None:
 
 def unmap(address: int, size: int) -> None:
     """Unmaps whole mappings. The device must be done with them."""
+    global _backed
     _call("cuMemUnmap", address, size)
+    _backed -= _sizes.pop(address, 0)
+
+
+def limit(size: int) -> None:
+    """At most this many bytes may be mapped from now on: what the workers on one GPU owe each other."""
+    global _limit
+    _limit = size
 
 
 def _prop(device: int) -> _AllocationProp:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from moe_fuzz.fence import cuda_driver
+from moe_fuzz.fence import allocator, cuda_driver
 from moe_fuzz.fence.cuda_driver import READ, WRITE
 
 HARD, SOFT, READABLE = "hard", "soft", "readable"
@@ -115,6 +116,29 @@ class Block:
         cuda_driver.protect(address, size, self.kind.device, READ)
 
 
+class SparseBlock(Block):
+    """A reservation of which only these parts of the body have memory. Not reused."""
+
+    def __init__(self, device: int, body: int, guard: int, parts: Sequence[tuple[int, int]]) -> None:
+        """parts: (offset, size) in the body, whole granules, in bytes."""
+        granule = cuda_driver.granularity(device)
+        guard = -(-guard // granule) * granule
+        self.kind = Kind(device, body, guard, HARD, HARD)
+        self._zone = granule
+        self.size = 2 * guard + body
+        self.base = cuda_driver.reserve(self.size)
+        self.body = self.base + guard
+        self._mapped = []
+        self._lease = None
+        try:
+            for offset, size in parts:
+                self._back(self.body + offset, size)
+                cuda_driver.protect(self.body + offset, size, device, WRITE)
+        except MemoryError:
+            self.unmap()
+            raise
+
+
 class Pool:
     """Idle blocks by kind."""
 
@@ -142,7 +166,8 @@ class Pool:
             return Block(kind)
         except MemoryError:
             self.shrink(0, 0)  # what others may have: our idle blocks, and torch's
-            torch.cuda.empty_cache()
+            if allocator.installed() is None:  # which has no cache, and gave up its own idle memory before
+                torch.cuda.empty_cache()
             return Block(kind)
 
     def give(self, block: Block) -> None:

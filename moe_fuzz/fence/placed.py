@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from moe_fuzz.fence import canary
+from moe_fuzz.fence.sparse import Island
 from moe_fuzz.verdict import Violation
 
 
@@ -50,6 +51,15 @@ class Placed(ABC):
             yield self._violation("right", damage, self.end - self.start)
         if self.gaps is not None and (damage := self.compare(self.start, self.end, self.gaps)):
             yield self._violation("gap", damage, 0)
+
+    def around(self, rows: Iterable[Island]) -> Iterator[Violation]:
+        """What changed beside rows that lie far apart; their numbers are addresses."""
+        for row in rows:
+            for lo, hi in ((row.lo, row.start), (row.end, row.hi)):
+                if damage := self.compare(lo, hi):
+                    side = "left" if lo < self.start else "right" if hi > self.end else "gap"
+                    origin = self.end - self.start if side == "right" else lo - self.start
+                    yield self._violation(side, damage, origin)
 
     def _violation(self, side: str, damage: canary.Damage, origin: int) -> Violation:
         first, last, size = origin + damage.first, origin + damage.last, self.end - self.start

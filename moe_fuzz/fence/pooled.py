@@ -11,12 +11,13 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import ClassVar, Generic, TypeVar
 
 import torch
 
 from moe_fuzz.errors import UsageError
-from moe_fuzz.fence import ROLES, Arena, FenceOptions, canary
+from moe_fuzz.fence import ROLES, Arena, FenceOptions, canary, sparse
 from moe_fuzz.fence.layout import Layout, contiguous, place
 from moe_fuzz.fence.own import own_memory
 from moe_fuzz.fence.placed import Placed, describe, find_gaps, stale
@@ -54,9 +55,17 @@ class PooledArena(Arena, Generic[P]):
     def _give(self, placed: P) -> None:
         """Takes back the block of a tensor that nobody points to."""
 
+    @abstractmethod
+    def _take_sparse(self, name: str, role: str, what: str, layout: Layout, rows: tuple[sparse.Island, ...]) -> P:
+        """Places a tensor whose rows lie far apart: in addresses of its own, with memory for the rows alone."""
+
     def _damaged(self, placed: Iterable[P]) -> Iterable[P]:
         """Those that may be damaged; the rest certainly is not."""
         return placed
+
+    def _allocator(self) -> AbstractContextManager[object]:
+        """Fences what is allocated behind torch's back, too. On a CPU there is no such thing."""
+        return own_memory(self._own, self.device)
 
     def _settle(self) -> None:
         """Waits until the device is done with what was asked of it."""
@@ -81,7 +90,14 @@ class PooledArena(Arena, Generic[P]):
         if 0 in shape:
             return torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
         layout = place(shape, strides, offset, dtype.itemsize, alignment, self.edge, self.page)
-        placed = self._take(name, role, describe(name, shape, dtype), layout, self.edge)
+        what, far = describe(name, shape, dtype), sparse.far(shape, strides, dtype.itemsize)
+        if far:
+            # An offset that wraps in 32 bits lies up to 2^31 elements before or behind the tensor: guard there too.
+            layout = replace(layout, guard=max(layout.guard, dtype.itemsize << 31))
+            rows = sparse.islands(name, layout, shape, strides, offset, dtype.itemsize, self.page)
+            placed = self._take_sparse(name, role, what, layout, rows)
+        else:
+            placed = self._take(name, role, what, layout, self.edge)
         self._placed.append(placed)
         placed.reset(whole=role == "input" or not packed)
         flat = placed.lend(dtype)
@@ -89,7 +105,8 @@ class PooledArena(Arena, Generic[P]):
             tensor = flat.view(shape)
         else:
             tensor = flat.as_strided(shape, strides, offset)
-            placed.gaps = find_gaps(shape, strides, offset, dtype.itemsize, layout.extent)
+            if not far:
+                placed.gaps = find_gaps(shape, strides, offset, dtype.itemsize, layout.extent)
         if role == "output":
             canary.poison(tensor)
         self.seconds += time.perf_counter() - began
@@ -118,7 +135,9 @@ class PooledArena(Arena, Generic[P]):
         return found
 
     def own(self) -> AbstractContextManager[object]:
-        return own_memory(self._own, self.device) if self.options.own and not self._closed else nullcontext()
+        if self.options.own == "all":
+            return self._allocator()
+        return own_memory(self._own, self.device) if self.options.own == "torch" and not self._closed else nullcontext()
 
     def close(self) -> None:
         if self._closed:

@@ -19,6 +19,7 @@ class FaultPlace:
     tensor: str
     on_rows: bool
     needs: str = ""  # the config flag without which the tensor does not exist
+    max_rows: int | None = None  # it is laid into no step of more rows
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ class Space(Protocol):
 
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
         """The token counts of the dictionary that a case of this config can afford, the simplest first."""
+        ...
+
+    def modes(self, info: TargetInfo) -> tuple[str, ...]:
+        """The modes in which the target can be run: see moe_fuzz.case.MODES."""
+        ...
+
+    def affordable(self, case: Case, device: str) -> bool:
+        """Whether the case may be drawn for the device, by its cost."""
         ...
 
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:

@@ -22,6 +22,7 @@ class Planted:
     story: str  # the flaw, and the input that shows it
     symptom: str = ""  # the symptom of the finding, where it is one only
     only: bool = False  # no other check can find it
+    fence: str = "torch"  # FenceOptions.own that it takes to see it
     contract: Mapping[str, Any] = field(default_factory=lambda: {"deterministic": True})
     capabilities: Mapping[str, Any] = field(default_factory=dict)  # beyond what the signature tells
 
@@ -41,6 +42,10 @@ class Planted:
 
 def _router(name: str, module: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
     return Planted(name, "topk_softmax", module, check, upstream, story, **more)
+
+
+_GRAPH = {"deterministic": True, "graph": True}
+_CUDA: Mapping[str, Any] = {"devices": ("cuda",)}
 
 
 def _sigmoid(name: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
@@ -113,6 +118,25 @@ PLANTED: tuple[Planted, ...] = (
             "fills slots that no finite score claims in the order in which lanes arrive", only=True),
     _router("stale_row_max", "routing_state", "weights", "vllm#49139",
             "row maxima outlive the call: a huge row spoils what stands in its place later"),
+    # graphs: where nothing else is said, a planted bug promises nothing about being captured
+    _router("counts_rows_on_host", "routing_graph", "capture", "Megatron-LM#6999",
+            "reads a count on the host: cannot be captured", only=True, contract=_GRAPH, capabilities=_CUDA),
+    _router("tactic_of_the_capture", "routing_graph", "replay", "flashinfer#4841",
+            "takes another arithmetic while it is captured", only=True, contract=_GRAPH, capabilities=_CUDA),
+    _router("frozen_staging", "routing_graph", "selection", "vllm#52308",
+            "captures a padded copy that the warm-up made: every replay routes its zeros",
+            contract=_GRAPH, capabilities=_CUDA),
+    _router("epoch_baked_in", "routing_graph", "replay", "vllm#28334",
+            "the number of the call is baked in: row maxima of earlier replays count as this one's",
+            contract=_GRAPH, capabilities=_CUDA),
+    _router("side_stream_not_joined", "routing_graph", "written", "flashinfer#1894",
+            "computes the weights on a stream that the graph does not know", contract=_GRAPH, capabilities=_CUDA),
+    _router("padding_mask_mirrored", "routing_graph", "padding", "sglang#30895",
+            "keeps the first padding mask that it sees at an address", contract=_GRAPH | {"padding": ("minus_one",)}),
+    _router("sums_cleared_once", "routing_graph", "weights", "vllm#41444",
+            "adds into a workspace that is cleared when a buffer is first seen, and never again", contract=_GRAPH),
+    _router("amax_of_the_batch", "routing_graph", "weights", "aiter#6568",
+            "subtracts the maximum of the batch, with all that its tail holds", contract=_GRAPH),
     # the process
     _router("null_workspace", "routing_process", "crash", "flashinfer#3558", "clears a null workspace for k > 8",
             symptom="SIGSEGV", only=True, capabilities={"devices": ("cpu",)}),
@@ -163,6 +187,21 @@ PLANTED: tuple[Planted, ...] = (
     _slots("mapped_in_place", "ids", "sglang#22525", "looks up again what it has looked up"),
     _slots("shared_ids_looked_up", "fence", "sglang#22525", "reads past the map for the ids of shared experts",
            only=True),
+    # the device
+    _router("asserts_on_sentinel", "routing_device", "crash", "TransformerEngine#2907",
+            "looks the id E of a row of NaN up in a table of E: a device-side assertion", symptom="device-assert",
+            only=True, capabilities=_CUDA),
+    _router("loads_words", "routing_device", "crash", "flashinfer#4473",
+            "reads 8 bytes at once where only an element is aligned", symptom="misaligned-access",
+            only=True, capabilities={**_CUDA, "alignment": 1}),
+    _router("waits_for_a_partner", "routing_device", "hang", "Liger-Kernel#1368",
+            "the one block of T = 1 waits for a second one, on the device", symptom="deadline", only=True,
+            capabilities=_CUDA),
+    _router("int32_row_offset", "routing_device", "crash", "vllm#42201",
+            "row times stride wraps in 32 bits where a row begins past 2^31 elements"),
+    _router("overruns_hidden_scratch", "routing_device", "fence", "flashinfer#3957",
+            "stores past a workspace from a helper thread where E is odd", symptom="own:right:write", only=True,
+            capabilities=_CUDA, fence="all"),
 )  # fmt: skip
 
 

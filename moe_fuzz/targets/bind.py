@@ -63,14 +63,16 @@ def bind(name: str) -> Target:
     planted = get_planted(source.removeprefix("planted.")) if source.startswith("planted.") else None
     if planted:
         promise = {
-            "contract": Contract(**planted.contract),
+            "contract": Contract(**{"graph": False, **planted.contract}),
             "capabilities": Capabilities(**planted.capabilities),
             "clauses": {"*": f"planted: the bug of {planted.upstream}"},
         }
     spellings = {**SPELLINGS, **(_GROUPED_SPELLINGS if op == "grouped_topk" else {})}
     keywords, capabilities, contract = _read_signature(function, promise, spellings)
     provider = source.partition(".")[0] if ":" not in source else "user"
-    info = TargetInfo(name, op, provider, origin, contract, capabilities, promise.get("clauses") or {})
+    origin = promise.get("origin") or origin  # an adapter knows the library behind it
+    clauses, unpromised = promise.get("clauses") or {}, promise.get("unpromised") or {}
+    info = TargetInfo(name, op, provider, origin, contract, capabilities, clauses, unpromised)
     return Target(info, function, keywords)
 
 
@@ -179,5 +181,6 @@ def _read_signature(
     contract: Contract | None = promise.get("contract")
     if contract is None:
         default = parameters["padding"].default if "padding" in parameters else None
-        contract = Contract(padding=(default,) if default in PADDING_DIALECTS else ("garbage",))
+        # Nobody said that it can be captured: then it need not be.
+        contract = Contract(padding=(default,) if default in PADDING_DIALECTS else ("garbage",), graph=False)
     return keywords, capabilities, contract

@@ -23,6 +23,23 @@ from moe_fuzz.planted.catalog import PLANTED
 
 ENTRY_POINTS = "moe_fuzz.targets"
 _OWN = {f"{op}@{module}": f"moe_fuzz.targets.{module}:{op}" for op in OPS for module in ("builtin", "torch")}
+#: Of serving libraries, which need not be installed: factories, since what a release takes is known once it is loaded.
+_LIBRARIES = {
+    "grouped_topk@sglang": "moe_fuzz.targets.sglang:grouped_topk()",
+    "grouped_topk@sglang.triton": "moe_fuzz.targets.sglang_triton:grouped_topk()",
+    "grouped_topk@vllm": "moe_fuzz.targets.vllm:grouped_topk()",
+    "grouped_topk@vllm.fused_grouped_topk": "moe_fuzz.targets.vllm:grouped_topk_function()",
+    "topk_softmax@vllm": "moe_fuzz.targets.vllm:topk_softmax()",
+    "topk_softmax@vllm.fused_topk": "moe_fuzz.targets.vllm:topk_softmax_fused_topk()",
+    "topk_softmax@vllm.fused_topk_bias": "moe_fuzz.targets.vllm:topk_softmax_fused_topk_bias()",
+    "topk_sigmoid@vllm": "moe_fuzz.targets.vllm:topk_sigmoid()",
+    "topk_sigmoid@vllm.fused_topk": "moe_fuzz.targets.vllm:topk_sigmoid_fused_topk()",
+    "topk_sigmoid@vllm.fused_topk_bias": "moe_fuzz.targets.vllm:topk_sigmoid_fused_topk_bias()",
+    "topk_softmax@sglang": "moe_fuzz.targets.sglang:topk_softmax()",
+    "topk_softmax@sglang.triton": "moe_fuzz.targets.sglang_triton:topk_softmax()",
+    "topk_sigmoid@sglang": "moe_fuzz.targets.sglang:topk_sigmoid()",
+    "topk_sigmoid@sglang.triton": "moe_fuzz.targets.sglang_triton:topk_sigmoid()",
+}
 _LOCATION = re.compile(r"(?P<place>.+):(?P<attribute>[A-Za-z_][\w.]*)(?P<call>\(\))?")
 
 
@@ -44,7 +61,7 @@ class KnownTarget:
 
 def known(planted: bool = False) -> tuple[KnownTarget, ...]:
     """Our own targets and those of installed packages; the planted bugs only on request."""
-    found = dict(_OWN)
+    found = _OWN | _LIBRARIES
     found |= {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS) if "@" in entry.name}
     if planted:
         found |= {bug.target: f"moe_fuzz.planted.{bug.module}:{bug.function}" for bug in PLANTED}

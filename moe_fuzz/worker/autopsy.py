@@ -22,6 +22,11 @@ _DETAIL = 2000  # characters of output, and of traceback, that go into a verdict
 _BLOCK = re.compile(r"^(.*)\(most recent call first\):\n((?:  (?:File .*|\.\.\.)\n)+)", re.MULTILINE)
 _FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')
 _OUT_OF_MEMORY = re.compile(r"std::bad_alloc|can't allocate memory|Cannot allocate memory|\bMemoryError\b")
+_DEVICE_FAULT = re.compile(r"CUDA error: (an illegal memory access|device-side assert|misaligned address|"
+                           r"an illegal instruction|unspecified launch failure)")  # fmt: skip
+_DEVICE_SYMPTOMS = {"an illegal memory access": "illegal-access", "device-side assert": "device-assert",
+                    "misaligned address": "misaligned-access", "an illegal instruction": "illegal-instruction",
+                    "unspecified launch failure": "launch-failure"}  # fmt: skip
 _TARGETS = ("kernels", "reference", "planted")  # rooms of moe_fuzz that are code under test, not machinery
 
 
@@ -60,7 +65,10 @@ def crash(status: int | None, log: Path, offset: int, layout: Layout, oom_kills:
         return Verdict(OOM, seconds=seconds, detail="the kernel's out-of-memory killer ended the worker")
     if name == "SIGABRT" and _OUT_OF_MEMORY.search(text):
         return Verdict(OOM, seconds=seconds, detail=detail)
-    if name in ("SIGKILL", "SIGTERM"):
+    device = _DEVICE_FAULT.search(text) if name == "SIGABRT" else None
+    if device is not None:  # C++ that met the broken context where it could not raise
+        symptom, message = _DEVICE_SYMPTOMS[device[1]], f"a kernel broke the CUDA context: {device[0]}"
+    elif name in ("SIGKILL", "SIGTERM"):
         symptom, message = f"killed:{name}", f"the worker was ended from outside by {name}"
     elif name:
         symptom, message = name, f"the worker died of {name}"
@@ -84,11 +92,13 @@ def garbled(log: Path, offset: int, seconds: float, said: str) -> Verdict:
     return Verdict(CRASH, (violation,), seconds=seconds, detail=_detail(log, offset, ""))
 
 
-def hang(log: Path, offset: int, layout: Layout, deadline: float, seconds: float) -> Verdict:
+def hang(
+    log: Path, offset: int, layout: Layout, deadline: float, seconds: float, compiling: bool = False
+) -> Verdict:
     """The verdict on a case that gave none within `deadline` seconds, and was then asked for its stack."""
     stack = read_trace(log)
-    message = f"no verdict within {deadline:g} s; the worker was killed"
-    violation = Violation("hang", "deadline", message, site=site(stack, layout))
+    message = f"no verdict within {deadline:g} s{' of compiling' * compiling}; the worker was killed"
+    violation = Violation("hang", "compile" if compiling else "deadline", message, site=site(stack, layout))
     return Verdict(HANG, (violation,), seconds=seconds, detail=_detail(log, offset, stack))
 
 

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import MoeFuzzError, UsageError
+from moe_fuzz.execute import clock
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, OOM, Verdict
 from moe_fuzz.worker import protocol
@@ -171,14 +172,15 @@ def _round(channel: Channel, log: Log, runner: RunnerLike, message: dict[str, An
     for index, case in enumerate(cases):
         channel.send_lines(told + encode({"start": index, "log": log.mark()}))
         try:
-            verdict = runner.run(case, target, options)
+            with clock.heard(channel.send):
+                verdict = runner.run(case, target, options)
         except (MemoryError, RuntimeError) as error:
             # torch raises a RuntimeError where memory ends; it may be our own tensors that no longer fit.
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
                 raise
             verdict = Verdict(OOM, detail=f"{type(error).__name__}: {error}")
         told = encode({"verdict": index, "is": verdict.to_json()})
-        if verdict.kind in (OOM, CRASH):
+        if verdict.kind in (OOM, CRASH) or verdict.spent:
             break  # this process may hold what the case filled, or has lost its device: the parent forks another
     channel.send_lines(told + encode({"done": len(cases), "rss": _rss()}))
 

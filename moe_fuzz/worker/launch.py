@@ -8,9 +8,11 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,11 +25,23 @@ _FORK_SECONDS = 30.0
 _SLICE = 0.05  # seconds one thread may hold the control channel before another gets a look
 _STDERR_LINES = 12
 
+#: The zygote's program. `-c` puts the current directory first on the path, where anything may lie; `-P` would not, but
+#: Python 3.10, which serving images still have, does not know it.
+_PROGRAM = "import sys; sys.path[:] = [p for p in sys.path if p]; from moe_fuzz.worker.zygote import main; main()"
+
 #: N workers use N cores: none of them starts threads of its own.
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a process must be forked with to run a case; one that was forked with another is replaced."""
+
+    provider: str = ""  # whose interpreter
+    environment: tuple[tuple[str, str], ...] = ()  # variables of the process
 
 
 class ZygoteGone(Exception):
@@ -68,8 +82,11 @@ class Process:
 class Zygote:
     """One zygote process. Safe for use by several threads."""
 
-    def __init__(self, python: str, device: str, log: Path, runner: str | None = None) -> None:
-        """Starts it; `info` waits until it is ready. `log` takes what it writes to stdout and stderr.
+    def __init__(
+        self, python: str, device: str, log: Path, runner: str | None = None, extra: Mapping[str, str] | None = None
+    ) -> None:
+        """Starts it; `info` waits until it is ready. `log` takes what it writes to stdout and stderr. `extra`:
+        variables for its environment.
 
         Raises EnvironmentProblem when `python` cannot be executed.
         """
@@ -81,18 +98,19 @@ class Zygote:
         self._info: dict[str, Any] | None = None
         self._gone = False
         ours, theirs = socket.socketpair()
-        arguments, environment = _environment(device, runner)
+        lent = None if python == sys.executable else log.parent / "lent"
+        arguments, environment = _environment(device, runner, extra or {}, lent)
         try:
             with log.open("ab") as output:
                 self._popen = subprocess.Popen(
-                    [python, "-P", "-m", "moe_fuzz.worker.zygote", str(theirs.fileno()), *arguments],
+                    [python, "-c", _PROGRAM, str(theirs.fileno()), *arguments],
                     stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
                     pass_fds=(theirs.fileno(),), start_new_session=True,  # Ctrl-C is for the parent alone
                 )
         except OSError as error:
             ours.close()
             raise EnvironmentProblem(f"the workers' interpreter {python} cannot be started: {error.strerror}",
-                                     "name a Python >= 3.11 that has torch and triton") from error
+                                     "name a Python >= 3.10 that has torch, triton and numpy") from error
         finally:
             theirs.close()
         self._control = Channel(ours)
@@ -132,15 +150,17 @@ class Zygote:
                 self._info = said
             return self._info
 
-    def spawn(self, log: Path, memory: int | None) -> Process:
-        """Forks a worker, whose stdout and stderr are appended to `log`. Raises ZygoteGone, EnvironmentProblem."""
+    def spawn(self, log: Path, memory: int | None, environment: Mapping[str, str] | None = None) -> Process:
+        """Forks a worker, whose stdout and stderr are appended to `log`. `environment`: variables that are its alone,
+        set before it touches a device. Raises ZygoteGone, EnvironmentProblem."""
         self.info()
         ours, theirs = socket.socketpair()
         try:
             with self._lock:
                 self._next += 1
                 identity = self._next
-                self._send({"fork": identity, "log": str(log), "memory": memory}, (theirs.fileno(),))
+                request = {"fork": identity, "log": str(log), "memory": memory, "environment": environment or {}}
+                self._send(request, (theirs.fileno(),))
             theirs.close()  # before the wait: the worker's death must end the stream
             answer = self._await(self._forked, identity, _FORK_SECONDS)
             if answer is None:
@@ -218,9 +238,12 @@ class Zygote:
                                   hint or "`moe-fuzz doctor` looks at the interpreter")
 
 
-def _environment(device: str, runner: str | None) -> tuple[list[str], dict[str, str]]:
-    """Arguments and environment of the zygote."""
-    environment = dict(os.environ)
+def _environment(
+    device: str, runner: str | None, extra: Mapping[str, str], lent: Path | None
+) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment of the zygote. lent: the directory in which another interpreter is shown this very
+    package, and none of those that are installed beside it."""
+    environment = dict(os.environ) | dict(extra)
     environment |= dict.fromkeys(_ONE_THREAD, "1")
     environment |= {"MOE_FUZZ_DEVICE": device, "PYTHONHASHSEED": "0"}
     for name in (RUNNER_VARIABLE, "TRITON_INTERPRET"):
@@ -232,7 +255,12 @@ def _environment(device: str, runner: str | None) -> tuple[list[str], dict[str, 
     root = Path(str(moe_fuzz.__file__)).parent.parent
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     if not (root / "pyproject.toml").exists():
-        return [], environment
+        if lent is None:
+            return [], environment
+        lent.mkdir(exist_ok=True)
+        (lent / "moe_fuzz").unlink(missing_ok=True)  # an earlier campaign's, of a moe-fuzz that may lie elsewhere
+        (lent / "moe_fuzz").symlink_to(root / "moe_fuzz")
+        root = lent
     # A checkout, perhaps found through the current directory, which `-P` takes away. First, so that the
     # workers' moe-fuzz is this one, not another that is installed.
     environment["PYTHONPATH"] = os.pathsep.join([str(root), *(path for path in paths if path != str(root))])

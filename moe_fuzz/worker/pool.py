@@ -9,19 +9,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
-from moe_fuzz.worker.launch import Process, Zygote, ZygoteGone
+from moe_fuzz.options import ProviderOptions
+from moe_fuzz.worker.gpus import Gpu
+from moe_fuzz.worker.gpus import gpus as gpus_here
+from moe_fuzz.worker.launch import Demand, Process, Zygote, ZygoteGone
+from moe_fuzz.worker.leases import Lease, Leases
+from moe_fuzz.worker.protocol import provider_of
 from moe_fuzz.worker.stats import Stats
 from moe_fuzz.worker.watch import Limits, Worker
 
@@ -42,6 +49,8 @@ class Pool:
         memory_limit: int | None = None,
         log_dir: Path | None = None,
         *,
+        providers: Mapping[str, ProviderOptions] | None = None,
+        gpus: Sequence[Gpu] | None = None,
         recycle_after: int = Limits.cases,
         recycle_growth: int = Limits.growth,
         runner: str | None = None,
@@ -52,6 +61,9 @@ class Pool:
         memory_limit: bytes of writable private memory a worker may have, interpreter and libraries (0.3 GB) included.
         log_dir: where targets' output goes, a file a worker; a temporary directory by default.
         recycle_after, recycle_growth: cases a process runs, and bytes it grows, before a new one takes its place.
+        providers: by name, those whose targets run in an interpreter of their own, or with variables of their own. Each
+            gets a zygote, started when it is first needed; it needs no package but torch, triton and numpy.
+        gpus: those to lease on cuda; by default all that this process may use (gpus.py).
         runner: "module:Class" or "file.py:Class" in place of moe_fuzz.execute.runner:Runner; for tests.
 
         Raises UsageError, EnvironmentProblem.
@@ -61,6 +73,8 @@ class Pool:
         if device not in ("cpu", "cuda"):
             raise UsageError(f"{device!r} is no device", "the devices are cpu and cuda")
         self._python, self._device, self._runner = python, device, runner
+        self._providers = dict(providers or {})
+        self._leases = Leases(gpus_here() if gpus is None else gpus) if device == "cuda" else None
         self._limits = Limits(memory_limit, recycle_after, recycle_growth)
         self._temporary = log_dir is None
         try:
@@ -74,9 +88,10 @@ class Pool:
         self._closed = False
         self._numbers = itertools.count()
         self._idle = [self._new_worker(f"worker-{number}.log") for number in range(workers)]
-        self._zygote: Zygote | None = None
+        self._zygotes: dict[ProviderOptions, Zygote] = {}
+        self._started: Counter[ProviderOptions] = Counter()
         try:
-            self._zygote = self._start()
+            self._zygotes[self._home("")] = self._start(self._home(""))
         except BaseException:
             self.close()
             raise
@@ -84,7 +99,11 @@ class Pool:
     @property
     def environment(self) -> dict[str, Any]:
         """Versions of python, torch, triton and numpy on the workers' side. Waits for the zygote."""
-        return dict(self._living().info()["versions"])
+        return self.versions("")
+
+    def versions(self, target: str) -> dict[str, Any]:
+        """The same where this target runs, which may be another interpreter."""
+        return dict(self._living(provider_of(target)).info()["versions"])
 
     def describe(self, target: str, timeout: float = DESCRIBE_SECONDS) -> TargetInfo:
         """What the target says of itself. Blocks until a worker is free.
@@ -92,17 +111,20 @@ class Pool:
         Raises UsageError for a target that makes no sense, EnvironmentProblem for one that cannot be loaded, or whose
         loading ends the worker or takes longer than `timeout` seconds.
         """
-        with self.lease() as worker:
+        with self.lease(target) as worker:
             return worker.describe(target, timeout)
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[Worker]:
-        """A worker for the duration of the block; blocks until one is free. Its process goes on where it was."""
+    def lease(self, target: str = "") -> Iterator[Worker]:
+        """A worker for the duration of the block; blocks until one is free. Its process goes on where it was. Where
+        several are free it is one whose process stands ready for `target`: in another interpreter it starts anew."""
         with self._changed:
             self._changed.wait_for(lambda: self._idle or self._closed)
             if self._closed:
                 raise _closed()
-            worker = self._idle.pop()  # the one used last: its kernels are compiled
+            worker = next((w for w in reversed(self._idle) if target and w.provider == provider_of(target)),
+                          self._idle[-1])  # of several the one used last: its kernels are compiled
+            self._idle.remove(worker)
         try:
             yield worker
         finally:
@@ -111,9 +133,12 @@ class Pool:
                 self._changed.notify()
 
     @contextlib.contextmanager
-    def fresh(self) -> Iterator[Worker]:
-        """A worker whose process nobody used before, thrown away after the block. It does not count as leased."""
-        worker = self._new_worker(f"fresh-{next(self._numbers)}.log")
+    def fresh(self, environment: Mapping[str, str] | None = None) -> Iterator[Worker]:
+        """A worker whose process nobody used before, thrown away after the block. It does not count as leased.
+
+        environment: variables that its process has before it touches a device, such as CUDA_LAUNCH_BLOCKING.
+        """
+        worker = self._new_worker(f"fresh-{next(self._numbers)}.log", environment)
         try:
             yield worker
         finally:
@@ -124,9 +149,11 @@ class Pool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._leases is not None:
+            self._leases.close()
         with self._starting:
-            zygote, self._zygote = self._zygote, None
-        if zygote is not None:
+            zygotes, self._zygotes = self._zygotes, {}
+        for zygote in zygotes.values():
             zygote.close()
         for worker in self._idle:
             worker.close()
@@ -141,33 +168,76 @@ class Pool:
     ) -> None:
         self.close()
 
-    # ---- the zygote -------------------------------------------------------------------------------------------------
+    # ---- the zygotes ------------------------------------------------------------------------------------------------
 
-    def _new_worker(self, log: str) -> Worker:
-        return Worker(self._spawn, self._logs / log, self.stats, self._limits)
+    def _new_worker(self, log: str, environment: Mapping[str, str] | None = None) -> Worker:
+        seat = Seat(self._leases)
+        spawn = functools.partial(self._spawn, seat)
+        return Worker(spawn, self._logs / log, self.stats, self._limits, environment, seat.leave)
 
-    def _spawn(self, log: Path) -> Process:
+    def _spawn(self, seat: Seat, log: Path, demand: Demand) -> Process:
+        environment = {**seat.take(), **dict(demand.environment)}
         while True:
-            zygote = self._living()
+            zygote = self._living(demand.provider)
             with contextlib.suppress(ZygoteGone):
-                return zygote.spawn(log, self._limits.memory)
+                return zygote.spawn(log, self._limits.memory, environment)
 
-    def _living(self) -> Zygote:
-        """The zygote; another one where it died, if it did for the first time."""
+    def _home(self, provider: str) -> ProviderOptions:
+        """The interpreter and environment in which a provider's targets run. Several may have the same."""
+        given = self._providers.get(provider, ProviderOptions())
+        return ProviderOptions(given.python or self._python, _Variables(given.env))
+
+    def _living(self, provider: str = "") -> Zygote:
+        """The provider's zygote; another one where it died, if it did for the first time."""
+        home = self._home(provider)
         with self._starting:
-            if self._closed or self._zygote is None:
+            if self._closed:
                 raise _closed()
-            if self._zygote.gone:
-                if self.stats.zygotes > _RESTARTS:
+            zygote = self._zygotes.get(home)
+            if zygote is not None and zygote.gone:
+                if self._started[home] > _RESTARTS:
                     raise EnvironmentProblem("the process that workers are forked from died again",
                                              "does a target kill its parent process, or is the machine out of memory?")
-                self._zygote.close()
-                self._zygote = self._start()
-            return self._zygote
+                zygote.close()
+                zygote = None
+            if zygote is None:
+                zygote = self._zygotes[home] = self._start(home)
+            return zygote
 
-    def _start(self) -> Zygote:
+    def _start(self, home: ProviderOptions) -> Zygote:
         self.stats.count("zygotes")
-        return Zygote(self._python, self._device, self._logs / "zygote.log", self._runner)
+        self._started[home] += 1
+        number = len(self._zygotes)
+        log = self._logs / (f"zygote-{number}.log" if number else "zygote.log")
+        return Zygote(str(home.python), self._device, log, self._runner, home.env)
+
+
+class Seat:
+    """Where a worker's processes run, one after the other: on a CPU anywhere, else on the GPU that was leased first."""
+
+    def __init__(self, leases: Leases | None) -> None:
+        self._leases = leases
+        self._lease: Lease | None = None
+
+    def take(self) -> dict[str, str]:
+        """What the place adds to a process's environment. Blocks while other programs have every GPU."""
+        if self._leases is None:
+            return {}
+        if self._lease is None:
+            self._lease = self._leases.take()
+        return self._lease.environment
+
+    def leave(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+
+class _Variables(dict[str, str]):
+    """An environment that can be a key."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
 
 
 def _closed() -> MoeFuzzError:

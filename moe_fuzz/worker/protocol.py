@@ -3,8 +3,10 @@
     parent → worker   {"round": [case, …], "target": "topk_softmax@torch", "options": {…}}   {"describe": "…"}
                       {"exhibit": case, "target": "…"}
     worker → parent   {"ready": 1}   {"start": i, "log": offset}   {"verdict": i, "is": {…}}   {"done": n, "rss": bytes}
+                      {"still": "compile"}   {"goes": "compile"}: from here, to here the case's clock stands still
                       {"info": {…}}   {"exhibit": {…}}   {"error": {"class": "UsageError", "message": "…", "hint": "…"}}
-    parent → zygote   {"fork": id, "log": path, "memory": bytes} and one descriptor   {"signal": id, "number": 10}
+    parent → zygote   {"fork": id, "log": path, "memory": bytes, "environment": {…}} and one descriptor
+                      {"signal": id, "number": 10}
     zygote → parent   {"ready": 1, …}   {"forked": id, "pid": 7}   {"exited": id, "status": raw wait status}
 """
 
@@ -16,7 +18,6 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moe_fuzz.case import Case
 from moe_fuzz.errors import CaseError, EnvironmentProblem, MoeFuzzError, UsageError
 
 VERSION = 1  # of the messages; a worker of another version is refused
@@ -25,15 +26,17 @@ EXIT_INTERNAL = 70  # of a worker: it failed outside any case
 EXIT_PIPE = 71  # of a worker: the parent is gone, or the target closed the worker's socket
 RUNNER_VARIABLE = "MOE_FUZZ_RUNNER"  # "module:Class" or "file.py:Class", in place of the default; for tests
 DEFAULT_RUNNER = "moe_fuzz.execute.runner:Runner"
+ALLOCATOR_VARIABLE = "MOE_FUZZ_ALLOCATOR"  # "all": of a worker that fences whatever torch allocates on its GPU
+MEMORY_VARIABLE = "MOE_FUZZ_GPU_MEMORY"  # bytes of device memory for a worker
 
 _CHUNK = 1 << 16
 _SEND_SECONDS = 30.0
 
 
-def compile_key(case: Case, target: str) -> tuple[object, ...]:
-    """Equal for cases of one process that share their compiled kernels, so that only the first gets the long deadline.
-    """
-    return (target, case.op, case.mode, *case.config.items())
+def provider_of(target: str) -> str:
+    """The provider in a target's full name; `user` for a function in a file or module."""
+    source = target.partition("@")[2]
+    return source.partition(".")[0] if ":" not in source else "user"
 
 
 # ---- framing --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, OOM, Verdict
 from moe_fuzz.worker import autopsy
-from moe_fuzz.worker.launch import START_SECONDS, Process, ZygoteGone
-from moe_fuzz.worker.protocol import ChannelClosed, Garbled, compile_key, error_from_json
+from moe_fuzz.worker.clock import CaseClock, Reading
+from moe_fuzz.worker.launch import START_SECONDS, Demand, Process, ZygoteGone
+from moe_fuzz.worker.protocol import ALLOCATOR_VARIABLE, ChannelClosed, Garbled, error_from_json, provider_of
 from moe_fuzz.worker.stats import Stats
 
 HISTORY = 32  # cases of a process that are remembered
@@ -46,11 +47,21 @@ class _Expired(Exception):
 class Worker:
     """A place where cases run, one process after the other. For one thread at a time; it comes from a Pool."""
 
-    def __init__(self, spawn: Callable[[Path], Process], log: Path, stats: Stats, limits: Limits) -> None:
+    def __init__(
+        self,
+        spawn: Callable[[Path, Demand], Process],
+        log: Path,
+        stats: Stats,
+        limits: Limits,
+        environment: Mapping[str, str] | None = None,
+        released: Callable[[], None] = lambda: None,
+    ) -> None:
+        """environment: variables of its processes alone. released: called when the worker is discarded."""
         self._spawn, self._log, self._stats, self._limits = spawn, log, stats, limits
+        self._environment, self._released = dict(environment or {}), released
         self._process: Process | None = None
+        self._demand = Demand()
         self._history: deque[Case] = deque(maxlen=HISTORY)
-        self._compiled: set[tuple[object, ...]] = set()
         self._ran = 0
         self._rss = 0
 
@@ -63,6 +74,11 @@ class Worker:
     def log(self) -> Path:
         """What targets print to stdout and stderr."""
         return self._log
+
+    @property
+    def provider(self) -> str:
+        """Whose interpreter the process runs in; empty before it is forked."""
+        return self._demand.provider if self._process is not None else ""
 
     def run(
         self, cases: Sequence[Case], target: str, options: RunOptions, on_verdict: OnVerdict | None = None
@@ -90,7 +106,7 @@ class Worker:
         while len(verdicts) < len(cases):
             before = len(verdicts)
             try:
-                self._round(self._ready(), cases[before:], target, options, give)
+                self._round(self._ready(target, _own_of(options, cases)), cases[before:], target, options, give)
             except (ZygoteGone, _Killed):
                 self.close()  # the case in flight is not to blame: it runs again
             except _Told as told:
@@ -115,7 +131,7 @@ class Worker:
     def _ask(self, message: dict[str, Any], answer: str, target: str, timeout: float) -> Any:
         for _ in range(_TRIES):
             try:
-                return self._ask_once(self._ready(), message, target, timeout)[answer]
+                return self._ask_once(self._ready(target), message, target, timeout)[answer]
             except (ZygoteGone, _Killed):
                 self.close()
             except _Told as told:
@@ -135,29 +151,35 @@ class Worker:
         self.close()
         for path in (self._log, autopsy.trace_of(self._log)):
             path.unlink(missing_ok=True)
+        self._released()
 
     def close(self) -> None:
         """Kills the process and what it started. Idempotent; a later run forks another."""
         process, self._process = self._process, None
         self._history.clear()
-        self._compiled.clear()
         self._ran = 0
         if process is not None:
             process.kill()
 
     # ---- one process ------------------------------------------------------------------------------------------------
 
-    def _ready(self) -> Process:
-        """The living process, forked now if there is none."""
+    def _ready(self, target: str, own: str | None = None) -> Process:
+        """The living process, forked now if there is none that can run this target with this fence around its own
+        memory; None: whichever fence."""
+        demand = self._wanted(target, own)
         if self._process is not None:
-            if self._process.status() is None:
+            if self._process.status() is not None:
+                self._stats.count("idle_deaths")  # whoever killed it, the next case did not
+                self.close()
+            elif self._demand == demand:
                 return self._process
-            self._stats.count("idle_deaths")  # whoever killed it, the next case did not
-            self.close()
+            else:
+                self.close()
         started = time.monotonic()
-        self._process = process = self._spawn(self._log)
+        self._process, self._demand = self._spawn(self._log, demand), demand
+        process = self._process
         try:
-            event = self._next(process, started + START_SECONDS)
+            event = self._next(process, CaseClock(START_SECONDS, START_SECONDS))
         except (ChannelClosed, Garbled, _Expired) as error:
             status = process.status(1.0)
             self.close()
@@ -173,11 +195,18 @@ class Worker:
         self._stats.count("fork_seconds", time.monotonic() - started)
         return process
 
+    def _wanted(self, target: str, own: str | None) -> Demand:
+        provider = provider_of(target)
+        if own is None and self._process is not None and self._demand.provider == provider:
+            return self._demand
+        allocator = {ALLOCATOR_VARIABLE: own} if own == "all" else {}
+        return Demand(provider, tuple(sorted({**self._environment, **allocator}.items())))
+
     def _ask_once(self, process: Process, message: dict[str, Any], target: str, timeout: float) -> dict[str, Any]:
         offset = self._log_size()
         try:
             process.channel.send(message)
-            event = self._next(process, time.monotonic() + timeout)
+            event = self._next(process, CaseClock(timeout, timeout))
         except _Expired:
             found = self._hang(process, offset, timeout, timeout).violations[0]
             place = f"; it stands at {found.site}" if found.site else ""
@@ -201,22 +230,22 @@ class Worker:
         """Runs cases until they are done, or the process is. Each verdict goes to `give`."""
         layout, kills = self._layout(process), autopsy.oom_kills()
         current: Case | None = None
-        began, offset, limit = time.monotonic(), 0, options.first_deadline
+        clock, reading, offset = CaseClock(options.deadline, options.first_deadline), Reading(process.pid), 0
         try:
             process.channel.send({"round": [case.to_json() for case in cases], "target": target,
                                   "options": options.to_json()})
             while True:
-                event = self._next(process, began + limit)
+                event = self._next(process, clock, reading)
                 if "start" in event:
-                    current, offset, began = cases[event["start"]], event["log"], time.monotonic()
-                    key = compile_key(current, target)
-                    limit = options.deadline if key in self._compiled else options.first_deadline
-                    self._compiled.add(key)
+                    current, offset = cases[event["start"]], event["log"]
+                    clock.restart()
+                elif "still" in event or "goes" in event:
+                    clock.stand("still" in event)
                 elif "verdict" in event:
                     current = None
                     verdict = Verdict.from_json(event["is"])
                     give(verdict)
-                    if verdict.kind in (OOM, CRASH):  # what the case left behind is no burden for the next
+                    if verdict.kind in (OOM, CRASH) or verdict.spent:  # what it left behind is no burden for the next
                         self._stats.count("deaths")
                         self.close()
                         return
@@ -226,12 +255,12 @@ class Worker:
                 else:
                     raise _Told(error_from_json(event["error"]))
         except _Expired:
-            dead = self._hang(process, offset, limit, time.monotonic() - began)
+            dead = self._hang(process, offset, clock.limit, clock.seconds, compiling=clock.still)
         except ChannelClosed:
-            seconds, status = time.monotonic() - began, process.status(1.0)
+            seconds, status = clock.seconds, process.status(1.0)
             dead = autopsy.crash(status, self._log, offset, layout, autopsy.oom_kills() - kills, seconds)
         except Garbled as said:
-            dead = autopsy.garbled(self._log, offset, time.monotonic() - began, str(said))
+            dead = autopsy.garbled(self._log, offset, clock.seconds, str(said))
         if current is None:
             self._stats.count("idle_deaths")  # between two cases: neither is to blame
         else:
@@ -239,22 +268,26 @@ class Worker:
             give(dead)
         self.close()
 
-    def _next(self, process: Process, until: float) -> dict[str, Any]:
-        """The next event. Raises _Expired at `until`, ChannelClosed when the process is dead, Garbled, ZygoteGone."""
+    def _next(self, process: Process, clock: CaseClock, reading: Reading | None = None) -> dict[str, Any]:
+        """The next event. Raises _Expired when the clock has run out, ChannelClosed when the process is dead, Garbled,
+        ZygoteGone."""
         channel = process.channel
-        while (event := channel.receive(min(max(0.0, until - time.monotonic()), _SLICE))) is None:
-            if time.monotonic() >= until:
-                raise _Expired
+        while (event := channel.receive(min(max(0.0, clock.until - time.monotonic()), _SLICE))) is None:
             # A child of the target may hold the socket open, so its end is not the only sign of death.
             if process.status() is not None and (event := channel.receive(0)) is None:
                 raise ChannelClosed("the process ended")
             if event is not None:
                 break
+            clock.look(reading is not None and reading.grew())
+            if clock.expired:
+                raise _Expired
             if self._log_size() > _RUNAWAY_LOG:
                 os.truncate(self._log, 0)
         return event
 
-    def _hang(self, process: Process, offset: int, deadline: float, seconds: float) -> Verdict:
+    def _hang(
+        self, process: Process, offset: int, deadline: float, seconds: float, compiling: bool = False
+    ) -> Verdict:
         """Asks the process for its stack, kills it, and gives the verdict."""
         process.signal(signal.SIGUSR1)
         until = time.monotonic() + _STACK_SECONDS
@@ -265,7 +298,7 @@ class Worker:
         layout = self._layout(process)
         process.kill()
         self._process = None
-        return autopsy.hang(self._log, offset, layout, deadline, seconds)
+        return autopsy.hang(self._log, offset, layout, deadline, seconds, compiling)
 
     def _recycle(self, rss: int) -> None:
         if self._ran >= self._limits.cases or rss - self._rss > self._limits.growth:
@@ -280,6 +313,12 @@ class Worker:
             return self._log.stat().st_size
         except FileNotFoundError:
             return 0  # not made yet
+
+
+def _own_of(options: RunOptions, cases: Sequence[Case]) -> str:
+    """How the target's own memory is fenced: a CUDA graph can only be captured over torch's own allocator."""
+    graphs = any(case.mode != "eager" for case in cases)
+    return "torch" if graphs and options.fence.own == "all" else options.fence.own
 
 
 class _Killed(Exception):

@@ -1,4 +1,4 @@
-"""The program from which workers are forked: `python -P -m moe_fuzz.worker.zygote FD [--drop-path DIR]`.
+"""The program from which workers are forked, with the arguments `FD [--drop-path DIR]`.
 
 It imports what is slow to import and does nothing else with it: no tensor operation, no `cuda.is_available()`. One
 parallel torch operation before a fork hangs the child (its thread pool is gone), and CUDA does not survive a fork at
@@ -99,6 +99,7 @@ class Zygote:
             code = protocol.EXIT_INTERNAL
             try:
                 self._become_child(mine)
+                os.environ.update(request["environment"])
                 code = child.main(descriptor, Path(request["log"]), request["memory"])
             finally:
                 # Whatever happens, a child never comes back into the zygote's loop, nor runs its exit handlers.
@@ -185,7 +186,7 @@ def _preload() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -P -m moe_fuzz.worker.zygote")
+    parser = argparse.ArgumentParser(prog="moe_fuzz.worker.zygote")
     parser.add_argument("descriptor", type=int)
     parser.add_argument("--drop-path", default="", help="a directory that sys.path held only so that we were found")
     arguments = parser.parse_args()
@@ -211,6 +212,3 @@ def main() -> None:
     zygote.serve()
     os._exit(0)  # there is nothing to clean up, and torch takes long to unload
 
-
-if __name__ == "__main__":
-    main()

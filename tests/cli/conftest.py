@@ -116,8 +116,11 @@ class FakePool:
         op, _, provider = target.partition("@")
         return TargetInfo(target, op, provider)
 
+    def versions(self, target: str) -> dict[str, str]:
+        return dict(self.environment)
+
     @contextmanager
-    def lease(self) -> Iterator[FakeWorker]:
+    def lease(self, *_: object) -> Iterator[FakeWorker]:
         yield FakeWorker(self)
 
     fresh = lease

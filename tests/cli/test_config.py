@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from moe_fuzz import config
 from moe_fuzz.errors import UsageError
+from moe_fuzz.options import ProviderOptions
 
 
 def write(folder: Path, body: str) -> Path:
@@ -66,6 +68,11 @@ profile = "quick"
 deadline = 5
 memory = "1GiB"
 checks = ["ids"]
+ops = ["topk_softmax"]
+mode = ["eager"]
+preset = ["mixtral-8x7b"]
+faults = ["nan_rows"]
+fence = "all"
 report = ["ndjson=out/events.ndjson"]
 minimize-time = 3
 """
@@ -98,6 +105,15 @@ minimize-time = 3
         ("report = ['ndjson']", "is not KIND=PATH"),
         ("memory = 12", "too small"),
         ("state-dir = ''", "state-dir: must be a string"),
+        ("provider = 1", "did you mean providers"),
+        ("providers = 1", "providers must be a table"),
+        ("providers.vlm.python = 'x'", "no provider 'vlm' (did you mean vllm?)"),
+        ("providers.vllm = 1", "[tool.moe-fuzz.providers.vllm] must be a table"),
+        ("providers.vllm.pyton = 'x'", "unknown key 'pyton' (did you mean python?)"),
+        ("providers.torch.lib = ['x']", "unknown key 'lib'"),
+        ("providers.vllm.python = 3", "python: must be a string"),
+        ("providers.vllm.lib = 'x'", "lib: must be a list of strings"),
+        ("providers.vllm.env = {A = 1}", "env: must be a table of strings"),
     ],
 )
 def test_wrong_values_are_told_with_the_file(tmp_path: Path, body: str, said: str) -> None:
@@ -105,6 +121,28 @@ def test_wrong_values_are_told_with_the_file(tmp_path: Path, body: str, said: st
         config.load(write(tmp_path, body), {})
     assert said in error.value.message
     assert str(tmp_path / "pyproject.toml") in error.value.message
+
+
+PROVIDERS = """
+[tool.moe-fuzz.providers.vllm]
+python = "envs/vllm/bin/python"
+lib = ["libs/_moe_C.abi3.so", "/abs/_C.abi3.so"]
+env = { VLLM_MOE_SKIP_PADDING = "1" }
+[tool.moe-fuzz.providers.torch]
+python = "python3.12"
+"""
+
+
+def test_providers_have_interpreters_libraries_and_variables(tmp_path: Path) -> None:
+    folder = write(tmp_path, PROVIDERS)
+    found = config.load(folder, {}).providers
+    libs = f"{tmp_path}/libs/_moe_C.abi3.so{os.pathsep}/abs/_C.abi3.so"
+    env = {"VLLM_MOE_SKIP_PADDING": "1", "MOE_FUZZ_VLLM_LIB": libs}
+    assert found["vllm"] == ProviderOptions(f"{tmp_path}/envs/vllm/bin/python", env)
+    assert found["torch"] == ProviderOptions("python3.12", {})  # looked up in PATH
+    # the environment wins over the file
+    assert "MOE_FUZZ_VLLM_LIB" not in config.load(folder, {"MOE_FUZZ_VLLM_LIB": "x"}).providers["vllm"].env
+    assert config.load(write(tmp_path / "bare", "cases = 1"), {}).providers == {}
 
 
 @pytest.mark.parametrize("text", ["[tool.moe-fuzz", "[tool.moe_fuzz]\ncases = 1", "[tool]\nmoe-fuzz = 3"])
@@ -121,6 +159,6 @@ def test_file_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_environment_names() -> None:
-    config.check_environment({"MOE_FUZZ_TIME": "3", "MOE": "x"})
+    config.check_environment({"MOE_FUZZ_TIME": "3", "MOE": "x", "MOE_FUZZ_VLLM_LIB": "x", "MOE_FUZZ_SGLANG_LIB": "y"})
     with pytest.raises(UsageError, match=r"MOE_FUZZ_CASE \(did you mean MOE_FUZZ_CASES\?\)"):
         config.check_environment({"MOE_FUZZ_CASE": "3"})

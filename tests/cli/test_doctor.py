@@ -57,6 +57,49 @@ def test_fence() -> None:
     assert doctor.judge_fence(probes.Answer(problem="survived")).state == FAIL
 
 
+def test_slots() -> None:
+    full, busy = machine.Gpu("a", 140 << 30, 139 << 30), machine.Gpu("b", 140 << 30, 13 << 30)
+    unknown = machine.Gpu("c")
+    lines = list(doctor.judge_slots((full, busy, unknown)))
+    assert states(lines) == [OK, WARN, WARN]
+    assert "room for 16 of 16 workers" in lines[0].text
+    assert "room for 2 of 16 workers, 13.0 GiB free" in lines[1].text
+    assert "nvidia-ml-py" in lines[2].hint
+
+
+def test_cuda() -> None:
+    good, bad = probes.Answer(said="illegal-access"), probes.Answer(problem="nothing happened")
+    assert states(doctor.judge_cuda(good, good, good, "/usr/bin/compute-sanitizer")) == [OK] * 4
+    assert states(doctor.judge_cuda(bad, bad, bad, None)) == [FAIL, FAIL, WARN, WARN]
+
+
+@pytest.mark.parametrize(
+    ("program", "triton", "fence"),
+    [
+        ("print('compiled inside lost illegal-access')", "", ""),
+        ("print('compiled inside outside')", "", "nothing happened"),
+        ("print('compiled'); raise RuntimeError('not supported')", "", "before it had read inside"),
+        ("import os; print('compiled inside', flush=True); os.abort()", "", "SIGABRT, after"),
+        ("raise ImportError('no torch')", "no torch", "not tried"),
+        ("import time; time.sleep(60)", "no answer", "no answer"),
+    ],
+)  # fmt: skip
+def test_the_probe_of_a_gpu(monkeypatch: pytest.MonkeyPatch, program: str, triton: str, fence: str) -> None:
+    monkeypatch.setattr(probes, "_CUDA", program.replace("{", "{{").replace("}", "}}"))
+    monkeypatch.setattr(probes, "_ALLOCATOR", program)
+    compiled, fenced = probes.cuda(timeout=3.0)
+    assert triton in compiled.problem
+    assert bool(triton) == bool(compiled.problem)
+    assert fence in fenced.problem
+    assert bool(fence) == bool(fenced.problem)
+    assert probes.allocator(timeout=3.0).problem
+
+
+def test_the_probe_of_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_ALLOCATOR", "print('sum 3.0 True')")
+    assert probes.allocator().said == "replaced"
+
+
 def test_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.judge_state(tmp_path / "new" / "er").state == OK
     assert not (tmp_path / "new").exists()
@@ -111,13 +154,3 @@ def test_a_broken_configuration_is_a_line(call: Callable, monkeypatch: pytest.Mo
     ran = call("doctor")
     assert ran.code == 3
     assert "did you mean time?" in ran.out
-
-
-def test_visible_devices_limit_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = machine.Gpu("H200")
-    monkeypatch.setattr(machine, "_by_nvml", lambda: (card, card))
-    for value, count in (("", 0), ("0", 1), ("1,0", 2), ("0,-1,1", 1)):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-        machine.gpus.cache_clear()
-        assert len(machine.gpus()) == count
-    machine.gpus.cache_clear()

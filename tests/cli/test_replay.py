@@ -54,6 +54,38 @@ def test_the_three_words(
     assert said in ran.out
 
 
+def test_one_json_document(call: Callable, pool: Any, kept: Finding) -> None:
+    pool.judge = always(DUPLICATE)
+    ran = call("replay", kept.id, "--json")
+    data = json.loads(ran.out)
+    assert (ran.code, data["answer"], data["exit_code"], data["same_failure"]) == (1, "FAILED", 1, True)
+    assert (data["finding"], data["target"], data["device"]) == (kept.id, kept.target, "cpu")
+    assert [verdict["kind"] for verdict in data["verdicts"]] == ["violation"]
+    assert data["violations"][0]["symptom"] == "duplicate-id"
+    assert Case.from_json(data["case"]) == kept.case
+    pool.judge = always(Verdict(PASS))
+    data = json.loads(call("replay", kept.case.inline(), "--json", "--times", "2").out)
+    assert (data["answer"], data["finding"], data["same_failure"], len(data["verdicts"])) == ("FIXED", None, None, 2)
+    pool.unavailable = (kept.target,)
+    ran = call("replay", kept.id, "--json")
+    data = json.loads(ran.out)
+    assert (ran.code, data["answer"], data["verdicts"]) == (3, "ERROR", [])
+    assert "is not installed" in data["explanation"][0]
+
+
+def test_a_finding_is_replayed_inside_the_fence_it_needs(call: Callable, pool: Any, finding: Finding) -> None:
+    with StateDir(STATE) as state:
+        write_finding(state, replace(finding, own="off"))
+    assert call("findings").code == 0
+    call("replay", finding.id)
+    call("replay", finding.id, "--fence", "torch")
+    call("replay", finding.case.inline())
+    assert [options.fence.own for options in pool.options] == ["off", "torch", "torch"]
+    assert replace(finding, own="all").replay == f"{finding.replay} --fence all"
+    ran = call("replay", finding.id, "--fence", "al")
+    assert ran.code == 2
+
+
 def test_an_unavailable_target_is_an_error(call: Callable, pool: Any, case: Case) -> None:
     pool.unavailable = (case.target,)
     ran = call("replay", case.inline())

@@ -14,6 +14,12 @@ from moe_fuzz.campaign import events
 from moe_fuzz.campaign.events import Summary, TargetRow
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.plan import Settings
+from moe_fuzz.options import LIB_VARIABLES
+from moe_fuzz.restriction import Restriction
+from moe_fuzz.targets import registry
+
+#: The targets that are serving libraries': they are not installed where these tests run, or may be.
+LIBRARIES = tuple(target.name for target in registry.known() if target.provider in LIB_VARIABLES)
 
 
 def summary(**changes: Any) -> Summary:
@@ -99,19 +105,83 @@ def test_targets(call: Callable, campaign: FakeCampaign, pool: Any, tmp_path: Pa
     assert call("run", "mine.py:f", "--op", "topk_softmax").code == 0
     assert campaign.settings is not None
     assert campaign.settings.targets == (f"topk_softmax@{tmp_path}/mine.py:f",)
-    call("run", "topk_softmax", "topk_softmax@torch")  # each once
+    pool.unavailable = ("topk_softmax@torch", *LIBRARIES)
+    call("run", "topk_softmax", "topk_softmax@torch")  # each once; who is asked for by name is not left out
     assert campaign.settings.targets == ("topk_softmax@builtin", "topk_softmax@torch")
+    pool.unavailable = ("topk_softmax@vllm.fused_topk", "topk_softmax@vllm.fused_topk_bias")
+    ran = call("run", "vllm", "--op", "topk_softmax")  # a provider stands for whatever there is of it
+    assert campaign.settings.targets == ("topk_softmax@vllm",)
+    assert "not available: topk_softmax@vllm.fused_topk" in ran.out
+    pool.unavailable = LIBRARIES
+    assert call("run", "vllm", "--op", "topk_softmax").code == 3
+
+
+def test_restrictions(
+    call: Callable, campaign: FakeCampaign, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Flags over variables over the file; each may be repeated, and hold several names."""
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.moe-fuzz]\nops = ['topk_softmax']\nmode = ['eager']\npreset = ['mixtral-8x7b']\nfaults = ['ties']\n"
+        "fence = 'off'\n"
+    )
+    assert call("run", "--device", "cpu").code == 0
+    assert campaign.settings is not None
+    assert campaign.settings.restriction == Restriction(("eager",), ("mixtral-8x7b",), ("ties",))
+    assert campaign.settings.own == "off"
+    assert "only these presets: mixtral-8x7b" in campaign.settings.notes
+    monkeypatch.setenv("MOE_FUZZ_PRESET", "qwen3-30b-a3b,gpt-oss-120b")
+    monkeypatch.setenv("MOE_FUZZ_FENCE", "all")
+    call("run", "--device", "cpu", "--faults", "nan_rows,ties", "--faults", "misaligned", "--faults", "ties")
+    assert campaign.settings.restriction.presets == ("qwen3-30b-a3b", "gpt-oss-120b")
+    assert campaign.settings.restriction.faults == ("nan_rows", "ties", "misaligned")
+    assert campaign.settings.own == "torch"  # on a CPU there is no more
+    assert "on a CPU" in campaign.settings.notes[0]
+    call("run", "--faults", "none")
+    assert campaign.settings.restriction.faults == ("none",)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--ops topk_softmx", "no op 'topk_softmx' (did you mean topk_softmax?)"),
+        ("--mode egaer", "no mode 'egaer' (did you mean eager?)"),
+        ("--preset mixtral", "no preset 'mixtral' (did you mean mixtral-8x7b?)"),
+        ("--faults nan_row", "no fault 'nan_row' (did you mean nan_rows?)"),
+        ("--faults none,ties", "none stands alone"),
+        ("--fence some", "'some' is not one of"),
+        ("--preset ,", "names nothing"),
+    ],
+)
+def test_restrictions_that_make_no_sense(call: Callable, campaign: FakeCampaign, words: str, said: str) -> None:
+    ran = call("run", "topk_softmax@builtin", *words.split())
+    assert (ran.code, campaign.settings) == (2, None)
+    assert said in ran.err
+
+
+def test_a_restriction_that_leaves_nothing(
+    call: Callable, campaign: FakeCampaign, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Restriction, "refusal", lambda self, space, info: "it takes no such case" if self else "")
+    ran = call("run", "--faults", "ties")
+    assert ran.code == 3
+    assert "there is nothing to run: it takes no such case" in ran.out
+    assert "there is nothing to run: --mode" in ran.err
+    assert call("run").code == 0
+    monkeypatch.setattr("moe_fuzz.cli.restriction.OPS", ("topk_softmax", "align"))
+    ran = call("run", "topk_softmax@builtin", "--ops", "align")
+    assert ran.code == 3
+    assert "no target asked for is one of align" in ran.err
 
 
 def test_without_a_target_all_that_can_run_do(call: Callable, campaign: FakeCampaign, pool: Any) -> None:
-    pool.unavailable = ("topk_softmax@torch",)
-    ran = call("run")
+    pool.unavailable = ("topk_softmax@torch", *LIBRARIES)
+    ran = call("run", "--op", "topk_softmax")
     assert ran.code == 0
     assert "not available: topk_softmax@torch: topk_softmax@torch is not installed" in ran.out
     assert campaign.settings is not None
     assert campaign.settings.targets == ("topk_softmax@builtin",)
-    pool.unavailable = ("topk_softmax@builtin", "topk_softmax@torch")
-    assert call("run").code == 3
+    pool.unavailable = ("topk_softmax@builtin", "topk_softmax@torch", *LIBRARIES)
+    assert call("run", "--op", "topk_softmax").code == 3
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 130])

@@ -25,6 +25,7 @@ class Bug:
     upstream: str = "vllm#39391"
     symptom: str = ""
     only: bool = True
+    fence: str = "torch"
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from hypothesis import strategies as st
@@ -14,10 +15,11 @@ from moe_fuzz.campaign.engine import Campaign
 from moe_fuzz.campaign.interfaces import Cases, OnVerdict, Sources
 from moe_fuzz.campaign.plan import Settings
 from moe_fuzz.campaign.state import StateDir
-from moe_fuzz.case import Case, Fault, Step
+from moe_fuzz.case import Case, Fault, Scalar, Step
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops.space import Axis, FaultPlace
 from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.verdict import CRASH, PASS, VIOLATION, Verdict, Violation
 
@@ -31,6 +33,20 @@ GOOD = Verdict(PASS, seconds=0.001, parity=True, budget=0.25)
 class ToySpace:
     op = "toy"
     tensors = {"logits": "input", "bias": "input", "ids": "output"}  # noqa: RUF012
+
+    places = (
+        *(FaultPlace(name, "logits", on_rows=True) for name in ("nan_rows", "ties", "inf_rows")),
+        FaultPlace("extreme_bias", "bias", on_rows=False, needs="bias"),
+    )
+
+    def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
+        return ()
+
+    def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
+        return dict(config)
+
+    def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
+        return self.places
 
     def validate(self, case: Case) -> None:
         if case.op != "toy" or not 1 <= int(case.config["top_k"]) <= len(case.experts):
@@ -161,6 +177,9 @@ class FakePool:
         op, _, provider = target.partition("@")
         return TargetInfo(target, op, provider, "a fake", clauses={"routing": "README: top k is top k"})
 
+    def versions(self, target: str) -> dict[str, str]:
+        return dict(self.environment)
+
     @contextlib.contextmanager
     def lease(self) -> Iterator[FakeWorker]:
         with self._available:
@@ -173,7 +192,7 @@ class FakePool:
                     self._free.append(worker)
 
     @contextlib.contextmanager
-    def fresh(self) -> Iterator[FakeWorker]:
+    def fresh(self, environment: Mapping[str, str] | None = None) -> Iterator[FakeWorker]:
         self._local.fresh = True
         self.fresh_runs += 1
         try:
@@ -216,3 +235,13 @@ def always_good(_case: Case, _history: Cases, _options: RunOptions) -> Verdict:
 def when(predicate: Callable[[Case], bool], verdict: Verdict | None = None) -> Judge:
     """Bad whenever the predicate holds, in any process."""
     return lambda case, history, options: (verdict or bad()) if predicate(case) else replace(GOOD, budget=0.5)
+
+
+def nan_on_odd(case: Case) -> bool:
+    """A bug: NaN rows, where the number of experts is odd."""
+    return "nan_rows" in case.fault_names and len(case.experts) % 2 == 1
+
+
+def ran(made: Campaign) -> Counter[str]:
+    """What the campaign ran in shared workers, by digest."""
+    return Counter(case.digest for case in made.pool.leased)  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -11,16 +13,16 @@ from moe_fuzz import checks as registry
 from moe_fuzz import strategies
 from moe_fuzz.case import Case, Step
 from moe_fuzz.checks import binding, metamorphic, routing, structural  # noqa: F401 - they register
-from moe_fuzz.checks.observation import Outputs, RoutingObservation
+from moe_fuzz.checks.observation import REFERENCES, Outputs, RoutingObservation
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.routing.inputs import Inputs, materialize
 from moe_fuzz.ops.routing.space import SIMPLEST
-from moe_fuzz.reference.routing import topk_softmax
 from moe_fuzz.verdict import Violation
 
 SPACE = get_space("topk_softmax")
+GROUPED = get_space("grouped_topk")
 STRICT = Contract(
     deterministic=True, batch_invariant=True, ties="lowest_index_first", ordered=True, padding=PADDING_DIALECTS
 )
@@ -29,15 +31,17 @@ INFO = TargetInfo("topk_softmax@reference", "topk_softmax", "reference", contrac
 CHECKS = registry.CHECKS["routing"]
 
 
+def answer(op: str, inputs: Inputs) -> Outputs:
+    arguments = {**inputs.plain, **inputs.options}
+    return Outputs(*REFERENCES[op](arguments.pop("logits"), inputs.top_k, **arguments))
+
+
 def reference(inputs: Inputs) -> Outputs:
-    plain = inputs.plain
-    weights, ids = topk_softmax(plain["logits"], inputs.top_k, bias=plain.get("bias"),
-                                is_padding=plain.get("is_padding"), **inputs.options)  # fmt: skip
-    return Outputs(weights, ids)
+    return answer("topk_softmax", inputs)
 
 
-def observe(case: Case, call=reference) -> RoutingObservation:
-    inputs = materialize(case, 0)
+def observe(case: Case, call=None) -> RoutingObservation:
+    inputs, call = materialize(case, 0), call or partial(answer, case.op)
     return RoutingObservation(case, 0, INFO, inputs, call(inputs), call)
 
 
@@ -53,20 +57,94 @@ def plain_case(rows: int = 6, experts: int = 16, top_k: int = 4, seed: int = 3, 
 
 
 def test_the_spaces_checks_are_the_registered_ones():
-    by_worker = {"error", "fence", "canary"}  # seen where the target runs, not by looking at its outputs
-    assert set(SPACE.checks) == set(CHECKS) | by_worker
+    by_worker = {"error", "capture", "fence", "canary"}  # seen where the target runs, not by looking at its outputs
+    assert set(GROUPED.checks) == set(CHECKS) | by_worker
+    assert set(SPACE.checks) == set(GROUPED.checks) - {"shared", "expert_map"}
 
 
-def test_no_alarm_on_the_reference_over_the_whole_grid():
-    proved = 0
-    for case in islice(strategies.grid(SPACE, INFO, "cpu", 5), 400):
+@pytest.mark.parametrize("op", sorted(REFERENCES))
+def test_no_alarm_on_the_reference_over_the_whole_grid(op):
+    proved, space = 0, get_space(op)
+    for case in islice(strategies.grid(space, replace(INFO, op=op), "cpu", 5), 100):
         seen = observe(case)
         found = judge(seen)
         if case.config["is_padding"] and case.config["padding"] == "garbage":
-            found.pop("finite", None), found.pop("ids", None)  # the reference leaves such rows as they were
-        assert not found, f"{SPACE.label(case)}: {found}"
+            for name in ("finite", "ids", "shared", "expert_map"):  # the reference leaves such rows as they were
+                found.pop(name, None)
+        assert not found, f"{space.label(case)}: {found}"
         proved += not binding.binding(seen)
-    assert proved > 200
+    assert proved > 45
+
+
+def grouped_case(seed: int = 3, **config: object) -> Case:
+    groups = {"n_group": 4, "topk_group": 2, "n_shared": 2, "expert_map": True}
+    whole = {**GROUPED.simplest, "experts": "0-15", "top_k": 4, **groups} | config
+    case = Case("grouped_topk", whole, (Step(Labels.range(12)),), seed)
+    GROUPED.validate(case)
+    return case
+
+
+def test_wrong_slots_and_wrong_ids_are_named():
+    seen = observe(grouped_case())
+    weights, ids = seen.outputs.weights, seen.outputs.ids
+    assert not judge(seen)
+
+    def found(weights=weights, ids=ids) -> set[str]:
+        return set(judge(seen.with_outputs(Outputs(weights, ids)))) - {"determinism", "isolation", "batch_invariance"}
+
+    def changed(tensor, slot, value):
+        other = tensor.clone()
+        other[3, slot] = value
+        return other
+
+    assert found(ids=changed(ids, 4, 15)) == {"shared"}
+    assert found(weights=changed(weights, 5, 0.5)) == {"shared"}
+    assert found(ids=changed(ids, 0, int(seen.ids[3, 0]))) == {"expert_map"}
+    assert found(ids=changed(ids, 1, ids[3, 0])) == {"ids"}
+    assert found(weights=changed(weights, 5, float("nan"))) == {"shared", "finite"}
+
+
+def test_groups_ignored_are_a_wrong_selection():
+    symptoms = set()
+    for seed in range(20):
+        seen = observe(grouped_case(seed))
+        free = seen.right_answer(topk_group=4)
+        if torch.equal(free.ids, seen.outputs.ids):
+            continue
+        violation = judge(seen.with_outputs(free))["selection"]
+        symptoms.add(violation.symptom)
+        assert "groups ignored" in dict(binding.wrong_answers(seen))
+        assert not binding.binding(seen)
+    assert symptoms == {"group"}
+
+
+def test_an_inversion_inside_a_group_that_stays_is_told_as_such():
+    case = grouped_case(n_shared=0, expert_map=False, top_k=3)
+    inputs = materialize(case, 0)
+    inputs.plain["logits"][:] = torch.tensor([4.0, 3.0, 2.0, 1.0, 3.5, 0.0, -1.0, -2.0] + [-5.0] * 8)
+    right = answer(case.op, inputs)
+    assert right.ids[0].tolist() == [0, 4, 1]
+    for ids, symptom in (([0, 4, 2], "inversion"), ([0, 4, 8], "inversion"), ([0, 1, 2], "group")):
+        wrong = Outputs(right.weights, torch.tensor([ids] * 12, dtype=torch.int32))
+        seen = RoutingObservation(case, 0, INFO, inputs, wrong, partial(answer, case.op))
+        assert judge(seen)["selection"].symptom == symptom
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ties_across_groups_fall_to_the_lowest_group_where_declared(tied):
+    """Groups 0 to 3 hold the same but for one value in group 2; taking groups 1 and 3 is a choice that ties allow."""
+    case = grouped_case(n_shared=0, expert_map=False, topk_group=1, top_k=2)
+    inputs = materialize(case, 0)
+    inputs.plain["logits"][:] = torch.tensor([3.0, 2.0, 1.0, 0.0] * 4)
+    if not tied:
+        inputs.plain["logits"][:, 1] -= 0.5  # of the two best, only one is the same
+
+    def call(inputs: Inputs) -> Outputs:
+        scores = torch.softmax(inputs.plain["logits"], dim=1)
+        return Outputs(scores[:, 4:6], torch.tensor([[4, 5]] * len(scores), dtype=torch.int32))
+
+    seen = RoutingObservation(case, 0, INFO, inputs, call(inputs), call)
+    assert set(judge(seen)) == ({"ties"} if tied else set())
 
 
 WRONG = {

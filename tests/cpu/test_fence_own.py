@@ -139,7 +139,7 @@ def test_the_budget_of_an_arena(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_off_by_option_and_after_the_block() -> None:
-    with open_arena("cpu", FenceOptions(own=False)) as arena, arena.own():
+    with open_arena("cpu", FenceOptions(own="off")) as arena, arena.own():
         assert not is_fenced(torch.empty(3))
     with open_arena("cpu") as arena:
         with arena.own():

@@ -112,4 +112,4 @@ def test_reruns_name_tensor_side_and_access(run: Run) -> None:
 def test_own_memory_by_option(run: Run) -> None:
     assert run("read_own_workspace", hard=("own0",))["signal"] == SEGV
     assert run("read_own_workspace", hard=("src", "dst"))["signal"] == 0
-    assert run("read_own_workspace", own=False)["signal"] == 0
+    assert run("read_own_workspace", own="off")["signal"] == 0

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from moe_fuzz.worker import gpus
+
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Imports the modules named on its command line with all that lies below them, and prints what must not be loaded.
@@ -93,29 +95,14 @@ def conftest(pytestconfig: pytest.Config) -> ModuleType:
     return plugin
 
 
-@pytest.mark.parametrize(
-    ("present", "visible", "count"),
-    [
-        (4, None, 4), (4, "0,1", 2), (4, "", 0), (4, "-1", 0), (4, "2,-1,3", 1), (4, "GPU-aaaa,GPU-bbbb", 2),
-        (1, "0,1,2", 1), (0, "0", 0),
-    ],
-)  # fmt: skip
-def test_gpu_count(
-    conftest: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, present: int, visible: str | None, count: int
-) -> None:
-    for number in range(present):
-        (tmp_path / f"nvidia{number}").touch()
-    (tmp_path / "nvidiactl").touch()
-    monkeypatch.setattr(conftest, "DEVICES", tmp_path)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert conftest.gpu_count() == count
-
-
 def test_auto_workers(conftest: ModuleType, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setattr(conftest, "GPUS", 0)
     assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == len(os.sched_getaffinity(0))
     monkeypatch.setattr(conftest, "GPUS", 8)
-    monkeypatch.setattr(conftest, "gpu_slots", lambda: 3)
-    assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == 3
+    cards = tuple(gpus.Gpu("H200", 140 << 30, free << 30, f"GPU-{free}") for free in (13, 140, 1))
+    monkeypatch.setattr(conftest, "gpus", lambda: cards)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(40)))
+    assert conftest.gpu_count() == 3
+    assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == 2 + 16 + 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == 8

@@ -12,37 +12,43 @@ from hypothesis import strategies as st
 from moe_fuzz import strategies
 from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
+from moe_fuzz.errors import CaseError
 from moe_fuzz.fence import open_arena
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.routing.inputs import element_bits, materialize
-from moe_fuzz.ops.routing.space import SIMPLEST
 
 SPACE = get_space("topk_softmax")
+GROUPED = get_space("grouped_topk")
 INFO = TargetInfo("topk_softmax@all", "topk_softmax", "all", contract=Contract(padding=PADDING_DIALECTS),
                   capabilities=Capabilities(out=True, alignment=1))  # fmt: skip
 
 
 def case_of(*faults: Fault, rows: int = 9, experts: int = 64, **config: object) -> Case:
-    whole = {**SIMPLEST, "experts": str(Labels.range(experts)), "top_k": 2} | config
-    case = Case("topk_softmax", whole, (Step(Labels.range(rows), Labels(), faults),), 5)
-    SPACE.validate(case)
+    of_groups = set(GROUPED.faults) - set(SPACE.faults)
+    space = GROUPED if "n_group" in config or of_groups & {fault.name for fault in faults} else SPACE
+    whole = {**space.simplest, "experts": str(Labels.range(experts)), "top_k": 2} | config
+    case = Case(space.op, whole, (Step(Labels.range(rows), Labels(), faults),), 5)
+    space.validate(case)
     return case
 
 
+@pytest.mark.parametrize("space", [SPACE, GROUPED], ids=lambda space: space.op)
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_what_is_left_keeps_its_bits_when_rows_and_experts_go(data):
-    case = data.draw(strategies.rounds(SPACE, INFO, "cpu"))[0]
+def test_what_is_left_keeps_its_bits_when_rows_and_experts_go(space, data):
+    case = data.draw(strategies.rounds(space, INFO, "cpu"))[0]
     step = case.steps[0]
     rows = Labels.of(data.draw(st.lists(st.sampled_from(list(step.rows)), max_size=5)) if step.rows else [])
     experts = Labels.of(data.draw(st.lists(st.sampled_from(list(case.experts)), min_size=1, max_size=9)))
-    smaller = SPACE.keep(case.with_step(0, step.keep_rows(rows)), "experts", experts)
+    smaller = space.keep(case.with_step(0, step.keep_rows(rows)), "experts", experts)
     whole, part = materialize(case, 0), materialize(smaller, 0)
     at, columns = rows.positions(step.rows), experts.positions(case.experts)
     assert torch.equal(element_bits(part.plain["logits"]), element_bits(whole.plain["logits"][at][:, columns]))
     if case.config["bias"]:
         assert torch.equal(element_bits(part.plain["bias"]), element_bits(whole.plain["bias"][columns]))
+    if case.config.get("expert_map"):
+        assert torch.equal(part.plain["expert_map"], whole.plain["expert_map"][columns])
     if case.config["is_padding"]:
         assert torch.equal(part.plain["is_padding"], whole.plain["is_padding"][at])
 
@@ -71,6 +77,9 @@ def test_steps_differ():
         ),
         ("ties", lambda x: all(len(set(row.tolist())) <= 3 for row in x)),
         ("stale_rows", lambda x: x.isfinite().all() and x.unique().numel() > 9),
+        ("tied_groups", lambda x: all(len(set(row.tolist())) <= 32 for row in x)),
+        ("near_tied_groups", lambda x: x.isfinite().all()),
+        ("masked_groups", lambda x: (x == -torch.inf).any(dim=1).all() and x.isfinite().any(dim=1).all()),
     ],
 )
 def test_a_row_fault_changes_its_rows_and_no_other(name, holds, dtype):
@@ -80,6 +89,52 @@ def test_a_row_fault_changes_its_rows_and_no_other(name, holds, dtype):
     assert holds(laid[list(rows)])
     changed = (element_bits(clean) != element_bits(laid)).any(dim=1)
     assert changed.nonzero().flatten().tolist() == list(rows)
+
+
+def test_tied_groups_tie_and_near_ties_are_a_bit_away():
+    rows = Labels.range(40)
+    tied, near = (materialize(case_of(Fault(name, "logits", rows), rows=40, dtype="bfloat16"), 0).plain["logits"]
+                  for name in ("tied_groups", "near_tied_groups"))  # fmt: skip
+    groups = tied.view(40, 2, 32)
+    assert (groups[:, 0] == groups[:, 1]).all(dim=1).sum() >= 10  # where the period divides 32
+    steps = element_bits(near.view(40, 2, 32)).diff(dim=1).abs()
+    assert ((steps > 0) & (steps <= 2)).any()
+
+
+def test_masked_groups_are_masked_whole_or_but_for_one():
+    rows = Labels.range(60)
+    masked = materialize(case_of(Fault("masked_groups", "logits", rows), rows=60), 0).plain["logits"] == -torch.inf
+    of_eight = masked.view(60, 8, 8).sum(dim=2)
+    assert (of_eight == 8).any()
+    assert (of_eight == 7).any()
+    assert (of_eight == 0).any()
+
+
+@pytest.mark.parametrize("experts", [1, 8, 257, 1024])
+def test_the_map_is_injective_and_past_the_logical_ids(experts):
+    plain = materialize(case_of(n_group=1, expert_map=True, experts=experts, top_k=1), 0).plain["expert_map"]
+    assert plain.dtype == torch.int32
+    assert len(set(plain.tolist())) == experts
+    assert plain.min() >= experts + 8  # and past the ids of shared experts
+    overlapping = Fault("overlapping_map", "expert_map")
+    plain = materialize(case_of(overlapping, expert_map=True, experts=experts, top_k=1), 0).plain["expert_map"]
+    assert plain.tolist() == list(range(1, experts + 1))
+
+
+def test_large_labels_leave_the_map_injective():
+    case = case_of(n_group=1, expert_map=True, experts=3, top_k=1).with_config(experts="0,1024,1048575")
+    GROUPED.validate(case)
+    assert len(set(materialize(case, 0).plain["expert_map"].tolist())) == 3
+    with pytest.raises(CaseError, match="expert_map"):
+        GROUPED.validate(case.with_config(experts="0,1024,1048576"))
+
+
+def test_rows_of_nan_are_of_one_pattern_or_of_several():
+    laid = materialize(case_of(Fault("nan_rows", "logits", Labels.range(64)), rows=64), 0).plain["logits"]
+    bits = element_bits(laid)
+    one = (bits == bits[:, :1]).all(dim=1)
+    assert 16 <= one.sum() <= 48
+    assert bits[one, 0].unique().numel() == 4
 
 
 def test_nan_rows_have_both_signs_and_payloads():

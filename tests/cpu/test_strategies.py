@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, islice
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_fuzz import faults, strategies
+from moe_fuzz import faults, group_faults, strategies  # noqa: F401 - they register
+from moe_fuzz.case import Case, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
+from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
-from moe_fuzz.ops.routing.space import CPU_BUDGET
+from moe_fuzz.ops.routing.space import CPU_BUDGET, CUDA_ELEMENTS
 from moe_fuzz.ops.space import Axis
 
 SPACE = get_space("topk_softmax")
@@ -39,30 +42,52 @@ LITTLE = TargetInfo(
         out=False,
     ),
 )
+GROUPED = get_space("grouped_topk")
+BY_BIAS = TargetInfo(
+    "grouped_topk@by_bias",
+    "grouped_topk",
+    "by_bias",
+    capabilities=Capabilities(
+        min_experts=8, min_n_group=2, max_n_group=16, min_group_size=2, group_score_by_bias=True, n_shared=1,
+        expert_map=False, scorings=("sigmoid",),
+    ),
+)  # fmt: skip
+ALL_OPS = pytest.mark.parametrize(
+    ("space", "info"),
+    [
+        (SPACE, EVERYTHING),
+        (SPACE, LITTLE),
+        (get_space("topk_sigmoid"), replace(EVERYTHING, op="topk_sigmoid")),
+        (GROUPED, replace(EVERYTHING, op="grouped_topk")),
+        (GROUPED, BY_BIAS),
+        (GROUPED, replace(BY_BIAS, capabilities=Capabilities(bias_required=True, max_top_k=8))),
+    ],
+    ids=["softmax", "softmax-little", "sigmoid", "grouped", "grouped-by-bias", "grouped-needs-bias"],
+)
 relaxed = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.parametrize("info", [EVERYTHING, LITTLE], ids=lambda info: info.provider)
+@ALL_OPS
 @relaxed
 @given(data=st.data())
-def test_rounds_are_valid_affordable_and_inside_the_capabilities(info, data):
-    cases = data.draw(strategies.rounds(SPACE, info, "cpu"))
+def test_rounds_are_valid_affordable_and_inside_the_capabilities(space, info, data):
+    cases = data.draw(strategies.rounds(space, info, "cpu"))
     assert 1 <= len(cases) <= strategies.MAX_ROUND
     assert len({tuple(case.config.items()) for case in cases}) == 1
     for case in cases:
-        SPACE.validate(case)
-        assert SPACE.refusal(case, info) == ""
-        assert SPACE.cost(case, "cpu") <= CPU_BUDGET
+        space.validate(case)
+        assert space.refusal(case, info) == ""
+        assert space.cost(case, "cpu") <= CPU_BUDGET
 
 
-@pytest.mark.parametrize("info", [EVERYTHING, LITTLE], ids=lambda info: info.provider)
-def test_the_grid_is_valid_and_the_same_each_time(info):
-    cases = list(strategies.grid(SPACE, info, "cpu", 3))
+@ALL_OPS
+def test_the_grid_is_valid_and_the_same_each_time(space, info):
+    cases = list(islice(strategies.grid(space, info, "cpu", 3), 500))
     for case in cases:
-        SPACE.validate(case)
-        assert SPACE.refusal(case, info) == ""
-    assert cases == list(strategies.grid(SPACE, info, "cpu", 3))
-    assert cases[:20] != list(islice(strategies.grid(SPACE, info, "cpu", 4), 20))
+        space.validate(case)
+        assert space.refusal(case, info) == ""
+    assert cases == list(islice(strategies.grid(space, info, "cpu", 3), 500))
+    assert cases[:20] != list(islice(strategies.grid(space, info, "cpu", 4), 20))
 
 
 def test_pairwise_covers_every_pair():
@@ -77,19 +102,56 @@ def test_pairwise_covers_every_pair():
 
 
 def test_every_fault_of_a_space_exists_and_is_described():
-    named = {place.fault for place in SPACE.places}
-    assert named == set(faults.FAULTS) == set(SPACE.faults)
+    for space in (SPACE, GROUPED):
+        assert {place.fault for place in space.places} == set(space.faults)
+    assert set(faults.FAULTS) == set(GROUPED.faults) > set(SPACE.faults)
 
 
+def test_every_preset_of_a_space_is_valid():
+    for space, info in ((SPACE, EVERYTHING), (GROUPED, replace(EVERYTHING, op="grouped_topk"))):
+        allowed = {axis.name: axis.values for axis in space.axes(info)}
+        for name, preset in space.presets.items():
+            assert all(value in allowed[key] for key, value in preset.items()), name
+            config = space.complete({axis: values[0] for axis, values in allowed.items()} | dict(preset), info)
+            assert {key: config[key] for key in preset if key != "experts"} == {
+                key: value for key, value in preset.items() if key != "experts"}, name  # fmt: skip
+            space.validate(strategies.make_case(space, config, 3, 1, (), 1, info.name))
+
+
+def test_cases_choose_among_groups():
+    info = replace(EVERYTHING, op="grouped_topk")
+    cases = list(islice(strategies.grid(GROUPED, info, "cpu", 0), 300))
+    assert sum(int(case.config["topk_group"]) < int(case.config["n_group"]) for case in cases) > 100
+    assert any(case.config["n_group"] == len(case.experts) > 1 for case in cases)
+    assert any((len(case.experts) // int(case.config["n_group"])) % 2 for case in cases)
+
+
+def test_a_device_sees_sizes_that_narrow_indices_do_not_hold():
+    for space in (SPACE, GROUPED):
+        cases = list(islice(strategies.grid(space, replace(EVERYTHING, op=space.op), "cuda", 0), 400))
+        assert sum(case.steps[0].tokens * int(case.config["top_k"]) > 2**16 for case in cases) >= 4
+        assert all(case.steps[0].tokens * len(case.experts) <= CUDA_ELEMENTS for case in cases)
+
+
+@pytest.mark.parametrize("left", [range(0, 128, 2), range(100), range(7), [5]])
+def test_groups_follow_the_experts_that_are_left(left):
+    config = {**GROUPED.simplest, "experts": "0-127", "top_k": 8, "n_group": 8, "topk_group": 4}
+    case = Case("grouped_topk", config, (Step(Labels.range(2)),), 1)
+    kept = GROUPED.keep(case, "experts", Labels.of(left))
+    GROUPED.validate(kept)
+    assert len(kept.experts) % int(kept.config["n_group"]) == 0
+    assert kept.config["n_group"] == (8 if len(left) == 64 else 5 if len(left) == 100 else 1)
+
+@pytest.mark.parametrize("space", [SPACE, GROUPED], ids=lambda space: space.op)
 @relaxed
 @given(data=st.data())
-def test_simplify_gives_valid_simpler_cases(data):
-    case = data.draw(strategies.rounds(SPACE, EVERYTHING, "cpu"))[0]
-    for simpler in SPACE.simplify(case):
-        SPACE.validate(simpler)
+def test_simplify_gives_valid_simpler_cases(space, data):
+    case = data.draw(strategies.rounds(space, replace(EVERYTHING, op=space.op), "cpu"))[0]
+    for simpler in space.simplify(case):
+        space.validate(simpler)
         assert simpler != case
         assert len(simpler.experts) <= len(case.experts)
-        assert SPACE.features(simpler) is not None
+        assert space.features(simpler) is not None
 
 
 def test_features_of_a_smaller_case_are_features_of_the_larger_one():

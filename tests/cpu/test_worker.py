@@ -87,6 +87,15 @@ def test_a_process_that_lost_its_device_runs_no_other_case(pool: Pool) -> None:
     assert pool.stats.deaths == deaths + 1
 
 
+def test_a_process_that_is_spent_runs_no_other_case(pool: Pool) -> None:
+    """Whatever the verdict that says so: a capture that failed may have left the allocator in the middle of it."""
+    with pool.lease() as worker:
+        before, spent, after = worker.run([case("pass"), case("told_spent"), case("pass")], "toy@here", PATIENT)
+    assert (spent.kind, spent.key, spent.spent) == (VIOLATION, ("capture", "RuntimeError"), True)
+    assert (before.kind, after.kind) == (PASS, PASS)
+    assert after.detail.split()[0] != before.detail.split()[0]  # another process
+
+
 @pytest.mark.parametrize("do", ["spin", "hold_the_gil"])
 def test_a_hang_is_killed_at_its_deadline_and_shows_its_stack(pool: Pool, do: str) -> None:
     started = time.monotonic()

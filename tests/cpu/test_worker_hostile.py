@@ -66,6 +66,7 @@ def worker(pool: Pool) -> Iterator[Worker]:
     ("write_to_socket", "crash", "garbled-pipe", ""),
     ("close_socket", "crash", "closed-pipe", ""),
     ("bad_alloc", "out-of-memory", "out-of-memory", ""),
+    ("abort_of_cuda", "crash", "misaligned-access", "in do_abort_of_cuda"),
 ])
 def test_a_hostile_case_gets_its_verdict_and_the_round_goes_on(worker, do, kind, symptom, site):
     verdicts = worker.run([case("pass"), case(do), case("pass"), case("violation")], TARGET, PATIENT)
@@ -104,11 +105,26 @@ def test_the_log_of_a_talkative_target_begins_anew(worker):
     assert worker.log.stat().st_size < 4 << 20  # one of four
 
 
-def test_the_first_case_of_a_config_gets_the_long_deadline(worker):
-    options = RunOptions(deadline=0.1, first_deadline=20.0)
-    cases = [case("nap"), case("nap", 1), case("nap", 2), case("nap", x="1"), case("pass")]
-    kinds = [v.kind for v in worker.run(cases, TARGET, options)]
-    assert kinds == ["pass", "hang", "pass", "pass", "pass"]  # the third is the first of its process
+@pytest.mark.parametrize("do", ["compile", "wait_for_a_compiler", "load"])
+def test_the_clock_stands_still_while_a_case_compiles_or_loads(worker, do):
+    verdicts = worker.run([case(do), case(do), case("spin")], TARGET, RunOptions(deadline=0.7, first_deadline=20.0))
+    assert [v.kind for v in verdicts] == ["pass", "pass", "hang"]
+
+
+@pytest.mark.parametrize(("do", "key", "seconds"), [
+    ("spin", ("hang", "deadline"), 0.5),
+    ("spin_after_compiling", ("hang", "deadline"), 0.6 + 0.5),
+    ("compile_for_ever", ("hang", "compile"), 2.0),
+    ("die_compiling", ("crash", "SIGSEGV"), 0.6),
+])
+def test_a_hang_costs_its_own_deadline_on_its_first_call_too(worker, do, key, seconds):
+    worker.run([case("pass")], TARGET, PATIENT)
+    started = time.monotonic()
+    verdicts = worker.run([case(do), case("pass")], TARGET, RunOptions(deadline=0.5, first_deadline=2.0))
+    assert [v.key for v in verdicts] == [key, ("pass", "")]
+    assert seconds - 0.1 <= verdicts[0].seconds < seconds + 1.0
+    assert time.monotonic() - started < seconds + 2.5
+    assert verdicts[0].violations[0].site.endswith("in do_" + do)
 
 
 def test_the_kernels_out_of_memory_killer_is_told_from_a_stranger(worker, monkeypatch):

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_fuzz.case import Case, Step
 from moe_fuzz.errors import CaseError, EnvironmentProblem, MoeFuzzError, UsageError
-from moe_fuzz.labels import Labels
 from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.worker import autopsy, protocol
 from moe_fuzz.worker.protocol import Channel, ChannelClosed, Garbled
@@ -96,14 +94,6 @@ def test_errors_survive_the_pipe(error):
     back = protocol.error_from_json(protocol.error_to_json(error))
     assert (type(back), back.message, back.hint, str(back)) == (type(error), error.message, error.hint, str(error))
     assert getattr(back, "where", None) == getattr(error, "where", None)
-
-
-def test_compile_key_tells_configs_and_targets_apart():
-    case = Case("topk_softmax", {"top_k": 4, "bias": True}, (Step(Labels.range(3)),), 1)
-    other = Case("topk_softmax", {"bias": True, "top_k": 4}, (Step(Labels.range(9)),), 2)
-    assert protocol.compile_key(case, "t") == protocol.compile_key(other, "t")
-    assert protocol.compile_key(case, "t") != protocol.compile_key(case, "u")
-    assert protocol.compile_key(case, "t") != protocol.compile_key(case.with_config(top_k=5), "t")
 
 
 def _trace(*files: str, head: str = "Current thread 0x1 ") -> str:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem, UsageError
+from moe_fuzz.execute import clock, compiling
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, OOM, PASS, VIOLATION, Verdict, Violation
 
@@ -50,6 +52,8 @@ class Runner:
             return Verdict(VIOLATION, (Violation("ids", "duplicate", "twice"),))
         if case.config["do"] == "told_oom":
             return Verdict(OOM, detail="said so")
+        if case.config["do"] == "told_spent":
+            return Verdict(VIOLATION, (Violation("capture", "RuntimeError", "not while capturing"),), spent=True)
         if case.config["do"] == "told_crash":
             return Verdict(CRASH, (Violation("crash", "illegal-access", "the context is lost"),))
         return Verdict(PASS, detail=f"{os.getpid()} {self.ran} {torch.get_num_threads()}", budget=float(case.seed))
@@ -57,6 +61,7 @@ class Runner:
     def do_pass(self, case: Case) -> None: ...
     def do_violation(self, case: Case) -> None: ...
     def do_told_oom(self, case: Case) -> None: ...
+    def do_told_spent(self, case: Case) -> None: ...
     def do_told_crash(self, case: Case) -> None: ...
 
     def do_segfault(self, case: Case) -> None:
@@ -68,6 +73,50 @@ class Runner:
     def do_spin(self, case: Case) -> None:
         while True:
             pass
+
+    def do_compile(self, case: Case) -> None:
+        """As a first call does: host code, a compiler and what it calls, another on a thread beside, host code."""
+        time.sleep(0.1)
+        with clock.stopped("compile"), clock.stopped("load"):
+            thread = threading.Thread(target=self._compile_beside)
+            thread.start()
+            time.sleep(0.5)
+        thread.join()
+        time.sleep(0.1)
+
+    def _compile_beside(self) -> None:
+        with clock.stopped("compile"):
+            time.sleep(0.8)
+
+    def do_compile_for_ever(self, case: Case) -> None:
+        with clock.stopped("compile"):
+            time.sleep(60)
+
+    def do_spin_after_compiling(self, case: Case) -> None:
+        with clock.stopped("compile"):
+            time.sleep(0.6)
+        while True:
+            pass
+
+    def do_die_compiling(self, case: Case) -> None:
+        with clock.stopped("compile"):
+            time.sleep(0.6)
+            ctypes.string_at(0)
+
+    def do_load(self, case: Case) -> None:
+        """As an import or a library does that no hook of ours sees: a second of reading, and thinking in between."""
+        with open(torch.__path__[0] + "/version.py", "rb", buffering=0) as file:
+            for _ in range(30):
+                file.seek(0)
+                while file.read(1 << 16):
+                    pass
+                with open(ctypes.__file__, "rb") as other:
+                    other.read()
+                time.sleep(0.05)
+
+    def do_wait_for_a_compiler(self, case: Case) -> None:
+        compiling.watch_compilers()
+        subprocess.run(["sleep", "1.2"], check=True)
 
     def do_hold_the_gil(self, case: Case) -> None:
         re.match(r"(a+)+$", "a" * 40 + "b")
@@ -141,6 +190,10 @@ class Runner:
         os.write(2, b"terminate called after throwing an instance of 'std::bad_alloc'\n")
         os.abort()
 
+    def do_abort_of_cuda(self, case: Case) -> None:
+        os.write(2, b"terminate called: 'c10::AcceleratorError'\n  what():  CUDA error: misaligned address\n")
+        os.abort()
+
     def do_write_to_socket(self, case: Case) -> None:
         os.write(_socket(), b"Hello, world!\n")
 
@@ -153,6 +206,10 @@ class Runner:
 
     def do_surroundings(self, case: Case) -> str:
         return f"{os.getsid(0) == os.getpid()} {os.readlink('/proc/self/fd/0')} {len(os.listdir('/proc/self/fd'))}"
+
+    def do_variables(self, case: Case) -> str:
+        names = ("CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "MOE_FUZZ_ALLOCATOR", "TOY_VARIABLE")
+        return " ".join(os.environ.get(name, "-") for name in names[: 3 + ("toy_variable" in case.config)])
 
     def do_nap(self, case: Case) -> None:
         time.sleep(0.2)

@@ -89,7 +89,7 @@ def test_reruns_name_tensor_side_and_access(run: Run) -> None:
 def test_own_memory_by_option(run: Run) -> None:
     assert run("read_own_workspace", hard=("own0",))["lost"] == LOST
     assert run("read_own_workspace", hard=("src", "dst"))["lost"] == ""
-    assert run("read_own_workspace", own=False)["lost"] == ""
+    assert run("read_own_workspace", own="off")["lost"] == ""
 
 
 @pytest.mark.parametrize("edge", ["right", "left"])

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from moe_fuzz.planted.catalog import PLANTED, get_planted
-from moe_fuzz.reference.routing import softmax_scores
+from moe_fuzz.reference.grouped_topk import grouped_topk
+from moe_fuzz.reference.routing import softmax_scores, topk_sigmoid
 from moe_fuzz.reference.routing import topk_softmax as reference
 
 # the interpreter computes in numpy, which mentions the overflows and all-NaN rows that are meant here
@@ -22,9 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 NAN, INF = torch.nan, torch.inf
 CHECKS = {
-    "error", "structure", "written", "ids", "finite", "padding", "selection", "ties", "order", "weights", "fence",
-    "canary", "isolation", "batch_invariance", "determinism", "crash", "hang", "oom",
+    "error", "structure", "written", "ids", "finite", "padding", "shared", "expert_map", "selection", "ties", "order",
+    "weights", "fence", "canary", "isolation", "batch_invariance", "determinism", "capture", "replay",
+    "crash", "hang", "oom",
 }  # fmt: skip
+REFERENCES = {"topk_softmax": reference, "topk_sigmoid": topk_sigmoid, "grouped_topk": grouped_topk}
 EVERY = pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
 
 
@@ -62,10 +65,12 @@ def test_the_docstring_names_the_upstream_issue(planted):
 @EVERY
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_friendly_input_shows_nothing(planted, renormalize):
-    """E = 8, k = 2, T = 4, float32, normal logits, no padding, no bias. `scratch_in_input` spoils its input unseen."""
+    """E = 8, k = 2, T = 4, float32, normal logits, no padding, no bias, two groups that both stay. `scratch_in_input`
+    spoils its input unseen."""
     logits = logits_of(4, 8)
-    weights, ids = load(planted.name)(logits.clone(), 2, renormalize=renormalize)
-    expected = reference(logits, 2, renormalize=renormalize)
+    groups = {"n_group": 2, "topk_group": 2} if planted.op == "grouped_topk" else {}
+    weights, ids = load(planted.name)(logits.clone(), 2, renormalize=renormalize, **groups)
+    expected = REFERENCES[planted.op](logits, 2, renormalize=renormalize, **groups)
     torch.testing.assert_close(weights, expected[0], rtol=1e-6, atol=0)
     assert torch.equal(ids, expected[1])
 

@@ -1,7 +1,8 @@
 """repro.py of a finding: a script that shows it with torch and the target alone, for whoever maintains the target.
 
 The worker says what the calls are made of (execute/exhibit.py); the templates beside this file hold the script:
-`script.py.j2` its frame, `judge.py.j2` what is wrong in plain torch, `memory.py.j2` the tensors' memory.
+`script.py.j2` its frame, `judge.py.j2` what is wrong in plain torch, `memory.py.j2` the tensors' memory, with what
+differs between devices in `pages_cpu.py.j2` and `pages_cuda.py.j2`.
 """
 
 from __future__ import annotations
@@ -25,20 +26,22 @@ from moe_fuzz.campaign.repro import tensors
 from moe_fuzz.case import Case
 from moe_fuzz.errors import CaseError, MoeFuzzError
 from moe_fuzz.ops import get_space
-from moe_fuzz.options import FenceOptions, RunOptions
+from moe_fuzz.options import FENCED_DEVICES, FenceOptions, RunOptions
 from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict
 
 #: check -> what the script must see of the child process that makes the calls; all others return a sentence
 _SHOWS = {CRASH: "died", "fence": "died", HANG: "hung", "oom": "memory", OOM: "memory", "error": "raised"}
-_UNFENCED = FenceOptions(hard=(), readonly=(), own=False)
+_UNFENCED = FenceOptions(hard=(), readonly=(), own="off")
 _ATTEMPTS = 20  # child processes, for a finding that shows sometimes
 _DEADLINE = 60  # seconds for what should not hang
 _HANG = 10  # the least seconds after which the script says that it hangs, where the finding does not say
 _MEMORY = 4 << 30  # bytes, where the worker had no limit
 _WIDTH = 117  # three quotes stand before the first line
+#: what an exhibit's `load` may leave out
+_NOTHING: Mapping[str, Any] = {"libraries": [], "environment": {}, "imports": [], "calls": ""}
 #: what a script may need of the standard library
 _MODULES = ("base64", "ctypes", "faulthandler", "functools", "importlib", "importlib.util", "inspect", "json", "math",
-            "mmap", "os", "resource", "select", "signal", "sys", "time", "traceback", "zlib")  # fmt: skip
+            "mmap", "os", "resource", "runpy", "select", "signal", "sys", "time", "traceback", "zlib")  # fmt: skip
 
 
 class Worker(Protocol):
@@ -90,11 +93,18 @@ def render(
     """The script of a finding, from the exhibit of its case and those of the cases that must run before it.
 
     bare: the finding shows without guards and poison, so the script has none, unless the finding is about them.
-    Raises CaseError for a device on which a script cannot lay the tensors.
+    Raises CaseError for what a script cannot do: another device, another mode than eager, rows gigabytes apart.
     """
-    if exhibit["device"] != "cpu":
-        raise CaseError("", f"a script for device {exhibit['device']!r} cannot be written yet", "use `moe-fuzz replay`")
-    check, load = finding.check, exhibit["load"]
+    device = exhibit["device"]
+    if device not in FENCED_DEVICES:
+        raise CaseError("", f"a script for device {device!r} cannot be written", "use `moe-fuzz replay`")
+    if modes := {case.mode for case in (*finding.sequence, finding.case)} - {"eager"}:
+        raise CaseError("", f"a script cannot run a case in mode {modes.pop()!r} yet", "use `moe-fuzz replay`")
+    if finding.own == "all":
+        raise CaseError("", "a script cannot fence what the target allocates in C++", "use `moe-fuzz replay`")
+    if any("int32_boundary" in case.fault_names for case in (*finding.sequence, finding.case)):
+        raise CaseError("", "a script has no memory for rows that lie gigabytes apart", "use `moe-fuzz replay`")
+    check, load = finding.check, _NOTHING | exhibit["load"]
     earlier = [_prepared(step) for one in before for step in one["steps"]]
     steps = [_prepared(step) for step in exhibit["steps"]]
     suffixes = [f"_{i + 1}" for i in range(len(steps))] if len(steps) > 1 else [""]
@@ -107,6 +117,7 @@ def render(
         "shows": shows,
         "doc": _docstring(_about(finding, load, len(earlier))),
         "judge_doc": _sentence(_rule(finding) or "the calls come back"),
+        "device": device,
         "load": load,
         "target": _target(load),
         "contract": exhibit["contract"],
@@ -121,13 +132,21 @@ def render(
         "bits": poisons or check in ("isolation", "batch_invariance", "determinism"),
         "compressed": any("zlib" in tensor for step in everywhere for tensor in _all_tensors(step)),
         "attempts": 1 if finding.reproduces == "always" else _ATTEMPTS,
-        "deadline": (math.ceil(finding.verdict.seconds) or _HANG) if check == HANG else _DEADLINE,
-        "memory": (exhibit["memory_limit"] or _MEMORY) if shows == "memory" else None,
+        "deadline": _deadline(finding, device),
+        "memory": (exhibit["memory_limit"] or _MEMORY) if shows == "memory" and device == "cpu" else None,
     }
     template = _environment().get_template("script.py.j2")
     body = template.render(context, imports=())
     imports = [name for name in _MODULES if re.search(rf"\b{re.escape(name)}\.", body)]
     return template.render(context, imports=imports)
+
+
+def _deadline(finding: Finding, device: str) -> int:
+    """Seconds from the moment the target is loaded; on a GPU its kernels are compiled within them."""
+    if finding.check != HANG:
+        return _DEADLINE if device == "cpu" else 2 * _DEADLINE
+    seconds = math.ceil(finding.verdict.seconds) or _HANG
+    return seconds if device == "cpu" else max(seconds, _DEADLINE)
 
 
 def _prepared(step: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,6 +186,9 @@ def _about(finding: Finding, load: Mapping[str, Any], earlier: int) -> list[str]
         calls = f"{earlier} other call{'s' if earlier > 1 else ''}"
         facts += [f"Before    {calls} in the same process, without which it passes"]
     needs = "torch and the target itself" if load["kind"] != "source" else "torch alone: the target is copied below"
+    if load["calls"]:
+        libraries = ", ".join(f"{one['path']} (another one: {one['variable']}=PATH)" for one in load["libraries"])
+        needs = f"torch and {libraries or load['imports'][0]}: it calls {load['calls']} itself"
     run = [f"Run it with `python repro.py`. It needs {needs}. Another implementation, or a fixed one, is tried with "
            "`python repro.py path/to/file.py:function`, or `package.module:function`."]  # fmt: skip
     if load.get("needs_moe_fuzz"):

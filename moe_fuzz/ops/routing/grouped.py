@@ -56,7 +56,7 @@ class GroupedSpace(space.RoutingSpace):
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         can = info.capabilities
         plain = {axis.name: axis for axis in super().axes(info)}
-        plain["experts"] = Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts])
+        plain["experts"] = Axis("experts", [e for e in EXPERTS if space.takes_experts(can, e)])
         most = max(plain["experts"].values, default=0)
         groups = [n for n in N_GROUP if can.min_n_group <= n <= can.max_n_group and n <= int(most)]
         return (
@@ -110,7 +110,7 @@ class GroupedSpace(space.RoutingSpace):
         can, config = info.capabilities, case.config
         n_group, size = int(config["n_group"]), len(case.experts) // int(config["n_group"])
         yield not can.min_n_group <= n_group <= can.max_n_group, f"{n_group} groups"
-        yield size < can.min_group_size, f"groups of {size}"
+        yield not can.min_group_size <= size <= can.max_group_size, f"groups of {size}"
         yield config["scoring"] not in can.scorings, f"scoring={config['scoring']}"
         unbound = can.group_score_by_bias and config["group_score"] != _score_by_bias(config)
         yield config["group_score"] not in can.group_scores or unbound, (
@@ -148,7 +148,9 @@ def _n_groups(count: int, can: Capabilities) -> tuple[int, ...]:
     """The numbers of groups into which a target takes so many experts."""
     return tuple(
         n for n in N_GROUP
-        if count % n == 0 and can.min_n_group <= n <= can.max_n_group and count // n >= can.min_group_size
+        if count % n == 0
+        and can.min_n_group <= n <= can.max_n_group
+        and can.min_group_size <= count // n <= can.max_group_size
     )  # fmt: skip
 
 

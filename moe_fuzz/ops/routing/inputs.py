@@ -73,23 +73,24 @@ def materialize(case: Case, step_index: int) -> Inputs:
     """The inputs of one step of a case, a function of the case alone."""
     config, step = case.config, case.steps[step_index]
     experts = list(case.experts)
-    dtype = getattr(torch, str(config["dtype"]))
     inputs = Inputs(int(config["top_k"]), {key: config[key] for key in _OPTIONS if key in config})
 
     rows = list(step.rows)
-    logits = generator.triangular(case.seed, "logits", rows, experts, stream=step_index) * 2.0 ** int(
-        config["magnitude"]
-    )
-    canvases = {"logits": Canvas("logits", logits.to(dtype), rows, experts, case.seed)}
+    logits = _fresh(case, rows, case.stream(step_index))
+    canvases = {"logits": Canvas("logits", logits, rows, experts, case.seed)}
     if config["bias"]:
         bias = generator.triangular(case.seed, "bias", [0], experts) * _BIAS_MAGNITUDE
+        # Learned biases share an offset. With one below 0, a 0 that a kernel holds for "none" wins (sglang#3705).
+        bias -= (generator.choice(case.seed, "bias/shift", [0], [0], 4) == 0).float()
         canvases["bias"] = Canvas("bias", bias, [0], experts, case.seed)
     if config.get("expert_map"):
         canvases["expert_map"] = Canvas("expert_map", _physical_ids(case), [0], experts, case.seed)
     for fault in step.faults:
         canvas = canvases[fault.tensor]
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(canvas.rows)))
-        if canvas.values.numel():
+        if fault.stream is not None:  # what that step had put there, before its own faults
+            canvas.values[positions] = _fresh(case, [rows[p] for p in positions], fault.stream)
+        elif canvas.values.numel():
             FAULTS[fault.name].lay(canvas, positions)
 
     for name, canvas in canvases.items():
@@ -102,6 +103,12 @@ def materialize(case: Case, step_index: int) -> Inputs:
         flags[step.padding.positions(step.rows)] = True
         inputs.plain["is_padding"] = flags
     return inputs
+
+
+def _fresh(case: Case, rows: list[int], stream: int) -> torch.Tensor:
+    """Logits [R, E] of these row labels before any fault."""
+    values = generator.triangular(case.seed, "logits", rows, list(case.experts), stream=stream)
+    return (values * 2.0 ** int(case.config["magnitude"])).to(getattr(torch, str(case.config["dtype"])))
 
 
 def _physical_ids(case: Case) -> torch.Tensor:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-from moe_fuzz.case import Case, Scalar
-from moe_fuzz.contract import PADDING_DIALECTS, TargetInfo
+from moe_fuzz.case import MODES, Case, Scalar
+from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.routing import text
@@ -47,13 +47,15 @@ FIELDS: dict[str, tuple[Scalar, ...]] = {
 SIMPLEST: dict[str, Scalar] = {name: values[0] for name, values in FIELDS.items()}
 
 ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts", "shifted_rows",
-               "huge_rows", "ladder", "ties", "stale_rows")  # fmt: skip
+               "huge_rows", "ladder", "ties", "zero_rows", "stale_rows")  # fmt: skip
+_STRIDED = ("noncontiguous", "transposed", "int32_boundary")  # faults that need a target which takes strides
 PLACES = (
     *(FaultPlace(name, "logits", on_rows=True) for name in ROW_FAULTS),
     FaultPlace("extreme_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("negative_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("noncontiguous", "logits", on_rows=False),
     FaultPlace("transposed", "logits", on_rows=False),
+    FaultPlace("int32_boundary", "logits", on_rows=False, max_rows=64),
     FaultPlace("misaligned", "logits", on_rows=False),
 )
 
@@ -87,7 +89,7 @@ class RoutingSpace:
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         can, contract = info.capabilities, info.contract
         return (
-            Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts]),
+            Axis("experts", [e for e in EXPERTS if takes_experts(can, e)]),
             Axis("top_k", [k for k in TOP_K if k <= can.max_top_k]),
             Axis("dtype", [d for d in DTYPES if d in can.dtypes]),
             Axis("renormalize", can.renormalize),
@@ -99,6 +101,9 @@ class RoutingSpace:
             Axis("out", (False, True) if can.out else (False,)),
             Axis("magnitude", MAGNITUDES),
         )
+
+    def modes(self, info: TargetInfo) -> tuple[str, ...]:
+        return MODES if info.contract.graph else MODES[:1]
 
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
         whole = self.mended({**config, "experts": str(Labels.range(int(config["experts"])))})
@@ -112,12 +117,15 @@ class RoutingSpace:
         count = len(Labels.parse(str(config["experts"])))
         return tuple(t for t in TOKENS if t * count <= CUDA_ELEMENTS)
 
+    def affordable(self, case: Case, device: str) -> bool:
+        return device != "cpu" or self.cost(case, device) <= CPU_BUDGET
+
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         return tuple(
             place
             for place in self.places
             if (not place.needs or config[place.needs])
-            and (place.fault not in ("noncontiguous", "transposed") or info.capabilities.strided)
+            and (place.fault not in _STRIDED or info.capabilities.strided)
             and (place.fault != "misaligned" or info.capabilities.alignment <= 1)
         )
 
@@ -157,10 +165,14 @@ class RoutingSpace:
                         f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
                         f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
                     )
+                if place.max_rows is not None and step.tokens > place.max_rows:
+                    raise CaseError(where, f"{fault.name} is for {place.max_rows} rows at most, not {step.tokens}")
                 if place.needs and not config[place.needs]:
                     raise CaseError(where, f"needs config.{place.needs}")
                 if place.on_rows != bool(fault.rows):
                     raise CaseError(f"{where}.rows", "must name rows" if place.on_rows else "must name no rows")
+                if fault.stream is not None and fault.name != "stale_rows":
+                    raise CaseError(f"{where}.stream", "only stale_rows hold what another step had")
 
     def refusal(self, case: Case, info: TargetInfo) -> str:
         refused = [what for hit, what in self.refusals(case, info) if hit]
@@ -171,7 +183,7 @@ class RoutingSpace:
         can, contract, config = info.capabilities, info.contract, case.config
         count = len(case.experts)
         yield config["dtype"] not in can.dtypes, f"dtype {config['dtype']}"
-        yield not can.min_experts <= count <= can.max_experts, f"{count} experts"
+        yield not takes_experts(can, count), f"{count} experts"
         yield int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"
         yield config["renormalize"] not in can.renormalize, f"renormalize={config['renormalize']}"
         yield config["bias"] and not can.bias, "bias"
@@ -180,7 +192,7 @@ class RoutingSpace:
         yield config["is_padding"] and not can.is_padding, "is_padding"
         yield config["is_padding"] and config["padding"] not in contract.padding, f"padding={config['padding']}"
         yield config["out"] and not can.out, "out"
-        yield {"noncontiguous", "transposed"} & set(case.fault_names) and not can.strided, "strided logits"
+        yield set(_STRIDED) & set(case.fault_names) and not can.strided, "strided logits"
         yield "misaligned" in case.fault_names and can.alignment > 1, "misaligned logits"
 
     # ---- what it is like --------------------------------------------------------------------------------------------
@@ -201,9 +213,14 @@ class RoutingSpace:
         found |= {"large logits"} if int(config["magnitude"]) > 4 else set()
         found |= {f"fault:{name}" for name in case.fault_names}
         found |= {"several steps"} if len(case.steps) > 1 else set()
+        found |= {"several buckets"} if case.mode != "eager" and len(case.buckets) > 1 else set()
         return frozenset(found)
 
     def simplify(self, case: Case) -> Iterator[Case]:
+        for mode in MODES[: MODES.index(case.mode)]:
+            yield replace(case, mode=mode)
+        if any(step.stream is not None for step in case.steps):  # numbered anew, where nothing hangs on old values
+            yield replace(case, steps=tuple(replace(step, stream=None) for step in case.steps))
         count, top_k = len(case.experts), int(case.config["top_k"])
         for smaller in (k for k in TOP_K if k < top_k):
             yield case.with_config(top_k=smaller)
@@ -232,9 +249,17 @@ class RoutingSpace:
         return {**config, "top_k": min(int(config["top_k"]), count)}
 
     def cost(self, case: Case, device: str) -> float:
+        graph = case.mode != "eager"
         if device != "cpu":
-            return sum(0.002 + 5e-7 * step.tokens * len(case.experts) for step in case.steps)
-        return sum(self.cpu_seconds(step.tokens, case.config) for step in case.steps)
+            return sum(0.002 + 5e-7 * step.tokens * len(case.experts) for step in case.steps) + (
+                0.02 * len(case.buckets) if graph else 0.0
+            )
+        seconds = {t: self.cpu_seconds(t, case.config) for t in case.buckets}
+        each = [seconds[step.tokens] for step in case.steps]
+        if not graph:
+            return sum(each)
+        # A call is a third of an eager step. Here: one to warm up a bucket, two a step, and the relations of the last.
+        return (sum(seconds.values()) + 2 * sum(each) + 3 * each[-1]) / 3
 
     def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
         """An interpreted case with its reruns, fitted to measurements: launches, then numpy over the block a slot."""
@@ -251,8 +276,11 @@ class RoutingSpace:
             for number, fault in enumerate(step.faults):
                 if fault.name not in self.row_faults:
                     continue
-                for name in self.row_faults[: self.row_faults.index(fault.name)]:
-                    faults = (*step.faults[:number], replace(fault, name=name), *step.faults[number + 1 :])
+                names = self.row_faults[: self.row_faults.index(fault.name)]
+                plainer = [replace(fault, name=name, stream=None) for name in names]
+                plainer += [replace(fault, stream=None)] if fault.stream is not None else []
+                for other in plainer:
+                    faults = (*step.faults[:number], other, *step.faults[number + 1 :])
                     yield case.with_step(index, replace(step, faults=faults))
 
     def without_orphans(self, case: Case) -> Case:
@@ -263,6 +291,12 @@ class RoutingSpace:
             if kept != step.faults:
                 case = case.with_step(index, replace(step, faults=kept))
         return case
+
+
+def takes_experts(can: Capabilities, count: int) -> bool:
+    """Whether a target takes so many experts."""
+    in_range = can.min_experts <= count <= can.max_experts
+    return in_range and not (can.experts_power_of_two and count & (count - 1))
 
 
 SPACES = (

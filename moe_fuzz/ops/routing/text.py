@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from moe_fuzz.case import Case
+from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.labels import Labels
 
 CHECKS = {
     "error": "a valid input is taken: no exception inside the declared capabilities",
+    "capture": "it can be captured into a CUDA graph, where declared",
     "structure": "outputs have the contract's shape, dtype and device",
     "written": "every element of an output is written",
     "ids": "the k ids of a row are distinct and name experts",
@@ -20,7 +21,8 @@ CHECKS = {
     "canary": "the slack bytes beside a tensor keep their pattern",
     "isolation": "what stands in padding and undefined rows does not change a real row, bit for bit",
     "batch_invariance": "a row's bits do not depend on its position or on the number of rows, where declared",
-    "determinism": "the same input gives the same bits, where declared",
+    "replay": "a graph's replay gives what an eager call gives, bit for bit where deterministic",
+    "determinism": "the same input gives the same bits, where declared; a graph is replayed",
 }
 
 FAULTS = {
@@ -34,10 +36,12 @@ FAULTS = {
     "huge_rows": "the dtype's largest numbers of both signs",
     "ladder": "zeros, subnormals, a ladder of magnitudes",
     "ties": "rows of few distinct values",
+    "zero_rows": "rows of zeros, as in a buffer that nobody has written yet",
     "stale_rows": "rows hold an earlier step's data",
     "extreme_bias": "a bias of every sign and magnitude, -Inf too",
     "negative_bias": "a bias that makes every biased score negative",
     "noncontiguous": "rows stand apart in a wider buffer",
+    "int32_boundary": "rows so far apart that offsets pass 2^31 elements",
     "transposed": "columns are packed, and rows are not",
     "misaligned": "the first element is not aligned for vector loads",
 }
@@ -69,7 +73,7 @@ def label(case: Case) -> str:
     Rows stand by position, as the target sees them.
     """
     config = case.config
-    parts = [case.op]
+    parts = [case.op] + ([case.mode] if case.mode != "eager" else [])
     for step in case.steps:
         parts.append(f"T={step.tokens}" + (f" ({len(step.padding)} padding)" if step.padding else ""))
     parts += [f"E={len(case.experts)}", f"k={config['top_k']}", str(config["dtype"])]
@@ -87,11 +91,18 @@ def label(case: Case) -> str:
     if config["edge"] != "right":
         parts.append(f"fenced {config['edge']}")
     faults = [
-        f"{fault.name} on {fault.tensor}" + _rows(Labels.of(fault.rows.positions(step.rows)))
-        for step in case.steps
+        (f"step {index}: " if len(case.steps) > 1 else "") + _fault(case, step, fault)
+        for index, step in enumerate(case.steps)
         for fault in step.faults
     ]
     return " ".join(parts) + ("; " + ", ".join(faults) if faults else "")
+
+
+def _fault(case: Case, step: Step, fault: Fault) -> str:
+    rows = _rows(Labels.of(fault.rows.positions(step.rows)))
+    streams = [case.stream(index) for index in range(len(case.steps))]
+    source = f" of step {streams.index(fault.stream)}" if fault.stream in streams else ""
+    return f"{fault.name} on {fault.tensor}{rows}{source}"
 
 
 def _rows(rows: Labels) -> str:

@@ -1,0 +1,70 @@
+"""`run --ops --mode --preset --faults`: read, checked against what the targets' ops have, and made a Restriction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from moe_fuzz import config
+from moe_fuzz.case import MODES
+from moe_fuzz.cli import params
+from moe_fuzz.errors import EnvironmentProblem, UsageError
+from moe_fuzz.ops import OPS, get_space
+from moe_fuzz.restriction import NO_FAULT, Restriction
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def options(command: F) -> F:
+    """The options. Each may be given several times, and each time with several names."""
+    several = (
+        ("ops", "--ops", "OP,…", "Targets of these ops only."),
+        ("mode", "--mode", "MODE,…", f"Cases of these modes only: {', '.join(MODES)}."),
+        ("preset", "--preset", "NAME,…", "Configs of these models only; `moe-fuzz list presets`."),
+        ("faults", "--faults", "NAME,…", f"No faults but these; {NO_FAULT}: cases without faults."),
+    )
+    for key, flag, metavar, text in reversed(several):
+        command = params.option(
+            key, flag, type=params.NAMES, multiple=True, metavar=metavar, help=text, callback=_joined
+        )(command)
+    return command
+
+
+def _joined(_ctx: click.Context, _param: click.Parameter, value: Iterable[Sequence[str]]) -> tuple[str, ...] | None:
+    return tuple(dict.fromkeys(name for names in value for name in names)) or None
+
+
+def only_ops(names: Sequence[str], ops: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The targets of these ops. UsageError for an op that does not exist, EnvironmentProblem if no target is left."""
+    if ops is None:
+        return tuple(names)
+    _check("op", ops, OPS)
+    left = tuple(name for name in names if name.partition("@")[0] in ops)
+    if not left:
+        raise EnvironmentProblem(f"there is nothing to run: no target asked for is one of {', '.join(ops)}",
+                                 "`moe-fuzz list targets` shows which op a target is of")  # fmt: skip
+    return left
+
+
+def restriction(
+    modes: tuple[str, ...] | None, presets: tuple[str, ...] | None, faults: tuple[str, ...] | None,
+    targets: Sequence[str],
+) -> Restriction:  # fmt: skip
+    """UsageError for a name that none of the targets' ops knows."""
+    spaces = [get_space(op) for op in dict.fromkeys(name.partition("@")[0] for name in targets)]
+    _check("mode", modes, MODES)
+    _check("preset", presets, [name for space in spaces for name in space.presets])
+    _check("fault", faults, [NO_FAULT, *(name for space in spaces for name in space.faults)])
+    if faults is not None and NO_FAULT in faults and len(faults) > 1:
+        raise UsageError(f"--faults {','.join(faults)}: {NO_FAULT} stands alone", "leave it out, or the others")
+    return Restriction(modes, presets, faults)
+
+
+def _check(what: str, asked: Iterable[str] | None, known: Sequence[str]) -> None:
+    names = sorted(dict.fromkeys(known))
+    for name in asked or ():
+        if name not in names:
+            raise UsageError(f"there is no {what} {name!r}{config.did_you_mean(name, names)}",
+                             f"the {what}s are {', '.join(names)}")  # fmt: skip

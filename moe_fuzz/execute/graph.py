@@ -1,0 +1,68 @@
+"""The graph modes: every bucket is captured once, the largest first, all in one pool; then the steps are replayed.
+
+Each replay is judged like an eager call, and against one. Relations that need more calls are run on the last step; they
+replay too, so that replaying twice must give what replaying once gives.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from moe_fuzz.checks.observation import Outputs
+from moe_fuzz.execute.buckets import Bucket, Simulated
+from moe_fuzz.execute.capture import Captured, GraphPool
+from moe_fuzz.execute.routing import call_once
+from moe_fuzz.execute.steps import Steps
+from moe_fuzz.fence import Arena
+from moe_fuzz.ops.routing.inputs import Inputs, Lie, materialize
+
+_Key = tuple[int, tuple[tuple[str, Lie], ...]]  # token count and layout: what cannot change inside a graph
+
+
+class GraphSteps(Steps):
+    """See Steps. `run` also raises CaptureFailed."""
+
+    def run(self) -> None:
+        inputs = [materialize(self.case, index) for index in range(len(self.case.steps))]
+        keys = [_key(one) for one in inputs]
+        buckets: dict[_Key, Bucket] = {}
+        with self.arena() as static:  # open to the end: the addresses in it are in the graphs
+            try:
+                pool = GraphPool.new() if self.device == "cuda" else None
+                for key in sorted(set(keys), key=lambda key: (-key[0], keys.index(key))):
+                    self.index = keys.index(key)
+                    make = partial(self._make, buckets, key, inputs[self.index], static, pool)
+                    if not self.attempt(make, f" (warming up the bucket of {key[0]} tokens)"):
+                        return
+                for index, key in enumerate(keys):
+                    self.index = index
+                    with self.arena() as fresh:
+                        self.attempt(partial(self._step, inputs[index], buckets[key], static, fresh))
+                    if self.violations:
+                        return
+            finally:
+                for bucket in buckets.values():
+                    bucket.close()
+
+    def _make(
+        self, buckets: dict[_Key, Bucket], key: _Key, inputs: Inputs, arena: Arena, pool: GraphPool | None
+    ) -> None:
+        with_out, pieces = bool(self.case.config["out"]), self.case.mode == "piecewise"
+        if pool is None:
+            buckets[key] = Simulated(inputs, self.target, arena, with_out, pieces)
+        else:
+            buckets[key] = Captured(inputs, self.target, arena, with_out, pieces, pool)
+
+    def _step(self, inputs: Inputs, bucket: Bucket, static: Arena, fresh: Arena) -> None:
+        def eager(other: Inputs) -> Outputs:
+            return call_once(other, self.target, fresh, bool(self.case.config["out"]))
+
+        def call(other: Inputs) -> Outputs:
+            return bucket.replay(other) if _key(other)[0] == _key(inputs)[0] else eager(other)
+
+        last = self.index == len(self.case.steps) - 1
+        self.judge(inputs, call(inputs), call, lambda: static.check() + fresh.check(), eager, relations=last)
+
+
+def _key(inputs: Inputs) -> _Key:
+    return inputs.plain["logits"].shape[0], tuple(sorted(inputs.lies.items(), key=lambda item: item[0]))

@@ -1,0 +1,135 @@
+"""What every mode of a routing case has in common: its steps are judged one after the other, up to the first bad one.
+
+A mode (eager.py, graph.py) makes the calls. Here its results are judged and added up.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from moe_fuzz.case import Case
+from moe_fuzz.checks import (  # noqa: F401 - they register
+    CHECKS,
+    RELATIONS,
+    binding,
+    metamorphic,
+    replay,
+    routing,
+    structural,
+)
+from moe_fuzz.checks.observation import Outputs, RoutingObservation
+from moe_fuzz.execute.call import TargetError
+from moe_fuzz.execute.routing import BadResult
+from moe_fuzz.fence import Arena, open_arena
+from moe_fuzz.ops import get_space
+from moe_fuzz.ops.routing.inputs import Inputs
+from moe_fuzz.options import RunOptions
+from moe_fuzz.targets.bind import Target
+from moe_fuzz.verdict import Violation
+
+_FAMILY = "routing"
+Call = Callable[[Inputs], Outputs]
+
+
+class Steps(ABC):
+    """One run of a case. What was found so far stands in the attributes, also where `run` raises."""
+
+    def __init__(self, case: Case, target: Target, options: RunOptions, device: str) -> None:
+        self.case, self.target, self.options, self.device = case, target, options, device
+        self.index = 0  # of the step at hand
+        self.violations: list[Violation] = []
+        self.detail = ""  # for a person: the traceback of what the target raised
+        self.parity = True  # of every step so far
+        self.budget = 0.0
+        self.fence_seconds = 0.0
+
+    @abstractmethod
+    def run(self) -> None:
+        """Runs the steps until one has violations. Raises DeviceLost and MemoryError, TargetError where the target ran
+        out of memory, and what a mode adds to it."""
+
+    @contextmanager
+    def arena(self) -> Iterator[Arena]:
+        arena = open_arena(self.device, self.options.fence, str(self.case.config["edge"]))
+        try:
+            with arena:
+                yield arena
+        finally:
+            self.fence_seconds += arena.seconds
+
+    def add(self, check: str, *found: Violation) -> None:
+        """Takes in violations of one check, if it is asked for; where there are several steps, with the step."""
+        if self.options.checks is not None and check not in self.options.checks:
+            return
+        if len(self.case.steps) > 1:
+            found = tuple(replace(v, step=self.index, message=f"step {self.index}: {v.message}") for v in found)
+        self.violations += found
+
+    def attempt(self, doing: Callable[[], object], when: str = "") -> bool:
+        """Lets the target work; what it raises, or returns instead of a result, is a violation. Whether it went well.
+
+        when: what the work was for, if it was not the step itself.
+        """
+        try:
+            doing()
+        except TargetError as error:
+            if error.out_of_memory:
+                raise
+            self.detail = error.text
+            self.add("error", replace(error.violation, message=error.violation.message + when))
+        except BadResult as bad:
+            self.add("structure", replace(bad.violation, message=bad.violation.message + when))
+        else:
+            return True
+        self.parity = False
+        return False
+
+    def judge(
+        self, inputs: Inputs, outputs: Outputs, call: Call, canaries: Callable[[], list[Violation]],
+        eager: Call | None = None, relations: bool = True,
+    ) -> None:  # fmt: skip
+        """Has every check judge one result. What an earlier check finds stays, whatever later ones raise.
+
+        call, eager: as in RoutingObservation. canaries: the damage to canaries since it was last asked.
+        relations: also run the checks that call the target again, each at the price of a step.
+        """
+        seen = RoutingObservation(self.case, self.index, self.target.info, inputs, outputs, _shaped(call),
+                                  _shaped(eager) if eager else None)  # fmt: skip
+        before = len(self.violations)
+        self.add("canary", *canaries())
+        damaged = len(self.violations) > before
+        checks = CHECKS[_FAMILY]
+        self.add("structure", *checks["structure"](seen))
+        if not seen.shaped:
+            self.parity = False
+            return
+        for name in get_space(self.case.op).checks:  # their order is that of attribution
+            if name not in checks or name == "structure" or (name in RELATIONS[_FAMILY] and not relations):
+                continue
+            if self.options.checks is None or name in self.options.checks:
+                again = f" (when `{name}` called it again)"
+                if not self.attempt(lambda name=name: self.add(name, *checks[name](seen)), again):  # type: ignore[misc]
+                    break  # the others would only call it again
+        if not damaged:
+            self.add("canary", *canaries())  # what the calls of the checks did
+        self.budget = max(self.budget, *seen.budget.values(), 0.0)
+        self.parity = self.parity and len(self.violations) == before and not binding.binding(seen)
+
+
+def _shaped(call: Call) -> Call:
+    """The call, held to the shape that its inputs ask for: relations compare row by row."""
+
+    def checked(inputs: Inputs) -> Outputs:
+        outputs, shape = call(inputs), (inputs.plain["logits"].shape[0], inputs.width)
+        for name, tensor in (("weights", outputs.weights), ("ids", outputs.ids)):
+            if tuple(tensor.shape) != shape:
+                message = f"{name} has the wrong shape"
+                raise BadResult(
+                    Violation("structure", f"{name}:shape", message, name, (), str(shape), str(tuple(tensor.shape)))
+                )
+        return outputs
+
+    return checked

@@ -1,0 +1,121 @@
+"""What a campaign's cases are cut down to: some modes, some models, some faults. Free of torch.
+
+A restricted space draws nothing else, so generation, which draws axis by axis, and the grid, which covers pairs, spend
+no case outside. Of the presets, which fix several axes at once, one is an axis of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_fuzz.case import MODES, Case, Scalar
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.ops.space import Axis, FaultPlace
+
+NO_FAULT = "none"  # in place of a fault's name: cases without faults
+_PRESET = "preset"
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """None: everything."""
+
+    modes: tuple[str, ...] | None = None
+    presets: tuple[str, ...] | None = None  # configs of these models alone, with any flags that a model leaves open
+    faults: tuple[str, ...] | None = None  # no other faults than these; NO_FAULT: none at all
+
+    def __bool__(self) -> bool:
+        return any(part is not None for part in (self.modes, self.presets, self.faults))
+
+    def lines(self) -> tuple[str, ...]:
+        """For a campaign's header."""
+        parts = (("modes", self.modes), ("presets", self.presets), ("faults", self.faults))
+        return tuple(f"only these {name}: {', '.join(part)}" for name, part in parts if part is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: None if part is None else sorted(part) for name, part in vars(self).items()}
+
+    def refusal(self, space: Any, info: TargetInfo) -> str:
+        """Why nothing is left for this target; empty if something is."""
+        restricted = RestrictedSpace(space, self)
+        if self.modes is not None and not restricted.modes(info):
+            return f"{info.name} cannot be run in mode {_or(self.modes)}"
+        if self.presets is not None and not restricted.fitting(info):
+            return f"{info.name} takes no config of {_or(self.presets)}"
+        if self.faults is not None and NO_FAULT not in self.faults and not restricted.can_be_laid(info):
+            return f"{info.name} takes cases with no fault {_or(self.faults)}"
+        return ""
+
+    def allows(self, case: Case) -> bool:
+        """Whether a case has none but these modes and faults."""
+        return (self.modes is None or case.mode in self.modes) and (
+            self.faults is None or set(case.fault_names) <= set(self.faults)
+        )
+
+
+class RestrictedSpace:
+    """A space (ops/space.py) of which only a part can be drawn; all else is as in the space itself."""
+
+    def __init__(self, space: Any, restriction: Restriction) -> None:
+        self._space = space
+        self._only = restriction
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._space, name)
+
+    @property
+    def presets(self) -> Mapping[str, Mapping[str, Scalar]]:
+        only = self._only.presets
+        return {name: fixed for name, fixed in self._space.presets.items() if only is None or name in only}
+
+    @property
+    def places(self) -> tuple[FaultPlace, ...]:
+        return tuple(self._left(self._space.places))
+
+    def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
+        return tuple(self._left(self._space.places_for(config, info)))
+
+    def can_be_laid(self, info: TargetInfo) -> tuple[FaultPlace, ...]:
+        """The faults that some case of this target can have: one with every tensor that it takes."""
+        last = {axis.name: axis.values[-1] for axis in self._space.axes(info)}
+        return self.places_for(self._space.complete(last, info), info)
+
+    def modes(self, info: TargetInfo) -> tuple[str, ...]:
+        asked = getattr(self._space, "modes", None)
+        modes: tuple[str, ...] = asked(info) if asked else MODES[:1]
+        return tuple(mode for mode in modes if self._only.modes is None or mode in self._only.modes)
+
+    def fitting(self, info: TargetInfo) -> dict[str, Mapping[str, Scalar]]:
+        """Of the presets, those that lie inside the target's capabilities."""
+        allowed = {axis.name: axis.values for axis in self._space.axes(info)}
+        return {
+            name: fixed
+            for name, fixed in self.presets.items()
+            if all(value in allowed.get(field, ()) for field, value in fixed.items())
+        }
+
+    def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
+        """With presets, these are an axis, and what all of them fix is no longer one worth covering."""
+        axes = tuple(self._space.axes(info))
+        if self._only.presets is None:
+            return axes
+        models = self.fitting(info)
+        fixed = set.intersection(*(set(model) for model in models.values()))
+        first = next(iter(models.values()))
+        left = (Axis(axis.name, (first[axis.name],)) if axis.name in fixed else axis for axis in axes)
+        return (*left, Axis(_PRESET, tuple(models)))
+
+    def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
+        chosen = dict(config)
+        model = chosen.pop(_PRESET, None)
+        whole: dict[str, Scalar] = self._space.complete(chosen | dict(self.presets[str(model)] if model else {}), info)
+        return whole
+
+    def _left(self, places: Iterable[FaultPlace]) -> Iterator[FaultPlace]:
+        return (place for place in places if self._only.faults is None or place.fault in self._only.faults)
+
+
+def _or(names: Iterable[str]) -> str:
+    return " or ".join(names)

@@ -1,0 +1,196 @@
+"""The steps of a case: one alone, several calls in a row, or the replays of a graph over static buffers.
+
+The buffers of a graph mode are kept in mind here, replay by replay, and not when the case is run. A server copies its
+real rows in and leaves the rest as it is, so the tail holds what was there: an earlier replay's rows with their faults,
+NaN that a layer before left, or the zeros of a buffer that is new. Each step says this of itself, through faults that
+name the step a row is from (`stale_rows` with its stream). So a case stays a function of its own JSON, and when the
+reducer takes a step away, the tails of the others hold what they held.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from hypothesis import strategies as st
+
+from moe_fuzz.case import MODES, Case, Fault, Scalar, Step
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops.space import FaultPlace, Space
+
+SINGLE, SEQUENCE = "single", "sequence"  # of eager calls; the other kinds of run are the graph modes
+#: What servers capture; and sizes that they round up to these, but a user may ask for.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136, 144, 152, 160, 168, 176,
+           184, 192, 200, 208, 216, 224, 232, 240, 248, 256, 512)  # fmt: skip
+ODD_BUCKETS = (3, 7, 13, 33, 65, 100)
+#: What is in the tail before a replay: most often what was there, else what a layer before has left there.
+TAILS = ("", "", "", "nan_rows", "inf_rows", "neg_inf_rows", "huge_rows", "zero_rows")
+SMALL = 6  # of the dictionary's token counts: half of all cases are of these, which are cheap and break most
+MAX_SEQUENCE, MAX_REPLAYS = 4, 8  # steps
+
+LaidFault = tuple[FaultPlace, int]  # and where it lies, as in `fault_rows`
+
+
+@dataclass(frozen=True)
+class Move:
+    """A step in small choices: which of the plan's token counts, how much padding (`padding_rows`), what is in it."""
+
+    size: int
+    padding: int
+    tail: int
+    faults: tuple[LaidFault, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    sizes: tuple[int, ...]  # token counts: in a graph mode, the buckets
+    moves: tuple[Move, ...]
+
+
+def runs(modes: Sequence[str], device: str) -> tuple[str, ...]:
+    """The kinds of run, each as often as its share: three cases in five are a single call. Without CUDA graphs it is
+    three in four: a replay shows less there, and costs more."""
+    graphs = [mode for mode in MODES[1:] if mode in modes]
+    graphs += graphs[:1]
+    if MODES[0] not in modes:
+        return tuple(graphs)
+    single = (6 if device == "cuda" else 12) if graphs else 6
+    return (SINGLE,) * single + (SEQUENCE, *graphs)
+
+
+def plans(run: str, tokens: Sequence[int], fault: st.SearchStrategy[LaidFault]) -> st.SearchStrategy[Plan]:
+    """Plans of a kind of run. tokens: the counts that a case can afford, the simplest first."""
+    few, all_ = _sizes(run, tokens)
+    sizes = st.lists(st.sampled_from(few) | st.sampled_from(all_), min_size=1, max_size=2, unique=run != SEQUENCE)
+    faults = st.just([]) if fault.is_empty else st.lists(fault, max_size=2, unique_by=lambda chosen: chosen[0])
+    move = st.builds(
+        Move, st.integers(0, 1), st.integers(0, 4), st.integers(0, len(TAILS) - 1), faults.map(tuple)
+    )
+    moves = st.lists(move, min_size=2, max_size=MAX_SEQUENCE if run == SEQUENCE else MAX_REPLAYS)
+    return st.builds(Plan, sizes.map(tuple), moves.map(tuple))
+
+
+def random_plan(
+    run: str, tokens: Sequence[int], faults: Sequence[LaidFault], padding: int, chosen: random.Random
+) -> Plan:
+    """A plan for the grid, which has chosen a fault and some padding that must be in it."""
+    few, all_ = _sizes(run, tokens)
+    sizes = tuple(chosen.choice(few if chosen.random() < 0.5 else all_) for _ in range(2))
+    moves = [Move(0, min(padding, 4), chosen.randrange(len(TAILS)), tuple(faults))]
+    moves += [
+        Move(chosen.randint(0, 1), chosen.randint(0, 4), chosen.randrange(len(TAILS)), ())
+        for _ in range(chosen.randint(1, MAX_SEQUENCE - 1))
+    ]
+    chosen.shuffle(moves)
+    return Plan(tuple(dict.fromkeys(sizes)), tuple(moves))
+
+
+def make(
+    space: Space, config: Mapping[str, Scalar], run: str, plan: Plan, seed: int, target: str, device: str
+) -> Case:
+    """The case of a plan; as many of its steps as the device can afford."""
+    chosen = random.Random(seed)  # positions only; the values come from the case's generator
+    if run == SEQUENCE:
+        steps = [make_step(_size(plan, move), move.padding, move.faults, chosen) for move in plan.moves]
+    else:
+        steps = _replays(plan, chosen, {place.fault for place in space.places})
+    case = Case(space.op, config, tuple(steps), seed, "eager" if run == SEQUENCE else run, target)
+    while len(case.steps) > 1 and not space.affordable(case, device):
+        case = replace(case, steps=case.steps[:-1])
+    return case
+
+
+def make_step(tokens: int, padding: int, faults: Sequence[LaidFault], chosen: random.Random) -> Step:
+    """A step that has nothing to do with others: `padding`, as in `padding_rows`, each fault with where it lies."""
+    rows = Labels.range(tokens)
+    padded = padding_rows(rows, padding, chosen)
+    laid = []
+    for place, where in faults:
+        if place.max_rows is not None and tokens > place.max_rows:
+            continue
+        if not place.on_rows:
+            laid.append(Fault(place.fault, place.tensor))
+            continue
+        named = fault_rows(rows, padded, where, chosen)
+        if named:
+            laid.append(Fault(place.fault, place.tensor, named))
+    return Step(rows, padded, tuple(laid))
+
+
+def padding_rows(rows: Labels, padding: int, chosen: random.Random) -> Labels:
+    """0 to 4: so many quarters of the rows, at the tail, as a CUDA graph pads. 5 and 6: one and two quarters of them,
+    anywhere, as where the padded batches of several ranks are joined."""
+    count = -(-len(rows) * (padding if padding <= 4 else padding - 4) // 4)
+    return rows.last(count) if padding <= 4 else Labels.of(chosen.sample(range(len(rows)), min(count, 64)))
+
+
+def fault_rows(rows: Labels, padded: Labels, where: int, chosen: random.Random) -> Labels:
+    """The padding, one row, some rows, or all rows."""
+    if where == 0 and padded:
+        return padded
+    if where == 3 or not rows:
+        return rows
+    count = 1 if where == 1 else chosen.randint(1, len(rows))
+    return Labels.of(chosen.sample(range(len(rows)), min(count, 64)))
+
+
+# ---- static buffers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a row of a static buffer holds: the values of a stream (None: nothing yet), and the faults laid on them."""
+
+    stream: int | None = None
+    faults: tuple[str, ...] = ("zero_rows",)
+
+
+def _replays(plan: Plan, chosen: random.Random, known: Container[str]) -> list[Step]:
+    """known: the faults that may be drawn. What none of them can bring into a tail is not in it."""
+    whole = {place.fault: Fault(place.fault, place.tensor)  # a layout is the buffer's, a bias is a weight: they stay
+             for move in plan.moves for place, _ in move.faults
+             if not place.on_rows and (place.max_rows is None or max(plan.sizes) <= place.max_rows)}  # fmt: skip
+    buffers: dict[int, dict[int, _Content]] = {}
+    steps = []
+    for stream, move in enumerate(plan.moves):
+        rows = Labels.range(_size(plan, move))
+        padded = padding_rows(rows, move.padding, chosen)
+        buffer = buffers.setdefault(len(rows), {row: _Content() for row in rows})
+        tail = TAILS[move.tail] if TAILS[move.tail] in known else ""
+        for row in padded:
+            if tail:
+                buffer[row] = _Content(stream, (tail,))
+        for row in rows - padded:
+            buffer[row] = _Content(stream, ())
+        for place, where in move.faults:
+            real = rows - padded
+            if place.on_rows and real:
+                for row in fault_rows(real, Labels(), where, chosen) & real:
+                    buffer[row] = replace(buffer[row], faults=(*buffer[row].faults, place.fault))
+        held = [fault for fault in _faults(stream, buffer) if fault.name in known]
+        steps.append(Step(rows, padded, (*held, *whole.values())))
+    return steps
+
+
+def _faults(stream: int, buffer: Mapping[int, _Content]) -> list[Fault]:
+    """The faults that make the rows of this step hold what the buffer does."""
+    found: list[Fault] = []
+    for content in dict.fromkeys(buffer.values()):
+        rows = Labels.of(row for row, held in buffer.items() if held == content)
+        if content.stream not in (None, stream):
+            found.append(Fault("stale_rows", "logits", rows, content.stream))
+        found += [Fault(name, "logits", rows) for name in content.faults]
+    return found
+
+
+def _size(plan: Plan, move: Move) -> int:
+    return plan.sizes[move.size % len(plan.sizes)]
+
+
+def _sizes(run: str, tokens: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """The cheap token counts, and all of them."""
+    if run == SEQUENCE:
+        return tokens[:SMALL], tokens
+    found = [size for size in (*BUCKETS, *ODD_BUCKETS) if size <= max(tokens)]
+    return found[:SMALL], found

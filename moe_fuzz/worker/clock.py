@@ -1,0 +1,97 @@
+"""How long a case may still take, as the parent counts it. Free of torch.
+
+Two allowances: the case's own seconds, and those it may stand still: while the worker says that it compiles or loads
+(execute/clock.py), or is seen to read files. Nothing that spins or waits on a device reads files; whoever imports a
+module or loads a library does, be it through a hook of ours or not.
+"""
+
+from __future__ import annotations
+
+import time
+
+_READ = 4096  # bytes in a slice: more is no counter of an event, but a file
+_FAULTS = 8  # pages in a slice that had to come from a disk
+
+
+class CaseClock:
+    """The clock of one case. Times are those of time.monotonic()."""
+
+    def __init__(self, own: float, still: float) -> None:
+        """own, still: seconds of each kind that a case gets."""
+        self._given = {False: own, True: still}
+        self._spent = {False: 0.0, True: 0.0}
+        self._still = False
+        self._since = self._began = time.monotonic()
+
+    def restart(self) -> None:
+        """A case begins."""
+        self._spent = {False: 0.0, True: 0.0}
+        self._still = False
+        self._since = self._began = time.monotonic()
+
+    def stand(self, still: bool) -> None:
+        """From now on time is of this kind."""
+        self._settle(self._still)
+        self._still = still
+
+    def look(self, reads: bool) -> None:
+        """The process was silent since the last event or look; `reads`: it read files meanwhile."""
+        self._settle(self._still or reads)
+
+    @property
+    def until(self) -> float:
+        """When the present allowance ends."""
+        return self._since + self._given[self._still] - self._spent[self._still]
+
+    @property
+    def limit(self) -> float:
+        """Seconds of the present allowance."""
+        return self._given[self._still]
+
+    @property
+    def still(self) -> bool:
+        return self._still
+
+    @property
+    def expired(self) -> bool:
+        """Whether an allowance is at its end: that of a process that reads and reads, too."""
+        return time.monotonic() >= self.until or self._spent[True] >= self._given[True]
+
+    @property
+    def seconds(self) -> float:
+        """Since the case began, of both kinds."""
+        return time.monotonic() - self._began
+
+    def _settle(self, still: bool) -> None:
+        now = time.monotonic()
+        self._spent[still] += now - self._since
+        self._since = now
+
+
+class Reading:
+    """Whether a process reads files, from what the kernel counts of it."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._last: tuple[int, int] | None = None
+
+    def grew(self) -> bool:
+        """Since the last time this was asked. The first answer is no."""
+        last, self._last = self._last, _counters(self._pid)
+        if last is None or self._last is None:
+            return False
+        return self._last[0] - last[0] >= _READ or self._last[1] - last[1] >= _FAULTS
+
+
+def _counters(pid: int) -> tuple[int, int] | None:
+    """Bytes read by system calls, and page faults that waited for a disk; None where the kernel does not tell."""
+    try:
+        with open(f"/proc/{pid}/io", "rb") as file:
+            read = int(file.read().split(b"\n", 1)[0].split()[1])
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            faults = int(file.read().rpartition(b")")[2].split()[9])
+    except (OSError, ValueError, IndexError):  # it is gone, or hides: nothing is known
+        return None
+    return read, faults
+
+

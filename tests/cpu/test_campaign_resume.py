@@ -1,0 +1,153 @@
+"""A campaign that is interrupted or killed: nothing is lost, and the next run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from moe_fuzz.campaign import engine, events
+from moe_fuzz.campaign.state import StateDir
+from tests.cpu.campaign_fakes import (
+    TARGET,
+    FakePool,
+    Listener,
+    always_good,
+    campaign,
+    nan_on_odd,
+    ran,
+    toy,
+    when,
+)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing after it runs."""
+
+
+def test_an_interrupt_saves_and_the_next_run_goes_on(tmp_path):
+    whole = campaign(tmp_path / "whole", when(nan_on_odd), cases=600)
+    whole.run()
+
+    def cut(event):
+        if isinstance(event, events.Progress) and event.cases >= 150 and not cut.done:
+            cut.done = True
+            raise KeyboardInterrupt
+
+    cut.done = False
+    listener = Listener()
+    first = campaign(tmp_path / "cut", when(nan_on_odd), cut, cases=600)
+    first_summary = _run_interrupted(first)
+    second = campaign(tmp_path / "cut", when(nan_on_odd), listener, cases=600)
+    summary = second.run()
+    assert listener.of(events.CampaignStarted)[0].resumed
+    assert summary.cases == 600
+    assert set(ran(whole)) <= set(ran(first)) | set(ran(second))
+    assert len(second.pool.leased) < 600
+    assert summary.exit_code == 1  # what the first part found is still this campaign's news
+    assert first_summary is None or first_summary.exit_code == 130
+    third = Listener()
+    campaign(tmp_path / "cut", always_good, third, cases=600).run()
+    assert not third.of(events.CampaignStarted)[0].resumed
+
+
+def _run_interrupted(made):
+    try:
+        return made.run()
+    except KeyboardInterrupt:
+        return None
+
+
+def test_ctrl_c_in_the_main_thread_gives_a_summary_and_130(tmp_path, monkeypatch):
+    listener = Listener()
+    made = campaign(tmp_path, when(nan_on_odd), listener, cases=100_000)
+
+
+    class Interrupting(engine.Triage):
+        def work(self, seconds):
+            if len(made.pool.leased) > 100:
+                raise KeyboardInterrupt
+            return False
+
+    monkeypatch.setattr(engine, "Triage", Interrupting)
+    summary = made.run()
+    assert (summary.exit_code, summary.interrupted) == (130, True)
+    assert listener.of(events.CampaignFinished)[0].summary == summary
+    assert summary.unexamined == len(list((tmp_path / "pending").iterdir()))
+
+
+def test_a_kill_while_a_finding_is_examined_loses_nothing(tmp_path):
+    def killer(event):
+        if isinstance(event, events.FindingConfirming):
+            raise Killed
+
+    with pytest.raises(Killed):
+        campaign(tmp_path, when(nan_on_odd), killer, cases=100).run()
+    assert list((tmp_path / "pending").glob("*.json"))
+    listener = Listener()
+    # The cases of this run never fail, so the finding can only come from what was pending.
+    pool = FakePool(when(nan_on_odd))
+    summary = campaign(tmp_path, always_good, listener, pool=pool, cases=1, seed=99).run()
+    assert listener.of(events.PhaseStarted)[0].name == "resume"
+    assert [finding.features for finding in summary.new] == [("fault:nan_rows",)]
+    assert not list((tmp_path / "pending").iterdir())
+
+
+@pytest.mark.parametrize("moment", ["os.replace", "pathlib.Path.rename", "emit"])
+def test_a_finding_is_news_until_a_campaign_has_ended_with_it(tmp_path, monkeypatch, moment):
+    """Killed at any moment after it was found, the campaign that goes on reports it as new."""
+
+    def killer(event):
+        if moment == "emit" and isinstance(event, events.FindingReported):
+            raise Killed
+
+    def kill(*paths):
+        if "findings" in str(paths):
+            raise Killed
+        return real(*paths)
+
+    if moment != "emit":
+        real = {"os.replace": os.replace, "pathlib.Path.rename": Path.rename}[moment]
+        monkeypatch.setattr(moment, kill)
+    try:
+        campaign(tmp_path, when(nan_on_odd), killer, cases=300).run()
+    except Killed:
+        monkeypatch.undo()
+    summary = campaign(tmp_path, when(nan_on_odd), cases=300).run()
+    assert (summary.exit_code, len(summary.new)) == (1, 1)
+
+
+def test_a_round_in_flight_when_killed_is_run_first(tmp_path):
+    victim = toy(61, 4, 7, ["nan_rows"])
+    with StateDir(tmp_path) as state:
+        state.begin_round("0", TARGET, (toy(), victim))
+    made = campaign(tmp_path, when(nan_on_odd), cases=1, seed=99)
+    summary = made.run()
+    assert made.pool.leased[:2] == [toy(), victim]
+    assert summary.cases == 1  # what was replayed is not counted
+    assert len(summary.new) == 1
+    assert not list((tmp_path / "inflight").iterdir())
+
+
+def test_a_round_that_keeps_killing_the_campaign_is_set_aside(tmp_path):
+    with StateDir(tmp_path) as state:
+        state.begin_round("0", TARGET, (toy(),), attempts=2)
+    listener = Listener()
+    made = campaign(tmp_path, always_good, listener, cases=1)
+    made.run()
+    assert toy() not in made.pool.leased
+    assert any("died 2 times" in event.message for event in listener.of(events.Note))
+
+
+def test_an_interrupted_campaign_keeps_its_random_seed(tmp_path):
+    def killer(event):
+        if isinstance(event, events.Progress):
+            raise Killed
+
+    with pytest.raises(Killed):
+        campaign(tmp_path, always_good, killer, seed=None).run()
+    seed = json.loads((tmp_path / "campaign.json").read_text())["seed"]
+    assert campaign(tmp_path, always_good, seed=None).run().seed == seed
+    assert campaign(tmp_path, always_good, seed=None).run().seed != seed

@@ -1,0 +1,388 @@
+"""Serving libraries as targets: every release's schema is bound as it is, and what cannot be bound says why."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_fuzz import strategies
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.errors import EnvironmentProblem
+from moe_fuzz.execute.runner import Runner
+from moe_fuzz.ops import OPS, get_space
+from moe_fuzz.options import ProviderOptions, RunOptions
+from moe_fuzz.targets import extension, registry, sources
+from moe_fuzz.targets.bind import Target, bind
+from moe_fuzz.verdict import PASS, VIOLATION
+from moe_fuzz.worker.pool import Pool
+from tests.cpu import fake_library
+from tests.cpu.fake_library import RELEASES, Operator, schemas
+
+VARIABLE = {"vllm": "MOE_FUZZ_VLLM_LIB", "sglang": "MOE_FUZZ_SGLANG_LIB"}
+_COUNTER = itertools.count()
+Released = Callable[..., None]
+Change = Callable[[str, Operator], Operator] | None
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for variable in VARIABLE.values():
+        monkeypatch.delenv(variable, raising=False)
+    extension.load.cache_clear()
+    before = set(sys.modules)
+    yield
+    extension.load.cache_clear()
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] == "vllm":
+            del sys.modules[name]
+
+
+def provider_of(release: str) -> str:
+    return "vllm" if release.startswith("vllm") else "sglang"
+
+
+@pytest.fixture
+def released(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Released:
+    """Makes the operators of a release what the provider's library holds, in a namespace that nobody used before."""
+
+    def make(release: str, texts: list[str] | None = None, change: Change = None) -> None:
+        provider = provider_of(release)
+        name = f"fake_{next(_COUNTER)}"
+        fake_library.register(name, list(schemas(release).values()) if texts is None else texts, change)
+        source = replace(getattr(sources, provider.upper()), package="no_such_package", namespace=name)
+        monkeypatch.setattr(sources, provider.upper(), source)
+        file = tmp_path / "empty.py"
+        file.write_text("")
+        monkeypatch.setenv(VARIABLE[provider], str(file))
+
+    return make
+
+
+def targets(release: str) -> list[str]:
+    """The operators of a release that are targets of ours."""
+    ops = {"moe_fused_gate": "grouped_topk"}
+    return [f"{ops.get(name, name)}@{provider_of(release)}" for name in schemas(release)]
+
+
+#: What follows from each release's schema: (renormalize, bias, scale, is_padding).
+EXPECTED = {
+    ("vllm 0.10.2", "topk_softmax"): ((False,), False, False, False),
+    ("vllm 0.11.2", "topk_softmax"): ((False, True), False, False, False),
+    ("vllm 0.12.0", "topk_softmax"): ((False, True), False, False, False),
+    ("vllm 0.16.0", "topk_softmax"): ((False, True), True, False, False),
+    ("vllm 0.16.0", "topk_sigmoid"): ((False, True), True, False, False),
+    ("vllm 0.20.0", "topk_softmax"): ((False, True), True, False, False),
+    ("vllm 0.20.0", "topk_sigmoid"): ((False, True), True, False, False),
+    ("vllm 0.24.0", "topk_softmax"): ((False, True), True, False, False),
+    ("vllm 0.24.0", "topk_sigmoid"): ((False, True), True, False, False),
+    ("vllm 0.27.0", "topk_softmax"): ((False, True), True, False, True),
+    ("vllm 0.27.0", "topk_sigmoid"): ((False, True), True, True, True),
+    ("vllm 0.33.0", "topk_softmax"): ((False, True), True, False, True),
+    ("vllm 0.33.0", "topk_sigmoid"): ((False, True), True, True, True),
+    ("sgl-kernel 0.3.21", "topk_softmax"): ((False, True), False, False, False),
+    ("sgl-kernel 0.3.21", "topk_sigmoid"): ((False, True), True, False, False),
+    ("sglang-kernel 0.4.2", "topk_softmax"): ((False, True), False, False, False),
+    ("sglang-kernel 0.4.2", "topk_sigmoid"): ((False, True), True, False, False),
+    ("sglang-kernel 0.4.10", "topk_softmax"): ((False, True), False, False, False),
+    ("sglang-kernel 0.4.10", "topk_sigmoid"): ((False, True), True, False, False),
+}  # fmt: skip
+
+
+def test_every_router_of_every_release_is_expected() -> None:
+    known = {(release, name) for release in RELEASES for name in schemas(release) if name.startswith("topk_")}
+    assert known == set(EXPECTED)
+
+
+@pytest.mark.parametrize(("release", "op"), EXPECTED)
+def test_what_a_target_takes_follows_from_the_schema(released: Released, release: str, op: str) -> None:
+    released(release)
+    info = bind(f"{op}@{provider_of(release)}").info
+    can = info.capabilities
+    assert (can.renormalize, can.bias, can.scale, can.is_padding) == EXPECTED[release, op]
+    assert info.contract.padding == (("minus_one",) if can.is_padding else ("distinct",))
+    assert (can.devices, can.strided, can.out) == (("cpu",), False, True)  # the fake has a kernel for the CPU alone
+    assert schemas(release)[op].partition("(")[2] in info.origin
+    assert TargetInfo.from_json(info.to_json()) == info
+
+
+#: What follows for grouped routing: (sigmoid, batch_invariant, n_shared, scorings).
+GROUPED = {
+    "vllm 0.10.2": ("exp", False, 0, ("softmax", "sigmoid")),
+    "vllm 0.11.2": ("tanh", True, 0, ("softmax", "sigmoid")),
+    "vllm 0.33.0": ("tanh", True, 0, ("softmax", "sigmoid")),
+    "sgl-kernel 0.3.21": ("exp", True, 2, ("sigmoid",)),
+    "sglang-kernel 0.4.2": ("exp", True, 2, ("sigmoid",)),
+}
+
+
+@pytest.mark.parametrize("release", GROUPED)
+def test_what_a_router_of_groups_takes_follows_from_the_schema(released: Released, release: str) -> None:
+    released(release)
+    info = bind(f"grouped_topk@{provider_of(release)}").info
+    can, contract = info.capabilities, info.contract
+    assert (contract.sigmoid, contract.batch_invariant, can.n_shared, can.scorings) == GROUPED[release]
+    assert (can.group_scores, can.bias_required, can.expert_map) == (("top2_sum",), True, False)
+    assert (can.scale, can.is_padding, can.max_n_group) == (True, False, 32)
+    assert can.renormalize == ((False, True) if release.startswith("vllm") else (True,))
+
+
+def test_the_release_that_lost_moe_fused_gate_is_told(released: Released) -> None:
+    released("sglang-kernel 0.4.10")
+    assert "registers no operator" in refused("grouped_topk@sglang")
+
+
+def test_sizes_that_moe_fused_gate_refuses_are_not_drawn(released: Released) -> None:
+    released("sglang-kernel 0.4.2")
+    info, space = bind("grouped_topk@sglang").info, get_space("grouped_topk")
+    cases = list(itertools.islice(strategies.grid(space, info, "cuda", seed=2), 60))
+    assert not any(space.refusal(case, info) for case in cases)
+    sizes = {(len(case.experts), len(case.experts) // int(case.config["n_group"])) for case in cases}
+    assert all(experts & (experts - 1) == 0 and 8 <= size <= 32 for experts, size in sizes)
+    assert len(sizes) > 4
+
+
+def fuzz(target: str, count: int) -> list[str]:
+    """Verdicts of the first cases of the grid; violations by check and symptom."""
+    runner, options = Runner("cpu"), RunOptions()
+    info = runner.describe(target)
+    said = []
+    for case in itertools.islice(strategies.grid(get_space(info.op), info, "cpu", seed=5), count):
+        verdict = runner.run(case, target, options)
+        said.append(verdict.kind if verdict.kind != VIOLATION else ":".join(verdict.key))
+    return said
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_right_operator_passes_under_each_releases_schema(released: Released, release: str) -> None:
+    released(release)
+    for target in targets(release):
+        assert set(fuzz(target, 200 if release in ("vllm 0.33.0", "sglang-kernel 0.4.2") else 25)) == {PASS}, target
+
+
+def test_a_wrong_operator_is_found(released: Released) -> None:
+    def doubles(name: str, right: Operator) -> Operator:
+        def operator(weights: torch.Tensor, ids: torch.Tensor, *rest: object) -> None:
+            right(weights, ids, *rest)
+            if ids.shape[1] > 1:
+                ids[:, 1] = ids[:, 0]
+
+        return operator
+
+    released("vllm 0.33.0", change=doubles)
+    said = set(fuzz("topk_softmax@vllm", 40))
+    assert "ids:duplicate" in said
+    info = bind("topk_softmax@vllm").info
+    assert info.classify("ids", "duplicate", ["fault:nan_rows"])[0] == "contract"
+    assert info.classify("ids", "duplicate", ["fault:extreme_bias"])[0] == "robustness"
+
+
+def test_weights_beside_minus_one_are_free_but_the_id_is_not(released: Released) -> None:
+    def ignores_padding(name: str, right: Operator) -> Operator:
+        return lambda *given: right(*given[:-1], None)
+
+    released("vllm 0.33.0", change=ignores_padding)
+    assert "padding:id" in fuzz("topk_softmax@vllm", 60)
+
+
+def test_the_third_output_is_memory_of_its_own(released: Released) -> None:
+    seen = []
+
+    def watch(name: str, right: Operator) -> Operator:
+        def operator(*given: Any) -> None:
+            seen.append(given[2])
+            right(*given)
+
+        return operator
+
+    released("vllm 0.24.0", change=watch)
+    bind("topk_softmax@vllm")(torch.randn(3, 8), 2, {"renormalize": True})
+    assert (tuple(seen[0].shape), seen[0].dtype) == ((3, 2), torch.int32)
+
+
+# ---- what cannot be bound -------------------------------------------------------------------------------------------
+
+
+def refused(target: str) -> str:
+    with pytest.raises(EnvironmentProblem) as caught:
+        bind(target)
+    return f"{caught.value.message} | {caught.value.hint}"
+
+
+def test_an_unknown_mandatory_argument_is_refused(released: Released) -> None:
+    text = schemas("vllm 0.33.0")["topk_softmax"].replace("bool renormalize", "bool renormalize, int expert_offset")
+    released("vllm 0.33.0", [text])
+    said = refused("topk_softmax@vllm")
+    assert "'expert_offset'" in said
+    assert "docs/targets.md" in said
+
+
+def test_an_unknown_optional_argument_is_left_out(released: Released) -> None:
+    text = schemas("vllm 0.33.0")["topk_softmax"].replace(") -> ()", ", Tensor? mask, int sentinel=7) -> ()")
+    released("vllm 0.33.0", [text])
+    weights, ids = bind("topk_softmax@vllm")(torch.randn(3, 8), 2, {})
+    assert (weights.shape, ids.dtype) == ((3, 2), torch.int32)
+
+
+def test_a_schema_without_an_output_is_refused(released: Released) -> None:
+    released("sglang-kernel 0.4.2", ["topk_softmax(Tensor! topk_weights, Tensor gating_output) -> ()"])
+    assert "no argument for the ids" in refused("topk_softmax@sglang")
+
+
+def test_an_operator_that_the_release_lacks_is_told(released: Released) -> None:
+    released("vllm 0.33.0", [schemas("vllm 0.33.0")["topk_sigmoid"]])
+    assert "registers no operator" in refused("topk_softmax@vllm")
+
+
+@pytest.mark.parametrize("provider", VARIABLE)
+def test_without_package_and_library_the_way_out_is_named(provider: str) -> None:
+    if sources.installed(sources.SOURCES[provider].package):
+        pytest.skip(f"{provider} is installed here")
+    said = refused(f"topk_softmax@{provider}")
+    assert VARIABLE[provider] in said
+    assert "pip install" in said
+    assert f"[tool.moe-fuzz.providers.{provider}]" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(None, "no such file"), (b"\x7fELF", "does not load"), (b"raise OSError('lost')", "lost")]
+)
+def test_a_library_that_is_missing_or_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None, says: str
+) -> None:
+    file = tmp_path / ("library.py" if content and content[0] != 0x7F else "library.so")
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setattr(sources, "VLLM", replace(sources.VLLM, package="no_such_package"))
+    monkeypatch.setenv("MOE_FUZZ_VLLM_LIB", os.pathsep.join([str(file), ""]))
+    said = refused("topk_softmax@vllm")
+    assert says in said
+    assert str(file) in said
+
+
+def test_cuda_libraries_beside_torch_are_loaded_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """sgl_kernel needs libnvrtc, which torch loads only when it compiles."""
+    (tmp_path / "libnvrtc.so.13").write_text("")
+    loaded: list[str] = []
+
+    def load(path: str) -> None:
+        if not loaded:
+            cause = OSError("libnvrtc.so.13: cannot open shared object file: No such file or directory")
+            raise OSError(f"Could not load this library: {path}") from cause
+        loaded.append(path)
+
+    monkeypatch.setattr(extension, "_cuda_folders", lambda: [tmp_path])
+    monkeypatch.setattr(extension.torch.ops, "load_library", load)
+    monkeypatch.setattr(extension.ctypes, "CDLL", lambda path, mode: loaded.append(path))
+    extension._load_file(Path("/some/common_ops.abi3.so"))
+    assert loaded == [str(tmp_path / "libnvrtc.so.13"), "/some/common_ops.abi3.so"]
+
+
+def test_a_lone_library_is_named_by_size_and_hash(tmp_path: Path) -> None:
+    file = tmp_path / "lib.so"
+    file.write_bytes(b"x" * 250_000)
+    short = hashlib.sha256(b"x" * 250_000).hexdigest()[:12]
+    assert extension.identity(file) == f"{file} (0.2 MB, sha256 {short})"
+
+
+def test_an_installed_package_comes_first_and_tells_its_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "acme_serving"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('the package itself is not imported')")
+    (package / "_moe_C.py.so").write_text("")
+    info = tmp_path / "acme_serving-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-serving\nVersion: 1.2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("MOE_FUZZ_VLLM_LIB", "/nowhere.so")
+    source = replace(sources.VLLM, package="acme_serving", distributions=("acme-serving",))
+    monkeypatch.setattr(extension, "_load_file", lambda file: None)
+    library = extension.load(source)
+    assert (library.version, [f.name for f in library.files]) == ("1.2", ["_moe_C.py.so"])
+    assert library.origin("schema").startswith("acme_serving 1.2, ")
+
+
+# ---- Python functions -----------------------------------------------------------------------------------------------
+
+FUNCTIONS = '''
+import torch
+
+def fused_topk(hidden_states, gating_output, topk, renormalize, indices_type=None, scoring_func="softmax"):
+    assert hidden_states.size(0) == gating_output.size(0) and scoring_func == "softmax"
+    from moe_fuzz.reference.routing import topk_softmax
+    weights, ids = topk_softmax(gating_output, topk, renormalize=renormalize)
+    return weights, ids, torch.zeros_like(ids)
+'''
+
+
+def test_the_python_wrapper_is_bound_by_its_signature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if sources.installed("vllm"):
+        pytest.skip("vllm is installed here")
+    folder = tmp_path / "vllm" / "model_executor" / "layers" / "fused_moe" / "router"
+    folder.mkdir(parents=True)
+    (folder / "fused_topk_router.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    bound: Target = bind("topk_softmax@vllm.fused_topk")
+    assert bound.info.capabilities.renormalize == (False, True)
+    assert not bound.info.capabilities.bias
+    assert "fused_topk_router.fused_topk(hidden_states, gating_output" in bound.info.origin
+    weights, ids = bound(torch.randn(4, 8), 2, {"renormalize": True, "scale": 2.0})
+    assert torch.allclose(weights.sum(1), torch.ones(4))
+    assert ids.dtype == torch.int32
+
+
+def test_the_python_wrapper_needs_the_whole_package() -> None:
+    if sources.installed("vllm"):
+        pytest.skip("vllm is installed here")
+    assert "its extension library alone" in refused("topk_softmax@vllm.fused_topk")
+
+
+# ---- the whole way --------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_loads_the_library_that_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MOE_FUZZ_VLLM_LIB", str(fake_library.stub(tmp_path, "_moe_C", "vllm 0.24.0")))
+    target = "topk_softmax@vllm"
+    with Pool(1, "cpu") as pool:
+        info = pool.describe(target)
+        cases = list(itertools.islice(strategies.grid(get_space(info.op), info, "cpu", seed=1), 12))
+        with pool.lease() as worker:
+            verdicts = worker.run(cases, target, RunOptions())
+    assert "operators.py (" in info.origin
+    assert [verdict.kind for verdict in verdicts] == [PASS] * len(cases)
+
+
+def test_the_library_may_be_given_to_the_workers_of_its_provider_alone(tmp_path: Path) -> None:
+    lib = str(fake_library.stub(tmp_path, "_moe_C", "vllm 0.33.0"))
+    with Pool(1, "cpu", providers={"vllm": ProviderOptions(env={"MOE_FUZZ_VLLM_LIB": lib})}) as pool:
+        assert pool.describe("topk_softmax@vllm").contract.padding == ("minus_one",)
+        assert pool.describe("topk_softmax@torch").provider == "torch"
+
+
+def test_all_libraries_are_listed() -> None:
+    names = {target.name for target in registry.known()}
+    for op in OPS:
+        assert {f"{op}@vllm", f"{op}@sglang"} <= names
+
+
+def test_a_list_says_from_what_a_target_would_be_bound() -> None:
+    if sources.installed("vllm") or sources.installed("sgl_kernel"):
+        pytest.skip("a serving library is installed here")
+    where = sources.whereabouts
+    lib = {"MOE_FUZZ_VLLM_LIB": os.pathsep.join(["/a/_moe_C.abi3.so", "/b/_C.abi3.so"])}
+    assert where("vllm", "", lib) == "MOE_FUZZ_VLLM_LIB: _moe_C.abi3.so, _C.abi3.so"
+    assert where("vllm", "fused_topk", lib) == "nothing: no package vllm"
+    assert where("sglang", "", lib) == "nothing: no package sgl_kernel, no MOE_FUZZ_SGLANG_LIB"
+    assert (where("builtin", "", {}), where("acme", "", {})) == ("ours", "an installed package")

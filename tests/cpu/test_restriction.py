@@ -1,0 +1,135 @@
+"""What a campaign is cut down to: the grid and generation draw nothing else, and say when nothing is left."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from moe_fuzz import strategies
+from moe_fuzz.campaign import events
+from moe_fuzz.campaign.drive import drive
+from moe_fuzz.campaign.interfaces import Sources
+from moe_fuzz.case import Case, Fault
+from moe_fuzz.contract import Capabilities, TargetInfo
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops import get_space
+from moe_fuzz.restriction import NO_FAULT, RestrictedSpace, Restriction
+from tests.cpu.campaign_fakes import SOURCES, TARGET, Listener, always_good, campaign, toy
+
+SPACE = get_space("topk_softmax")
+INFO = TargetInfo("topk_softmax@builtin", "topk_softmax", "builtin")
+OWN = Sources(get_space, strategies.rounds, strategies.grid)
+
+
+def drawn(restriction: Restriction, info: TargetInfo = INFO) -> list[Case]:
+    """Of both kinds, some hundred."""
+    sources = OWN.restricted(restriction)
+    cases = list(itertools.islice(sources.grid(SPACE, info, "cuda", 5), 300))
+    drive(sources.rounds(SPACE, info, "cuda"), 5, 60, lambda found: cases.extend(found))
+    assert len(cases) > 100
+    for case in cases:
+        SPACE.validate(case)
+    return cases
+
+
+def test_presets_alone() -> None:
+    """Sizes, dtype and flags of a model; what a model leaves open still varies, and so do tokens and faults."""
+    names = ("mixtral-8x7b", "qwen1.5-moe-a2.7b")
+    cases = drawn(Restriction(presets=names))
+    models = {(len(case.experts), case.config["top_k"], case.config["renormalize"]) for case in cases}
+    assert models == {(8, 2, True), (60, 4, False)}
+    assert {case.config["dtype"] for case in cases} == {"bfloat16"}
+    assert {case.config["bias"] for case in cases} == {False, True}
+    assert len({case.steps[0].tokens for case in cases}) > 10
+    assert len({name for case in cases for name in case.fault_names}) > 8
+    assert not any("preset" in case.config for case in cases)
+
+
+def test_one_preset_costs_the_grid_nothing() -> None:
+    """What it fixes is covered once, not once for each value of the dictionary."""
+    every = sum(1 for _ in strategies.grid(SPACE, INFO, "cuda", 1))
+    sources = OWN.restricted(Restriction(presets=("mixtral-8x7b",)))
+    assert sum(1 for _ in sources.grid(SPACE, INFO, "cuda", 1)) < every / 2
+
+
+def test_a_preset_outside_the_capabilities_is_left_out() -> None:
+    small = TargetInfo("topk_softmax@small", "topk_softmax", "small", capabilities=Capabilities(max_experts=64))
+    cases = drawn(Restriction(presets=("qwen3-30b-a3b", "mixtral-8x7b")), small)
+    assert {len(case.experts) for case in cases} == {8}
+    refusal = Restriction(presets=("qwen3-30b-a3b",)).refusal(SPACE, small)
+    assert refusal == "topk_softmax@small takes no config of qwen3-30b-a3b"
+    assert not Restriction(presets=("qwen3-30b-a3b", "mixtral-8x7b")).refusal(SPACE, small)
+
+
+def test_faults_alone() -> None:
+    cases = drawn(Restriction(faults=("nan_rows", "misaligned")), TargetInfo(
+        "topk_softmax@x", "topk_softmax", "x", capabilities=Capabilities(alignment=1)))  # fmt: skip
+    assert {name for case in cases for name in case.fault_names} == {"nan_rows", "misaligned"}
+    assert not any(case.fault_names for case in drawn(Restriction(faults=(NO_FAULT,))))
+    assert "no fault extreme" in Restriction(faults=("extreme",)).refusal(SPACE, INFO)
+    assert not Restriction(faults=(NO_FAULT,)).refusal(SPACE, INFO)
+    assert "no fault misaligned" in Restriction(faults=("misaligned",)).refusal(SPACE, INFO)  # it wants 16 bytes
+    assert not Restriction(faults=("extreme_bias",)).refusal(SPACE, INFO)
+
+
+def test_modes_alone() -> None:
+    assert {case.mode for case in drawn(Restriction(modes=("eager",)))} == {"eager"}
+    gone = Restriction(modes=("no such mode",))
+    assert gone.refusal(SPACE, INFO) == "topk_softmax@builtin cannot be run in mode no such mode"
+    assert RestrictedSpace(SPACE, gone).modes(INFO) == ()
+
+
+def test_what_a_source_draws_besides_is_dropped() -> None:
+    """A source need not look at the space: the toy's does not."""
+    sources = SOURCES.restricted(Restriction(faults=("ties",)))
+    cases: list[Case] = []
+    drive(sources.rounds(SOURCES.space("toy"), INFO, "cpu"), 1, 50, lambda found: cases.extend(found))
+    assert {case.fault_names for case in cases} == {(), ("ties",)}
+    assert not Restriction(modes=("graph",)).allows(toy())
+    laid = toy().with_step(0, toy(faults=["nan_rows"]).steps[0])
+    assert laid.steps[0].faults == (Fault("nan_rows", "logits", Labels.of([3])),)
+    assert not Restriction(faults=("ties",)).allows(laid)
+
+
+def test_no_restriction_changes_nothing() -> None:
+    assert SOURCES.restricted(Restriction()) is SOURCES
+    assert not Restriction()
+    assert Restriction(faults=())
+
+
+def test_a_campaign_goes_on_only_under_the_same_restriction(tmp_path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killer(event):
+        if isinstance(event, events.Progress):
+            raise Killed
+
+    ties = Restriction(faults=("ties",))
+    for restriction, resumed in ((ties, True), (Restriction(), False), (Restriction(faults=("inf_rows",)), False)):
+        with pytest.raises(Killed):
+            campaign(tmp_path, always_good, killer, restriction=ties, seed=None).run()
+        listener = Listener()
+        made = campaign(tmp_path, always_good, listener, restriction=restriction, seed=None)
+        made.run()
+        assert listener.of(events.CampaignStarted)[0].resumed is resumed
+        names = {name for case in made.pool.leased for name in case.fault_names}
+        assert names == (set(restriction.faults) if restriction.faults else {"nan_rows", "ties", "inf_rows"})
+    assert json.loads((tmp_path / "campaign.json").read_text())["key"]["restriction"]["faults"] == ["inf_rows"]
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_nothing_left_is_told(tmp_path, monkeypatch, both) -> None:
+    """For one of two targets it is a line on the screen; for all of them the campaign has not run."""
+    monkeypatch.setattr(Restriction, "refusal", lambda self, space, info: "no" if both or "b" in info.name else "")
+    listener = Listener()
+    targets = (TARGET, "toy@b")
+    only = Restriction(modes=("eager",))
+    summary = campaign(tmp_path, always_good, listener, targets=targets, restriction=only).run()
+    told = [event.target for event in listener.of(events.TargetUnavailable)]
+    assert told == (list(targets) if both else ["toy@b"])
+    assert summary.exit_code == (3 if both else 0)
+    assert [row.target for row in summary.rows] == (list(targets) if both else [TARGET])
+    assert ("nothing to run: no" in summary.reason) is both

@@ -1,0 +1,130 @@
+"""The planted bugs of sigmoid and grouped routers, of shared experts and mapped ids: each on its own input."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import pytest
+import torch
+
+from moe_fuzz.planted.catalog import get_planted
+from moe_fuzz.reference.grouped_topk import grouped_topk
+from moe_fuzz.reference.routing import sigmoid_scores, topk_sigmoid
+
+NAN = torch.nan
+
+
+def load(name):
+    planted = get_planted(name)
+    return getattr(importlib.import_module(f"moe_fuzz.planted.{planted.module}"), planted.function)
+
+
+def logits_of(tokens, experts, seed=0):
+    return torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def test_the_fallback_of_the_sigmoid_knows_no_nan():
+    router, logits = load("sigmoid_nan_fallback"), logits_of(2, 6)
+    logits[1] = NAN
+    assert router(logits, 3)[1][1].tolist() == [0, 0, 0]
+    assert router(logits[:1], 3)[1].tolist() == topk_sigmoid(logits[:1], 3)[1].tolist()
+    assert len(set(load("sigmoid_nan_fallback")(torch.full((1, 8), NAN), 3)[1][0].tolist())) == 3
+
+
+def test_all_saturated_experts_leave_with_the_first():
+    assert load("saturated_ties")(torch.tensor([[20.0, 30.0, 40.0, 0.0]]), 2)[1].tolist() == [[0, 3]]
+
+
+def test_the_sigmoids_of_chosen_experts_underflow():
+    logits, bias = torch.tensor([[-300.0, 1.0, -300.0]]), torch.tensor([9.0, 0.0, 9.0])
+    assert load("sigmoid_zero_division")(logits, 2, renormalize=True, bias=bias)[0].isnan().all()
+
+
+def test_the_sigmoid_is_rounded_to_the_dtype_of_the_logits():
+    logits = logits_of(3, 8).bfloat16()
+    weights, ids = load("sigmoid_in_input_dtype")(logits, 2)
+    assert torch.equal(weights, weights.bfloat16().float())
+    assert torch.equal(ids, topk_sigmoid(logits, 2)[1])
+
+
+def test_indices_wrap_at_16_bits():
+    logits = torch.zeros(8200, 8)
+    logits[:, 0] = 1.0
+    logits[8192:, 7] = 2.0
+    assert load("narrow_index")(logits, 8)[1][0, 0] == 7  # of token 8192
+    assert load("narrow_index")(logits[:8192], 8)[1][0, 0] == 0
+
+
+def grouped(name, logits, top_k, **more):
+    """(what the bug selects, what is right)"""
+    want = {key: value for key, value in more.items() if key != "expert_map"}
+    return load(name)(logits, top_k, **more)[1].tolist(), grouped_topk(logits, top_k, **want)[1].tolist()
+
+
+TWO = {"n_group": 2, "topk_group": 1}
+LOW = torch.full((6,), -9.0)
+
+
+def test_groups_of_nan_are_group_0_and_its_expert_0():
+    logits = logits_of(1, 6)
+    logits[0] = NAN
+    assert load("nan_groups")(logits, 3, n_group=3, topk_group=2)[1].tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "logits", "top_k", "more"),
+    [
+        ("masked_groups_zero", [1.0, 1.0, 1.0, 0.0, 0.0, 0.0], 2, {**TWO, "bias": LOW}),
+        ("top2_for_every_rule", [4.0, -9.0, -9.0, 3.9, 3.9, 3.9], 2, {**TWO, "scoring": "sigmoid"}),
+        ("groups_before_bias", [2.0, 0.0, 0.0, 0.0, 0.0, 0.0], 1, {**TWO, "bias": torch.tensor([0, 0, 0, 5.0, 0, 0])}),
+        ("padded_group_lanes", [0.0, 0.0, 0.0, 1.0, 1.0, 1.0], 2, {**TWO, "bias": LOW}),
+        ("last_of_tied_groups", [1.0, 0.0, 0.0, 1.0, 0.0, 0.0], 1, TWO),
+        ("bits_of_negative_scores", [3.0, 0.0, 0.0, -1.0, -1.0, -1.0], 1, {**TWO, "bias": LOW}),
+        ("shared_guard_missing", [4.0, -9.0, -9.0, 3.0, 3.0, 3.0], 2, {**TWO, "n_shared": 1}),
+    ],
+)
+def test_the_wrong_experts_of_the_wrong_groups(name, logits, top_k, more):
+    got, right = grouped(name, torch.tensor([logits]), top_k, **more)
+    assert got != right
+    assert len(set(got[0])) == len(got[0])
+
+
+def test_a_group_of_one_has_no_two_best():
+    with pytest.raises(RuntimeError, match="out of range"):
+        load("group_of_one")(logits_of(1, 8), 2, n_group=8, topk_group=8, group_score="top2_sum")
+    got, right = grouped("group_of_one", logits_of(3, 8), 2, n_group=4, topk_group=2, group_score="top2_sum")
+    assert got == right
+
+
+def test_weights_of_the_grouped_path():
+    logits, bias = torch.tensor([[-300.0, 1.0, -300.0, 0.0]]), torch.tensor([9.0, 0.0, 9.0, 0.0])
+    groups = {"n_group": 2, "topk_group": 2, "scoring": "sigmoid", "bias": bias}
+    assert load("grouped_zero_division")(logits, 2, renormalize=True, **groups)[0].isnan().all()
+    one = groups | {"n_group": 1, "topk_group": 1}
+    assert load("grouped_zero_division")(logits, 2, renormalize=True, **one)[0].isfinite().all()
+    weights, ids = load("grouped_biased_weight")(logits, 2, **groups)
+    torch.testing.assert_close(weights.double(), sigmoid_scores(logits, bias)[1].gather(1, ids.long()))
+
+
+def test_shared_experts():
+    logits = logits_of(3, 8)
+    weights, ids = load("shared_id_off_by_one")(logits, 2, n_shared=2)
+    assert ids[:, 2:].tolist() == [[7, 8]] * 3
+    weights, ids = load("renormalized_with_shared")(logits, 2, renormalize=True, n_shared=1)
+    assert (weights[:, :2].sum(1) < 0.9).all()
+    assert torch.equal(ids, grouped_topk(logits, 2, n_group=1, topk_group=1, n_shared=1)[1])
+
+
+def test_mapped_ids():
+    logits, table = logits_of(4, 6), torch.arange(106, 100, -1, dtype=torch.int32)
+    two = {"n_group": 2, "topk_group": 2, "expert_map": table}
+    right = grouped_topk(logits, 3, **two)[1]
+    assert torch.equal(load("unmapped_on_one_path")(logits, 3, **two)[1], right)
+    assert (load("unmapped_on_one_path")(logits, 3, expert_map=table)[1] < 6).all()
+    assert torch.equal(load("mapped_in_place")(logits, 3, **two)[1], right)
+    shifted = two | {"expert_map": torch.arange(1, 7, dtype=torch.int32)}
+    assert (load("mapped_in_place")(logits, 3, **shifted)[1] == 6).all()
+    assert torch.equal(load("shared_ids_looked_up")(logits, 3, **two)[1], right)
