@@ -59,10 +59,35 @@ def runs(modes: Sequence[str], device: str) -> tuple[str, ...]:
     return (SINGLE,) * single + (SEQUENCE, *graphs)
 
 
+def mode(run: str) -> str:
+    """The mode of the cases of a kind of run."""
+    return MODES[0] if run in (SINGLE, SEQUENCE) else run
+
+
+def afforded(
+    space: Space, config: Mapping[str, Scalar], run: str, others: Sequence[str], device: str
+) -> tuple[str, tuple[int, ...]]:
+    """The run, and the token counts that a case of this config can afford in it, the simplest first. A single call,
+    if that is among the other kinds of run, where a single step of the simplest costs too much already."""
+    tokens = space.tokens(config, device)
+    if mode(run) == MODES[0]:
+        return run, tokens
+    most = max(tokens)
+    found = tuple(
+        size
+        for size in (*BUCKETS, *ODD_BUCKETS)
+        if size <= most and space.affordable(Case(space.op, config, (Step(Labels.range(size)),), 0, run), device)
+    )
+    if not found and SINGLE in others:
+        return SINGLE, tokens
+    return run, found or BUCKETS[:1]
+
+
 def plans(run: str, tokens: Sequence[int], fault: st.SearchStrategy[LaidFault]) -> st.SearchStrategy[Plan]:
-    """Plans of a kind of run. tokens: the counts that a case can afford, the simplest first."""
-    few, all_ = _sizes(run, tokens)
-    sizes = st.lists(st.sampled_from(few) | st.sampled_from(all_), min_size=1, max_size=2, unique=run != SEQUENCE)
+    """Plans of a kind of run. tokens: as `afforded` tells them."""
+    sizes = st.lists(
+        st.sampled_from(tokens[:SMALL]) | st.sampled_from(tokens), min_size=1, max_size=2, unique=run != SEQUENCE
+    )
     faults = st.just([]) if fault.is_empty else st.lists(fault, max_size=2, unique_by=lambda chosen: chosen[0])
     move = st.builds(
         Move, st.integers(0, 1), st.integers(0, 4), st.integers(0, len(TAILS) - 1), faults.map(tuple)
@@ -71,12 +96,9 @@ def plans(run: str, tokens: Sequence[int], fault: st.SearchStrategy[LaidFault]) 
     return st.builds(Plan, sizes.map(tuple), moves.map(tuple))
 
 
-def random_plan(
-    run: str, tokens: Sequence[int], faults: Sequence[LaidFault], padding: int, chosen: random.Random
-) -> Plan:
-    """A plan for the grid, which has chosen a fault and some padding that must be in it."""
-    few, all_ = _sizes(run, tokens)
-    sizes = tuple(chosen.choice(few if chosen.random() < 0.5 else all_) for _ in range(2))
+def random_plan(tokens: Sequence[int], faults: Sequence[LaidFault], padding: int, chosen: random.Random) -> Plan:
+    """A plan for the grid, which has chosen a fault and some padding that must be in it. tokens: as in `plans`."""
+    sizes = tuple(chosen.choice(tokens[:SMALL] if chosen.random() < 0.5 else tokens) for _ in range(2))
     moves = [Move(0, min(padding, 4), chosen.randrange(len(TAILS)), tuple(faults))]
     moves += [
         Move(chosen.randint(0, 1), chosen.randint(0, 4), chosen.randrange(len(TAILS)), ())
@@ -95,7 +117,7 @@ def make(
         steps = [make_step(_size(plan, move), move.padding, move.faults, chosen) for move in plan.moves]
     else:
         steps = _replays(plan, chosen, {place.fault for place in space.places})
-    case = Case(space.op, config, tuple(steps), seed, "eager" if run == SEQUENCE else run, target)
+    case = Case(space.op, config, tuple(steps), seed, mode(run), target)
     while len(case.steps) > 1 and not space.affordable(case, device):
         case = replace(case, steps=case.steps[:-1])
     return case
@@ -186,11 +208,3 @@ def _faults(stream: int, buffer: Mapping[int, _Content]) -> list[Fault]:
 
 def _size(plan: Plan, move: Move) -> int:
     return plan.sizes[move.size % len(plan.sizes)]
-
-
-def _sizes(run: str, tokens: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-    """The cheap token counts, and all of them."""
-    if run == SEQUENCE:
-        return tokens[:SMALL], tokens
-    found = [size for size in (*BUCKETS, *ODD_BUCKETS) if size <= max(tokens)]
-    return found[:SMALL], found
