@@ -167,9 +167,8 @@ class RoutingSpace:
                         f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
                     )
                 if case.mode not in place.modes:
-                    raise CaseError(
-                        where, f"{fault.name} cannot be laid in mode {case.mode}", f"use mode {' or '.join(place.modes)}"
-                    )
+                    hint = f"use mode {' or '.join(place.modes)}"
+                    raise CaseError(where, f"{fault.name} cannot be laid in mode {case.mode}", hint)
                 if place.max_rows is not None and step.tokens > place.max_rows:
                     raise CaseError(where, f"{fault.name} is for {place.max_rows} rows at most, not {step.tokens}")
                 if place.needs and not config[place.needs]:
