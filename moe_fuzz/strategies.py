@@ -50,13 +50,13 @@ def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tupl
     A choice of Hypothesis costs a hundred times one of `random`, and no case is ever shrunk by it.
     """
     config = draw(configs(space, info))
-    tokens = space.tokens(config, device)
-    places = space.places_for(config, info)
+    kinds = sequences.runs(space.modes(info), device)
+    run, tokens = sequences.afforded(space, config, draw(st.sampled_from(kinds)), kinds, device)
+    places = [place for place in space.places_for(config, info) if sequences.mode(run) in place.modes]
     # The tensor first, then the fault: else a tensor with few faults of its own would hardly ever have one.
     by_tensor = [[p for p in places if p.tensor == tensor] for tensor in dict.fromkeys(p.tensor for p in places)]
     one = st.sampled_from(by_tensor).flatmap(st.sampled_from)
     swarm = draw(st.lists(one, max_size=4, unique=True)) if places else []
-    run = draw(st.sampled_from(sequences.runs(space.modes(info), device)))
     # Hypothesis repeats and recombines what it has drawn. A seed from the whole round makes each repeat a new one.
     chosen = random.Random(repr((draw(_SEEDS), config, swarm, run)))
     if run != sequences.SINGLE:
@@ -95,15 +95,17 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     chosen = random.Random(seed)
     places: list[Scalar] = ["", *(f"{p.fault}@{p.tensor}" for p in space.places)]
     rows = Axis("padding rows", (0, 1, 2, 4, 5)), Axis("where", (0, 1, 2, 3))
-    axes = [*space.axes(info), Axis("fault", places), *rows, Axis("run", sequences.runs(space.modes(info), device))]
+    runs = sequences.runs(space.modes(info), device)
+    axes = [*space.axes(info), Axis("fault", places), *rows, Axis("run", runs)]
     for row in pairwise(axes, chosen):
         config = space.complete({axis.name: row[axis.name] for axis in axes[:-4]}, info)
-        place = next((p for p in space.places_for(config, info) if f"{p.fault}@{p.tensor}" == row["fault"]), None)
-        tokens = space.tokens(config, device)
+        run, tokens = sequences.afforded(space, config, str(row["run"]), runs, device)
+        fitting = [place for place in space.places_for(config, info) if sequences.mode(run) in place.modes]
+        place = next((p for p in fitting if f"{p.fault}@{p.tensor}" == row["fault"]), None)
         faults = [(place, int(row["where"]))] if place else []
-        if row["run"] != sequences.SINGLE:
-            plan = sequences.random_plan(str(row["run"]), tokens, faults, int(row["padding rows"]), chosen)
-            yield sequences.make(space, config, str(row["run"]), plan, chosen.getrandbits(62), info.name, device)
+        if run != sequences.SINGLE:
+            plan = sequences.random_plan(tokens, faults, int(row["padding rows"]), chosen)
+            yield sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device)
             continue
         count = chosen.choice(tokens if chosen.random() < 0.5 else tokens[:SMALL])
         yield make_case(space, config, count, int(row["padding rows"]), faults, chosen.getrandbits(62), info.name)
