@@ -12,7 +12,7 @@ import torch
 
 from moe_fuzz.checks.observation import Outputs
 from moe_fuzz.execute.call import guarded
-from moe_fuzz.fence import Arena
+from moe_fuzz.fence import Arena, cuda_driver
 from moe_fuzz.ops.routing.inputs import Inputs
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
@@ -95,7 +95,13 @@ class RoutingCall:
 def fetch(pair: tuple[torch.Tensor, torch.Tensor], device: torch.device) -> Outputs:
     """The result, copied to the bit to where it is judged: a target may use its own buffers again, and checks call it
     again."""
-    return Outputs(*(tensor.detach().to(device, copy=True) for tensor in pair))
+    if device.type == pair[0].device.type:
+        return Outputs(*(tensor.detach().clone() for tensor in pair))
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in pair]
+    for copy, tensor in zip(copies, pair, strict=True):
+        copy.copy_(tensor.detach(), non_blocking=True)
+    cuda_driver.synchronize()  # once for both
+    return Outputs(*copies)
 
 
 def call_once(inputs: Inputs, target: Target, arena: Arena, with_out: bool) -> Outputs:

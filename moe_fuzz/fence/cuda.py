@@ -16,6 +16,7 @@ from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.fence import FenceOptions, allocator, canary, cuda_driver
 from moe_fuzz.fence.cuda_driver import READ, WRITE
 from moe_fuzz.fence.cuda_mapping import HARD, READABLE, SOFT, WORD, Pool, SparseBlock, bytes_at
+from moe_fuzz.fence.cuda_regions import Piece, changed, lay
 from moe_fuzz.fence.layout import Layout
 from moe_fuzz.fence.placed import Placed
 from moe_fuzz.fence.pooled import PooledArena
@@ -23,6 +24,7 @@ from moe_fuzz.fence.sparse import Island
 from moe_fuzz.verdict import Violation
 
 MIN_GUARD = 256 << 20  # bytes
+_CANARY = int.from_bytes(canary.WORD * 4, "little")
 _LOW, _HIGH = canary.WORD  # a canary's bytes at even and at odd addresses
 
 _POOL = Pool()
@@ -79,6 +81,12 @@ class _Placed(Placed):
     def compare(self, lo: int, hi: int, where: torch.Tensor | None = None) -> canary.Damage | None:
         memory = self.block.bytes[lo - self.lo - (lo & 1) : hi - self.lo].cpu()  # even, as a canary's phase wants it
         return canary.compare(memory.data_ptr() + (lo & 1), hi - lo, where)
+
+    def pieces(self, whole: bool) -> list[Piece]:
+        """The canaries: around the storage, or over it too."""
+        away = self.block.bytes.data_ptr() - self.lo  # of the twin, where there is one
+        spans = ((self.lo, self.hi),) if whole else ((self.lo, self.start), (self.end, self.hi))
+        return [Piece(lo + away, hi - lo, _CANARY) for lo, hi in spans if hi > lo]
 
     def differs(self) -> list[torch.Tensor]:
         """Flags on the device: bool [1] each, true where canaries changed."""
@@ -141,6 +149,12 @@ class _Sparse(_Placed):
         memory = bytes_at(lo - odd, hi - lo + odd).cpu()
         return canary.compare(memory.data_ptr() + odd, hi - lo, where)
 
+    def pieces(self, whole: bool) -> list[Piece]:
+        """The canaries: around the storage, or over it too."""
+        away = self.block.bytes.data_ptr() - self.lo  # of the twin, where there is one
+        spans = ((self.lo, self.hi),) if whole else ((self.lo, self.start), (self.end, self.hi))
+        return [Piece(lo + away, hi - lo, _CANARY) for lo, hi in spans if hi > lo]
+
     def differs(self) -> list[torch.Tensor]:
         found = []
         for row in self.rows:
@@ -182,13 +196,23 @@ class CudaArena(PooledArena[_Placed]):
             _POOL.give(placed.block)
 
     def _damaged(self, placed: Iterable[_Placed]) -> Iterable[_Placed]:
-        tensors = list(placed)
-        flags = [(i, flag) for i, tensor in enumerate(tensors) for flag in tensor.differs()]
-        if not flags:
-            return []
-        answers = torch.stack([flag for _, flag in flags]).tolist()
-        hit = {i for (i, _), answer in zip(flags, answers, strict=True) if answer}
-        return [tensors[i] for i in sorted(hit)]
+        tensors = [tensor for tensor in placed if not tensor.fixed]  # beside those nobody can write
+        plain = [tensor for tensor in tensors if not isinstance(tensor, _Sparse) and tensor.gaps is None]
+        pieces = [(tensor, piece) for tensor in plain for piece in tensor.pieces(whole=False)]
+        flags = changed([piece for _, piece in pieces]).tolist()
+        hit = {id(tensor) for (tensor, _), flag in zip(pieces, flags, strict=True) if flag}
+        hit |= {id(tensor) for tensor in set(tensors) - set(plain) if any(flag.item() for flag in tensor.differs())}
+        return [tensor for tensor in tensors if id(tensor) in hit]
+
+    def _lay(self, placed: _Placed, whole: bool, storage: torch.Tensor | None) -> None:
+        if isinstance(placed, _Sparse):
+            super()._lay(placed, whole, storage)
+            return
+        pieces = placed.pieces(whole)
+        if storage is not None:
+            size = placed.end - placed.start
+            pieces.append(Piece(placed.start, size, canary.poison_pattern(storage.dtype)))
+        lay(pieces)
 
     def _allocator(self) -> AbstractContextManager[object]:
         if allocator.installed() is None:  # such as for graphs, which want torch's own

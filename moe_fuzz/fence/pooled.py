@@ -68,6 +68,12 @@ class PooledArena(Arena, Generic[P]):
         """Fences what is allocated behind torch's back, too. On a CPU there is no such thing."""
         return own_memory(self._own, self.device)
 
+    def _lay(self, placed: P, whole: bool, storage: torch.Tensor | None) -> None:
+        """Lays the canaries, as Placed.reset does, and poisons the storage if it is given."""
+        placed.reset(whole)
+        if storage is not None:
+            canary.poison(storage)
+
     def _settle(self) -> None:
         """Waits until the device is done with what was asked of it."""
 
@@ -116,15 +122,15 @@ class PooledArena(Arena, Generic[P]):
         else:
             placed = self._take(name, role, what, layout, self.edge, fixed)
         self._placed.append(placed)
-        placed.reset(whole=role == "input" or not packed)
         flat, twin = placed.lend(dtype), placed.twin(dtype)
+        self._lay(placed, role == "input" or not packed, flat if role == "output" and packed else None)
         if packed:
             tensor = flat.view(shape)
         else:
             tensor = flat.as_strided(shape, strides, offset)
             if not far:
                 placed.gaps = find_gaps(shape, strides, offset, dtype.itemsize, layout.extent)
-        if role == "output":
+        if role == "output" and not packed:
             canary.poison(tensor)
         if twin is not None:
             self._twins[tensor.data_ptr()] = twin.as_strided(shape, strides, twin.storage_offset() + offset)
@@ -197,9 +203,8 @@ class PooledArena(Arena, Generic[P]):
         self._own_bytes += size
         placed = self._take(name, "own", describe(name, like.shape, like.dtype), layout, "right")
         self._placed.append(placed)
-        placed.reset(whole=False)
         flat = placed.lend(like.dtype)
-        canary.poison(flat)  # gaps too: the storage is the target's own, and views may reach all of it
+        self._lay(placed, False, flat)  # gaps too: the storage is the target's own, and views may reach all of it
         tensor = flat.as_strided(like.shape, like.stride())
         self.seconds += time.perf_counter() - began
         return tensor
