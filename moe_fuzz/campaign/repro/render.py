@@ -40,8 +40,9 @@ _WIDTH = 117  # three quotes stand before the first line
 #: what an exhibit's `load` may leave out
 _NOTHING: Mapping[str, Any] = {"libraries": [], "environment": {}, "imports": [], "calls": ""}
 #: what a script may need of the standard library
-_MODULES = ("base64", "ctypes", "faulthandler", "functools", "importlib", "importlib.util", "inspect", "json", "math",
-            "mmap", "os", "resource", "runpy", "select", "signal", "sys", "time", "traceback", "zlib")  # fmt: skip
+_MODULES = ("base64", "ctypes", "faulthandler", "functools", "glob", "importlib", "importlib.util", "inspect", "json",
+            "math", "mmap", "os", "re", "resource", "runpy", "select", "signal", "sys", "time", "traceback",
+            "zlib")  # fmt: skip
 
 
 class Worker(Protocol):
