@@ -103,7 +103,9 @@ def case(tokens: int, *more: Fault, **config: object) -> Case:
 FAULT = Fault("int32_boundary", "logits")
 
 
-@pytest.mark.parametrize("target", ["topk_softmax@builtin", "topk_softmax@torch"])
+@pytest.mark.parametrize(
+    "target", [pytest.param("topk_softmax@builtin", marks=pytest.mark.interpreter), "topk_softmax@torch"]
+)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 64])
 @pytest.mark.parametrize("edge", ["right", "left"])
 def test_sound_routers_pass(target: str, tokens: int, edge: str) -> None:
