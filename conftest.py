@@ -9,8 +9,8 @@ Four things happen here, each before any test module is imported:
    N workers fight over them N-fold.
 3. The repository root leaves `sys.path`. `python -m pytest` puts it there, and then our top-level `kernels/` would
    answer for Hugging Face's package of that name. Our own code is `moe_fuzz.kernels`, found through the installation.
-4. `-n auto` gets an answer, and tests marked `gpu`, `multigpu(n)` or `sanitizer` are skipped with a reason where the
-   machine cannot run them.
+4. `-n auto` gets an answer, and tests marked `gpu`, `multigpu(n)`, `sanitizer` or `interpreter` are skipped with a
+   reason where the machine cannot run them.
 
 None of it asks torch: importing it takes seconds, and a CUDA context in the pytest process would hold memory on a GPU
 that belongs to the workers. Nor is any of it in moe_fuzz/pytest_plugin.py, which is loaded into other projects' test
@@ -20,8 +20,10 @@ runs, where these decisions are not ours.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,22 @@ def gpu_slots() -> int:
     return default_workers(gpus())
 
 
+def interpreter_problem(triton: str, numpy: str) -> str:
+    """Why these versions together cannot interpret a kernel; empty if they can. `doctor` says it to users.
+
+    From 2.4 on numpy makes no Python number of an array of one element; up to 3.6 Triton's interpreter wants it to.
+    """
+
+    def version(text: str) -> tuple[int, ...]:
+        return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
+
+    if version(triton) < (3, 7) and version(numpy) >= (2, 4):
+        return f"needs Triton's interpreter, which in triton {triton} does not work with numpy {numpy}"
+    return ""
+
+
 GPUS = gpu_count()
+INTERPRETER = interpreter_problem(metadata.version("triton"), metadata.version("numpy"))
 
 os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -78,6 +95,8 @@ def _why_not(item: pytest.Item) -> str:
             return f"needs {multi.args[0]} CUDA devices, this machine has {GPUS}"
     if not GPUS and item.get_closest_marker("gpu"):
         return "needs a CUDA device, this machine has none"
+    if INTERPRETER and item.get_closest_marker("interpreter"):
+        return INTERPRETER
     if item.get_closest_marker("sanitizer"):
         if not GPUS:
             return "needs a CUDA device for compute-sanitizer, this machine has none"

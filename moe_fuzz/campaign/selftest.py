@@ -26,7 +26,8 @@ from moe_fuzz.verdict import REJECTED, Verdict, Violation
 BATCH = 16  # cases handed to a worker at once, at most: it begins with one, because a bug found ends the batch's use
 DEADLINE = 3.0  # seconds for a case: planted bugs are small
 COMPILE_DEADLINE = 60.0
-_ROUNDS = 50  # rounds drawn at once
+_ROUNDS = 8  # drawn from one seed: of many more, most are variations of each other
+_OF_A_ROUND = 2  # cases taken of each, because a bug is found by another config sooner than by more cases of one
 OOM = "oom"  # how the catalog names it; it is a kind of verdict
 FENCE = "fence"  # the check that is no code: the worker dies in a fence, and the parent says which
 _NO_FENCE = FenceOptions(hard=(), readonly=(), own="off")
@@ -138,14 +139,25 @@ def run_alone(
 
 
 def draw(op: str, info: TargetInfo, device: str, start: int) -> Iterator[Case]:
-    """The grid, then generated cases without end, none twice: the same list for the same arguments."""
+    """The grid and generated cases take turns, and these have no end: the same list for the same arguments.
+
+    What the grid meets by its pairs it meets early; what takes the sizes of a model is for the others to find.
+    """
+    grid, generated = strategies.grid(get_space(op), info, device, start), _generated(op, info, device, start)
+    while part := tuple(itertools.islice(grid, BATCH)):
+        yield from part
+        yield from itertools.islice(generated, BATCH)
+    yield from generated
+
+
+def _generated(op: str, info: TargetInfo, device: str, start: int) -> Iterator[Case]:
+    """Cases without end, none twice."""
     space = get_space(op)
-    yield from strategies.grid(space, info, device, start)
     seen: set[str] = set()
     for part in itertools.count():
         drawn: list[tuple[Case, ...]] = []
         drive(strategies.rounds(space, info, device), derive_seed(start, info.name, part), _ROUNDS, drawn.append)
-        for case in itertools.chain.from_iterable(drawn):
+        for case in (case for cases in drawn for case in cases[:_OF_A_ROUND]):
             if case.digest not in seen:  # each drive starts from the simplest rounds, so they come again and again
                 seen.add(case.digest)
                 yield case

@@ -140,9 +140,9 @@ def test_the_exit_code(call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "versions", lambda: (GOOD, ""))
     monkeypatch.setattr(probes, "guard", lambda: probes.Answer(said="SIGSEGV"))
     monkeypatch.setattr(doctor, "_targets", lambda device: iter([doctor.Line(OK, "target", "x")]))
-    assert call("doctor").code == 0
+    assert call("doctor", "--device", "cpu").code == 0
     monkeypatch.setattr(probes, "guard", lambda: probes.Answer(problem="survived"))
-    ran = call("doctor")
+    ran = call("doctor", "--device", "cpu")
     assert ran.code == 3
     assert "FAIL  fence       survived" in ran.out
 

@@ -57,6 +57,7 @@ def test_broken_files_are_refused() -> None:
     assert "152 broken files" in script("broken_cases.py", "--files", 152, "--processes", 3)
 
 
+@pytest.mark.interpreter
 def test_workers_killed_from_outside_are_nobodys_fault() -> None:
     assert "correct" in script("kill_workers.py", "--seconds", 3, "--every", 0.2, "--cases", 32, "--only", "correct")
 

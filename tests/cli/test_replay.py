@@ -59,7 +59,7 @@ def test_one_json_document(call: Callable, pool: Any, kept: Finding) -> None:
     ran = call("replay", kept.id, "--json")
     data = json.loads(ran.out)
     assert (ran.code, data["answer"], data["exit_code"], data["same_failure"]) == (1, "FAILED", 1, True)
-    assert (data["finding"], data["target"], data["device"]) == (kept.id, kept.target, "cpu")
+    assert (data["finding"], data["target"], data["device"]) == (kept.id, kept.target, pool.made["device"])
     assert [verdict["kind"] for verdict in data["verdicts"]] == ["violation"]
     assert data["violations"][0]["symptom"] == "duplicate-id"
     assert Case.from_json(data["case"]) == kept.case

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from moe_fuzz import strategies
 from moe_fuzz.campaign.selftest import draw, run_alone, run_planted
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
+from moe_fuzz.ops import get_space
 from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
 
 
@@ -44,8 +46,19 @@ def test_the_same_cases_for_the_same_seed() -> None:
     first, again, other = (list(itertools.islice(draw("topk_softmax", info, "cpu", seed), 900)) for seed in (0, 0, 1))
     assert first == again
     assert first != other
-    assert len(first) == 900  # beyond the grid
-    assert len(set(first)) == 900
+    assert len(set(first)) == len(first) == 900
+    grid = strategies.grid(get_space("topk_softmax"), info, "cpu", 0)
+    assert first[:16] == list(itertools.islice(grid, 16))
+    assert not set(first[16:32]) & {*grid}  # generated ones take turns with the grid
+
+
+def test_generated_cases_are_of_many_configs() -> None:
+    info = TargetInfo("topk_softmax@planted.x", "topk_softmax", "planted")
+    generated = {*itertools.islice(draw("topk_softmax", info, "cpu", 0), 640)}
+    generated -= {*strategies.grid(get_space("topk_softmax"), info, "cpu", 0)}
+    configs = {tuple(case.config.items()) for case in generated}
+    assert len(generated) == 320
+    assert len(configs) > 120
 
 
 def test_found_by_the_check_that_must(pool: Any) -> None:

@@ -79,7 +79,7 @@ def driving(folder: Path, environment: Mapping[str, str]) -> Iterator[Batch]:
 
 @pytest.fixture(scope="session")
 def batch(without_us: dict[str, str], elsewhere: Path) -> Iterator[Batch]:
-    with driving(elsewhere, without_us) as run:
+    with driving(elsewhere, without_us | {"CUDA_VISIBLE_DEVICES": ""}) as run:  # these scripts are of the CPU
         yield run
 
 

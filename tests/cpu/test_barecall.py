@@ -57,6 +57,7 @@ def topk_softmax(logits, top_k, *, renormalize=False, correction_bias=None, out=
 """
 
 
+@pytest.mark.interpreter
 def test_the_operator_is_called_without_us(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_us: dict[str, str]
 ) -> None:

@@ -47,6 +47,7 @@ def poke(tensor: torch.Tensor, element: int, byte: int = 0) -> None:
 
 @pytest.mark.parametrize("edge", ["right", "left"])
 def test_rows_hold_their_values_and_little_memory(edge: str) -> None:
+    kept = {*cpu._KEPT}  # by other tests' targets
     before = int(Path("/proc/self/statm").read_text().split()[1])
     with open_arena("cpu", FenceOptions(), edge) as arena:
         tensor = arena.tensor("logits", (4, 33), torch.bfloat16, strides=(STRIDE, 1), offset=1, alignment=2)
@@ -59,7 +60,7 @@ def test_rows_hold_their_values_and_little_memory(edge: str) -> None:
         assert int(Path("/proc/self/statm").read_text().split()[1]) - before < 2000  # pages
         del tensor, out
     with open_arena("cpu"):
-        assert cpu._KEPT == []
+        assert {*cpu._KEPT} <= kept
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,9 @@ def case(tokens: int, *more: Fault, **config: object) -> Case:
 FAULT = Fault("int32_boundary", "logits")
 
 
-@pytest.mark.parametrize("target", ["topk_softmax@builtin", "topk_softmax@torch"])
+@pytest.mark.parametrize(
+    "target", [pytest.param("topk_softmax@builtin", marks=pytest.mark.interpreter), "topk_softmax@torch"]
+)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 64])
 @pytest.mark.parametrize("edge", ["right", "left"])
 def test_sound_routers_pass(target: str, tokens: int, edge: str) -> None:

@@ -62,6 +62,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_driver, "synchronize", lambda: None)
 
 
+@pytest.mark.interpreter
 @pytest.mark.usefixtures("no_device")
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("with_out", [False, True])

@@ -124,6 +124,7 @@ NAN = Fault("nan_rows", "logits", Labels.parse("6-7"))
 STALE = Fault("stale_rows", "logits", Labels.parse("5-7"), 0)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("mode", ["graph", "piecewise"])
 @pytest.mark.parametrize("config", [{}, {"out": True, "is_padding": True, "padding": "minus_one"},
                                     {"is_padding": True, "padding": "garbage", "bias": True}])  # fmt: skip
@@ -132,6 +133,7 @@ def test_our_kernel_passes(runner: Runner, mode: str, config: dict[str, object])
     assert verdict.kind == PASS, verdict.violations
 
 
+@pytest.mark.interpreter
 def test_drawn_cases_pass(runner: Runner) -> None:
     """Replays count as parity as calls do."""
     info = runner.describe("topk_softmax@builtin")

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy menti
 
 NAN, INF = math.nan, math.inf
 BIG = torch.finfo(torch.float32).max
-BOTH = pytest.mark.parametrize("router", [grouped_topk, reference], ids=["kernel", "reference"])
+BOTH = pytest.mark.parametrize(
+    "router", [pytest.param(grouped_topk, marks=pytest.mark.interpreter), reference], ids=["kernel", "reference"]
+)
+BOTH_UNLAUNCHED = pytest.mark.parametrize("router", [grouped_topk, reference], ids=["kernel", "reference"])
 RULES = pytest.mark.parametrize("group_score", ["max", "top2_sum"])
 SCORINGS = pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 #: experts, groups, groups kept, k: powers of two and not, one group, groups of one, everything taken, and models
@@ -55,6 +58,7 @@ def by_loops(logits, top_k, n_group, topk_group, scoring, group_score, renormali
     return torch.tensor(weights), torch.tensor(ids, dtype=torch.int32)
 
 
+@pytest.mark.interpreter
 @RULES
 @SCORINGS
 @pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), SHAPES)
@@ -189,6 +193,7 @@ def test_renormalized_weights_that_underflow_keep_the_ratio(router):
     torch.testing.assert_close(weights, torch.tensor([[0.5, 0.5]]))
 
 
+@pytest.mark.interpreter
 @RULES
 @pytest.mark.parametrize(("experts", "n_group"), [(6, 3), (160, 8), (257, 1)])
 def test_bits_of_a_row_depend_on_that_row_alone(experts, n_group, group_score):
@@ -201,6 +206,7 @@ def test_bits_of_a_row_depend_on_that_row_alone(experts, n_group, group_score):
         assert torch.equal(part[1], whole[1][list(rows)])
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("view", ["columns", "transposed", "offset", "expanded"])
 def test_any_strides(view):
     logits = {
@@ -217,13 +223,13 @@ def test_any_strides(view):
     assert torch.equal(got[1], reference(logits, 5, **groups, bias=bias, expert_map=table)[1])
 
 
-@BOTH
+@BOTH_UNLAUNCHED
 def test_no_tokens(router):
     weights, ids = router(torch.empty(0, 9), 3, n_group=3, topk_group=2, n_shared=1)
     assert weights.shape == ids.shape == (0, 4)
 
 
-@BOTH
+@BOTH_UNLAUNCHED
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys, hashlib, torch
 from moe_fuzz.execute.interpreter import patch_language_once
@@ -22,6 +24,7 @@ print(digest.hexdigest(), tl.load.__module__)
 """
 
 
+@pytest.mark.interpreter
 def test_the_same_bits_and_the_language_given_back():
     said = [
         subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True, env=ENV).stdout

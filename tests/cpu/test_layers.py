@@ -106,3 +106,13 @@ def test_auto_workers(conftest: ModuleType, monkeypatch: pytest.MonkeyPatch, pyt
     assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == 2 + 16 + 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == 8
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [("3.6.0", "2.5.0", False), ("3.6.0+git1", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.5.0", True)],
+)
+def test_a_broken_interpreter_is_a_reason(conftest: ModuleType, triton: str, numpy: str, works: bool) -> None:
+    reason = conftest.interpreter_problem(triton, numpy)
+    assert (reason == "") == works
+    assert works or (triton in reason and numpy in reason)

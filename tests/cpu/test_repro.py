@@ -34,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of
 
 # ---- each planted bug -----------------------------------------------------------------------------------------------
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("bare", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fenced", "bare"])
 def test_every_planted_bug_shows_without_moe_fuzz(
     runner: Runner, tmp_path: Path, batch: Batch, bare: bool
@@ -74,6 +75,7 @@ def test_it_runs_by_itself(runner: Runner, tmp_path: Path, without_us: dict[str,
     assert "names an expert twice" in done.stdout
 
 
+@pytest.mark.interpreter
 def test_a_call_before_it(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     """A huge row leaves its maximum behind; the case alone passes."""
     target = "topk_softmax@planted.stale_row_max"
@@ -90,6 +92,7 @@ def test_a_call_before_it(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     assert "1 other call in the same process" in together.read_text()
 
 
+@pytest.mark.interpreter
 def test_the_second_step(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     """Every step of a case is judged, and each has names of its own."""
     target = "topk_softmax@planted.nan_argmax"
@@ -103,6 +106,7 @@ def test_the_second_step(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     assert [code for code, _ in batch([script], [script, HEALTHY])] == [1, 0]
 
 
+@pytest.mark.interpreter
 def test_memory_of_the_targets_own(
     runner: Runner, tmp_path: Path, batch: Batch
 ) -> None:
@@ -127,6 +131,7 @@ def test_memory_of_the_targets_own(
     assert [code for code, _ in answers] == [1, 0] * len(scripts)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("layout", "argument"), [("noncontiguous", "gap"), ("transposed", "column_stride")])
 def test_the_torch_provider_is_copied(
     runner: Runner, tmp_path: Path, batch: Batch, layout: str, argument: str
@@ -175,6 +180,7 @@ def test_another_failure_is_neither(runner: Runner, tmp_path: Path, batch: Batch
         assert word in said
 
 
+@pytest.mark.interpreter
 def test_a_buffer_that_was_not_used_shows(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     path = tmp_path / "routers.py"
     path.write_text("import torch\n\n\ndef plain(logits, k, out=None):\n"

@@ -47,6 +47,7 @@ def pretended(text: str) -> str:
     return head + line + STAND_IN + rest.replace('"cuda"', '"cpu"').replace(begin, begin + "    pretend()\n")
 
 
+@pytest.mark.interpreter
 def test_every_planted_bug_shows_on_the_stand_in(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     """Hangs are left to the GPU, where a script gives kernels the time to compile, and so is running out of memory."""
     bugs = [bug for bug in SCRIPTED if "cpu" in bug.devices and bug.check not in ("hang", "oom")]
@@ -62,6 +63,7 @@ def test_every_planted_bug_shows_on_the_stand_in(runner: Runner, tmp_path: Path,
         assert code_of_healthy == 0, f"{bug.name}: {said_of_healthy}"
 
 
+@pytest.mark.interpreter
 def test_layouts_and_edges(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     """Strided and misaligned inputs come to the target as they were; what is read past each edge is a fault."""
     router = tmp_path / "router.py"
@@ -132,6 +134,7 @@ def test_without_a_gpu_nothing_is_claimed(runner: Runner, tmp_path: Path, batch:
     assert "no CUDA device" in said
 
 
+@pytest.mark.interpreter
 def test_the_scripts_name_nothing_that_they_do_not_define(runner: Runner, tmp_path: Path) -> None:
     """What no test here can run on a GPU is at least read by a linter: undefined and unused names, in every variant."""
     for bug in SCRIPTED:

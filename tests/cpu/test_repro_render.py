@@ -123,6 +123,7 @@ def test_how_a_target_is_loaded(runner: Runner, tmp_path: Path, monkeypatch: pyt
 # ---- what comes from outside cannot garble the script ---------------------------------------------------------------
 
 
+@pytest.mark.interpreter
 def test_hostile_text(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     hostile = 'it says """\nimport os; os.abort()\n""" \\N{no such} \\ \x00 \ud800 {{ 7 * 7 }} {% if %}'
     case, verdict = failing(runner, SCRATCH_IN_INPUT)
@@ -178,6 +179,7 @@ class OneProcess:
         return self.runner.exhibit(case, target)
 
 
+@pytest.mark.interpreter
 def test_the_renderer_asks_a_worker(runner: Runner) -> None:
     """And leaves out guards and poison where the finding shows without them."""
     pool = OneProcess(runner)

@@ -18,7 +18,9 @@ from moe_fuzz.reference.routing import topk_sigmoid as reference
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 NAN, INF = math.nan, math.inf
-BOTH = pytest.mark.parametrize("router", [topk_sigmoid, reference], ids=["kernel", "reference"])
+BOTH = pytest.mark.parametrize(
+    "router", [pytest.param(topk_sigmoid, marks=pytest.mark.interpreter), reference], ids=["kernel", "reference"]
+)
 
 
 def logits_of(tokens: int, experts: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -39,6 +41,7 @@ def by_loops(logits, top_k, renormalize, bias, scale):
     return torch.tensor(weights), torch.tensor(ids, dtype=torch.int32)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
@@ -56,6 +59,7 @@ def test_agrees_with_loops(tokens, experts, top_k, with_bias, renormalize):
         torch.testing.assert_close(weights, expected[0], rtol=40 * 2**-24, atol=0)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_is_upcast_not_rounded(dtype):
     logits = logits_of(12, 60, dtype=dtype)
@@ -101,6 +105,7 @@ def test_undefined_rows_give_distinct_ids_and_finite_weights(router, experts, wi
     assert torch.equal(ids[:3], alone[1])
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_bits_of_a_row_depend_on_that_row_alone(renormalize):
     logits, bias = logits_of(70, 61, dtype=torch.bfloat16), logits_of(1, 61)[0] / 40

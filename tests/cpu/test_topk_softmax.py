@@ -20,7 +20,10 @@ from moe_fuzz.reference.routing import topk_softmax as reference
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 NAN, INF = math.nan, math.inf
-BOTH = pytest.mark.parametrize("router", [topk_softmax, reference], ids=["kernel", "reference"])
+BOTH = pytest.mark.parametrize(
+    "router", [pytest.param(topk_softmax, marks=pytest.mark.interpreter), reference], ids=["kernel", "reference"]
+)
+BOTH_UNLAUNCHED = pytest.mark.parametrize("router", [topk_softmax, reference], ids=["kernel", "reference"])
 
 
 def logits_of(tokens: int, experts: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -44,6 +47,7 @@ def assert_same(got, expected, logits, bias, top_k, renormalize, scale=1.0, ulps
     assert ((weights.double() - exact).abs() <= exact * (ulps + logits.shape[1] + 80) * 2**-24 + 1e-37).all()
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
@@ -59,6 +63,7 @@ def test_agrees_with_the_reference(tokens, experts, top_k, with_bias, renormaliz
     assert_same(got, expected, logits, bias, top_k, renormalize, scale=2.5)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_is_upcast_not_rounded(dtype):
     logits = logits_of(12, 60, dtype=dtype)
@@ -66,6 +71,7 @@ def test_every_dtype_is_upcast_not_rounded(dtype):
     assert_same(got, reference(logits, 6, renormalize=True), logits, None, 6, True)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("view", ["columns", "rows", "transposed", "offset", "expanded"])
 def test_any_strides(view):
     views = {
@@ -128,6 +134,7 @@ def test_undefined_rows_give_distinct_ids_and_finite_weights(router, experts, wi
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN - x in the sum of a row with NaN
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("experts", [4, 5, 40])
 def test_nan_ranks_below_every_number(experts, dtype):
@@ -187,13 +194,14 @@ def test_padding_distinct_routes_flagged_rows_too(router):
     assert all(torch.equal(a, b) for a, b in zip(got, router(logits, 2), strict=True))
 
 
-@BOTH
+@BOTH_UNLAUNCHED
 def test_no_tokens(router):
     weights, ids = router(torch.empty(0, 9), 3, is_padding=torch.empty(0, dtype=torch.bool), padding="minus_one")
     assert weights.shape == ids.shape == (0, 3)
     assert (weights.dtype, ids.dtype) == (torch.float32, torch.int32)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("experts", [1, 6, 61, 128, 320])
 def test_bits_of_a_row_depend_on_that_row_alone(experts, renormalize):
@@ -208,6 +216,7 @@ def test_bits_of_a_row_depend_on_that_row_alone(experts, renormalize):
         assert torch.equal(part[1], whole[1][picked])
 
 
+@pytest.mark.interpreter
 def test_inputs_stay_as_they_are():
     logits, bias = logits_of(5, 12), logits_of(1, 12)[0]
     before = logits.clone(), bias.clone()
@@ -216,7 +225,7 @@ def test_inputs_stay_as_they_are():
     assert torch.equal(bias, before[1])
 
 
-@BOTH
+@BOTH_UNLAUNCHED
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
