@@ -80,7 +80,12 @@ class RestrictedSpace:
     def can_be_laid(self, info: TargetInfo) -> tuple[FaultPlace, ...]:
         """The faults that some case of this target can have: one with every tensor that it takes."""
         last = {axis.name: axis.values[-1] for axis in self._space.axes(info)}
-        return self.places_for(self._space.complete(last, info), info)
+        modes = set(self.modes(info))
+        return tuple(
+            place
+            for place in self.places_for(self._space.complete(last, info), info)
+            if not modes.isdisjoint(place.modes)
+        )
 
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
         asked = getattr(self._space, "modes", None)
@@ -114,7 +119,12 @@ class RestrictedSpace:
         return whole
 
     def _left(self, places: Iterable[FaultPlace]) -> Iterator[FaultPlace]:
-        return (place for place in places if self._only.faults is None or place.fault in self._only.faults)
+        faults, modes = self._only.faults, self._only.modes
+        return (
+            place
+            for place in places
+            if (faults is None or place.fault in faults) and (modes is None or not set(modes).isdisjoint(place.modes))
+        )
 
 
 def _or(names: Iterable[str]) -> str:

@@ -13,8 +13,6 @@ import random
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hypothesis import strategies as st
-
 from moe_fuzz.case import MODES, Case, Fault, Scalar, Step
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.space import FaultPlace, Space
@@ -59,31 +57,56 @@ def runs(modes: Sequence[str], device: str) -> tuple[str, ...]:
     return (SINGLE,) * single + (SEQUENCE, *graphs)
 
 
-def plans(run: str, tokens: Sequence[int], fault: st.SearchStrategy[LaidFault]) -> st.SearchStrategy[Plan]:
-    """Plans of a kind of run. tokens: the counts that a case can afford, the simplest first."""
-    few, all_ = _sizes(run, tokens)
-    sizes = st.lists(st.sampled_from(few) | st.sampled_from(all_), min_size=1, max_size=2, unique=run != SEQUENCE)
-    faults = st.just([]) if fault.is_empty else st.lists(fault, max_size=2, unique_by=lambda chosen: chosen[0])
-    move = st.builds(
-        Move, st.integers(0, 1), st.integers(0, 4), st.integers(0, len(TAILS) - 1), faults.map(tuple)
-    )
-    moves = st.lists(move, min_size=2, max_size=MAX_SEQUENCE if run == SEQUENCE else MAX_REPLAYS)
-    return st.builds(Plan, sizes.map(tuple), moves.map(tuple))
+def mode(run: str) -> str:
+    """The mode of the cases of a kind of run."""
+    return MODES[0] if run in (SINGLE, SEQUENCE) else run
 
 
-def random_plan(
-    run: str, tokens: Sequence[int], faults: Sequence[LaidFault], padding: int, chosen: random.Random
-) -> Plan:
-    """A plan for the grid, which has chosen a fault and some padding that must be in it."""
-    few, all_ = _sizes(run, tokens)
-    sizes = tuple(chosen.choice(few if chosen.random() < 0.5 else all_) for _ in range(2))
+def afforded(
+    space: Space, config: Mapping[str, Scalar], run: str, others: Sequence[str], device: str
+) -> tuple[str, tuple[int, ...]]:
+    """The run, and the token counts that a case of this config can afford in it, the simplest first. A single call,
+    if that is among the other kinds of run, where a single step of the simplest costs too much already."""
+    tokens = space.tokens(config, device)
+    if mode(run) == MODES[0]:
+        return run, tokens
+    most = max(tokens)
+
+    def affordable(size: int) -> bool:
+        return space.affordable(Case(space.op, config, (Step(Labels.range(size)),), 0, run), device)
+
+    sizes = [size for size in (*BUCKETS, *ODD_BUCKETS) if size <= most]
+    found = tuple(sizes if affordable(max(sizes, default=1)) else filter(affordable, sizes))
+    if not found and SINGLE in others:
+        return SINGLE, tokens
+    return run, found or BUCKETS[:1]
+
+
+def plan(run: str, tokens: Sequence[int], swarm: Sequence[FaultPlace], chosen: random.Random) -> Plan:
+    """A plan of a kind of run. tokens: as `afforded` tells them; swarm: the faults."""
+    count = chosen.randint(2, MAX_SEQUENCE if run == SEQUENCE else MAX_REPLAYS)
+    moves = [
+        Move(chosen.randint(0, 1), chosen.randint(0, 4), chosen.randrange(len(TAILS)), some(swarm, 2, chosen))
+        for _ in range(count)
+    ]
+    return Plan(_some_sizes(tokens, chosen), tuple(moves))
+
+
+def some(swarm: Sequence[FaultPlace], most: int, chosen: random.Random) -> tuple[LaidFault, ...]:
+    """None to `most` of the faults, each at some rows (`fault_rows`)."""
+    places = chosen.sample(swarm, chosen.randint(0, min(most, len(swarm))))
+    return tuple((place, chosen.randint(0, 3)) for place in places)
+
+
+def random_plan(tokens: Sequence[int], faults: Sequence[LaidFault], padding: int, chosen: random.Random) -> Plan:
+    """A plan for the grid, which has chosen a fault and some padding that must be in it. tokens: as in `plan`."""
     moves = [Move(0, min(padding, 4), chosen.randrange(len(TAILS)), tuple(faults))]
     moves += [
         Move(chosen.randint(0, 1), chosen.randint(0, 4), chosen.randrange(len(TAILS)), ())
         for _ in range(chosen.randint(1, MAX_SEQUENCE - 1))
     ]
     chosen.shuffle(moves)
-    return Plan(tuple(dict.fromkeys(sizes)), tuple(moves))
+    return Plan(_some_sizes(tokens, chosen), tuple(moves))
 
 
 def make(
@@ -95,7 +118,7 @@ def make(
         steps = [make_step(_size(plan, move), move.padding, move.faults, chosen) for move in plan.moves]
     else:
         steps = _replays(plan, chosen, {place.fault for place in space.places})
-    case = Case(space.op, config, tuple(steps), seed, "eager" if run == SEQUENCE else run, target)
+    case = Case(space.op, config, tuple(steps), seed, mode(run), target)
     while len(case.steps) > 1 and not space.affordable(case, device):
         case = replace(case, steps=case.steps[:-1])
     return case
@@ -188,9 +211,7 @@ def _size(plan: Plan, move: Move) -> int:
     return plan.sizes[move.size % len(plan.sizes)]
 
 
-def _sizes(run: str, tokens: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-    """The cheap token counts, and all of them."""
-    if run == SEQUENCE:
-        return tokens[:SMALL], tokens
-    found = [size for size in (*BUCKETS, *ODD_BUCKETS) if size <= max(tokens)]
-    return found[:SMALL], found
+def _some_sizes(tokens: Sequence[int], chosen: random.Random) -> tuple[int, ...]:
+    """One or two."""
+    sizes = [chosen.choice(tokens if chosen.random() < 0.5 else tokens[:SMALL]) for _ in range(chosen.randint(1, 2))]
+    return tuple(dict.fromkeys(sizes))

@@ -44,35 +44,33 @@ def configs(draw: st.DrawFn, space: Space, info: TargetInfo) -> dict[str, Scalar
 @st.composite
 def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tuple[Case, ...]:
     """1 to 16 cases of one config, each with rows, padding and faults of its own; at most 4 where they have several
-    steps."""
+    steps.
+
+    Hypothesis chooses what the cases share: the config, a few faults, the kind of run; a seed of its gives the rest.
+    A choice of Hypothesis costs a hundred times one of `random`, and no case is ever shrunk by it.
+    """
     config = draw(configs(space, info))
-    tokens = space.tokens(config, device)
-    places = space.places_for(config, info)
+    kinds = sequences.runs(space.modes(info), device)
+    run, tokens = sequences.afforded(space, config, draw(st.sampled_from(kinds)), kinds, device)
+    places = [place for place in space.places_for(config, info) if sequences.mode(run) in place.modes]
     # The tensor first, then the fault: else a tensor with few faults of its own would hardly ever have one.
     by_tensor = [[p for p in places if p.tensor == tensor] for tensor in dict.fromkeys(p.tensor for p in places)]
     one = st.sampled_from(by_tensor).flatmap(st.sampled_from)
     swarm = draw(st.lists(one, max_size=4, unique=True)) if places else []
-    fault = st.tuples(st.sampled_from(swarm), st.integers(0, 3)) if swarm else st.nothing()
-    run = draw(st.sampled_from(sequences.runs(space.modes(info), device)))
+    # Hypothesis repeats and recombines what it has drawn. A seed from the whole round makes each repeat a new one.
+    chosen = random.Random(repr((draw(_SEEDS), config, swarm, run)))
     if run != sequences.SINGLE:
-        several = draw(st.lists(sequences.plans(run, tokens, fault), min_size=1, max_size=MAX_ROUND // 4))
-        seeds = _seeds(draw, config, run, several)
+        plans = [sequences.plan(run, tokens, swarm, chosen) for _ in range(chosen.randint(1, MAX_ROUND // 4))]
         return tuple(
-            sequences.make(space, config, run, plan, seeds.getrandbits(62), info.name, device) for plan in several
+            sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device) for plan in plans
         )
-    faults = st.lists(fault, max_size=3, unique_by=lambda chosen: chosen[0]) if swarm else st.just([])
-    counts = st.sampled_from(tokens[:SMALL]) | st.sampled_from(tokens)
-    variants = draw(st.lists(st.tuples(counts, st.integers(0, 6), faults), min_size=1, max_size=MAX_ROUND))
-    seeds = _seeds(draw, config, run, variants)
     return tuple(
-        make_case(space, config, count, padding, laid, seeds.getrandbits(62), info.name)
-        for count, padding, laid in variants
-    )
-
-
-def _seeds(draw: st.DrawFn, *drawn: object) -> random.Random:
-    """Hypothesis repeats and recombines what it has drawn. Seeds from the whole round make each repeat a new case."""
-    return random.Random(repr((draw(_SEEDS), *drawn)))
+        make_case(
+            space, config, chosen.choice(tokens if chosen.random() < 0.5 else tokens[:SMALL]), chosen.randint(0, 6),
+            sequences.some(swarm, 3, chosen), chosen.getrandbits(62), info.name,
+        )
+        for _ in range(chosen.randint(1, MAX_ROUND))
+    )  # fmt: skip
 
 
 def make_case(
@@ -97,15 +95,17 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     chosen = random.Random(seed)
     places: list[Scalar] = ["", *(f"{p.fault}@{p.tensor}" for p in space.places)]
     rows = Axis("padding rows", (0, 1, 2, 4, 5)), Axis("where", (0, 1, 2, 3))
-    axes = [*space.axes(info), Axis("fault", places), *rows, Axis("run", sequences.runs(space.modes(info), device))]
+    runs = sequences.runs(space.modes(info), device)
+    axes = [*space.axes(info), Axis("fault", places), *rows, Axis("run", runs)]
     for row in pairwise(axes, chosen):
         config = space.complete({axis.name: row[axis.name] for axis in axes[:-4]}, info)
-        place = next((p for p in space.places_for(config, info) if f"{p.fault}@{p.tensor}" == row["fault"]), None)
-        tokens = space.tokens(config, device)
+        run, tokens = sequences.afforded(space, config, str(row["run"]), runs, device)
+        fitting = [place for place in space.places_for(config, info) if sequences.mode(run) in place.modes]
+        place = next((p for p in fitting if f"{p.fault}@{p.tensor}" == row["fault"]), None)
         faults = [(place, int(row["where"]))] if place else []
-        if row["run"] != sequences.SINGLE:
-            plan = sequences.random_plan(str(row["run"]), tokens, faults, int(row["padding rows"]), chosen)
-            yield sequences.make(space, config, str(row["run"]), plan, chosen.getrandbits(62), info.name, device)
+        if run != sequences.SINGLE:
+            plan = sequences.random_plan(tokens, faults, int(row["padding rows"]), chosen)
+            yield sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device)
             continue
         count = chosen.choice(tokens if chosen.random() < 0.5 else tokens[:SMALL])
         yield make_case(space, config, count, int(row["padding rows"]), faults, chosen.getrandbits(62), info.name)

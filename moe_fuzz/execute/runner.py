@@ -116,7 +116,9 @@ def _verdict(steps: Steps) -> Verdict:
         kind, detail = OOM, error.text
     except CaptureFailed as failed:
         kind, detail, spent = PASS, failed.error.text, True
-        if steps.target.info.contract.graph:
+        if failed.error.out_of_memory:  # no word on whether it can be captured
+            kind = OOM
+        elif steps.target.info.contract.graph:
             steps.add("capture", _cannot_be_captured(failed.error.violation))
         else:
             kind = REJECTED

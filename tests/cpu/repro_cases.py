@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-from moe_fuzz import strategies
 from moe_fuzz.campaign.finding import Finding
+from moe_fuzz.campaign.selftest import draw
 from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.execute.runner import Runner
 from moe_fuzz.labels import Labels
@@ -22,6 +24,7 @@ from moe_fuzz.verdict import VIOLATION, Verdict, Violation
 ROOT = Path(__file__).resolve().parents[2]
 HEALTHY = f"{ROOT}/kernels/routing.py:topk_softmax"
 SPACE = get_space("topk_softmax")
+MOST = 600  # cases in which a bug shows, or the test has lost its way
 
 
 def healthy(op: str) -> str:
@@ -81,6 +84,14 @@ WRITTEN_BY_HAND = {
 }
 
 
+def scriptable(cases: Iterator[Case]) -> Iterator[Case]:
+    """Of what is drawn, calls that a script can make: a single eager one, and no rows gigabytes apart."""
+    return (
+        case for case in cases
+        if case.mode == "eager" and len(case.steps) == 1 and "int32_boundary" not in case.fault_names
+    )  # fmt: skip
+
+
 def failing(runner: Runner, bug: Planted) -> tuple[Case, Verdict]:
     return _failing(runner, bug.name)
 
@@ -93,9 +104,10 @@ def _failing(runner: Runner, name: str) -> tuple[Case, Verdict]:
         violation = Violation(bug.check, symptom, f"{bug.story} ({bug.upstream})")
         return case_of(bug.target, **config), Verdict(VIOLATION, (violation,), seconds=1.0)
     only = RunOptions(checks=(bug.check,))
-    cases = [case_of(bug.target, **WRITTEN_BY_HAND[bug.name])] if bug.name in WRITTEN_BY_HAND else strategies.grid(
-        get_space(bug.op), runner.describe(bug.target), "cpu", 0)
-    for case in cases:
+    cases = scriptable(draw(bug.op, runner.describe(bug.target), "cpu", 0))
+    if bug.name in WRITTEN_BY_HAND:
+        cases = iter([case_of(bug.target, **WRITTEN_BY_HAND[bug.name])])
+    for case in islice(cases, MOST):
         verdict = runner.run(case, bug.target, only)
         if verdict.kind == VIOLATION:
             return case, verdict

@@ -125,6 +125,22 @@ def test_memory_that_ends_is_the_cases_to_tell(driver: Driver) -> None:
         heap._free(None, 0, 0, None)
 
 
+def test_a_lost_device_is_not_memory_that_ran_out(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laying a readable guard waits for the device, and so may be the first to hear what a kernel before did."""
+    heap = Allocator()
+    kept = heap.take(100, 0, 0)
+
+    def lost() -> None:
+        raise cuda_driver.DeviceLost("illegal-access", "a kernel broke the CUDA context")
+
+    monkeypatch.setattr(cuda_driver, "synchronize", lost)
+    monkeypatch.setattr(allocator, "_MAX_IDLE", 0)
+    with heap.fencing(FenceOptions(access="write"), "right"):
+        assert heap._alloc(64, 0, None) is None
+        heap._free(kept, 100, 0, None)
+    assert heap.failed is None
+
+
 def test_idle_memory_is_bounded(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "_MAX_IDLE", 8 * GRANULE)
     heap = Allocator()

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from moe_fuzz.case import Case, Step
+from moe_fuzz.execute.call import TargetError
 from moe_fuzz.execute.capture import Captured, CaptureFailed, GraphPool
+from moe_fuzz.execute.graph import GraphSteps
+from moe_fuzz.execute.runner import Runner
 from moe_fuzz.fence import FenceOptions, cuda_driver, open_arena, unwritten
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.routing.inputs import materialize
 from moe_fuzz.ops.routing.space import SIMPLEST
+from moe_fuzz.options import RunOptions
 from moe_fuzz.reference.routing import topk_softmax
 from moe_fuzz.targets.bind import bind
+from moe_fuzz.verdict import OOM, REJECTED, VIOLATION
 
 
 class Graph:
@@ -116,3 +122,27 @@ def test_a_failed_capture_tells_what_the_target_raised(monkeypatch: pytest.Monke
         with pytest.raises(CaptureFailed) as caught:
             pool.capture(lambda: None)
         assert "invalidated" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raised", "declared", "kind", "key"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True, OOM, ("oom", "out-of-memory")),
+        (RuntimeError("no capture"), True, VIOLATION, ("capture", "RuntimeError")),
+        (RuntimeError("no capture"), False, REJECTED, (REJECTED, "")),
+    ],
+)
+def test_memory_that_runs_out_while_capturing_says_nothing_of_the_target(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, declared: bool, kind: str, key: tuple[str, str]
+) -> None:
+    def run(self: GraphSteps) -> None:
+        raise CaptureFailed(TargetError(raised))
+
+    monkeypatch.setattr(GraphSteps, "run", run)
+    runner = Runner("cpu")
+    target = runner._bind("topk_softmax@torch")
+    contract = replace(target.info.contract, graph=declared)
+    runner._targets["topk_softmax@torch"] = replace(target, info=replace(target.info, contract=contract))
+    case = Case("topk_softmax", {**SIMPLEST, "experts": "0-7", "top_k": 2}, (Step(Labels.range(2)),), 1, "graph")
+    verdict = runner.run(case, "topk_softmax@torch", RunOptions())
+    assert (verdict.kind, verdict.key, verdict.spent) == (kind, key, True)

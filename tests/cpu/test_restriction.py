@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from moe_fuzz.campaign.drive import drive
 from moe_fuzz.campaign.interfaces import Sources
 from moe_fuzz.case import Case, Fault
 from moe_fuzz.contract import Capabilities, TargetInfo
+from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.restriction import NO_FAULT, RestrictedSpace, Restriction
@@ -79,6 +81,21 @@ def test_modes_alone() -> None:
     gone = Restriction(modes=("no such mode",))
     assert gone.refusal(SPACE, INFO) == "topk_softmax@builtin cannot be run in mode no such mode"
     assert RestrictedSpace(SPACE, gone).modes(INFO) == ()
+
+
+def test_a_fault_is_laid_in_its_modes_alone() -> None:
+    """The producer's graph would take real memory for all that lies between the rows: a finding of ours, not theirs."""
+    far = Restriction(faults=("int32_boundary",))
+    cases = drawn(far)
+    assert {case.mode for case in cases if case.fault_names} == {"eager", "graph"}
+    assert any(case.mode == "piecewise" for case in cases)
+    nowhere = Restriction(modes=("piecewise",), faults=("int32_boundary",))
+    assert nowhere.refusal(SPACE, INFO) == "topk_softmax@builtin takes cases with no fault int32_boundary"
+    one = next(case for case in cases if case.mode == "graph" and case.fault_names)
+    with pytest.raises(CaseError, match="cannot be laid in mode piecewise") as caught:
+        SPACE.validate(replace(one, mode="piecewise"))
+    assert (caught.value.where, caught.value.hint) == ("steps[0].faults[0]", "use mode eager or graph")
+    assert "piecewise" not in {simpler.mode for simpler in SPACE.simplify(one)}
 
 
 def test_what_a_source_draws_besides_is_dropped() -> None:

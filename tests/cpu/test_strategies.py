@@ -16,6 +16,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.routing.space import CPU_BUDGET, CUDA_ELEMENTS
 from moe_fuzz.ops.space import Axis
+from moe_fuzz.restriction import RestrictedSpace, Restriction
 
 SPACE = get_space("topk_softmax")
 EVERYTHING = TargetInfo(
@@ -78,6 +79,17 @@ def test_rounds_are_valid_affordable_and_inside_the_capabilities(space, info, da
         space.validate(case)
         assert space.refusal(case, info) == ""
         assert space.cost(case, "cpu") <= CPU_BUDGET
+
+
+@ALL_OPS
+def test_a_grid_of_a_graph_mode_is_affordable_or_as_small_as_can_be(space, info):
+    """Where a config is too costly for a single replay, the grid has it eager; asked for replays alone, has one."""
+    for modes in (None, ("graph",)):
+        only = RestrictedSpace(space, Restriction(modes=modes))
+        cases = list(islice(strategies.grid(only, info, "cpu", 3), 300))
+        assert any(case.mode == "graph" for case in cases)
+        dear = [case for case in cases if not space.affordable(case, "cpu")]
+        assert all(case.mode == "graph" and case.buckets == (1,) for case in dear) if modes else not dear
 
 
 @ALL_OPS

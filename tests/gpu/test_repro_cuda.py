@@ -1,6 +1,6 @@
 """repro.py on a GPU: every planted bug shows with torch and the target alone, and a healthy router passes.
 
-The cases are found by the interpreter, whose values are the GPU's to the bit; the scripts are those for cuda.
+A worker on the GPU finds the cases and writes down their tensors: Triton's interpreter may be broken where a GPU is.
 """
 
 from __future__ import annotations
@@ -8,14 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moe_fuzz.campaign.repro import render
 from moe_fuzz.case import Case
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, Verdict, Violation
-from tests.cpu.conftest import Batch, driving, elsewhere, runner, without_us  # noqa: F401 - fixtures
-from tests.cpu.repro_cases import HEALTHY, SAYS, SCRIPTED, case_of, exhibit_of, failing, finding_of, write
+from moe_fuzz.worker.pool import Pool
+from tests.cpu.conftest import Batch, driving, elsewhere, without_us  # noqa: F401 - fixtures
+from tests.cpu.repro_cases import HEALTHY, SAYS, SCRIPTED, case_of, exhibit_of, failing, finding_of, healthy, write
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
@@ -28,6 +32,30 @@ BUGS = [bug for bug in SCRIPTED if "cuda" in bug.devices]
 HANG = 20  # seconds: compiled by then, or never
 
 
+class Runner:
+    """A worker of a pool, asked as the runner in a worker is."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def describe(self, target: str) -> TargetInfo:
+        return self._pool.describe(target)
+
+    def run(self, case: Case, target: str, options: RunOptions) -> Verdict:
+        with self._pool.lease() as worker:
+            return worker.run([case], target, options)[0]
+
+    def exhibit(self, case: Case, target: str) -> dict[str, Any]:
+        with self._pool.lease(target) as worker:
+            return worker.exhibit(case, target)
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    with Pool(1, "cuda") as pool:
+        yield Runner(pool)
+
+
 @pytest.fixture(scope="module")
 def batch(without_us: dict[str, str], elsewhere: Path) -> Iterator[Batch]:  # noqa: F811
     compiled = {name: value for name, value in without_us.items() if name != "TRITON_INTERPRET"}
@@ -36,14 +64,14 @@ def batch(without_us: dict[str, str], elsewhere: Path) -> Iterator[Batch]:  # no
 
 
 @pytest.mark.parametrize("bare", [False, True], ids=["fenced", "bare"])
-def test_every_planted_bug_shows(runner, tmp_path: Path, batch: Batch, bare: bool) -> None:  # noqa: F811
+def test_every_planted_bug_shows(runner: Runner, tmp_path: Path, batch: Batch, bare: bool) -> None:
     runs = []
     bugs = [bug for bug in BUGS if not bare or bug.check not in ("fence", "canary", "hang")]  # whose scripts are alike
     for bug in bugs:
         case, verdict = failing(runner, bug)
         text = render(finding_of(case, verdict), exhibit_of(runner, case) | GPU, bare=bare)
         script = write(tmp_path, bug.name, re.sub(r"DEADLINE = \d+", f"DEADLINE = {HANG}", text))
-        runs += [[script], [script, HEALTHY]]
+        runs += [[script], [script, healthy(bug.op)]]
     answers = batch(*runs)
     wrong = []
     for bug, (code, said), (code_of_healthy, said_of_healthy) in zip(bugs, answers[::2], answers[1::2], strict=True):
@@ -58,7 +86,7 @@ def memory_fault(target: str, symptom: str, **config: object) -> tuple[Case, Ver
     return case_of(target, **config), Verdict(CRASH, (Violation("fence", symptom, f"faults: {symptom}"),))
 
 
-def test_edges_own_memory_and_faults_without_a_place(runner, tmp_path: Path, batch: Batch) -> None:  # noqa: F811
+def test_edges_own_memory_and_faults_without_a_place(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     target = tmp_path / "kernels_of_mine.py"
     target.write_text(
         "import torch\nimport triton\nimport triton.language as tl\n\n\n"
@@ -89,7 +117,7 @@ def test_edges_own_memory_and_faults_without_a_place(runner, tmp_path: Path, bat
     assert "device-assert, and the CUDA context is lost" in answers[4][1]
 
 
-def test_fixed_and_other_failures(runner, tmp_path: Path, batch: Batch) -> None:  # noqa: F811
+def test_fixed_and_other_failures(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     """A lost context is not the finding of another check, and neither is an error."""
     bug = next(bug for bug in BUGS if bug.name == "nan_argmax")
     case, verdict = failing(runner, bug)

@@ -20,7 +20,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.routing.space import SIMPLEST
 from moe_fuzz.options import FenceOptions, RunOptions
-from moe_fuzz.verdict import CRASH, HANG, OOM, PASS, VIOLATION
+from moe_fuzz.verdict import CRASH, HANG, OOM, PASS, REJECTED, VIOLATION, Verdict
 from moe_fuzz.worker.gpus import gpus
 from moe_fuzz.worker.pool import Pool
 
@@ -126,8 +126,13 @@ def test_sound_routers_pass_when_all_is_fenced(pool: Pool, target: str) -> None:
             started = time.monotonic()
             verdicts = worker.run(cases, target, replace(options, deadline=20.0))
             print(f"\n{target} fence {options.fence.own}: {len(cases) / (time.monotonic() - started):.0f} cases/s")
-            bad = [v for v in verdicts if v.kind not in (PASS, "rejected")]
+            bad = [v for v in verdicts if v.kind not in (PASS, REJECTED) and not known_of(target, v)]
             assert not bad, bad[0]
+
+
+def known_of(target: str, verdict: Verdict) -> bool:
+    """torch's own softmax gives NaN for a row without a number. It is no doing of a fence."""
+    return target == "topk_softmax@torch" and {v.check for v in verdict.violations} == {"finite"}
 
 
 # ---- several workers ------------------------------------------------------------------------------------------------

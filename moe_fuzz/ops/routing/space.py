@@ -55,7 +55,8 @@ PLACES = (
     FaultPlace("negative_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("noncontiguous", "logits", on_rows=False),
     FaultPlace("transposed", "logits", on_rows=False),
-    FaultPlace("int32_boundary", "logits", on_rows=False, max_rows=64),
+    # Not piecewise: the producer's graph would need real memory for all that lies between the rows.
+    FaultPlace("int32_boundary", "logits", on_rows=False, max_rows=64, modes=("eager", "graph")),
     FaultPlace("misaligned", "logits", on_rows=False),
 )
 
@@ -165,6 +166,9 @@ class RoutingSpace:
                         f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
                         f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
                     )
+                if case.mode not in place.modes:
+                    hint = f"use mode {' or '.join(place.modes)}"
+                    raise CaseError(where, f"{fault.name} cannot be laid in mode {case.mode}", hint)
                 if place.max_rows is not None and step.tokens > place.max_rows:
                     raise CaseError(where, f"{fault.name} is for {place.max_rows} rows at most, not {step.tokens}")
                 if place.needs and not config[place.needs]:
