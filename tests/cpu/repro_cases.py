@@ -80,6 +80,9 @@ WRITTEN_BY_HAND = {
     "branch_128_8": {"experts": 128, "top_k": 8},
     "mapped_in_place": {"n_group": 2, "topk_group": 2, "expert_map": True,
                         "faults": (Fault("overlapping_map", "expert_map"),)},
+    "padding_mask_mirrored": {"mode": "graph", "steps": (_step(4), Step(Labels.range(4), Labels.of([3]))),
+                              "is_padding": True, "padding": "minus_one"},
+    "sums_cleared_once": {"mode": "piecewise", "steps": (_step(4), _step(2), _step(4))},
     "id_left_unwritten": {"experts": 3, "top_k": 3, "out": True},  # its own memory, when bare, may hold anything
 }
 
