@@ -54,13 +54,20 @@ def pretend():
     torch.cuda.is_available, torch.cuda.current_device = (lambda: True), (lambda: 0)  # noqa: F821
     torch.as_tensor = from_address  # noqa: F821
     torch.cuda.graph_pool_handle = lambda: None  # noqa: F821
+    torch.cuda.is_current_stream_capturing = lambda: False  # noqa: F821
     if "capture" in globals():
         globals().update(warm_up=lambda function: function(), capture=lambda pool, function: again(function))
 
 
 def again(function):
     """In the place of a graph, and what its capture returned: a replay is a call, whose result is copied there."""
-    result = function()
+    torch.cuda.is_current_stream_capturing = lambda: True  # noqa: F821
+    try:
+        result = function()
+    except Exception as error:
+        raise CaptureFailed(f"{type(error).__name__}: {error}") from error  # noqa: F821
+    finally:
+        torch.cuda.is_current_stream_capturing = lambda: False  # noqa: F821
 
     class Graph:
         def replay(self):
