@@ -25,6 +25,7 @@ ODD_BUCKETS = (3, 7, 13, 33, 65, 100)
 #: What is in the tail before a replay: most often what was there, else what a layer before has left there.
 TAILS = ("", "", "", "nan_rows", "inf_rows", "neg_inf_rows", "huge_rows", "zero_rows")
 SMALL = 6  # of the dictionary's token counts: half of all cases are of these, which are cheap and break most
+MODEST, LARGE_SHARE = 513, 0.08  # the token counts beyond it, and how many cases are of these
 MAX_SEQUENCE, MAX_REPLAYS = 4, 8  # steps
 
 LaidFault = tuple[FaultPlace, int]  # and where it lies, as in `fault_rows`
@@ -84,7 +85,7 @@ def afforded(
 
 def plan(run: str, tokens: Sequence[int], swarm: Sequence[FaultPlace], chosen: random.Random) -> Plan:
     """A plan of a kind of run. tokens: as `afforded` tells them; swarm: the faults."""
-    count = chosen.randint(2, MAX_SEQUENCE if run == SEQUENCE else MAX_REPLAYS)
+    count = chosen.randint(2, chosen.randint(2, MAX_SEQUENCE if run == SEQUENCE else MAX_REPLAYS))  # more often few
     moves = [
         Move(chosen.randint(0, 1), chosen.randint(0, 4), chosen.randrange(len(TAILS)), some(swarm, 2, chosen))
         for _ in range(count)
@@ -211,7 +212,15 @@ def _size(plan: Plan, move: Move) -> int:
     return plan.sizes[move.size % len(plan.sizes)]
 
 
+def some_size(tokens: Sequence[int], chosen: random.Random) -> int:
+    """A token count: a cheap one half of the time, hardly ever one that costs as much as a hundred of them."""
+    share = chosen.random()
+    large = [count for count in tokens if count > MODEST]
+    if share < 0.5 or len(tokens) <= SMALL:
+        return chosen.choice(tokens[:SMALL])
+    return chosen.choice(large if share > 1 - LARGE_SHARE and large else tokens[: len(tokens) - len(large)])
+
+
 def _some_sizes(tokens: Sequence[int], chosen: random.Random) -> tuple[int, ...]:
     """One or two."""
-    sizes = [chosen.choice(tokens if chosen.random() < 0.5 else tokens[:SMALL]) for _ in range(chosen.randint(1, 2))]
-    return tuple(dict.fromkeys(sizes))
+    return tuple(dict.fromkeys(some_size(tokens, chosen) for _ in range(chosen.randint(1, 2))))

@@ -16,7 +16,7 @@ from moe_fuzz import sequences
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.ops.space import Axis, FaultPlace, Space
-from moe_fuzz.sequences import SMALL, make_step
+from moe_fuzz.sequences import make_step
 
 MAX_ROUND = 16
 _SEEDS = st.integers(0, 2**62 - 1)
@@ -66,7 +66,7 @@ def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tupl
         )
     return tuple(
         make_case(
-            space, config, chosen.choice(tokens if chosen.random() < 0.5 else tokens[:SMALL]), chosen.randint(0, 6),
+            space, config, sequences.some_size(tokens, chosen), chosen.randint(0, 6),
             sequences.some(swarm, 3, chosen), chosen.getrandbits(62), info.name,
         )
         for _ in range(chosen.randint(1, MAX_ROUND))
@@ -107,7 +107,7 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
             plan = sequences.random_plan(tokens, faults, int(row["padding rows"]), chosen)
             yield sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device)
             continue
-        count = chosen.choice(tokens if chosen.random() < 0.5 else tokens[:SMALL])
+        count = sequences.some_size(tokens, chosen)
         yield make_case(space, config, count, int(row["padding rows"]), faults, chosen.getrandbits(62), info.name)
 
 
