@@ -53,3 +53,26 @@ def pretend():
     ctypes.CDLL = lambda name, *rest, **more: driver if name == "libcuda.so.1" else load(name, *rest, **more)
     torch.cuda.is_available, torch.cuda.current_device = (lambda: True), (lambda: 0)  # noqa: F821
     torch.as_tensor = from_address  # noqa: F821
+    torch.cuda.graph_pool_handle = lambda: None  # noqa: F821
+    torch.cuda.is_current_stream_capturing = lambda: False  # noqa: F821
+    if "capture" in globals():
+        globals().update(warm_up=lambda function: function(), capture=lambda pool, function: again(function))
+
+
+def again(function):
+    """In the place of a graph, and what its capture returned: a replay is a call, whose result is copied there."""
+    torch.cuda.is_current_stream_capturing = lambda: True  # noqa: F821
+    try:
+        result = function()
+    except Exception as error:
+        raise CaptureFailed(f"{type(error).__name__}: {error}") from error  # noqa: F821
+    finally:
+        torch.cuda.is_current_stream_capturing = lambda: False  # noqa: F821
+
+    class Graph:
+        def replay(self):
+            many = isinstance(result, (tuple, list))
+            for kept, new in zip(result, function(), strict=False) if many else ((result, function()),):
+                kept.copy_(new)
+
+    return Graph(), result

@@ -31,10 +31,17 @@ def healthy(op: str) -> str:
     return f"{ROOT}/kernels/{'grouped_topk' if op == 'grouped_topk' else 'routing'}.py:{op}"
 
 
-def case_of(target: str, tokens: int = 3, experts: int = 8, faults: tuple[Fault, ...] = (), **config: Any) -> Case:
+def case_of(
+    target: str, tokens: int = 3, experts: int = 8, faults: tuple[Fault, ...] = (), mode: str = "eager",
+    steps: tuple[Step, ...] = (), **config: Any,
+) -> Case:  # fmt: skip
     op = target.partition("@")[0]
     config = {**get_space(op).simplest, "top_k": 2, **config, "experts": str(Labels.range(experts))}
-    return Case(op, config, (Step(Labels.range(tokens), Labels(), faults),), 7, target=target)
+    return Case(op, config, steps or (Step(Labels.range(tokens), Labels(), faults),), 7, mode, target=target)  # type: ignore[arg-type]
+
+
+def _step(tokens: int, *faults: Fault) -> Step:
+    return Step(Labels.range(tokens), Labels(), faults)
 
 
 #: Cases written by hand: of bugs that would take this process down, and of those that the grid does not meet.
@@ -52,12 +59,18 @@ FATAL: dict[str, tuple[dict[str, Any], str]] = {
     "loads_words": ({"faults": (Fault("misaligned", "logits"),), "dtype": "bfloat16", "edge": "left"},
                     "misaligned-access"),
     "waits_for_a_partner": ({"tokens": 1}, "deadline"),
+    "counts_rows_on_host": ({"mode": "graph"}, "RuntimeError"),
+    "tactic_of_the_capture": ({"mode": "graph", "tokens": 16}, "weights"),
+    "frozen_staging": ({"mode": "graph"}, "wrong-expert"),
+    "epoch_baked_in": ({"mode": "graph", "steps": (_step(4, Fault("huge_rows", "logits", Labels.of([0]))), _step(4))},
+                       "weights"),
+    "side_stream_not_joined": ({"mode": "graph"}, "weights:unwritten"),
 }  # fmt: skip
-#: Bugs that a script can show, and a case is known for: it has no allocator of its own, no graphs, no rows gigabytes
-#: apart, no state from a call before.
+#: Bugs that a script can show, and a case is known for: it has no allocator of its own, no rows gigabytes apart, no
+#: state from a call before.
 SCRIPTED = [
     bug for bug in PLANTED
-    if bug.fence == "torch" and bug.module != "routing_graph" and bug.name not in ("int32_row_offset", "stale_row_max")
+    if bug.fence == "torch" and bug.name not in ("int32_row_offset", "stale_row_max")
     and ("cpu" in bug.devices or bug.name in FATAL)
 ]  # fmt: skip
 NAN_ARGMAX, SCRATCH_IN_INPUT = (
@@ -67,6 +80,9 @@ WRITTEN_BY_HAND = {
     "branch_128_8": {"experts": 128, "top_k": 8},
     "mapped_in_place": {"n_group": 2, "topk_group": 2, "expert_map": True,
                         "faults": (Fault("overlapping_map", "expert_map"),)},
+    "padding_mask_mirrored": {"mode": "graph", "steps": (_step(4), Step(Labels.range(4), Labels.of([3]))),
+                              "is_padding": True, "padding": "minus_one"},
+    "sums_cleared_once": {"mode": "piecewise", "steps": (_step(4), _step(2), _step(4))},
     "id_left_unwritten": {"experts": 3, "top_k": 3, "out": True},  # its own memory, when bare, may hold anything
 }
 

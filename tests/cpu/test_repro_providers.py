@@ -189,7 +189,7 @@ def test_a_python_function_of_the_package_is_called_itself(
         assert f"import {module.replace('/', '.')}" in text
     for name in set(sys.modules) - before:
         if name.partition(".")[0] == module.partition("/")[0]:
-            monkeypatch.delitem(sys.modules, name)
+            del sys.modules[name]
     assert [code for code, _ in run(*scripts)] == [3] * len(scripts)  # the package is not there
     assert [code for code, _ in run(*scripts, place=tmp_path)] == [1] * len(scripts)
     file.write_text(code.replace("WRONG = True", "WRONG = False"))

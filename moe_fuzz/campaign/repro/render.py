@@ -120,7 +120,7 @@ def render(
         "finding": finding,
         "check": check,
         "shows": shows,
-        "doc": _docstring(_about(finding, load, case, sum(len(calls.steps) for calls in earlier))),
+        "doc": _docstring(_about(finding, load, device, case, sum(len(one.steps) for one in earlier))),
         "judge_doc": _sentence(_rule(finding) or "the calls come back"),
         "device": device,
         "load": load,
@@ -171,7 +171,7 @@ def _fence(finding: Finding, bare: bool) -> dict[str, Any]:
     return {"names": [], "readonly": [], "own": "" if bare else "poison"}
 
 
-def _about(finding: Finding, load: Mapping[str, Any], case: Calls, earlier: int) -> list[str]:
+def _about(finding: Finding, load: Mapping[str, Any], device: str, case: Calls, earlier: int) -> list[str]:
     """The paragraphs of the docstring."""
     space = get_space(finding.case.op)
     violation = next(iter(finding.verdict.violations), None)
@@ -183,7 +183,8 @@ def _about(finding: Finding, load: Mapping[str, Any], case: Calls, earlier: int)
         facts += [f"{name:9} {text}" for name, text in told if text]
     if case.graph:
         sizes = " and ".join(str(name) for name, _ in case.buckets)
-        facts += [f"Replays   {len(case.steps)}, of static buffers of {sizes} tokens, captured the largest first"]
+        what = "the graphs" if device == "cuda" else "a CPU has no graphs: calls over static buffers"
+        facts += [f"Replays   {len(case.steps)}; {what} of {sizes} tokens"]
     if earlier:
         calls = f"{earlier} other call{'s' if earlier > 1 else ''}"
         facts += [f"Before    {calls} in the same process, without which it passes"]
