@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from moe_fuzz.execute import launch_errors
 from moe_fuzz.fence import cuda_driver
 from moe_fuzz.verdict import Violation
 
@@ -46,6 +47,8 @@ def guarded(call: Callable[[], _T], device: str) -> _T:
     """Runs the target's code; whatever it raises comes out as TargetError. Raises DeviceLost."""
     try:
         result = call()
+        if device == "cuda":
+            launch_errors.surface()
     except (Exception, SystemExit) as error:  # sys.exit in a kernel library is an error like any other
         _settle(device)
         raise TargetError(error) from error
