@@ -130,7 +130,7 @@ def _block(tokens: int, lanes: int) -> tuple[int, int]:
     do_not_specialize=["tokens", "topk_group", "top_k", "n_shared", "padding_id", "logits_stride_t", "logits_stride_e"],
     do_not_specialize_on_alignment=["logits_ptr"],
 )
-def _grouped_topk_kernel(  # type: ignore[no-untyped-def]
+def _grouped_topk_kernel(
     logits_ptr, bias_ptr, is_padding_ptr, expert_map_ptr,  # [T, E], [E] f32, [T] bool, [E] i32
     weights_ptr, ids_ptr,  # [T, k + n_shared] f32 and i32
     tokens, experts, n_group, topk_group, top_k, n_shared,

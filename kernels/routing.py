@@ -1,11 +1,23 @@
-"""Routers in Triton. Their contracts are the docstrings of `reference/routing.py`."""
+"""Routers in Triton. Their contracts are the docstrings of `reference/routing.py`.
+
+Up to 16 experts a row lies in one thread (routing_threads.py), beyond that in one warp (routing_lanes.py).
+"""
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+
+if __package__:
+    from .routing_lanes import list_length, network, topk_by_lanes
+    from .routing_threads import topk_by_threads
+else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
+    from routing_lanes import list_length, network, topk_by_lanes
+    from routing_threads import topk_by_threads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIALECTS = ("distinct", "minus_one", "num_experts", "zero_weight", "garbage")
@@ -30,7 +42,7 @@ def topk_softmax(
 
     Raises ValueError for anything outside these shapes, dtypes and ranges.
     """
-    return _route("softmax", logits, top_k, renormalize, bias, scale, is_padding, padding, out)
+    return _topk(False, logits, top_k, renormalize, bias, scale, is_padding, padding, out)
 
 
 def topk_sigmoid(
@@ -46,17 +58,26 @@ def topk_sigmoid(
 ) -> tuple[Tensor, Tensor]:  # (weights [T, k] float32, ids [T, k] int32): `out` where it was given
     """The `top_k` experts of each token by sigmoid score (+ bias), and their weights, in one launch.
 
-    The contract is that of `reference/routing.py::topk_sigmoid`. Beyond it: as `topk_softmax`.
+    The contract is that of `reference/routing.py::topk_sigmoid`. Beyond it: computes in float32, is deterministic, a
+    row's bits depend on that row alone, and ties fall to the lowest id.
 
     Raises ValueError for anything outside these shapes, dtypes and ranges.
     """
-    return _route("sigmoid", logits, top_k, renormalize, bias, scale, is_padding, padding, out)
+    return _topk(True, logits, top_k, renormalize, bias, scale, is_padding, padding, out)
 
 
-def _route(
-    scoring: str, logits: Tensor, top_k: int, renormalize: bool, bias: Tensor | None, scale: float,
-    is_padding: Tensor | None, padding: str, out: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _topk(
+    sigmoid: bool,
+    logits: Tensor,
+    top_k: int,
+    renormalize: bool,
+    bias: Tensor | None,
+    scale: float,
+    is_padding: Tensor | None,
+    padding: str,
+    out: tuple[Tensor, Tensor] | None,
+    nan_safe: bool = True,  # False leaves out what it costs that NaN and +inf are safe, for the benchmark that says so
+) -> tuple[Tensor, Tensor]:
     if logits.dim() != 2 or logits.dtype not in DTYPES or not 1 <= logits.shape[1] <= 1024:
         raise ValueError("logits must be [T, E] in float32, bfloat16 or float16 with 1 <= E <= 1024, "
                          f"not {list(logits.shape)} {logits.dtype}")
@@ -81,27 +102,33 @@ def _route(
     if tokens == 0:
         return weights, ids
 
-    expert_pad = triton.next_power_of_2(experts)
-    rows, warps = _block(tokens, expert_pad)
-    if is_padding is None or padding == "distinct":
-        is_padding, flagged = None, 0
+    flagged = 0 if is_padding is None or padding == "distinct" else 2 if padding == "garbage" else 1
+    wide = bias is not None or logits.dtype == torch.float32
+    stride_t, stride_e = logits.stride()
+    flags = is_padding if flagged else None
+    flags_stride = flags.stride(0) if flags is not None else 0
+    padding_id = {"minus_one": -1, "num_experts": experts}.get(padding, 0)
+    pdl = _pdl(logits.device)
+    constants = dict(SIGMOID=sigmoid, RENORMALIZE=bool(renormalize), FLAGGED=flagged, NAN_SAFE=nan_safe,
+                     LARGEST=torch.finfo(logits.dtype).max, PDL=pdl)
+    if pdl:
+        constants["launch_pdl"] = True
+    if not wide and experts in (1, 2, 4, 8, 16) and top_k in _KNOWN_K:
+        block = _threads(tokens, experts)
+        topk_by_threads[(triton.cdiv(tokens, block["ROWS"]),)](
+            logits, flags, weights, ids,
+            tokens, stride_t, stride_e, flags_stride, float(scale), padding_id,
+            PACKED=stride_e == 1 and (stride_t == experts or tokens == 1), EXPERTS=experts, TOP_K=top_k,
+            **constants, **block,
+        )  # fmt: skip
     else:
-        flagged = 2 if padding == "garbage" else 1
-    _topk_kernel[(triton.cdiv(tokens, rows),)](
-        logits, bias, is_padding,  # inputs
-        weights, ids,  # outputs
-        tokens, experts, top_k,  # sizes
-        # A row alone has stride E whatever the view says: another stride would compile another kernel, and its sums
-        # could round differently from the same row's in a batch.
-        logits.stride(0) if tokens > 1 else experts, logits.stride(1),  # strides, in elements
-        bias.stride(0) if bias is not None else 0,
-        is_padding.stride(0) if is_padding is not None else 0,
-        float(scale), {"minus_one": -1, "num_experts": experts}.get(padding, 0),  # values
-        SIGMOID=scoring == "sigmoid", HAS_BIAS=bias is not None,  # constants
-        RENORMALIZE=bool(renormalize), FLAGGED=flagged,
-        ROWS=rows, EXPERT_PAD=expert_pad, K_PAD=triton.next_power_of_2(top_k),
-        num_warps=warps,
-    )  # fmt: skip
+        block = _lanes(tokens, experts, top_k, wide)
+        topk_by_lanes[(triton.cdiv(tokens, block["ROWS"]),)](
+            logits, bias, flags, weights, ids,
+            tokens, experts, top_k, stride_t, stride_e, bias.stride(0) if bias is not None else 0, flags_stride,
+            float(scale), padding_id,
+            HAS_BIAS=bias is not None, WIDE=wide, **constants, **block,
+        )  # fmt: skip
     return weights, ids
 
 
@@ -111,108 +138,53 @@ def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: tor
                          f"not {list(tensor.shape)} {tensor.dtype} on {tensor.device}")
 
 
-def _block(tokens: int, expert_pad: int) -> tuple[int, int]:
-    """Rows of a program, and its warps.
+#: The k of the models that people serve (moe_fuzz/ops/routing/presets.py): a binary for each. At 4096 tokens of
+#: 512 experts a k that is known saves 18 % (H200). Any other k shares a binary that is faster to compile.
+_KNOWN_K = (1, 2, 4, 6, 8, 10)
 
-    On a device they depend on E alone: with T in it, a row's bits could depend on T. Up to 128 experts a warp covers
-    whole rows; beyond, one warp takes one row, so that the k reductions never cross warps.
-    In the interpreter a program costs the same whatever its block, so there are at most 2 of them.
+# What follows lays rows over threads. All sums stay within a row, in an order that the config alone decides (E, k, the
+# dtype, the bias), so the rest is free to choose, and a row's bits depend on that row alone.
+
+
+def _threads(tokens: int, experts: int) -> dict[str, Any]:
+    """How rows lie in `topk_by_threads`. One warp a program: 4096 rows are 128 warps, for 132 multiprocessors."""
+    chunk = min(experts, 8)  # 16 bytes
+    return {"ROWS": _interpreted_rows(tokens, experts) if _INTERPRETED else 32, "CHUNK": chunk,
+            "HALVINGS": chunk.bit_length() - 1, "NETWORK": network(experts), "num_warps": 1}  # fmt: skip
+
+
+def _lanes(tokens: int, experts: int, top_k: int, wide: bool) -> dict[str, Any]:
+    """How rows lie in `topk_by_lanes`."""
+    if _INTERPRETED:  # each step costs the same whatever its size: all of a row is one, longer than a warp
+        lanes, each = max(64, triton.next_power_of_2(experts)), 1
+        rows = _interpreted_rows(tokens, lanes)
+    else:
+        lanes = min(32, triton.next_power_of_2(experts))
+        if experts > lanes * (12 if wide else 16):
+            lanes = 128  # four warps: sorting longer lists takes the compiler seconds, and each time anew in fuzzing
+        each = list_length(triton.cdiv(experts, lanes))
+        rows = 128 // lanes  # one element of a list a thread, so that no layout is the compiler's to choose
+    known = top_k in _KNOWN_K
+    return {"ROWS": rows, "LANES": lanes, "EACH": each, "FULL": experts == lanes * each, "SORTED": known,
+            "NETWORK": network(each) if known else (), "TOP_K": top_k if known else 0, "num_warps": 4}  # fmt: skip
+
+
+def _interpreted_rows(tokens: int, width: int) -> int:
+    """In the interpreter a program costs the same whatever its block: there are at most 2."""
+    return min(triton.next_power_of_2(triton.cdiv(tokens, 2)), (1 << 20) // width)
+
+
+@cache
+def _pdl(device: torch.device) -> bool:
+    """Whether kernels may start while the one before them still runs (programmatic dependent launch, Hopper on).
+
+    That saves 0.15 us of a launch, and is safe: the first thing that a kernel here does is to wait until all that went
+    before it in the stream is complete and visible, whether that kernel knows of dependents or not; so nothing is read
+    or written any earlier. None of them says early that its own dependents may start: they start when it ends.
     """
-    if _INTERPRETED:
-        return min(triton.next_power_of_2(triton.cdiv(tokens, 2)), (1 << 20) // expert_pad), 4
-    return (512 // expert_pad, 4) if expert_pad <= 128 else (1, 1)
-
-
-@triton.jit(do_not_specialize=["tokens", "top_k", "padding_id"])
-def _topk_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr, bias_ptr, is_padding_ptr,  # [T, E], [E] f32, [T] bool
-    weights_ptr, ids_ptr,  # [T, k] f32, [T, k] i32
-    tokens, experts, top_k,
-    logits_stride_t, logits_stride_e, bias_stride, is_padding_stride,
-    scale, padding_id,
-    SIGMOID: tl.constexpr,  # else softmax
-    HAS_BIAS: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    FLAGGED: tl.constexpr,  # flagged rows: 0 are routed, 1 get (padding_id, 0), 2 stay unwritten
-    ROWS: tl.constexpr, EXPERT_PAD: tl.constexpr, K_PAD: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [R], 64 bits: T * stride may pass 2^31
-    col = tl.arange(0, EXPERT_PAD)  # [E']
-    slot = tl.arange(0, K_PAD)  # [k']
-    row_ok = row < tokens
-    real = (col < experts)[None, :]  # [1, E']
-    base = logits_ptr + row[:, None] * logits_stride_t  # [R, 1]
-
-    x = tl.load(base + col[None, :] * logits_stride_e, mask=row_ok[:, None] & real, other=float("-inf"))
-    x = _finite_above(x.to(tl.float32))  # [R, E']
-    if not SIGMOID and (HAS_BIAS or not RENORMALIZE):
-        # The largest logit is subtracted; with nothing but -inf there is nothing to subtract it from.
-        top = tl.maximum(tl.max(x, axis=1), -3.4028234663852886e38)  # [R]
-        e = tl.exp(x - top[:, None])  # [R, E'], 0 past E
-        total = tl.maximum(tl.sum(e, axis=1), 1e-30)  # [R], >= 1 but on a row of -inf, where every e is 0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + col * bias_stride, mask=col < experts, other=0.0)  # [E']
-        score = _sigmoid(x, 0.0) if SIGMOID else e / total[:, None]
-        rank = score + bias[None, :]
-        rank = tl.where(rank != rank, float("-inf"), rank)
-    else:
-        rank = x  # either score is monotone, and the logits are exact
-
-    # One max gives value and lowest index at once, and ids stay distinct whatever the values are: the upper half of a
-    # key orders like the float (and -0 like +0), the lower half prefers the lower column. A comparison of floats would
-    # pick expert 0 again and again on a row of NaN (vllm#39391), or none at all (sglang#30079).
-    bits = rank.to(tl.int32, bitcast=True)
-    bits = tl.where(bits == -2147483648, 0, bits)
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = (order.to(tl.int64) << 32) | (EXPERT_PAD - 1 - col).to(tl.int64)[None, :]
-    lowest = -0x8000000000000000  # below the key of -inf: a column past E, or one taken already, never wins
-    key = tl.where(real, key, lowest)
-    best = tl.full((ROWS, K_PAD), 0, tl.int64)
-    for j in range(top_k):
-        winner = tl.max(key, axis=1)[:, None]  # [R, 1]
-        best = tl.where(slot[None, :] == j, winner, best)
-        key = tl.where(key == winner, lowest, key)
-
-    used = slot[None, :] < top_k  # [1, k']
-    ids = EXPERT_PAD - 1 - (best & 0xFFFFFFFF).to(tl.int32)  # [R, k']
-    picked = tl.load(base + ids * logits_stride_e, mask=row_ok[:, None] & used, other=float("-inf"))
-    picked = _finite_above(picked.to(tl.float32))  # [R, k']
-    # Renormalized: relative to the largest selected one, so that the sum is no smaller than 1 (sigmoid: 1/2) even where
-    # a bias has selected experts whose scores underflow: no 0/0 (sglang#31017, flashinfer#3803).
-    if SIGMOID:
-        if RENORMALIZE:
-            shift = tl.maximum(tl.max(tl.minimum(picked, 0.0), axis=1), -3.4028234663852886e38)[:, None]
-            score = _sigmoid(picked, shift)
-            weights = score / tl.maximum(tl.sum(score, axis=1), 1e-30)[:, None] * scale
-        else:
-            weights = _sigmoid(picked, 0.0) * scale
-    else:
-        if RENORMALIZE:
-            top = tl.maximum(tl.max(picked, axis=1), -3.4028234663852886e38)
-            total = tl.maximum(tl.sum(tl.exp(picked - top[:, None]), axis=1), 1e-30)
-        weights = tl.exp(picked - top[:, None]) / total[:, None] * scale
-
-    where = row[:, None] * top_k + slot[None, :]
-    mask = row_ok[:, None] & used
-    if FLAGGED > 0:
-        flagged = tl.load(is_padding_ptr + row * is_padding_stride, mask=row_ok, other=0).to(tl.int1)[:, None]
-        if FLAGGED == 1:
-            weights = tl.where(flagged, 0.0, weights)
-            ids = tl.where(flagged, padding_id, ids)
-        else:
-            mask = mask & (flagged == 0)
-    tl.store(weights_ptr + where, weights, mask=mask)
-    tl.store(ids_ptr + where, ids, mask=mask)
-
-
-@triton.jit
-def _finite_above(x):
-    """NaN becomes -inf and +inf the largest float32, so that no difference of two logits is NaN."""
-    x = tl.where(x != x, float("-inf"), x)
-    return tl.where(x == float("inf"), 3.4028234663852886e38, x)
-
-
-@triton.jit
-def _sigmoid(x, shift):
-    """sigmoid(x) / exp(shift), for shift in [min(x, 0), 0]: no exponential overflows, and 0 for -inf."""
-    return tl.exp(tl.minimum(x, 0.0) - shift) / (1.0 + tl.exp(-tl.abs(x)))
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and not _INTERPRETED
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )

@@ -40,7 +40,20 @@ class Canvas:
     def choose(self, positions: Sequence[int], count: int, fault: str) -> torch.Tensor:
         """int64 [len(positions), columns] in [0, count): a fault's own choice at each place."""
         rows = [self.rows[p] for p in positions]
-        return generator.choice(self.seed, f"{self.name}/{fault}", rows, self.columns, count)
+        return generator.choice(self.seed, f"{self.name}/{fault}", rows, self.columns, count, device=self.device)
+
+    def choose_rows(self, positions: Sequence[int], count: int, fault: str) -> torch.Tensor:
+        """int64 [len(positions), 1] in [0, count): a fault's own choice for each row."""
+        rows = [self.rows[p] for p in positions]
+        return generator.choice(self.seed, f"{self.name}/{fault}", rows, [0], count, device=self.device)
+
+    def table(self, values: Sequence[float], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The values as a tensor where the canvas is."""
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
 
     def nans(self, positions: Sequence[int], fault: str) -> torch.Tensor:
         """NaN [len(positions), columns]: of one bit pattern a row, as a computation leaves them, or of several.
@@ -48,9 +61,8 @@ class Canvas:
         A row of one pattern is the harder one: among NaNs of both signs, some are always on the side that wins.
         """
         dtype = self.values.dtype
-        bits = torch.tensor(_NANS[dtype], dtype=torch.int64).to(_BITS[dtype])  # wraps to the signed pattern
-        rows = [self.rows[p] for p in positions]
-        mode = generator.choice(self.seed, f"{self.name}/{fault}/pattern", rows, [0], 2 * len(bits))  # [P, 1]
+        bits = self.table(_NANS[dtype], torch.int64).to(_BITS[dtype])  # wraps to the signed pattern
+        mode = self.choose_rows(positions, 2 * len(bits), fault + "/pattern")  # [P, 1]
         mixed = self.choose(positions, len(bits), fault)
         return bits[torch.where(mode < len(bits), mode, mixed)].view(dtype)
 
@@ -139,9 +151,8 @@ class MaskedExperts(Fault):
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         hit = canvas.choose(positions, 3, self.name) == 0
         depths = (0, 0, 15, 15) if canvas.values.dtype == torch.float16 else (0, 0, 20, 40)
-        down = torch.tensor([-(2.0**depth) if depth else 0.0 for depth in depths])
-        rows = [canvas.rows[p] for p in positions]
-        pick = generator.choice(canvas.seed, f"{canvas.name}/{self.name}/down", rows, [0], len(depths))  # [P, 1]
+        down = canvas.table([-(2.0**depth) if depth else 0.0 for depth in depths])
+        pick = canvas.choose_rows(positions, len(depths), self.name + "/down")  # [P, 1]
         row = (canvas.values[positions].float() + down[pick]).to(canvas.values.dtype)
         canvas.values[positions] = torch.where(hit, torch.full_like(row, -torch.inf), row)
 
@@ -155,9 +166,8 @@ class ShiftedRows(Fault):
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         powers = (5, 8, 14) if canvas.values.dtype == torch.float16 else (5, 8, 14, 20)
-        offsets = torch.tensor([sign * 2.0**power for power in powers for sign in (-1, 1)])
-        rows = [canvas.rows[p] for p in positions]
-        pick = generator.choice(canvas.seed, f"{canvas.name}/{self.name}", rows, [0], len(offsets))  # [P, 1]
+        offsets = canvas.table([sign * 2.0**power for power in powers for sign in (-1, 1)])
+        pick = canvas.choose_rows(positions, len(offsets), self.name)  # [P, 1]
         canvas.values[positions] = (canvas.values[positions].float() + offsets[pick]).to(canvas.values.dtype)
 
 
@@ -169,7 +179,7 @@ class HugeRows(Fault):
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         limits = torch.finfo(canvas.values.dtype)
-        table = torch.tensor([limits.max, limits.min, limits.max / 2, limits.min / 2], dtype=canvas.values.dtype)
+        table = canvas.table([limits.max, limits.min, limits.max / 2, limits.min / 2], canvas.values.dtype)
         pick = canvas.choose(positions, 8, self.name)
         row = canvas.values[positions]
         canvas.values[positions] = torch.where(pick < 4, table[pick.clamp(max=3)], row)
@@ -185,7 +195,7 @@ class Ladder(Fault):
         limits = torch.finfo(canvas.values.dtype)
         rungs = [0.0, -0.0, limits.tiny, -limits.tiny, limits.smallest_normal / 4, -limits.smallest_normal / 4]
         rungs += [sign * 2.0**power for power in range(-14, 15, 2) for sign in (1, -1)]
-        table = torch.tensor(rungs, dtype=torch.float64).to(canvas.values.dtype)
+        table = canvas.table(rungs, torch.float64).to(canvas.values.dtype)
         canvas.values[positions] = table[canvas.choose(positions, len(rungs), self.name)]
 
 
@@ -196,11 +206,9 @@ class Ties(Fault):
     name = "ties"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        table = torch.tensor([0.0, 0.0, -0.0, 1.0, 1.0, -1.0], dtype=canvas.values.dtype)
+        table = canvas.table([0.0, 0.0, -0.0, 1.0, 1.0, -1.0], canvas.values.dtype)
         pick = canvas.choose(positions, len(table), self.name)
-        few = torch.tensor([1, 3, 5, 6])[
-            generator.choice(canvas.seed, f"{canvas.name}/{self.name}/few", [canvas.rows[p] for p in positions], [0], 4)
-        ]  # [P, 1]
+        few = canvas.table([1, 3, 5, 6])[canvas.choose_rows(positions, 4, self.name + "/few")]  # [P, 1]
         canvas.values[positions] = table[pick % few]
 
 
@@ -225,7 +233,7 @@ class StaleRows(Fault):
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         rows = [canvas.rows[p] for p in positions]
-        old = generator.triangular(canvas.seed, canvas.name, rows, canvas.columns, stream=63)
+        old = generator.triangular(canvas.seed, canvas.name, rows, canvas.columns, 63, canvas.device)
         canvas.values[positions] = (4 * old).to(canvas.values.dtype)
 
 
@@ -238,7 +246,7 @@ class ExtremeBias(Fault):
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         rungs = [0.0, -0.0, -torch.inf, 0.5, -0.5, 11.0, -11.0]
         rungs += [sign * 2.0**power for power in (-14, -7, -3, 3, 7, 14) for sign in (1, -1)]
-        table = torch.tensor(rungs, dtype=canvas.values.dtype)
+        table = canvas.table(rungs, canvas.values.dtype)
         canvas.values[positions] = table[canvas.choose(positions, len(rungs), self.name)]
 
 

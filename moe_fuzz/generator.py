@@ -57,7 +57,8 @@ def words(
         with numpy.errstate(over="ignore"):  # of scalars; arrays wrap in silence
             lanes = philox(counter, key)
         table = numpy.stack([numpy.broadcast_to(lane, shape) for lane in lanes], axis=-1)  # [R, B, 4]
-        return torch.from_numpy(table[:, block_of, column & 3].astype(numpy.int64))  # [R, C]
+        values = table[:, block_of, column & 3]  # [R, C], whose memory numpy lays out as it likes
+        return torch.from_numpy(values.astype(numpy.int64, order="C"))
     there = [torch.from_numpy(part).to(device) for part in (blocks[None, :], row, block_of, column & 3)]
     lanes = philox((there[0], there[1], tensor_id, stream), key)
     parts = [torch.as_tensor(lane, device=device).expand(shape) for lane in lanes]

@@ -17,19 +17,14 @@ from moe_fuzz.faults import Canvas, Fault, register
 _PERIODS = (1, 2, 3, 4, 5, 8, 10, 16, 20, 32)
 
 
-def _row_choice(canvas: Canvas, positions: Sequence[int], name: str, count: int) -> torch.Tensor:
-    """int64 [P, 1] in [0, count): one choice for each row."""
-    rows = [canvas.rows[p] for p in positions]
-    return generator.choice(canvas.seed, f"{canvas.name}/{name}", rows, [0], count)
-
-
 def _periodic(canvas: Canvas, positions: Sequence[int], name: str) -> torch.Tensor:
     """float32 [P, columns]: values that repeat along the row, a few of them equal within a period too."""
     rows = [canvas.rows[p] for p in positions]
-    period = torch.tensor(_PERIODS)[_row_choice(canvas, positions, name + "/period", len(_PERIODS))]  # [P, 1]
-    table = 4 * generator.triangular(canvas.seed, f"{canvas.name}/{name}", rows, range(max(_PERIODS)))  # [P, 32]
+    period = canvas.table(_PERIODS)[canvas.choose_rows(positions, len(_PERIODS), name + "/period")]  # [P, 1]
+    table = 4 * generator.triangular(canvas.seed, f"{canvas.name}/{name}", rows, range(max(_PERIODS)),
+                                 device=canvas.device)  # [P, 32]
     table = table.to(canvas.values.dtype).float()
-    return table.gather(1, torch.tensor(list(canvas.columns)).view(1, -1) % period)
+    return table.gather(1, canvas.table(list(canvas.columns)).view(1, -1) % period)
 
 
 @register
@@ -64,12 +59,12 @@ class MaskedGroups(Fault):
     name = "masked_groups"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        lengths = torch.tensor([p for p in _PERIODS if p > 1])
-        length = lengths[_row_choice(canvas, positions, self.name + "/length", len(lengths))]  # [P, 1]
-        every = 2 + _row_choice(canvas, positions, self.name + "/every", 3)
-        phase = _row_choice(canvas, positions, self.name + "/phase", 4) % every
-        spared = _row_choice(canvas, positions, self.name + "/spared", 2) == 1
-        column = torch.tensor(list(canvas.columns)).view(1, -1)
+        lengths = canvas.table([p for p in _PERIODS if p > 1])
+        length = lengths[canvas.choose_rows(positions, len(lengths), self.name + "/length")]  # [P, 1]
+        every = 2 + canvas.choose_rows(positions, 3, self.name + "/every")
+        phase = canvas.choose_rows(positions, 4, self.name + "/phase") % every
+        spared = canvas.choose_rows(positions, 2, self.name + "/spared") == 1
+        column = canvas.table(list(canvas.columns)).view(1, -1)
         hit = (column // length % every == phase) & ~(spared & (column % length == 0))
         canvas.values[positions] = canvas.values[positions].masked_fill(hit, -torch.inf)
 
@@ -82,4 +77,4 @@ class OverlappingMap(Fault):
     name = "overlapping_map"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = torch.tensor([label + 1 for label in canvas.columns], dtype=canvas.values.dtype)
+        canvas.values[positions] = canvas.table([label + 1 for label in canvas.columns], canvas.values.dtype)

@@ -13,8 +13,6 @@ import random
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hypothesis import strategies as st
-
 from moe_fuzz.case import MODES, Case, Fault, Scalar, Step
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.space import FaultPlace, Space
@@ -27,6 +25,7 @@ ODD_BUCKETS = (3, 7, 13, 33, 65, 100)
 #: What is in the tail before a replay: most often what was there, else what a layer before has left there.
 TAILS = ("", "", "", "nan_rows", "inf_rows", "neg_inf_rows", "huge_rows", "zero_rows")
 SMALL = 6  # of the dictionary's token counts: half of all cases are of these, which are cheap and break most
+MODEST, LARGE_SHARE = 513, 0.08  # the token counts beyond it, and how many cases are of these
 MAX_SEQUENCE, MAX_REPLAYS = 4, 8  # steps
 
 LaidFault = tuple[FaultPlace, int]  # and where it lies, as in `fault_rows`
@@ -73,39 +72,42 @@ def afforded(
     if mode(run) == MODES[0]:
         return run, tokens
     most = max(tokens)
-    found = tuple(
-        size
-        for size in (*BUCKETS, *ODD_BUCKETS)
-        if size <= most and space.affordable(Case(space.op, config, (Step(Labels.range(size)),), 0, run), device)
-    )
+
+    def affordable(size: int) -> bool:
+        return space.affordable(Case(space.op, config, (Step(Labels.range(size)),), 0, run), device)
+
+    sizes = [size for size in (*BUCKETS, *ODD_BUCKETS) if size <= most]
+    found = tuple(sizes if affordable(max(sizes, default=1)) else filter(affordable, sizes))
     if not found and SINGLE in others:
         return SINGLE, tokens
     return run, found or BUCKETS[:1]
 
 
-def plans(run: str, tokens: Sequence[int], fault: st.SearchStrategy[LaidFault]) -> st.SearchStrategy[Plan]:
-    """Plans of a kind of run. tokens: as `afforded` tells them."""
-    sizes = st.lists(
-        st.sampled_from(tokens[:SMALL]) | st.sampled_from(tokens), min_size=1, max_size=2, unique=run != SEQUENCE
-    )
-    faults = st.just([]) if fault.is_empty else st.lists(fault, max_size=2, unique_by=lambda chosen: chosen[0])
-    move = st.builds(
-        Move, st.integers(0, 1), st.integers(0, 4), st.integers(0, len(TAILS) - 1), faults.map(tuple)
-    )
-    moves = st.lists(move, min_size=2, max_size=MAX_SEQUENCE if run == SEQUENCE else MAX_REPLAYS)
-    return st.builds(Plan, sizes.map(tuple), moves.map(tuple))
+def plan(run: str, tokens: Sequence[int], swarm: Sequence[FaultPlace], chosen: random.Random) -> Plan:
+    """A plan of a kind of run. tokens: as `afforded` tells them; swarm: the faults."""
+    count = chosen.randint(2, chosen.randint(2, MAX_SEQUENCE if run == SEQUENCE else MAX_REPLAYS))  # more often few
+    moves = [
+        Move(chosen.randint(0, 1), chosen.randint(0, 4), chosen.randrange(len(TAILS)), some(swarm, 2, chosen))
+        for _ in range(count)
+    ]
+    return Plan(_some_sizes(tokens, chosen), tuple(moves))
+
+
+def some(swarm: Sequence[FaultPlace], most: int, chosen: random.Random) -> tuple[LaidFault, ...]:
+    """None to `most` of the faults, each at some rows (`fault_rows`)."""
+    places = chosen.sample(swarm, chosen.randint(0, min(most, len(swarm))))
+    return tuple((place, chosen.randint(0, 3)) for place in places)
 
 
 def random_plan(tokens: Sequence[int], faults: Sequence[LaidFault], padding: int, chosen: random.Random) -> Plan:
-    """A plan for the grid, which has chosen a fault and some padding that must be in it. tokens: as in `plans`."""
-    sizes = tuple(chosen.choice(tokens[:SMALL] if chosen.random() < 0.5 else tokens) for _ in range(2))
+    """A plan for the grid, which has chosen a fault and some padding that must be in it. tokens: as in `plan`."""
     moves = [Move(0, min(padding, 4), chosen.randrange(len(TAILS)), tuple(faults))]
     moves += [
         Move(chosen.randint(0, 1), chosen.randint(0, 4), chosen.randrange(len(TAILS)), ())
         for _ in range(chosen.randint(1, MAX_SEQUENCE - 1))
     ]
     chosen.shuffle(moves)
-    return Plan(tuple(dict.fromkeys(sizes)), tuple(moves))
+    return Plan(_some_sizes(tokens, chosen), tuple(moves))
 
 
 def make(
@@ -208,3 +210,17 @@ def _faults(stream: int, buffer: Mapping[int, _Content]) -> list[Fault]:
 
 def _size(plan: Plan, move: Move) -> int:
     return plan.sizes[move.size % len(plan.sizes)]
+
+
+def some_size(tokens: Sequence[int], chosen: random.Random) -> int:
+    """A token count: a cheap one half of the time, hardly ever one that costs as much as a hundred of them."""
+    share = chosen.random()
+    large = [count for count in tokens if count > MODEST]
+    if share < 0.5 or len(tokens) <= SMALL:
+        return chosen.choice(tokens[:SMALL])
+    return chosen.choice(large if share > 1 - LARGE_SHARE and large else tokens[: len(tokens) - len(large)])
+
+
+def _some_sizes(tokens: Sequence[int], chosen: random.Random) -> tuple[int, ...]:
+    """One or two."""
+    return tuple(dict.fromkeys(some_size(tokens, chosen) for _ in range(chosen.randint(1, 2))))

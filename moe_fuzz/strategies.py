@@ -16,7 +16,7 @@ from moe_fuzz import sequences
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.ops.space import Axis, FaultPlace, Space
-from moe_fuzz.sequences import SMALL, make_step
+from moe_fuzz.sequences import make_step
 
 MAX_ROUND = 16
 _SEEDS = st.integers(0, 2**62 - 1)
@@ -44,7 +44,11 @@ def configs(draw: st.DrawFn, space: Space, info: TargetInfo) -> dict[str, Scalar
 @st.composite
 def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tuple[Case, ...]:
     """1 to 16 cases of one config, each with rows, padding and faults of its own; at most 4 where they have several
-    steps."""
+    steps.
+
+    Hypothesis chooses what the cases share: the config, a few faults, the kind of run; a seed of its gives the rest.
+    A choice of Hypothesis costs a hundred times one of `random`, and no case is ever shrunk by it.
+    """
     config = draw(configs(space, info))
     kinds = sequences.runs(space.modes(info), device)
     run, tokens = sequences.afforded(space, config, draw(st.sampled_from(kinds)), kinds, device)
@@ -53,26 +57,20 @@ def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tupl
     by_tensor = [[p for p in places if p.tensor == tensor] for tensor in dict.fromkeys(p.tensor for p in places)]
     one = st.sampled_from(by_tensor).flatmap(st.sampled_from)
     swarm = draw(st.lists(one, max_size=4, unique=True)) if places else []
-    fault = st.tuples(st.sampled_from(swarm), st.integers(0, 3)) if swarm else st.nothing()
+    # Hypothesis repeats and recombines what it has drawn. A seed from the whole round makes each repeat a new one.
+    chosen = random.Random(repr((draw(_SEEDS), config, swarm, run)))
     if run != sequences.SINGLE:
-        several = draw(st.lists(sequences.plans(run, tokens, fault), min_size=1, max_size=MAX_ROUND // 4))
-        seeds = _seeds(draw, config, run, several)
+        plans = [sequences.plan(run, tokens, swarm, chosen) for _ in range(chosen.randint(1, MAX_ROUND // 4))]
         return tuple(
-            sequences.make(space, config, run, plan, seeds.getrandbits(62), info.name, device) for plan in several
+            sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device) for plan in plans
         )
-    faults = st.lists(fault, max_size=3, unique_by=lambda chosen: chosen[0]) if swarm else st.just([])
-    counts = st.sampled_from(tokens[:SMALL]) | st.sampled_from(tokens)
-    variants = draw(st.lists(st.tuples(counts, st.integers(0, 6), faults), min_size=1, max_size=MAX_ROUND))
-    seeds = _seeds(draw, config, run, variants)
     return tuple(
-        make_case(space, config, count, padding, laid, seeds.getrandbits(62), info.name)
-        for count, padding, laid in variants
-    )
-
-
-def _seeds(draw: st.DrawFn, *drawn: object) -> random.Random:
-    """Hypothesis repeats and recombines what it has drawn. Seeds from the whole round make each repeat a new case."""
-    return random.Random(repr((draw(_SEEDS), *drawn)))
+        make_case(
+            space, config, sequences.some_size(tokens, chosen), chosen.randint(0, 6),
+            sequences.some(swarm, 3, chosen), chosen.getrandbits(62), info.name,
+        )
+        for _ in range(chosen.randint(1, MAX_ROUND))
+    )  # fmt: skip
 
 
 def make_case(
@@ -109,7 +107,7 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
             plan = sequences.random_plan(tokens, faults, int(row["padding rows"]), chosen)
             yield sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device)
             continue
-        count = chosen.choice(tokens if chosen.random() < 0.5 else tokens[:SMALL])
+        count = sequences.some_size(tokens, chosen)
         yield make_case(space, config, count, int(row["padding rows"]), faults, chosen.getrandbits(62), info.name)
 
 

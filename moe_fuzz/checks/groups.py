@@ -1,6 +1,6 @@
 """Groups of experts under rounding: which choices of groups a target may have made, from bounds on each expert's score.
 
-T rows, E experts, G groups of E / G neighbouring experts, of which K stay. All tensors are on the CPU.
+T rows, E experts, G groups of E / G neighbouring experts, of which K stay.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def kept_groups(
     best_left = low.masked_fill(taken, -torch.inf).view(members.shape).amax(dim=2)  # [T, G]
     tempting = best_left > worst.view(-1, 1)
     group_low, group_high = group_bounds(low, high, n_group, group_score)
-    lawful = torch.zeros(tokens, dtype=torch.bool)
+    lawful = torch.zeros(tokens, dtype=torch.bool, device=low.device)
     for group in range(n_group):
         threshold = group_high[:, group : group + 1]
         must = touched | (group_low > threshold)

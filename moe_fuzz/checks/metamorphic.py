@@ -14,7 +14,7 @@ REPEATS = 3
 
 def differs(one: Outputs, other: Outputs) -> torch.Tensor:
     """bool [T]: rows whose bits differ in weights or ids."""
-    found = torch.zeros(one.ids.shape[0], dtype=torch.bool)
+    found = torch.zeros(one.ids.shape[0], dtype=torch.bool, device=one.ids.device)
     for a, b in ((one.weights, other.weights), (one.ids, other.ids)):
         if a.shape != b.shape or a.dtype != b.dtype:
             return torch.ones_like(found)
@@ -86,7 +86,7 @@ def batch_invariance(seen: RoutingObservation) -> list[Violation]:
     fewer = {name: tensor[rows] for name, tensor in base_inputs.plain.items() if name in ("logits", "is_padding")}
     other_inputs = base_inputs.replace(**fewer)
     one, other = pick(base, rows), seen.call(other_inputs)
-    everyone = torch.arange(len(rows))
+    everyone = torch.arange(len(rows), device=rows.device)
     if not differs(one, other).any() or not _steady(seen, base_inputs, other_inputs, rows, everyone):
         return []
     return violation("batch_invariance", "alone with fewer rows, this row has other bits", rows, one, other)

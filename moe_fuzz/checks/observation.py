@@ -34,7 +34,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class RoutingObservation:
-    """One call of a router under test. All tensors are on the CPU; T, E, k as in the op."""
+    """One call of a router under test. All tensors are on one device, that of the inputs; T, E, k as in the op."""
 
     case: Case
     step_index: int
@@ -44,6 +44,7 @@ class RoutingObservation:
     call: Callable[[Inputs], Outputs]  # runs the target again, in fences, on other inputs; a graph is replayed
     eager: Callable[[Inputs], Outputs] | None = None  # runs it without a graph, where `call` is a replay
     budget: dict[str, float] = field(default_factory=dict)  # largest accepted error over bound, by check
+    rows: list[int] | None = None  # positions in the step of the rows that are seen; None: all of them
 
     def with_outputs(self, outputs: Outputs) -> RoutingObservation:
         """The same inputs and another answer; the reference is not computed again."""
@@ -51,6 +52,22 @@ class RoutingObservation:
         for name in ("_reference", "error", "bounds", "defined", "flagged"):
             other.__dict__[name] = getattr(self, name)
         return other
+
+    def take(self, rows: torch.Tensor) -> RoutingObservation:
+        """The call as seen on these rows alone, int64 [R]; what has been computed of them is not computed again."""
+        by_row = {name: self.inputs.plain[name][rows] for name in ("logits", "is_padding") if name in self.inputs.plain}
+        outputs = Outputs(self.outputs.weights[rows], self.outputs.ids[rows])
+        part = replace(self, inputs=self.inputs.replace(**by_row), outputs=outputs, rows=rows.tolist(), budget={})
+        for name in ("_reference", "bounds"):
+            part.__dict__[name] = tuple(table[rows] for table in getattr(self, name))
+        for name in ("error", "defined", "flagged"):
+            part.__dict__[name] = getattr(self, name)[rows]
+        return part
+
+    def benign(self, rows: torch.Tensor) -> torch.Tensor:
+        """Ordinary logits for these rows: what could have stood there instead."""
+        positions = rows.tolist() if self.rows is None else [self.rows[row] for row in rows.tolist()]
+        return benign_rows(self.case, self.step_index, positions, self.logits.device)
 
     # ---- inputs -----------------------------------------------------------------------------------------------------
 
@@ -160,7 +177,7 @@ class RoutingObservation:
     def flagged(self) -> torch.Tensor:
         """bool [T]: rows that the caller flagged as padding."""
         flags = self.inputs.plain.get("is_padding")
-        return torch.zeros(self.tokens, dtype=torch.bool) if flags is None else flags
+        return torch.zeros(self.tokens, dtype=torch.bool, device=self.logits.device) if flags is None else flags
 
     @cached_property
     def defined(self) -> torch.Tensor:
@@ -177,7 +194,7 @@ class RoutingObservation:
         if not len(positions):
             return self.inputs, self.outputs
         logits = self.logits.clone()
-        logits[positions] = benign_rows(self.case, self.step_index, positions.tolist())
+        logits[positions] = self.benign(positions)
         inputs = self.inputs.replace(logits=logits)
         return inputs, self.call(inputs)
 

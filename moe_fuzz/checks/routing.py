@@ -86,7 +86,7 @@ def ties(seen: RoutingObservation) -> list[Violation]:
     rows = seen.judged.nonzero().flatten()
     logits, chosen = seen.logits[rows].double(), seen.ids[rows]
     taken = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
-    column = torch.arange(seen.experts)
+    column = torch.arange(seen.experts, device=logits.device)
     size = seen.experts // seen.n_group
     grouped = seen.topk_group < seen.n_group
     if grouped:
@@ -98,7 +98,7 @@ def ties(seen: RoutingObservation) -> list[Violation]:
         if seen.bias is not None:
             equal &= seen.bias.view(1, -1) == seen.bias[expert]
         if grouped:
-            kept = touched | same[torch.arange(len(rows)), (expert // size).flatten()]
+            kept = touched | same[torch.arange(len(rows), device=rows.device), (expert // size).flatten()]
             equal &= kept.repeat_interleave(size, dim=1)
         passed_over = equal & ~taken & (column < expert)
         if passed_over.any():

@@ -44,7 +44,7 @@ def structure(seen: RoutingObservation) -> list[Violation]:
 def written(seen: RoutingObservation) -> list[Violation]:
     """No element still holds the poison it had before the call; flagged rows may under the dialect `garbage`."""
     found = []
-    free = seen.flagged.view(-1, 1) if seen.dialect == "garbage" else torch.zeros(seen.tokens, 1, dtype=torch.bool)
+    free = seen.flagged.view(-1, 1) if seen.dialect == "garbage" else torch.zeros_like(seen.flagged).view(-1, 1)
     for name, tensor in (("weights", seen.outputs.weights), ("ids", seen.outputs.ids)):
         left = unwritten(tensor) & ~free
         if left.any():
@@ -93,7 +93,7 @@ def shared(seen: RoutingObservation) -> list[Violation]:
     """The slots of fused shared experts hold the ids E, E + 1, … and the weight 1, on every row no dialect rules."""
     rows = seen.lawful.view(-1, 1)
     weights, ids = seen.outputs.weights[:, seen.top_k :], seen.outputs.ids[:, seen.top_k :]
-    wanted = seen.experts + torch.arange(seen.n_shared)
+    wanted = seen.experts + torch.arange(seen.n_shared, device=seen.outputs.ids.device)
     for symptom, name, wrong in (("id", "ids", ids != wanted), ("weight", "weights", weights != 1)):
         if (wrong & rows).any():
             row, slot = first(wrong & rows)

@@ -42,6 +42,7 @@ COMMANDS = {
     "minimize": "Make a failing case smaller.",
     "findings": "List the findings in the state directory.",
     "selftest": "Prove that the checks can fire: find every planted bug.",
+    "bench": "Time implementations of an op side by side, on a GPU.",
     "list": "List ops, targets, checks, faults or presets.",
     "doctor": "Look at this machine: what works, what does not, and the way out.",
 }
@@ -55,6 +56,7 @@ _KEYS = {
     "minimize": (*_WORKER_KEYS, "fence", "minimize_time"),
     "findings": ("state_dir",),
     "selftest": ("workers", "device", "memory"),
+    "bench": (),
     "list": (),
     "doctor": ("workers", "device", "state_dir", "memory"),
 }

@@ -18,7 +18,7 @@ MIN_MEMORY, MAX_MEMORY = 1 << 30, 4 << 30  # bytes; what a worker gets unless to
 MAX_WORKERS = 1024
 
 
-class _Parsed(click.ParamType):
+class Parsed(click.ParamType):
     """A value read by one of the configuration's own parsers, so that flag, variable and file speak one language."""
 
     def __init__(self, name: str, parse: Callable[[Any], Any], done: type | tuple[type, ...]) -> None:
@@ -43,10 +43,10 @@ def _words(value: Any) -> tuple[str, ...]:
     return names
 
 
-DURATION = _Parsed("duration", config.parse_duration, float)
-SIZE = _Parsed("size", config.parse_size, int)
-REPORT = _Parsed("kind=path", config.parse_report, ())
-NAMES = _Parsed("name,name…", _words, ())
+DURATION = Parsed("duration", config.parse_duration, float)
+SIZE = Parsed("size", config.parse_size, int)
+REPORT = Parsed("kind=path", config.parse_report, ())
+NAMES = Parsed("name,name…", _words, ())
 
 
 def option(key: str, *flags: str, **settings: Any) -> Callable[[F], F]:

@@ -25,6 +25,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _ATTRIBUTE = "__moe_fuzz_call__"
 _OP = "logits", "top_k"  # what every function of a routing op takes by position
 _SIZES = "tokens", "experts"
+_WIDTH = 100  # columns of a call; a longer one has an argument a line
 
 Buffers = Mapping[str, tuple[str, tuple[int | str, ...]]]
 
@@ -47,6 +48,7 @@ class BareCall:
     libraries: Mapping[str, str] = field(default_factory=dict)  # variable that names others -> files, joined as in PATH
     imports: tuple[str, ...] = ()  # modules that register the operator; that of a dotted Python function goes unsaid
     environment: Mapping[str, str] = field(default_factory=dict)  # set before anything is imported
+    surfaces_launch_error: bool = False  # raises what an unchecked launch over an empty grid left behind
 
     def __post_init__(self) -> None:
         for text in (*self.arguments, *self.results, self.function):
@@ -84,9 +86,15 @@ class BareCall:
             sizes = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
             lines.append(f"    {buffer} = {given}torch.empty(({sizes}), dtype=torch.{dtype}, device=logits.device)")
         call = f"{self.function}({', '.join(self.arguments)})"
+        if len(call) > _WIDTH:
+            call = "\n".join([f"{self.function}(", *(f"        {argument}," for argument in self.arguments), "    )"])
         used = any(isinstance(node, ast.Name) and node.id == "result"
                    for text in self.results for node in ast.walk(ast.parse(text, mode="eval")))  # fmt: skip
-        lines += [f"    result = {call}" if used else f"    {call}", f"    return {', '.join(self.results)}"]
+        lines.append(f"    result = {call}" if used else f"    {call}")
+        if self.surfaces_launch_error:
+            lines += ["    if not tokens:  # a launch over nothing, if nobody checked it, is an error of the next one",
+                      "        torch.zeros(1, device=logits.device)"]  # fmt: skip
+        lines.append(f"    return {', '.join(self.results)}")
         return "\n".join(lines) + "\n"
 
 

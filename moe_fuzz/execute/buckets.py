@@ -31,11 +31,11 @@ class Bucket(ABC):
     def replay(self, inputs: Inputs) -> Outputs:
         """The result for these inputs. Raises TargetError, BadResult, DeviceLost, MemoryError."""
         for name, tensor in self.call.tensors.items():
-            tensor.copy_(inputs.plain[name])
-        return self._replay()
+            self.call.arena.fill(tensor, inputs.plain[name])
+        return fetch(self._replay(), inputs.device)
 
     @abstractmethod
-    def _replay(self) -> Outputs:
+    def _replay(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Poisons what the replay must write, and replays."""
 
     @abstractmethod
@@ -56,7 +56,7 @@ class Simulated(Bucket):
         super().__init__(inputs, target, arena, with_out, pieces)
         self.call.pair(self.call.run())  # as the warm-up before a capture
 
-    def _replay(self) -> Outputs:
+    def _replay(self) -> tuple[torch.Tensor, torch.Tensor]:
         for tensor in self.call.out:
             canary.poison(tensor)
         logits = self.call.tensors["logits"]
@@ -66,7 +66,7 @@ class Simulated(Bucket):
         if self.pieces:
             clobber(logits)
             weights, ids = weights.clone(), ids.clone()
-        return fetch((weights, ids))
+        return weights, ids
 
     def close(self) -> None:
         pass

@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 
-from moe_fuzz.checks.observation import Outputs
 from moe_fuzz.execute.buckets import Bucket, clobber
 from moe_fuzz.execute.call import TargetError, guarded
-from moe_fuzz.execute.routing import fetch
 from moe_fuzz.fence import Arena, canary, cuda_driver
 from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.ops.routing.inputs import Inputs
@@ -116,7 +114,7 @@ class Captured(Bucket):
         self._graphs.append(graph)
         return result
 
-    def _replay(self) -> Outputs:
+    def _replay(self) -> Pair:
         for tensor in self._poisoned:
             canary.poison(tensor)
         self.call.arena.protect()
@@ -124,7 +122,7 @@ class Captured(Bucket):
             guarded(self._launch, "cuda")
         finally:
             self.call.arena.unprotect()
-        return fetch(self._result)
+        return self._result
 
     def _launch(self) -> None:
         for number, graph in enumerate(self._graphs):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 from moe_fuzz.checks.observation import Outputs
-from moe_fuzz.execute.routing import call_once
+from moe_fuzz.execute.routing import RoutingCall, call_once
 from moe_fuzz.execute.steps import Steps
-from moe_fuzz.fence import Arena
-from moe_fuzz.ops.routing.inputs import Inputs, materialize
+from moe_fuzz.fence import Arena, canary
+from moe_fuzz.ops.routing.inputs import Inputs
 
 
 class EagerSteps(Steps):
@@ -18,12 +18,18 @@ class EagerSteps(Steps):
         for index in range(len(self.case.steps)):
             self.index = index
             with self.arena() as arena:  # open while its results are judged: what the target allocated lives in it
-                self.attempt(partial(self._step, materialize(self.case, index), arena))
+                self.attempt(partial(self._step, self.inputs(index), arena))
             if self.violations:
                 return
 
     def _step(self, inputs: Inputs, arena: Arena) -> None:
-        def call(other: Inputs) -> Outputs:
-            return call_once(other, self.target, arena, bool(self.case.config["out"]))
+        first = RoutingCall(inputs, self.target, arena, bool(self.case.config["out"]))
 
-        self.judge(inputs, call(inputs), call, arena.check)
+        def call(other: Inputs) -> Outputs:
+            if other is not inputs:
+                return call_once(other, self.target, arena, bool(self.case.config["out"]))
+            for tensor in first.out:
+                canary.poison(tensor)
+            return first.fetched(inputs.device)  # the tensors are there already, and were read-only
+
+        self.judge(inputs, first.fetched(inputs.device), call, arena.check)

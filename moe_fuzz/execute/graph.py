@@ -14,7 +14,7 @@ from moe_fuzz.execute.capture import Captured, GraphPool
 from moe_fuzz.execute.routing import call_once
 from moe_fuzz.execute.steps import Steps
 from moe_fuzz.fence import Arena
-from moe_fuzz.ops.routing.inputs import Inputs, Lie, materialize
+from moe_fuzz.ops.routing.inputs import Inputs, Lie
 
 _Key = tuple[int, tuple[tuple[str, Lie], ...]]  # token count and layout: what cannot change inside a graph
 
@@ -23,7 +23,7 @@ class GraphSteps(Steps):
     """See Steps. `run` also raises CaptureFailed."""
 
     def run(self) -> None:
-        inputs = [materialize(self.case, index) for index in range(len(self.case.steps))]
+        inputs = [self.inputs(index) for index in range(len(self.case.steps))]
         keys = [_key(one) for one in inputs]
         buckets: dict[_Key, Bucket] = {}
         with self.arena() as static:  # open to the end: the addresses in it are in the graphs

@@ -12,7 +12,7 @@ import torch
 
 from moe_fuzz.checks.observation import Outputs
 from moe_fuzz.execute.call import guarded
-from moe_fuzz.fence import Arena
+from moe_fuzz.fence import Arena, cuda_driver
 from moe_fuzz.ops.routing.inputs import Inputs
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
@@ -61,6 +61,10 @@ class RoutingCall:
         finally:
             self.arena.unprotect()
 
+    def fetched(self, device: torch.device) -> Outputs:
+        """Calls the target, and fetches the result to `device`. Also raises BadResult."""
+        return fetch(self.pair(self.run()), device)
+
     def pair(self, result: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(weights, ids) of a result. Raises BadResult if it is not that, or not the buffers that were given."""
         if (
@@ -88,16 +92,21 @@ class RoutingCall:
         return result[0], result[1]
 
 
-def fetch(pair: tuple[torch.Tensor, torch.Tensor]) -> Outputs:
-    """The result, copied to the CPU to the bit: a target may use its own buffers again, and checks call it again. So
-    the checks are the same for every device."""
-    return Outputs(*(tensor.detach().to("cpu", copy=True) for tensor in pair))
+def fetch(pair: tuple[torch.Tensor, torch.Tensor], device: torch.device) -> Outputs:
+    """The result, copied to the bit to where it is judged: a target may use its own buffers again, and checks call it
+    again."""
+    if device.type == pair[0].device.type:
+        return Outputs(*(tensor.detach().clone() for tensor in pair))
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in pair]
+    for copy, tensor in zip(copies, pair, strict=True):
+        copy.copy_(tensor.detach(), non_blocking=True)
+    cuda_driver.synchronize()  # once for both
+    return Outputs(*copies)
 
 
 def call_once(inputs: Inputs, target: Target, arena: Arena, with_out: bool) -> Outputs:
     """Lays the inputs, calls, and fetches the result. Raises TargetError, BadResult, DeviceLost, MemoryError."""
-    call = RoutingCall(inputs, target, arena, with_out)
-    return fetch(call.pair(call.run()))
+    return RoutingCall(inputs, target, arena, with_out).fetched(inputs.device)
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

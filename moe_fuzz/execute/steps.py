@@ -6,7 +6,7 @@ A mode (eager.py, graph.py) makes the calls. Here its results are judged and add
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -25,12 +25,13 @@ from moe_fuzz.execute.call import TargetError
 from moe_fuzz.execute.routing import BadResult
 from moe_fuzz.fence import Arena, open_arena
 from moe_fuzz.ops import get_space
-from moe_fuzz.ops.routing.inputs import Inputs
+from moe_fuzz.ops.routing.inputs import Inputs, materialize
 from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
 
 _FAMILY = "routing"
+DEVICE_ELEMENTS = 1 << 15
 Call = Callable[[Inputs], Outputs]
 
 
@@ -51,6 +52,14 @@ class Steps(ABC):
         """Runs the steps until one has violations. Raises DeviceLost and MemoryError, TargetError where the target ran
         out of memory, and what a mode adds to it."""
 
+    def inputs(self, index: int) -> Inputs:
+        """The inputs of a step. They are made, and judged, on the host where they are small, else on the device: a few
+        thousand elements take the host less time than launches take, millions take it seconds."""
+        elements = self.case.steps[index].tokens * len(self.case.experts)
+        # Where every allocation on the device is fenced, those of the judgement would be too.
+        there = self.device != "cpu" and elements >= DEVICE_ELEMENTS and self.options.fence.own != "all"
+        return materialize(self.case, index, self.device if there else "cpu")
+
     @contextmanager
     def arena(self) -> Iterator[Arena]:
         arena = open_arena(self.device, self.options.fence, str(self.case.config["edge"]))
@@ -67,6 +76,12 @@ class Steps(ABC):
         if len(self.case.steps) > 1:
             found = tuple(replace(v, step=self.index, message=f"step {self.index}: {v.message}") for v in found)
         self.violations += found
+
+    def _add_first(self, at: int, check: str, found: Sequence[Violation]) -> None:
+        """`add`, in front of what was found since: what else is wrong may come of it."""
+        since, self.violations = self.violations[at:], self.violations[:at]
+        self.add(check, *found)
+        self.violations += since
 
     def attempt(self, doing: Callable[[], object], when: str = "") -> bool:
         """Lets the target work; what it raises, or returns instead of a result, is a violation. Whether it went well.
@@ -99,12 +114,11 @@ class Steps(ABC):
         seen = RoutingObservation(self.case, self.index, self.target.info, inputs, outputs, _shaped(call),
                                   _shaped(eager) if eager else None)  # fmt: skip
         before = len(self.violations)
-        self.add("canary", *canaries())
-        damaged = len(self.violations) > before
         checks = CHECKS[_FAMILY]
         self.add("structure", *checks["structure"](seen))
         if not seen.shaped:
             self.parity = False
+            self._add_first(before, "canary", canaries())
             return
         for name in get_space(self.case.op).checks:  # their order is that of attribution
             if name not in checks or name == "structure" or (name in RELATIONS[_FAMILY] and not relations):
@@ -113,10 +127,12 @@ class Steps(ABC):
                 again = f" (when `{name}` called it again)"
                 if not self.attempt(lambda name=name: self.add(name, *checks[name](seen)), again):  # type: ignore[misc]
                     break  # the others would only call it again
-        if not damaged:
-            self.add("canary", *canaries())  # what the calls of the checks did
+        # Once, for this result and for what the checks called: to ask means to wait for the device.
+        self._add_first(before, "canary", canaries())
         self.budget = max(self.budget, *seen.budget.values(), 0.0)
-        self.parity = self.parity and len(self.violations) == before and not binding.binding(seen)
+        last = self.index == len(self.case.steps) - 1
+        # Binding costs as much as all the checks together, and says something of the case: once is enough.
+        self.parity = self.parity and len(self.violations) == before and not (last and binding.binding(seen))
 
 
 def _shaped(call: Call) -> Call:

@@ -78,6 +78,17 @@ class Arena(ABC):
         """
 
     @abstractmethod
+    def filled(
+        self, name: str, value: torch.Tensor, alignment: int = 16, strides: Sequence[int] | None = None, offset: int = 0
+    ) -> torch.Tensor:  # fmt: skip
+        """A fenced input that holds `value`, a tensor of any device. To write it later, use `fill`: on CUDA it is
+        read-only from the beginning."""
+
+    @abstractmethod
+    def fill(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """Copies `value` into a tensor that `filled` gave."""
+
+    @abstractmethod
     def protect(self) -> None:
         """Makes the inputs read-only until `unprotect`, those that `options.readonly` names."""
 

@@ -88,6 +88,13 @@ def poison(tensor: torch.Tensor) -> None:
     bits.fill_(value)
 
 
+def poison_pattern(dtype: torch.dtype) -> int:
+    """Eight bytes of the dtype's poison, as a signed integer."""
+    size = min(dtype.itemsize, 8)
+    value = _POISON.get(dtype, _POISON_INTEGER[size])
+    return int.from_bytes((value % (1 << 8 * size)).to_bytes(size, "little") * (8 // size), "little", signed=True)
+
+
 def unwritten(tensor: torch.Tensor) -> torch.Tensor:
     """A bool mask, of the tensor's shape, of the elements that still hold the poison of its dtype, bit for bit."""
     bits, value = _as_bits(tensor)

@@ -111,7 +111,7 @@ class CpuArena(PooledArena[_Placed]):
     def __init__(self, options: FenceOptions, edge: str) -> None:
         super().__init__(options, edge, _KEPT)
 
-    def _take(self, name: str, role: str, what: str, layout: Layout, edge: str) -> _Placed:
+    def _take(self, name: str, role: str, what: str, layout: Layout, edge: str, fixed: bool = False) -> _Placed:
         return _Placed(name, role, what, layout, edge, self.options)
 
     def _take_sparse(self, name: str, role: str, what: str, layout: Layout, rows: tuple[Island, ...]) -> _Placed:

@@ -16,6 +16,7 @@ from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.fence import FenceOptions, allocator, canary, cuda_driver
 from moe_fuzz.fence.cuda_driver import READ, WRITE
 from moe_fuzz.fence.cuda_mapping import HARD, READABLE, SOFT, WORD, Pool, SparseBlock, bytes_at
+from moe_fuzz.fence.cuda_regions import Piece, changed, lay
 from moe_fuzz.fence.layout import Layout
 from moe_fuzz.fence.placed import Placed
 from moe_fuzz.fence.pooled import PooledArena
@@ -23,6 +24,7 @@ from moe_fuzz.fence.sparse import Island
 from moe_fuzz.verdict import Violation
 
 MIN_GUARD = 256 << 20  # bytes
+_CANARY = int.from_bytes(canary.WORD * 4, "little")
 _LOW, _HIGH = canary.WORD  # a canary's bytes at even and at odd addresses
 
 _POOL = Pool()
@@ -34,13 +36,18 @@ class _Placed(Placed):
 
     __slots__ = ("block", "device")
 
-    def __init__(self, name: str, role: str, what: str, layout: Layout, device: int, options: FenceOptions) -> None:
+    def __init__(
+        self, name: str, role: str, what: str, layout: Layout, device: int, options: FenceOptions, fixed: bool
+    ) -> None:
+        """fixed: filled through `twin` alone. With soft guards the memory beside the tensor must be writable, so there
+        is none, and the protection is switched."""
         super().__init__(name, role, what)
         guard = READABLE if options.access == "write" else HARD
         left, right = (guard if options.is_hard(name, side) else SOFT for side in ("left", "right"))
         body = layout.pages * cuda_driver.granularity(device)
         self.device = device
-        self.block = _POOL.take(device, body, max(MIN_GUARD, layout.guard), left, right)
+        twin = fixed and options.is_readonly(name) and (left, right) == (HARD, HARD)
+        self.block = _POOL.take(device, body, max(MIN_GUARD, layout.guard), left, right, twin)
         self.lo, self.hi = self.block.lo, self.block.hi
         self.start = self.block.body + layout.start
         self.end = self.start + layout.extent
@@ -60,6 +67,14 @@ class _Placed(Placed):
             words.fill_(WORD)
             edge.fill_(value)
 
+    @property
+    def fixed(self) -> bool:
+        return self.block.kind.twin
+
+    def twin(self, dtype: torch.dtype) -> torch.Tensor | None:
+        start = self.start - self.lo
+        return self.block.bytes[start : start + self.end - self.start].view(dtype) if self.block.kind.twin else None
+
     def protect(self, readonly: bool) -> None:
         cuda_driver.protect(self.block.body, self.block.kind.body, self.device, READ if readonly else WRITE)
 
@@ -67,9 +82,17 @@ class _Placed(Placed):
         memory = self.block.bytes[lo - self.lo - (lo & 1) : hi - self.lo].cpu()  # even, as a canary's phase wants it
         return canary.compare(memory.data_ptr() + (lo & 1), hi - lo, where)
 
+    def pieces(self, whole: bool) -> list[Piece]:
+        """The canaries: around the storage, or over it too."""
+        away = self.block.bytes.data_ptr() - self.lo  # of the twin, where there is one
+        spans = ((self.lo, self.hi),) if whole else ((self.lo, self.start), (self.end, self.hi))
+        return [Piece(lo + away, hi - lo, _CANARY) for lo, hi in spans if hi > lo]
+
     def differs(self) -> list[torch.Tensor]:
         """Flags on the device: bool [1] each, true where canaries changed."""
-        found = []
+        found: list[torch.Tensor] = []
+        if self.block.kind.twin:  # nobody can write there
+            return found
         for words, edge, value in self._around():
             found += [(part != wanted).any() for part, wanted in ((words, WORD), (edge, value)) if part.numel()]
         if self.gaps is not None:
@@ -126,6 +149,12 @@ class _Sparse(_Placed):
         memory = bytes_at(lo - odd, hi - lo + odd).cpu()
         return canary.compare(memory.data_ptr() + odd, hi - lo, where)
 
+    def pieces(self, whole: bool) -> list[Piece]:
+        """The canaries: around the storage, or over it too."""
+        away = self.block.bytes.data_ptr() - self.lo  # of the twin, where there is one
+        spans = ((self.lo, self.hi),) if whole else ((self.lo, self.start), (self.end, self.hi))
+        return [Piece(lo + away, hi - lo, _CANARY) for lo, hi in spans if hi > lo]
+
     def differs(self) -> list[torch.Tensor]:
         found = []
         for row in self.rows:
@@ -154,8 +183,8 @@ class CudaArena(PooledArena[_Placed]):
         self.page = cuda_driver.granularity(self._index)
         super().__init__(options, edge, _KEPT)
 
-    def _take(self, name: str, role: str, what: str, layout: Layout, edge: str) -> _Placed:
-        return _Placed(name, role, what, layout, self._index, self.options)
+    def _take(self, name: str, role: str, what: str, layout: Layout, edge: str, fixed: bool = False) -> _Placed:
+        return _Placed(name, role, what, layout, self._index, self.options, fixed)
 
     def _take_sparse(self, name: str, role: str, what: str, layout: Layout, rows: tuple[Island, ...]) -> _Placed:
         return _Sparse(name, role, what, layout, self._index, rows)
@@ -167,13 +196,23 @@ class CudaArena(PooledArena[_Placed]):
             _POOL.give(placed.block)
 
     def _damaged(self, placed: Iterable[_Placed]) -> Iterable[_Placed]:
-        tensors = list(placed)
-        flags = [(i, flag) for i, tensor in enumerate(tensors) for flag in tensor.differs()]
-        if not flags:
-            return []
-        answers = torch.stack([flag for _, flag in flags]).tolist()
-        hit = {i for (i, _), answer in zip(flags, answers, strict=True) if answer}
-        return [tensors[i] for i in sorted(hit)]
+        tensors = [tensor for tensor in placed if not tensor.fixed]  # beside those nobody can write
+        plain = [tensor for tensor in tensors if not isinstance(tensor, _Sparse) and tensor.gaps is None]
+        pieces = [(tensor, piece) for tensor in plain for piece in tensor.pieces(whole=False)]
+        flags = changed([piece for _, piece in pieces]).tolist()
+        hit = {id(tensor) for (tensor, _), flag in zip(pieces, flags, strict=True) if flag}
+        hit |= {id(tensor) for tensor in set(tensors) - set(plain) if any(flag.item() for flag in tensor.differs())}
+        return [tensor for tensor in tensors if id(tensor) in hit]
+
+    def _lay(self, placed: _Placed, whole: bool, storage: torch.Tensor | None) -> None:
+        if isinstance(placed, _Sparse):
+            super()._lay(placed, whole, storage)
+            return
+        pieces = placed.pieces(whole)
+        if storage is not None:
+            size = placed.end - placed.start
+            pieces.append(Piece(placed.start, size, canary.poison_pattern(storage.dtype)))
+        lay(pieces)
 
     def _allocator(self) -> AbstractContextManager[object]:
         if allocator.installed() is None:  # such as for graphs, which want torch's own

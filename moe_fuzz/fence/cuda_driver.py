@@ -126,8 +126,9 @@ def free(address: int, size: int) -> None:
     _call("cuMemAddressFree", address, size)
 
 
-def back(address: int, size: int, device: int, times: int = 1) -> None:
-    """Maps new memory of `size` bytes at `address`, `times` times in a row: the same memory again and again.
+def back(address: int, size: int, device: int, times: int = 1, twin: int | None = None) -> None:
+    """Maps new memory of `size` bytes at `address`, `times` times in a row: the same memory again and again; and once
+    more at `twin`. Each mapping is protected, and unmapped, by itself.
 
     It cannot be accessed before `protect`. `unmap` frees it. Raises MemoryError, also where `limit` is reached.
     """
@@ -139,6 +140,8 @@ def back(address: int, size: int, device: int, times: int = 1) -> None:
     try:
         for i in range(times):
             _call("cuMemMap", address + i * size, size, 0, handle, 0)
+        if twin is not None:
+            _call("cuMemMap", twin, size, 0, handle, 0)
     finally:
         _call("cuMemRelease", handle)  # the memory lives as long as it is mapped
     _backed += size

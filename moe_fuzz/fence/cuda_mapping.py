@@ -6,6 +6,11 @@
 A guard is address space without memory: it costs nothing, and any access to it is an illegal access. A zone is one
 granule wide. It is a part of the guard (`HARD`), or canaries (`SOFT`), or, with the guard behind it, canaries that can
 be read and not written (`READABLE`).
+
+The body may have a twin: the same memory at a second address, where it can be written, while at the first it never can.
+So an input is filled through the twin and is read-only for the target from the beginning, inside a graph too, and
+nobody waits for the driver to switch a protection (30 us, twice a tensor and call). The CUDA programming guide allows
+such aliases as long as one kernel does not use both; ours are a fill and a later launch of the target's.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ class Kind(NamedTuple):
     guard: int  # bytes, a multiple of _ALIAS
     left: str
     right: str
+    twin: bool = False
 
 
 class _Lent:
@@ -58,8 +64,9 @@ class Block:
         end = self.body + kind.body
         self._mapped: list[tuple[int, int]] = []
         self._lease: weakref.ref[_Lent] | None = None
+        self._twin = cuda_driver.reserve(kind.body) if kind.twin else None
         try:
-            self._back(self.body, kind.body)
+            self._back(self.body, kind.body, twin=self._twin)
             for side, zone, guard in (
                 (kind.left, self.body - self._zone, self.base),
                 (kind.right, end, end + self._zone),
@@ -72,11 +79,13 @@ class Block:
                     self._make_readable(guard, kind.guard, _ALIAS)
             self.lo = self.body - (self._zone if kind.left == SOFT else 0)
             self.hi = end + (self._zone if kind.right == SOFT else 0)
-            cuda_driver.protect(self.lo, self.hi - self.lo, device, WRITE)
+            cuda_driver.protect(self.lo, self.hi - self.lo, device, READ if kind.twin else WRITE)
+            if self._twin is not None:
+                cuda_driver.protect(self._twin, kind.body, device, WRITE)
         except MemoryError:
             self.unmap()
             raise
-        self.bytes = bytes_at(self.lo, self.hi - self.lo)
+        self.bytes = bytes_at(self.lo if self._twin is None else self._twin, self.hi - self.lo)
         self.words = self.bytes.view(torch.int16)
 
     @property
@@ -103,10 +112,13 @@ class Block:
             cuda_driver.unmap(address, size)
         self._mapped = []
         cuda_driver.free(self.base, self.size)
+        if self._twin is not None:
+            cuda_driver.free(self._twin, self.kind.body)
 
-    def _back(self, address: int, size: int, times: int = 1) -> None:
-        cuda_driver.back(address, size, self.kind.device, times)
+    def _back(self, address: int, size: int, times: int = 1, twin: int | None = None) -> None:
+        cuda_driver.back(address, size, self.kind.device, times, twin)
         self._mapped += [(address + i * size, size) for i in range(times)]
+        self._mapped += [(twin, size)] if twin is not None else []
 
     def _make_readable(self, address: int, size: int, alias: int) -> None:
         """Canaries in `size` bytes that show the same `alias` bytes of memory again and again, then read-only."""
@@ -130,6 +142,7 @@ class SparseBlock(Block):
         self.body = self.base + guard
         self._mapped = []
         self._lease = None
+        self._twin = None
         try:
             for offset, size in parts:
                 self._back(self.body + offset, size)
@@ -152,9 +165,9 @@ class Pool:
     def __len__(self) -> int:
         return len(self._order)
 
-    def take(self, device: int, body: int, guard: int, left: str, right: str) -> Block:
+    def take(self, device: int, body: int, guard: int, left: str, right: str, twin: bool = False) -> Block:
         """A block with guards of at least `guard` bytes. Raises MemoryError when the device has no more memory."""
-        kind = Kind(device, body, -(-guard // _ALIAS) * _ALIAS, left, right)
+        kind = Kind(device, body, -(-guard // _ALIAS) * _ALIAS, left, right, twin)
         blocks = self._idle.get(kind)
         if blocks:
             block = blocks.pop()

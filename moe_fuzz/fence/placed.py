@@ -32,6 +32,15 @@ class Placed(ABC):
     def lend(self, dtype: torch.dtype) -> torch.Tensor:
         """The storage as a flat tensor, which keeps the block `referenced` while it lives."""
 
+    @property
+    def fixed(self) -> bool:
+        """Whether it is read-only all the time, and filled through its twin."""
+        return False
+
+    def twin(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The same storage where it can be written, if it never can where the tensor is; else None."""
+        return None
+
     @abstractmethod
     def reset(self, whole: bool) -> None:
         """Lays the canaries: around the storage, or over it too."""

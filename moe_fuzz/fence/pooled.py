@@ -44,12 +44,13 @@ class PooledArena(Arena, Generic[P]):
         self._kept = kept
         self._own_count = self._own_bytes = 0
         self._protected = self._closed = False
+        self._twins: dict[int, torch.Tensor] = {}  # by the address of the tensor that is read-only
         self._recycle()
         self.seconds = time.perf_counter() - began
 
     @abstractmethod
-    def _take(self, name: str, role: str, what: str, layout: Layout, edge: str) -> P:
-        """Places a tensor in a block of the pool. Raises MemoryError."""
+    def _take(self, name: str, role: str, what: str, layout: Layout, edge: str, fixed: bool = False) -> P:
+        """Places a tensor in a block of the pool; `fixed` if nobody but `fill` writes it. Raises MemoryError."""
 
     @abstractmethod
     def _give(self, placed: P) -> None:
@@ -67,6 +68,12 @@ class PooledArena(Arena, Generic[P]):
         """Fences what is allocated behind torch's back, too. On a CPU there is no such thing."""
         return own_memory(self._own, self.device)
 
+    def _lay(self, placed: P, whole: bool, storage: torch.Tensor | None) -> None:
+        """Lays the canaries, as Placed.reset does, and poisons the storage if it is given."""
+        placed.reset(whole)
+        if storage is not None:
+            canary.poison(storage)
+
     def _settle(self) -> None:
         """Waits until the device is done with what was asked of it."""
 
@@ -78,6 +85,22 @@ class PooledArena(Arena, Generic[P]):
     def tensor(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, role: str = "input", alignment: int = 16,
         strides: Sequence[int] | None = None, offset: int = 0,
+    ) -> torch.Tensor:  # fmt: skip
+        return self._tensor(name, shape, dtype, role, alignment, strides, offset)
+
+    def filled(
+        self, name: str, value: torch.Tensor, alignment: int = 16, strides: Sequence[int] | None = None, offset: int = 0
+    ) -> torch.Tensor:  # fmt: skip
+        tensor = self._tensor(name, value.shape, value.dtype, "input", alignment, strides, offset, fixed=True)
+        self.fill(tensor, value)
+        return tensor
+
+    def fill(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        self._twins.get(tensor.data_ptr(), tensor).copy_(value)
+
+    def _tensor(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, role: str, alignment: int,
+        strides: Sequence[int] | None, offset: int, fixed: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         began = time.perf_counter()
         if self._closed:
@@ -97,18 +120,20 @@ class PooledArena(Arena, Generic[P]):
             rows = sparse.islands(name, layout, shape, strides, offset, dtype.itemsize, self.page)
             placed = self._take_sparse(name, role, what, layout, rows)
         else:
-            placed = self._take(name, role, what, layout, self.edge)
+            placed = self._take(name, role, what, layout, self.edge, fixed)
         self._placed.append(placed)
-        placed.reset(whole=role == "input" or not packed)
-        flat = placed.lend(dtype)
+        flat, twin = placed.lend(dtype), placed.twin(dtype)
+        self._lay(placed, role == "input" or not packed, flat if role == "output" and packed else None)
         if packed:
             tensor = flat.view(shape)
         else:
             tensor = flat.as_strided(shape, strides, offset)
             if not far:
                 placed.gaps = find_gaps(shape, strides, offset, dtype.itemsize, layout.extent)
-        if role == "output":
+        if role == "output" and not packed:
             canary.poison(tensor)
+        if twin is not None:
+            self._twins[tensor.data_ptr()] = twin.as_strided(shape, strides, twin.storage_offset() + offset)
         self.seconds += time.perf_counter() - began
         return tensor
 
@@ -152,15 +177,17 @@ class PooledArena(Arena, Generic[P]):
                 placed.reset(whole=False)  # done before the end: this arena's to tell, and not stale in the next
         self._kept.extend(self._placed)
         self._placed = []
+        self._twins.clear()
         self._recycle()
         self.seconds += time.perf_counter() - began
 
     def _protect_inputs(self, readonly: bool) -> None:
         began = time.perf_counter()
-        self._settle()
-        for placed in self._placed:
-            if placed.role == "input" and self.options.is_readonly(placed.name):
-                placed.protect(readonly)
+        switched = [p for p in self._placed if p.role == "input" and not p.fixed and self.options.is_readonly(p.name)]
+        if switched:
+            self._settle()
+        for placed in switched:
+            placed.protect(readonly)
         self.seconds += time.perf_counter() - began
 
     def _own(self, like: torch.Tensor) -> torch.Tensor | None:
@@ -176,9 +203,8 @@ class PooledArena(Arena, Generic[P]):
         self._own_bytes += size
         placed = self._take(name, "own", describe(name, like.shape, like.dtype), layout, "right")
         self._placed.append(placed)
-        placed.reset(whole=False)
         flat = placed.lend(like.dtype)
-        canary.poison(flat)  # gaps too: the storage is the target's own, and views may reach all of it
+        self._lay(placed, False, flat)  # gaps too: the storage is the target's own, and views may reach all of it
         tensor = flat.as_strided(like.shape, like.stride())
         self.seconds += time.perf_counter() - began
         return tensor

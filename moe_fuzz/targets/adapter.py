@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from moe_fuzz.targets.schema import BoundCall
+from moe_fuzz.execute.barecall import ROUTED, BareCall, Buffers, looks_like
+from moe_fuzz.targets.schema import BoundCall, Fixed
 
 Router = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+Libraries = Mapping[str, str]  # variable that names another one -> files, joined as in PATH
+
+_PAIR = ("result[0]", "result[1]")
+_HIDDEN = "logits.new_empty((tokens, 1))"
+_WRITTEN: Buffers = {**ROUTED, "token_expert_indices": ("int32", ("tokens", "top_k"))}
 
 #: What a case gives, unless it says otherwise.
 DEFAULTS: dict[str, Any] = {"renormalize": False, "bias": None, "scale": 1.0, "is_padding": None}
 
 
-def into_outputs(call: BoundCall) -> Router:
+def into_outputs(call: BoundCall, libraries: Libraries) -> Router:
     """A router whose operator writes into the caller's buffers: weights [T, k] float32, ids [T, k] int32."""
 
     def route(
@@ -33,7 +41,9 @@ def into_outputs(call: BoundCall) -> Router:
         surface_launch_error(logits)
         return weights, ids
 
-    return signed(route, [name for name in DEFAULTS if call.takes(name)] + ["out"])
+    buffers = {name: buffer for name, buffer in _WRITTEN.items() if call.takes(name)}
+    shown = looks_like(bare(call, {}, ("weights", "ids"), buffers, libraries))
+    return signed(shown(route), [name for name in DEFAULTS if call.takes(name)] + ["out"])
 
 
 def returning(call: BoundCall) -> Router:
@@ -45,10 +55,11 @@ def returning(call: BoundCall) -> Router:
         surface_launch_error(logits)
         return result[0], result[1]
 
-    return signed(route, [name for name in DEFAULTS if call.takes(name)])
+    shown = looks_like(bare(call, {"hidden": _HIDDEN}))
+    return signed(shown(route), [name for name in DEFAULTS if call.takes(name)])
 
 
-def grouped(call: BoundCall) -> Router:
+def grouped(call: BoundCall, libraries: Libraries | None = None) -> Router:
     """A router of groups that takes sigmoid's logits, and of any other scoring the scores.
 
     `scoring_func`, where it is taken, says which: 1 or 0. Where the scores with the bias added are asked for as well,
@@ -69,8 +80,31 @@ def grouped(call: BoundCall) -> Router:
         surface_launch_error(logits)
         return (weights.float(), ids.int()) if call.takes("biased") else (weights, ids)
 
+    scores = "logits" if call.takes("scoring_func") else "logits.sigmoid()"
+    scores = f"{scores} if scoring == 'sigmoid' else logits.softmax(dim=-1)"
+    spelled = {"scores": scores, "biased": f"({scores}) + bias", "hidden": _HIDDEN,
+               "scoring_func": "1 if scoring == 'sigmoid' else 0"}  # fmt: skip
+    old = call.takes("biased")
+    shown = looks_like(bare(call, spelled, ("result[0].float()", "result[1].int()") if old else _PAIR, {}, libraries))
     taken = ("n_group", "topk_group", "renormalize", "scale")
-    return signed(route, ["scoring", "bias", "group_score", *(name for name in taken if call.takes(name))])
+    return signed(shown(route), ["scoring", "bias", "group_score", *(name for name in taken if call.takes(name))])
+
+
+def bare(
+    call: BoundCall, spelled: Mapping[str, str], results: tuple[str, ...] = _PAIR, buffers: Buffers | None = None,
+    libraries: Libraries | None = None,
+) -> BareCall:  # fmt: skip
+    """How a script without us makes the call. spelled: expressions for values that are not the op's own arguments."""
+    given = [(name, repr(role.value) if isinstance(role, Fixed) else spelled.get(role, role))
+             for name, role in call.plan if not isinstance(role, Fixed) or _literal(role.value)]  # fmt: skip
+    return BareCall(call.place, tuple(f"{name}={value}" for name, value in given), results, buffers or {},
+                    libraries or {}, surfaces_launch_error=True)  # fmt: skip
+
+
+def _literal(value: object) -> bool:
+    """Whether a fixed value can be written down. One that cannot is a Python function's default: it is left out."""
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return value is None or (isinstance(value, bool | int | float | str | torch.dtype) and finite)
 
 
 def signed(route: Router, options: Iterable[str]) -> Router:

@@ -41,6 +41,11 @@ class Library:
         files = ", ".join(str(file) if self.version else identity(file) for file in self.files)
         return f"{f'{self.source.package} {self.version}, ' if self.version else ''}{files}; {schema}"
 
+    @property
+    def named(self) -> dict[str, str]:
+        """The variable that could name another library -> the files, joined as in PATH."""
+        return {LIB_VARIABLES[self.source.provider]: os.pathsep.join(map(str, self.files))}
+
     def operator(self, name: str) -> Any:
         """The overload `torch.ops.NAMESPACE.NAME.default`. EnvironmentProblem if the library has none."""
         space = getattr(torch.ops, self.source.namespace)

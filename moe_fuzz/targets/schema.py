@@ -42,6 +42,7 @@ class BoundCall:
     function: Callable[..., Any]
     text: str  # the schema or signature, as the library spells it
     plan: tuple[tuple[str, str | Fixed], ...]  # its name of each argument -> our value's name
+    place: str  # its dotted name: torch.ops._moe_C.topk_softmax, or module and function
 
     def takes(self, value: str) -> bool:
         return any(role == value for _, role in self.plan)
@@ -61,7 +62,10 @@ def bind_operator(operator: Any, names: Names, required: Iterable[str]) -> Bound
         for a in schema.arguments
     ]
     text = re.sub(r"\(\$?\w+! -> [^)]*\)", "!", str(schema))  # as the library wrote it: Tensor!, not Tensor($0! -> )
-    return _bind(operator, text, arguments, names, required)
+    place = f"torch.ops.{schema.name.replace('::', '.')}"
+    if schema.overload_name or len(operator.overloadpacket.overloads()) > 1:
+        place += f".{schema.overload_name or 'default'}"
+    return _bind(operator, place, text, arguments, names, required)
 
 
 def bind_function(function: Callable[..., Any], names: Names, required: Iterable[str]) -> BoundCall:
@@ -73,12 +77,14 @@ def bind_function(function: Callable[..., Any], names: Names, required: Iterable
         if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
     text = f"{getattr(function, '__qualname__', 'function')}({', '.join(signature.parameters)})"
-    return _bind(function, text, arguments, names, required)
+    place = f"{function.__module__}.{getattr(function, '__qualname__', 'function')}"
+    return _bind(function, place, text, arguments, names, required)
 
 
 def _bind(
-    function: Callable[..., Any], text: str, arguments: Iterable[Argument], names: Names, required: Iterable[str]
-) -> BoundCall:
+    function: Callable[..., Any], place: str, text: str, arguments: Iterable[Argument], names: Names,
+    required: Iterable[str],
+) -> BoundCall:  # fmt: skip
     plan: list[tuple[str, str | Fixed]] = []
     for argument in arguments:
         if argument.name in names:
@@ -91,7 +97,7 @@ def _bind(
                 "this release is newer or older than those in docs/targets.md; wrap it in a function of "
                 "(logits, top_k, …) and name that: file.py:function",
             )
-    bound = BoundCall(function, text, tuple(plan))
+    bound = BoundCall(function, text, tuple(plan), place)
     for value in required:
         if not bound.takes(value):
             spellings = ", ".join(name for name, role in names.items() if role == value)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from moe_fuzz.contract import Capabilities, Contract, declares
+from moe_fuzz.execute.barecall import looks_like
 from moe_fuzz.targets import extension, sources
-from moe_fuzz.targets.adapter import DEFAULTS, Router, into_outputs, signed, surface_launch_error
+from moe_fuzz.targets.adapter import DEFAULTS, Router, bare, into_outputs, signed, surface_launch_error
 from moe_fuzz.targets.schema import Fixed, Names, bind_operator
 
 _OUTPUTS: Names = {
@@ -101,11 +102,12 @@ def grouped_topk() -> Router:
         surface_launch_error(logits)
         return weights, ids
 
+    shown = looks_like(bare(call, {"slots": "top_k + n_shared"}, libraries=library.named))
     # Without `renormalize` it could not be asked for; it is always done.
     taken = ["bias", "n_group", "topk_group", "n_shared", "scale", "renormalize", "scoring", "group_score"]
     capabilities = replace(_GATE_CAPABILITIES, devices=extension.devices(operator))
     origin = library.origin(call.text)
-    return declares(_CONTRACT, capabilities, _GATE_CLAUSES, _UNPROMISED, origin)(signed(route, taken))
+    return declares(_CONTRACT, capabilities, _GATE_CLAUSES, _UNPROMISED, origin)(signed(shown(route), taken))
 
 
 def _operator(name: str, names: Names) -> Router:
@@ -114,4 +116,6 @@ def _operator(name: str, names: Names) -> Router:
     call = bind_operator(operator, names, ("weights", "ids", "logits"))
     capabilities = replace(_CAPABILITIES, devices=extension.devices(operator))
     clauses = {check: clause.replace("{0}", name.removeprefix("topk_")) for check, clause in _CLAUSES.items()}
-    return declares(_CONTRACT, capabilities, clauses, _UNPROMISED, library.origin(call.text))(into_outputs(call))
+    return declares(_CONTRACT, capabilities, clauses, _UNPROMISED, library.origin(call.text))(
+        into_outputs(call, library.named)
+    )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from moe_fuzz.contract import Capabilities, Contract, declares
+from moe_fuzz.execute.barecall import looks_like
 from moe_fuzz.targets import extension
-from moe_fuzz.targets.adapter import Router, signed
+from moe_fuzz.targets.adapter import Router, bare, signed
 from moe_fuzz.targets.schema import BoundCall, Fixed, Names, bind_function
 
 _PLACE = "sglang.kernels.ops.moe.moe_fused_gate:moe_fused_gate"
@@ -88,5 +89,14 @@ def _router(scoring: str, taken: tuple[str, ...], capabilities: Capabilities) ->
         weights, ids = call(values)
         return weights, ids
 
+    shared = "n_shared" in taken
+    biased = "bias if bias is not None else torch.zeros(experts, device=logits.device)"
+    spelled = {
+        "scoring": repr(scoring),
+        "slots": "top_k + n_shared" if shared else "top_k",
+        "bias": biased if "bias" in taken else "None",
+        **({} if shared else {"n_shared": "0", "n_group": "1", "topk_group": "1"}),
+    }
+    shown = looks_like(bare(call, spelled))
     origin = f"sglang {version}, {function.__module__}.{call.text}"
-    return declares(_CONTRACT, capabilities, _CLAUSES, {}, origin)(signed(route, taken))
+    return declares(_CONTRACT, capabilities, _CLAUSES, {}, origin)(signed(shown(route), taken))

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from moe_fuzz.contract import Capabilities, Contract, declares
 from moe_fuzz.targets import extension, sources
-from moe_fuzz.targets.adapter import Router, grouped, into_outputs, returning
+from moe_fuzz.targets.adapter import Libraries, Router, grouped, into_outputs, returning
 from moe_fuzz.targets.schema import BoundCall, Fixed, Names, bind_function, bind_operator
 
 _TEST = "vllm tests/kernels/moe/test_fused_topk.py"
@@ -142,7 +142,7 @@ def grouped_topk() -> Router:
     library = extension.load(sources.VLLM)
     operator = library.operator("grouped_topk")
     call = bind_operator(operator, _GROUPED, ("scores", "n_group", "topk_group", "top_k"))
-    return _promise_grouped(call, extension.devices(operator), library.origin(call.text))
+    return _promise_grouped(call, extension.devices(operator), library.origin(call.text), library.named)
 
 
 def grouped_topk_function() -> Router:
@@ -153,13 +153,15 @@ def grouped_topk_function() -> Router:
     return _promise_grouped(call, ("cuda",), f"vllm {version}, {function.__module__}.{call.text}")
 
 
-def _promise_grouped(call: BoundCall, devices: tuple[str, ...], origin: str) -> Router:
+def _promise_grouped(
+    call: BoundCall, devices: tuple[str, ...], origin: str, libraries: Libraries | None = None
+) -> Router:
     # Before it had a scoring_func, the caller applied the sigmoid, in torch's arithmetic: that is not the same for
     # every place of a row in a batch (on a CPU the last elements take another path).
     fused = call.takes("scoring_func") or call.takes("scoring")
     contract = _GROUPED_CONTRACT if fused else replace(_GROUPED_CONTRACT, sigmoid="exp", batch_invariant=False)
     capabilities = replace(_GROUPED_CAPABILITIES, devices=devices)
-    return declares(contract, capabilities, _GROUPED_CLAUSES, _GROUPED_UNPROMISED, origin)(grouped(call))
+    return declares(contract, capabilities, _GROUPED_CLAUSES, _GROUPED_UNPROMISED, origin)(grouped(call, libraries))
 
 
 def _operator(name: str) -> Router:
@@ -167,7 +169,8 @@ def _operator(name: str) -> Router:
     operator = library.operator(name)
     call = bind_operator(operator, _OPERATOR, ("weights", "ids", "logits"))
     devices = extension.devices(operator)
-    return _promise(into_outputs(call), call, replace(_CAPABILITIES, devices=devices), library.origin(call.text))
+    router = into_outputs(call, library.named)
+    return _promise(router, call, replace(_CAPABILITIES, devices=devices), library.origin(call.text))
 
 
 def _function(name: str, scoring: str) -> Router:

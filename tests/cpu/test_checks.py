@@ -12,7 +12,13 @@ import torch
 from moe_fuzz import checks as registry
 from moe_fuzz import strategies
 from moe_fuzz.case import Case, Step
-from moe_fuzz.checks import binding, metamorphic, routing, structural  # noqa: F401 - they register
+from moe_fuzz.checks import (  # noqa: F401 - they register
+    binding,
+    metamorphic,
+    replay,
+    routing,
+    structural,
+)
 from moe_fuzz.checks.observation import REFERENCES, Outputs, RoutingObservation
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.labels import Labels
@@ -252,7 +258,7 @@ def test_a_judge_that_accepts_anything_is_noticed(monkeypatch):
     for name in ("ids", "selection"):
         monkeypatch.setitem(CHECKS, name, lambda seen: [])
     monkeypatch.setitem(CHECKS, "weights", loose)
-    assert binding.binding(seen) == ["all zero", "stale", "two experts swapped"]
+    assert binding.binding(seen) == ["all zero", "rows exchanged", "two experts swapped"]
 
 
 def test_a_case_without_defined_rows_proves_nothing():

@@ -59,6 +59,10 @@ def test_empty(rows, columns):
     assert generator.words(0, "x", rows, columns).shape == (len(rows), len(columns))
 
 
+def test_values_are_packed_by_rows():
+    assert generator.triangular(1, "logits", range(5), [0, 2, 3, 9]).stride() == (4, 1)
+
+
 def test_torch_and_numpy_give_the_same_bits():
     columns, rows = torch.tensor([[0, 1, 77]]), torch.tensor([[3], [2**31 - 1]])
     in_torch = generator.philox((columns, rows, 5, 63), (0x12345678, 0x9ABCDEF0))

@@ -10,7 +10,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 import pytest
 import torch
 
-from moe_fuzz.kernels.routing import topk_softmax
+from moe_fuzz.kernels import routing
+from moe_fuzz.kernels.routing import topk_sigmoid, topk_softmax
+from moe_fuzz.kernels.routing_lanes import list_length, network
 from moe_fuzz.reference.routing import defined_rows, softmax_scores
 from moe_fuzz.reference.routing import topk_softmax as reference
 
@@ -132,9 +134,22 @@ def test_undefined_rows_give_distinct_ids_and_finite_weights(router, experts, wi
 
 
 @pytest.mark.interpreter
-def test_nan_ranks_below_every_number():
-    logits = torch.tensor([[NAN, -1e30, NAN, 3.0], [-NAN, -INF, 2.0, INF]])
-    assert topk_softmax(logits, 3)[1].tolist() == reference(logits, 3)[1].tolist() == [[3, 1, 0], [3, 2, 0]]
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN - x in the sum of a row with NaN
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("experts", [4, 5, 40])
+def test_nan_ranks_below_every_number(experts, dtype):
+    """Whatever its sign and its payload: the kernel's keys are integers."""
+    bits, width = (torch.int32, 23) if dtype == torch.float32 else (torch.int16, 7 if dtype == torch.bfloat16 else 10)
+    infinity = torch.tensor(INF, dtype=dtype).view(bits).item()
+    nans = torch.tensor([infinity + 1, infinity + (1 << width) - 1], dtype=bits).view(dtype)  # [2], signaling and not
+    for nan in (*nans, *-nans):
+        logits = torch.full((3, experts), nan.item(), dtype=dtype)
+        logits.view(bits)[:] = nan.view(bits)
+        logits[0, 1], logits[0, 3], logits[1, 2], logits[1, 3] = -3e4, 3.0, -INF, INF
+        ids = topk_softmax(logits, 4)[1]
+        assert ids[:2, :2].tolist() == [[3, 1], [3, 2]]
+        assert ids[2].tolist() == [0, 1, 2, 3]  # among equal ones the lowest, and never one past the last
+        assert (ids.sort(1).values.diff(dim=1) > 0).all()
 
 
 def test_defined_rows():
@@ -239,3 +254,81 @@ def test_refuses_what_is_outside_the_contract(router, arguments, complaint):
     call = {"logits": torch.zeros(2, 8), "top_k": 2, **arguments}
     with pytest.raises(ValueError, match=complaint):
         router(call.pop("logits"), call.pop("top_k"), **call)
+
+
+# ---- the layout of a GPU, and the sigmoid ----------------------------------------------------------------------------
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Lists of experts a lane, as on a device; the interpreter's own choice has one expert a lane."""
+
+    monkeypatch.setattr(routing, "_INTERPRETED", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("experts", "top_k"),
+    [(6, 6), (8, 2), (16, 10), (33, 9), (60, 4), (128, 8), (160, 6), (257, 12), (400, 8)],
+)
+def test_lists_of_a_gpu(like_a_gpu, experts, top_k, with_bias, dtype):
+    """Lists of many lengths, sorted and not, and rows in a thread, with NaN, infinities and ties in them."""
+    logits = logits_of(12, experts, seed=experts, dtype=dtype)
+    bias = logits_of(1, experts, seed=9)[0] / 30 if with_bias else None
+    logits[7] = logits[7].round()
+    healthy = logits.clone()
+    logits[1], logits[3, ::2], logits[4], logits[5, 1::3] = NAN, NAN, -INF, INF
+    for renormalize in (False, True):
+        weights, ids = topk_softmax(logits, top_k, renormalize=renormalize, bias=bias)
+        expected = reference(logits, top_k, renormalize=renormalize, bias=bias)
+        assert (ids.sort(1).values.diff(dim=1) > 0).all()
+        assert ((ids >= 0) & (ids < experts)).all()
+        assert weights.isfinite().all()
+        assert (weights >= 0).all()
+        sound = [0, 2, 6, 7, 8, 9, 10, 11]
+        got, want = (weights[sound], ids[sound]), (expected[0][sound], expected[1][sound])
+        assert_same(got, want, healthy[sound], bias, top_k, renormalize)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 8, 12, 16])
+def test_network_sorts(n):
+    """By the 0-1 principle: what sorts every sequence of zeros and ones sorts everything."""
+    sequences = torch.arange(2**n).view(-1, 1) >> torch.arange(n) & 1  # [2^n, n]
+    for a, b in network(n):
+        one, other = sequences[:, a].clone(), sequences[:, b].clone()
+        sequences[:, a], sequences[:, b] = torch.maximum(one, other), torch.minimum(one, other)
+    assert (sequences.diff(dim=1) <= 0).all()
+
+
+def test_list_lengths_cover_every_expert():
+    lengths = {list_length(each) for each in range(1, 17)}
+    assert all(each <= list_length(each) < each * 2 for each in range(1, 17))
+    assert lengths == {1, 2, 3, 4, 6, 8, 12, 16}
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (61, 6), (160, 8)])
+def test_sigmoid(like_a_gpu, experts, top_k, with_bias, renormalize):
+    logits = logits_of(9, experts, seed=3) * 3
+    bias = logits_of(1, experts, seed=9)[0] / 30 if with_bias else None
+    weights, ids = topk_sigmoid(logits, top_k, renormalize=renormalize, bias=bias, scale=2.5)
+    scores = logits.double().sigmoid()
+    rank = logits.double() if bias is None else scores + bias.double()
+    best = rank.sort(dim=1, descending=True, stable=True)
+    torch.testing.assert_close(rank.gather(1, ids.long()), best.values[:, :top_k], rtol=0, atol=1e-6)
+    picked = scores.gather(1, ids.long())
+    exact = 2.5 * (picked / picked.sum(1, keepdim=True) if renormalize else picked)
+    assert ((weights.double() - exact).abs() <= exact * (top_k + 120) * 2**-24).all()
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_sigmoid_on_rows_it_cannot_rank(like_a_gpu, renormalize):
+    rows = [[NAN], [-INF], [INF], [INF, NAN, -INF], [3e38, -3e38], [-200.0, -201.0]]
+    logits = torch.tensor([(row * 40)[:40] for row in rows])
+    weights, ids = topk_sigmoid(logits, 5, renormalize=renormalize)
+    assert (ids.sort(1).values.diff(dim=1) > 0).all()
+    assert weights.isfinite().all()
+    assert (weights >= 0).all()
+    if renormalize:  # the exact ratio even where every selected score underflows
+        torch.testing.assert_close(weights[5], torch.full((5,), 0.2))

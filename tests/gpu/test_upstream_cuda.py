@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from moe_fuzz import strategies
+from moe_fuzz.campaign.repro import renderer
 from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import OPS, get_space
 from moe_fuzz.ops.routing.space import SIMPLEST
 from moe_fuzz.options import LIB_VARIABLES, RunOptions
 from moe_fuzz.targets import sources
-from moe_fuzz.verdict import PASS, VIOLATION
+from moe_fuzz.verdict import PASS, VIOLATION, Verdict, Violation
 from moe_fuzz.worker.pool import Pool
+from tests.cpu.repro_cases import finding_of, write
 
 pytestmark = pytest.mark.gpu
 
@@ -74,3 +80,34 @@ def test_sglang_topk_softmax_is_clean_on_ties(pool: Pool) -> None:
     with pool.lease("topk_softmax@sglang") as worker:
         verdicts = worker.run(cases, "topk_softmax@sglang", OPTIONS)
     assert [v.kind for v in verdicts] == [PASS] * len(cases), [v.violations for v in verdicts if v.kind != PASS]
+
+
+def script_of(pool: Pool, folder: Path, target: str, case: Case, verdict: Verdict) -> tuple[int, str]:
+    """Exit code and last line of the script, which loads the library itself."""
+    text = renderer(pool)(finding_of(replace(case, target=target), verdict))
+    assert "import moe_fuzz" not in text
+    script = write(folder, "repro", text)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, (done.stdout.splitlines() or [done.stderr])[-1]
+
+
+@pytest.mark.parametrize("target", ["topk_softmax@vllm", "topk_sigmoid@vllm", "topk_sigmoid@sglang"])
+def test_a_finding_has_a_script_that_calls_the_library(pool: Pool, tmp_path: Path, target: str) -> None:
+    """The first that the grid shows; and a case that passes is called fixed by the same means."""
+    op, _, provider = target.partition("@")
+    need(provider)
+    info = pool.describe(target)
+    grid = (case for case in strategies.grid(get_space(op), info, "cuda", seed=9) if case.mode == "eager")
+    cases = list(itertools.islice(grid, 200))
+    with pool.lease(target) as worker:
+        verdicts = worker.run(cases, target, OPTIONS)
+    pairs = list(zip(cases, verdicts, strict=True))
+    good = next(case for case, verdict in pairs if verdict.parity)
+    made_up = Verdict(VIOLATION, (Violation("selection", "wrong-expert", "takes another expert"),))
+    code, said = script_of(pool, tmp_path, target, good, made_up)
+    assert (code, said) == (0, f"fixed: {op} passes on this input")
+    bad = next(((case, verdict) for case, verdict in pairs if verdict.kind == VIOLATION), None)
+    if bad is None:
+        pytest.skip(f"{info.origin} passes all of {len(cases)} cases")
+    code, said = script_of(pool, tmp_path, target, *bad)
+    assert (code, said[: len(f"BUG: {op}")]) == (1, f"BUG: {op}"), (said, bad[1].violations)

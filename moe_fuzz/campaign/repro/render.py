@@ -1,8 +1,8 @@
 """repro.py of a finding: a script that shows it with torch and the target alone, for whoever maintains the target.
 
 The worker says what the calls are made of (execute/exhibit.py); the templates beside this file hold the script:
-`script.py.j2` its frame, `judge.py.j2` what is wrong in plain torch, `memory.py.j2` the tensors' memory, with what
-differs between devices in `pages_cpu.py.j2` and `pages_cuda.py.j2`.
+`script.py.j2` its frame, `judge.py.j2` what is wrong in plain torch, `buckets.py.j2` graphs and their replays,
+`memory.py.j2` the tensors' memory, with what differs between devices in `pages_cpu.py.j2` and `pages_cuda.py.j2`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.interfaces import Cases
 from moe_fuzz.campaign.locate import OWN
 from moe_fuzz.campaign.repro import tensors
+from moe_fuzz.campaign.repro.steps import Calls, all_tensors, calls_of
 from moe_fuzz.case import Case
 from moe_fuzz.errors import CaseError, MoeFuzzError
 from moe_fuzz.ops import get_space
@@ -30,7 +31,8 @@ from moe_fuzz.options import FENCED_DEVICES, FenceOptions, RunOptions
 from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict
 
 #: check -> what the script must see of the child process that makes the calls; all others return a sentence
-_SHOWS = {CRASH: "died", "fence": "died", HANG: "hung", "oom": "memory", OOM: "memory", "error": "raised"}
+_SHOWS = {CRASH: "died", "fence": "died", HANG: "hung", "oom": "memory", OOM: "memory", "error": "raised",
+          "capture": "uncapturable"}  # fmt: skip
 _UNFENCED = FenceOptions(hard=(), readonly=(), own="off")
 _ATTEMPTS = 20  # child processes, for a finding that shows sometimes
 _DEADLINE = 60  # seconds for what should not hang
@@ -40,8 +42,9 @@ _WIDTH = 117  # three quotes stand before the first line
 #: what an exhibit's `load` may leave out
 _NOTHING: Mapping[str, Any] = {"libraries": [], "environment": {}, "imports": [], "calls": ""}
 #: what a script may need of the standard library
-_MODULES = ("base64", "ctypes", "faulthandler", "functools", "importlib", "importlib.util", "inspect", "json", "math",
-            "mmap", "os", "resource", "runpy", "select", "signal", "sys", "time", "traceback", "zlib")  # fmt: skip
+_MODULES = ("base64", "ctypes", "faulthandler", "functools", "glob", "importlib", "importlib.util", "inspect", "json",
+            "math", "mmap", "os", "re", "resource", "runpy", "select", "signal", "sys", "time", "traceback",
+            "zlib")  # fmt: skip
 
 
 class Worker(Protocol):
@@ -93,44 +96,50 @@ def render(
     """The script of a finding, from the exhibit of its case and those of the cases that must run before it.
 
     bare: the finding shows without guards and poison, so the script has none, unless the finding is about them.
-    Raises CaseError for what a script cannot do: another device, another mode than eager, rows gigabytes apart.
+    Raises CaseError for what a script cannot do: another device, rows gigabytes apart.
     """
     device = exhibit["device"]
     if device not in FENCED_DEVICES:
         raise CaseError("", f"a script for device {device!r} cannot be written", "use `moe-fuzz replay`")
-    if modes := {case.mode for case in (*finding.sequence, finding.case)} - {"eager"}:
-        raise CaseError("", f"a script cannot run a case in mode {modes.pop()!r} yet", "use `moe-fuzz replay`")
     if finding.own == "all":
         raise CaseError("", "a script cannot fence what the target allocates in C++", "use `moe-fuzz replay`")
     if any("int32_boundary" in case.fault_names for case in (*finding.sequence, finding.case)):
         raise CaseError("", "a script has no memory for rows that lie gigabytes apart", "use `moe-fuzz replay`")
     check, load = finding.check, _NOTHING | exhibit["load"]
-    earlier = [_prepared(step) for one in before for step in one["steps"]]
-    steps = [_prepared(step) for step in exhibit["steps"]]
-    suffixes = [f"_{i + 1}" for i in range(len(steps))] if len(steps) > 1 else [""]
+    earlier: list[Calls] = []
+    for other, its in zip(finding.sequence, before, strict=True):
+        first = sum(len(calls.steps) for calls in earlier) + 1
+        earlier.append(calls_of(other, its, [f"_BEFORE_{first + i}" for i in range(len(its["steps"]))]))
+    several = len(exhibit["steps"]) > 1
+    case = calls_of(finding.case, exhibit, [f"_{i + 1}" if several else "" for i in range(len(exhibit["steps"]))])
     shows, fence = _SHOWS.get(check, "wrong"), _fence(finding, bare)
-    everywhere = [*earlier, *steps]
-    poisons = bool(fence["own"]) or check == "written" or any(step["out"] for step in everywhere)
+    everywhere = [step for calls in (*earlier, case) for _, step in calls.steps]
+    graphs = any(calls.graph for calls in (*earlier, case))
+    poisons = graphs or bool(fence["own"]) or check == "written" or any(step["out"] for step in everywhere)
     context = {
         "finding": finding,
         "check": check,
         "shows": shows,
-        "doc": _docstring(_about(finding, load, len(earlier))),
+        "doc": _docstring(_about(finding, load, case, sum(len(calls.steps) for calls in earlier))),
         "judge_doc": _sentence(_rule(finding) or "the calls come back"),
         "device": device,
         "load": load,
         "target": _target(load),
         "contract": exhibit["contract"],
         "edge": exhibit["edge"],
-        "before": [(f"_BEFORE_{i + 1}", step) for i, step in enumerate(earlier)],
-        "steps": list(zip(suffixes, steps, strict=True)),
+        "before": earlier,
+        "earlier": [one for calls in earlier for one in calls.steps],
+        "case": case,
+        "steps": list(case.steps),
+        "graphs": graphs,
+        "fills": graphs or bool(fence["readonly"]),
         "wants_healed": check in ("isolation", "batch_invariance") or shows != "wrong",
         "wants_subset": check == "batch_invariance" or shows != "wrong",
         "fence": fence,
         "guards": bool(fence["names"] or fence["own"] == "fence"),
         "poisons": poisons,
-        "bits": poisons or check in ("isolation", "batch_invariance", "determinism"),
-        "compressed": any("zlib" in tensor for step in everywhere for tensor in _all_tensors(step)),
+        "bits": poisons or check in ("isolation", "batch_invariance", "determinism", "replay"),
+        "compressed": any("zlib" in tensor for step in everywhere for tensor in all_tensors(step)),
         "attempts": 1 if finding.reproduces == "always" else _ATTEMPTS,
         "deadline": _deadline(finding, device),
         "memory": (exhibit["memory_limit"] or _MEMORY) if shows == "memory" and device == "cpu" else None,
@@ -149,16 +158,6 @@ def _deadline(finding: Finding, device: str) -> int:
     return seconds if device == "cpu" else max(seconds, _DEADLINE)
 
 
-def _prepared(step: Mapping[str, Any]) -> dict[str, Any]:
-    """A step with `inputs`: the names of the tensors that the target is given."""
-    given = {keyword.get("tensor") for keyword in step["keywords"].values()}
-    return {**step, "inputs": [name for name in step["tensors"] if name == "logits" or name in given]}
-
-
-def _all_tensors(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [*step["tensors"].values(), *([step["healed"]["values"]] if step["healed"] else [])]
-
-
 def _fence(finding: Finding, bare: bool) -> dict[str, Any]:
     """Which tensors lie between guards, which are read-only, and what becomes of memory the target allocates itself."""
     tensor = finding.symptom.partition(":")[0]
@@ -172,7 +171,7 @@ def _fence(finding: Finding, bare: bool) -> dict[str, Any]:
     return {"names": [], "readonly": [], "own": "" if bare else "poison"}
 
 
-def _about(finding: Finding, load: Mapping[str, Any], earlier: int) -> list[str]:
+def _about(finding: Finding, load: Mapping[str, Any], case: Calls, earlier: int) -> list[str]:
     """The paragraphs of the docstring."""
     space = get_space(finding.case.op)
     violation = next(iter(finding.verdict.violations), None)
@@ -182,6 +181,9 @@ def _about(finding: Finding, load: Mapping[str, Any], earlier: int) -> list[str]
     if violation is not None:
         told = (("Expected", violation.expected), ("Got", violation.got))
         facts += [f"{name:9} {text}" for name, text in told if text]
+    if case.graph:
+        sizes = " and ".join(str(name) for name, _ in case.buckets)
+        facts += [f"Replays   {len(case.steps)}, of static buffers of {sizes} tokens, captured the largest first"]
     if earlier:
         calls = f"{earlier} other call{'s' if earlier > 1 else ''}"
         facts += [f"Before    {calls} in the same process, without which it passes"]

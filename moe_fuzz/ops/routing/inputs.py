@@ -47,6 +47,11 @@ class Inputs:
         """Slots of a row of the outputs: the routed ones, then those of fused shared experts."""
         return self.top_k + int(self.options.get("n_shared", 0))
 
+    @property
+    def device(self) -> torch.device:
+        """Where `plain` is, and where the outputs are judged."""
+        return self.plain["logits"].device
+
     def replace(self, **tensors: torch.Tensor) -> Inputs:
         """The same call with other tensors."""
         return Inputs(self.top_k, self.options, {**self.plain, **tensors}, self.lies)
@@ -57,39 +62,36 @@ class Inputs:
 
     def _place(self, name: str, plain: torch.Tensor, arena: Arena, capabilities: Capabilities) -> torch.Tensor:
         lie = self.lies.get(name, Lie())
-        tensor = arena.tensor(
+        return arena.filled(
             name,
-            tuple(plain.shape),
-            plain.dtype,
-            role="input",
+            plain,
             alignment=max(capabilities.alignment, plain.element_size()),
             strides=lie.strides(plain.shape) if lie.gap or lie.column_stride else None,
             offset=lie.offset,
         )
-        return tensor.copy_(plain)
 
 
-def materialize(case: Case, step_index: int) -> Inputs:
-    """The inputs of one step of a case, a function of the case alone."""
+def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> Inputs:
+    """The inputs of one step of a case, a function of the case alone; the same bits on every device."""
     config, step = case.config, case.steps[step_index]
     experts = list(case.experts)
     inputs = Inputs(int(config["top_k"]), {key: config[key] for key in _OPTIONS if key in config})
 
     rows = list(step.rows)
-    logits = _fresh(case, rows, case.stream(step_index))
+    logits = _fresh(case, rows, case.stream(step_index), device)
     canvases = {"logits": Canvas("logits", logits, rows, experts, case.seed)}
     if config["bias"]:
-        bias = generator.triangular(case.seed, "bias", [0], experts) * _BIAS_MAGNITUDE
+        bias = generator.triangular(case.seed, "bias", [0], experts, device=device) * _BIAS_MAGNITUDE
         # Learned biases share an offset. With one below 0, a 0 that a kernel holds for "none" wins (sglang#3705).
-        bias -= (generator.choice(case.seed, "bias/shift", [0], [0], 4) == 0).float()
+        bias -= (generator.choice(case.seed, "bias/shift", [0], [0], 4, device=device) == 0).float()
         canvases["bias"] = Canvas("bias", bias, [0], experts, case.seed)
     if config.get("expert_map"):
-        canvases["expert_map"] = Canvas("expert_map", _physical_ids(case), [0], experts, case.seed)
+        canvases["expert_map"] = Canvas("expert_map", _physical_ids(case).to(device), [0], experts, case.seed)
     for fault in step.faults:
         canvas = canvases[fault.tensor]
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(canvas.rows)))
         if fault.stream is not None:  # what that step had put there, before its own faults
-            canvas.values[positions] = _fresh(case, [rows[p] for p in positions], fault.stream)
+            canvas.values[positions] = _fresh(case, [rows[p] for p in positions], fault.stream, device)
         elif canvas.values.numel():
             FAULTS[fault.name].lay(canvas, positions)
 
@@ -99,15 +101,15 @@ def materialize(case: Case, step_index: int) -> Inputs:
         column_stride = max(1, len(canvas.rows) + canvas.stride_gap) if canvas.transposed else 0
         inputs.lies[name] = Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
     if config["is_padding"]:
-        flags = torch.zeros(len(rows), dtype=torch.bool)
+        flags = torch.zeros(len(rows), dtype=torch.bool, device=device)
         flags[step.padding.positions(step.rows)] = True
         inputs.plain["is_padding"] = flags
     return inputs
 
 
-def _fresh(case: Case, rows: list[int], stream: int) -> torch.Tensor:
+def _fresh(case: Case, rows: list[int], stream: int, device: torch.device | str) -> torch.Tensor:
     """Logits [R, E] of these row labels before any fault."""
-    values = generator.triangular(case.seed, "logits", rows, list(case.experts), stream=stream)
+    values = generator.triangular(case.seed, "logits", rows, list(case.experts), stream, device)
     return (values * 2.0 ** int(case.config["magnitude"])).to(getattr(torch, str(case.config["dtype"])))
 
 
@@ -123,10 +125,13 @@ def _physical_ids(case: Case) -> torch.Tensor:
     return (2 * room + 2 * ((labels * 5 + turn) % room) + odd).to(torch.int32)
 
 
-def benign_rows(case: Case, step_index: int, positions: list[int]) -> torch.Tensor:
+def benign_rows(
+    case: Case, step_index: int, positions: list[int], device: torch.device | str = "cpu"
+) -> torch.Tensor:  # fmt: skip
     """Ordinary logits [len(positions), E] for the rows at these positions: what padding could have held instead."""
     rows = list(case.steps[step_index].rows)
-    values = generator.triangular(case.seed, "logits", [rows[p] for p in positions], list(case.experts), stream=62)
+    names = [rows[p] for p in positions]
+    values = generator.triangular(case.seed, "logits", names, list(case.experts), 62, device)
     return (4 * values).to(getattr(torch, str(case.config["dtype"])))
 
 

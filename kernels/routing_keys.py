@@ -1,0 +1,109 @@
+"""What both router kernels rank and weigh by (routing_lanes.py, routing_threads.py).
+
+A key is an integer: equal ones do not exist, so ids stay distinct whatever the logits are. A comparison of floats would
+pick expert 0 again and again on a row of NaN (vllm#39391), or none at all (sglang#30079).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def widened(x):
+    """float32 of a float32, bfloat16 or float16; of the latter two the last 13 bits are 0, also those of a NaN."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif x.dtype == tl.float16:
+        x = (x.to(tl.float32).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def order_of(x, BEYOND: tl.constexpr):
+    """An int32 that orders like the float32 x, -0 like +0, and NaN below -inf.
+
+    NaN costs no instruction of its own: magnitude and sign order like the float, but for NaN, which lies beyond both
+    infinities. Added to what takes +inf to the end of the range, a positive NaN wraps around to below everything.
+    BEYOND is that: 0x7FFFFF, or 0x7FE000 where the last 13 bits shall stay 0.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    sign = bits >> 31
+    return tl.add((bits ^ (sign & 0x7FFFFFFF)) - sign, BEYOND, sanitize_overflow=False)
+
+
+@triton.jit
+def float_of(order, BEYOND: tl.constexpr):
+    """The x of `order_of`."""
+    order = tl.sub(order, BEYOND, sanitize_overflow=False)
+    sign = order >> 31
+    return ((order + sign) ^ (sign & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_of(x, low, real, FULL: tl.constexpr, WIDE: tl.constexpr):
+    """Orders like the float32 x, then like `low`, from 0 to 1023; what is not `real` comes last.
+
+    It has 64 bits; 32 where x was `widened`: `low` lies in the 13 bits that are 0.
+    """
+    if WIDE:
+        order = order_of(x, 0x7FFFFF)
+        if not FULL:
+            order = tl.where(real, order, -0x80000000)  # the least NaN's, and `low` is less than any real one's
+        key = (order.to(tl.int64) << 32) | low
+    else:
+        order = order_of(x, 0x7FE000)
+        if not FULL:
+            order = tl.where(real, order, -0x80000000)
+        key = order | low
+    return key
+
+
+@triton.jit
+def value_of(key, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr, WIDE: tl.constexpr):
+    """The x of a key, `clamped`."""
+    x = float_of((key >> 32).to(tl.int32), 0x7FFFFF) if WIDE else float_of(key & -0x2000, 0x7FE000)
+    return clamped(x, LARGEST, NAN_SAFE)
+
+
+@triton.jit
+def clamped(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
+    """NaN becomes -inf and +inf the dtype's largest number, so that no difference of two of them is NaN."""
+    if NAN_SAFE:
+        x = tl.minimum(tl.where(x > float("-inf"), x, float("-inf")), LARGEST)
+    return x
+
+
+@triton.jit
+def divisor(total):
+    """A sum of scores to divide by. With NaN or +inf in a row it is neither, and that row's weights are 0, not NaN."""
+    return tl.where(total > 1e-30, total, float("inf"))
+
+
+@triton.jit
+def relative_score(x, top, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr):
+    """The score of a logit, before the division: of the softmax relative to the row's `top` logit.
+
+    Renormalized ones are relative to the largest selected score, so that their sum is at least 1/2 even where a bias
+    has selected experts whose scores underflow: no 0/0 (sglang#31017, flashinfer#3803).
+    """
+    if not SIGMOID:
+        score = tl.exp(x - top)
+    elif RENORMALIZE:
+        score = tl.exp(tl.minimum(x, 0.0) - tl.minimum(top, 0.0)) / (1.0 + tl.exp(-tl.abs(x)))
+    else:
+        score = 1.0 / (1.0 + tl.exp(-x))
+    return score
+
+
+@triton.jit
+def exchanged(keys, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr):
+    """A tuple of N keys with A and B in descending order."""
+    a, b = keys[A], keys[B]
+    if WIDE:
+        swap = a < b  # one comparison of 64 bits, where a maximum and a minimum would take two
+        high, low = tl.where(swap, b, a), tl.where(swap, a, b)
+    else:
+        high, low = tl.maximum(a, b), tl.minimum(a, b)
+    return keys[0:A] + (high,) + keys[A + 1 : B] + (low,) + keys[B + 1 : N]

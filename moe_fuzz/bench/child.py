@@ -1,0 +1,193 @@
+"""The process that owns the GPU: verifies candidates, captures their graphs, times them. Started by bench/drive.py.
+
+A request is one line of JSON on stdin, {"point", "candidates", "rounds", "launches"}; answers are lines on stdout:
+`ready` once, then for each point `doing` before anything that may not come back, `candidate` for each that is not timed
+and why, and `times` at its end. What targets print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_fuzz.bench import timing
+from moe_fuzz.bench.points import Candidate, Point
+from moe_fuzz.errors import MoeFuzzError
+from moe_fuzz.execute.runner import Runner
+from moe_fuzz.ops.routing.inputs import materialize
+from moe_fuzz.options import FenceOptions, RunOptions
+from moe_fuzz.targets.bind import Target, bind
+from moe_fuzz.verdict import PASS, REJECTED
+
+_COLD_COPIES = 64  # sets of inputs; where together they pass the L2 twice, a cold time is taken too
+EMPTY, COPY = "(empty)", "(copy)"  # beside the candidates in a round
+_UNFENCED = RunOptions(fence=FenceOptions(hard=(), readonly=(), own="off"))
+Say = Callable[..., None]
+
+
+class Bench:
+    """Measures one point after another in this process."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._runner = Runner("cuda")
+        self._bandwidth = 0.0
+
+    def measure(self, point: Point, candidates: list[Candidate], rounds: int, launches: int) -> None:
+        graphs: dict[str, Any] = {}
+        cold: dict[str, Any] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        keep: list[Any] = []  # the tensors that graphs read and write
+        moved = 0
+        for candidate in candidates:
+            self._say("doing", label=candidate.label, what="verification")
+            try:
+                target = bind(candidate.target)
+                problem, nan_safe = verify(self._runner, target, point)
+            except MoeFuzzError as error:
+                self._say("candidate", label=candidate.label, status="unavailable", reason=error.message)
+                continue
+            if problem:
+                self._say("candidate", label=candidate.label, status=problem[0], reason=problem[1])
+                _leave_if_lost()
+                continue
+            self._say("doing", label=candidate.label, what="capture")
+            calls, moved = _calls(target, point, _copies(point), keep)
+            try:
+                graphs[candidate.label] = _warm(calls[:1], launches)
+                if len(calls) > 1:
+                    cold[candidate.label] = _warm(calls, len(calls))
+            except Exception as error:  # noqa: BLE001 -- whatever it is, it is this candidate's, and a line of the table
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                self._say("candidate", label=candidate.label, status="error", reason=reason)
+                _leave_if_lost()
+                continue
+            facts[candidate.label] = {"nan_safe": nan_safe, "origin": target.info.origin}
+        if not graphs:
+            self._say("times", times={}, cold={}, facts=facts, floor={}, bytes=moved)
+            return
+        self._say("doing", label="", what="timing")
+        self._bandwidth = self._bandwidth or timing.copy_bandwidth("cuda")
+        graphs[EMPTY] = _warm([timing.empty_launch("cuda")], launches)
+        graphs[COPY] = _warm([timing.copy_launch(moved, "cuda")], launches)
+        times = timing.interleaved(graphs, launches, rounds)
+        floor = {"empty": times.pop(EMPTY), "copy": times.pop(COPY), "bytes_per_us": self._bandwidth}
+        colds = timing.interleaved(cold, _COLD_COPIES, rounds) if cold else {}
+        self._say("times", times=times, cold=colds, facts=facts, floor=floor, bytes=moved)
+
+
+def verify(runner: Runner, target: Target, point: Point) -> tuple[tuple[str, str] | None, str]:
+    """(status and reason why it must not be timed, or None; what its NaN rows came to).
+
+    A candidate is held to its answers on ordinary rows. Where the point has NaN rows it runs once more with them, and
+    the checks it then breaks are told, not held against it: not every project promises anything there.
+    """
+    verdict = runner.run(point.case(target.info, nan=False), target.info.name, _UNFENCED)
+    if verdict.kind == REJECTED:
+        return ("rejected", verdict.detail), ""
+    if verdict.kind != PASS:
+        said = verdict.violations[0].message if verdict.violations else verdict.detail
+        return ("wrong", f"{verdict.kind}: {said}"[:200]), ""
+    if not point.nan_every:
+        return None, ""
+    again = runner.run(point.case(target.info, nan=True), target.info.name, _UNFENCED)
+    return None, "safe" if again.kind == PASS else ", ".join(v.check for v in again.violations) or again.kind
+
+
+def _leave_if_lost() -> None:
+    """After an illegal access nothing runs in this process any more; the parent starts another."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise SystemExit(f"the device is lost: {error}") from error
+
+
+def _copies(point: Point) -> int:
+    size = point.tokens * int(point.config["experts"]) * (4 if point.config.get("dtype") == "float32" else 2)
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return _COLD_COPIES if size * _COLD_COPIES > 2 * l2 else 1
+
+
+def _calls(target: Target, point: Point, copies: int, keep: list[Any]) -> tuple[list[timing.Call], int]:
+    """The call on each of `copies` sets of tensors, and the bytes one call has to move."""
+    inputs = materialize(point.case(target.info, nan=True), 0)
+    calls: list[timing.Call] = []
+    moved = 0
+    for _ in range(copies):
+        tensors = {name: tensor.to("cuda") for name, tensor in inputs.plain.items()}
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        logits = tensors.pop("logits")
+        arguments: dict[str, Any] = {**inputs.options, **tensors}
+        out = torch.empty((len(logits), inputs.top_k), device="cuda"), torch.empty(
+            (len(logits), inputs.top_k), dtype=torch.int32, device="cuda"
+        )
+        if target.info.capabilities.out:
+            arguments["out"] = out
+        keep.append((logits, arguments, out))
+        moved += sum(tensor.numel() * tensor.element_size() for tensor in out)
+        calls.append(lambda logits=logits, arguments=arguments: target(logits, inputs.top_k, arguments))  # type: ignore[misc]
+    return calls, moved
+
+
+def _warm(calls: list[timing.Call], launches: int) -> Any:
+    """The graph of the calls, after they have run and been replayed once."""
+    for call in calls:
+        call()
+    graph = timing.capture(calls, launches)
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions, as a result file states them."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    for name in ("moe-fuzz", "triton", "numpy", "vllm", "sglang", "sglang-kernel", "sgl-kernel", "flashinfer-python"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    driver = Path("/proc/driver/nvidia/version")
+    said = re.search(r"\b(\d+\.\d+[.\d]*)\b", driver.read_text(encoding="utf-8")) if driver.exists() else None
+    gpu = torch.cuda.get_device_properties(0)
+    machine = {"gpu": gpu.name, "multiprocessors": gpu.multi_processor_count, "l2_bytes": gpu.L2_cache_size,
+               "driver": said[1] if said else "", "cores": len(os.sched_getaffinity(0))}  # fmt: skip
+    return {"machine": machine, "versions": found}
+
+
+def serve() -> int:
+    """Answers requests until stdin ends."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+
+    def say(kind: str, **more: Any) -> None:
+        channel.write(json.dumps({"kind": kind, **more}) + "\n")
+
+    try:
+        bench = Bench(say)
+        say("ready", **environment(), seconds=time.process_time())
+    except MoeFuzzError as error:
+        say("failed", reason=error.message, hint=error.hint)
+        return error.exit_code
+    for line in sys.stdin:
+        _answer(bench, json.loads(line))
+    return 0
+
+
+def _answer(bench: Bench, request: Mapping[str, Any]) -> None:
+    bench.measure(
+        Point.from_json(request["point"]),
+        [Candidate(**candidate) for candidate in request["candidates"]],
+        request["rounds"],
+        request["launches"],
+    )

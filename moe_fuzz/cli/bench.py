@@ -1,0 +1,110 @@
+"""`moe-fuzz bench`: implementations of an op side by side, on a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from moe_fuzz.bench import table
+from moe_fuzz.bench.drive import Result, Timer, measure_all
+from moe_fuzz.bench.points import TOKENS, candidates, points
+from moe_fuzz.cli import machine, params
+from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EnvironmentProblem, UsageError
+from moe_fuzz.ops import get_space
+
+MAX_TOKENS = 1 << 17
+
+
+def _counts(value: Any) -> tuple[int, ...]:
+    items = [part.strip() for part in str(value).split(",") if part.strip()]
+    if not items or not all(item.isdecimal() and 1 <= int(item) <= MAX_TOKENS for item in items):
+        raise ValueError(f"write numbers from 1 to {MAX_TOKENS} with commas in between, not {value!r}")
+    return tuple(dict.fromkeys(int(item) for item in items))
+
+
+COUNTS = params.Parsed("n,n…", _counts, tuple)
+
+
+@click.command(short_help="Time implementations of an op side by side, on a GPU.")
+@click.argument("op")
+@click.argument("targets", nargs=-1, metavar="[TARGET]...")
+@click.option("--preset", "presets", multiple=True, metavar="NAME", help="This model only. May be given several times.")
+@click.option("--tokens", type=COUNTS, default=",".join(map(str, TOKENS)), show_default=True, metavar="N,…",
+              help="Numbers of tokens.")  # fmt: skip
+@click.option("--ab", nargs=2, metavar="A B", help="Compare two of the candidates: A's time over B's, with interval.")
+@click.option("--rounds", type=click.IntRange(6, 10_000), default=60, show_default=True, help="Samples a candidate.")
+@click.option("--launches", type=click.IntRange(1, 1000), default=100, show_default=True, help="Launches a sample.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write a result file (JSON).")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    op: str,
+    targets: tuple[str, ...],
+    presets: tuple[str, ...],
+    tokens: tuple[int, ...],
+    ab: tuple[str, str] | None,
+    rounds: int,
+    launches: int,
+    out: Path | None,
+) -> None:
+    """Time implementations of OP side by side: in CUDA graphs, interleaved, each verified before it is timed.
+
+    Without TARGET: all known ones, and beside them ours without NaN safety and torch with nan_to_num in front. A
+    candidate that cannot be timed (not installed, wrong, crashed, hung) is a line that says so.
+
+    Exit code 3 without a GPU, or where nothing could be timed.
+    """
+    get_space(op)
+    chosen = candidates(op, targets)
+    wanted = points(op, presets, tokens)
+    for label in ab or ():
+        if label not in [candidate.label for candidate in chosen]:
+            names = ", ".join(repr(candidate.label) for candidate in chosen)
+            raise UsageError(f"--ab: there is no candidate {label!r}", f"the candidates are {names}")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"--out: there is no directory {out.absolute().parent}")
+    if not machine.gpus():
+        raise EnvironmentProblem("there is no GPU here, so there is nothing to time",
+                                 "run it on a machine with one; `moe-fuzz doctor` says what this one has")  # fmt: skip
+    about: dict[str, Any] = {
+        "command": " ".join(["moe-fuzz", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "method": {"rounds": rounds, "launches": launches, "l2": "warm", "unit": "us"},
+    }
+    results: list[Result] = []
+
+    with Timer() as timer:
+
+        def done(result: Result) -> None:
+            results.append(result)
+            times = " ".join(f"{c.label}={table.cell(result, c.label)}" for c in chosen)
+            click.echo(f"{len(results)}/{len(wanted)} {result.point.name} T={result.point.tokens}: {times}", err=True)
+            if out is not None:  # after each point: a run that is cut short keeps what it has
+                _write(out, table.to_json(results, chosen, {**about, **timer.environment}, ab))
+
+        timer.start()
+        measure_all(timer, wanted, chosen, rounds, launches, done)
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    console.print(table.table(results, chosen))
+    for line in table.notes(results):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    for result, ratio in table.compare(results, *ab) if ab else ():
+        console.print(
+            f"{result.point.name} T={result.point.tokens}: {ab[0]} / {ab[1]} = {ratio.median:.4f} "  # type: ignore[index]
+            f"[{ratio.low:.4f}, {ratio.high:.4f}]", soft_wrap=True, highlight=False, markup=False
+        )  # fmt: skip
+    ctx.exit(EXIT_CLEAN if any(result.times for result in results) else EXIT_ENVIRONMENT)
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    """Replaces the file whole: who reads it never sees half of one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
