@@ -50,6 +50,8 @@ def guarded(call: Callable[[], _T], device: str) -> _T:
         if device == "cuda":
             launch_errors.surface()
     except (Exception, SystemExit) as error:  # sys.exit in a kernel library is an error like any other
+        if device == "cuda":
+            launch_errors.forget()  # what the target has told of; the next to ask would be told it again
         _settle(device)
         raise TargetError(error) from error
     _settle(device)

@@ -28,6 +28,13 @@ def surface() -> None:
         raise LaunchError(f"{runtime.cudaGetErrorName(code).decode()} ({code}), and the target did not look")
 
 
+def forget() -> None:
+    """Clears the error of a launch that failed, if there is one."""
+    runtime = _runtime()
+    if runtime is not None:
+        runtime.cudaGetLastError()
+
+
 @cache
 def _runtime() -> ctypes.CDLL | None:
     """The runtime that torch has loaded, whose state libraries of operators share; None where it cannot be found."""

@@ -133,6 +133,10 @@ def test_undefined_rows_give_distinct_ids_and_finite_weights(router, experts, wi
     assert torch.equal(ids[:3], alone[1])
 
 
+<<<<<<< HEAD
+=======
+@pytest.mark.interpreter
+>>>>>>> mend
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN - x in the sum of a row with NaN
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -265,6 +269,7 @@ def like_a_gpu(monkeypatch):
     monkeypatch.setattr(routing, "_INTERPRETED", False)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
@@ -322,6 +327,7 @@ def test_sigmoid(like_a_gpu, experts, top_k, with_bias, renormalize):
     assert ((weights.double() - exact).abs() <= exact * (top_k + 120) * 2**-24).all()
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_sigmoid_on_rows_it_cannot_rank(like_a_gpu, renormalize):
     rows = [[NAN], [-INF], [INF], [INF, NAN, -INF], [3e38, -3e38], [-200.0, -201.0]]
