@@ -133,12 +133,8 @@ def test_undefined_rows_give_distinct_ids_and_finite_weights(router, experts, wi
     assert torch.equal(ids[:3], alone[1])
 
 
-<<<<<<< HEAD
-=======
 @pytest.mark.interpreter
->>>>>>> mend
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN - x in the sum of a row with NaN
-@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("experts", [4, 5, 40])
 def test_nan_ranks_below_every_number(experts, dtype):
