@@ -40,8 +40,8 @@ def experts_bf16(
     Rows of w13: `first` gate rows 0..I-1, then those of p; `up_first` p before the gate; `interleaved` g0 p0 g1 p1 ...
     With `apply_weight_on_input` the weight multiplies x (so the product with w13, before b13) and nothing else.
     A weight of 0 makes that product 0 where it is finite; where it is not, 0 (as here) or NaN, in its own row.
-    Stores: sums are float32 or better; the activation's result, the weighted output of each slot, and y are each rounded
-        to the dtype of x. A target may round elsewhere, and declares it.
+    Stores: sums are float32 or better; the activation's result, the weighted output of each slot, and y are each
+        rounded to the dtype of x. A target may round elsewhere, and declares it.
 
     Raises ValueError for anything outside these shapes, dtypes and names.
     """

@@ -142,7 +142,7 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
 @triton.jit
 def _rounded(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """To the nearest, ties to even, in the interpreter too, whose own conversion to bfloat16 truncates."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and DTYPE.is_bf16():
         bits = value.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         value = tl.where(value != value, value, bits.to(tl.float32, bitcast=True))

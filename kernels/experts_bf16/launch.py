@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
 from moe_fuzz.kernels.align import align, align_shapes
-from moe_fuzz.kernels.experts_bf16.blocks import INLINE_SLOTS, Blocks, Plan, choose, interpreted
+from moe_fuzz.kernels.experts_bf16.blocks import INLINE_SLOTS, PLANS, Blocks, Plan, choose, interpreted
 from moe_fuzz.kernels.experts_bf16.kernels import grouped_product_kernel, sum_slots_kernel
 from moe_fuzz.reference.experts_bf16 import check
 
@@ -36,9 +34,10 @@ def experts_bf16(
 ) -> Tensor:  # [T, H], dtype of x: `out` where it was given
     """A layer of experts in three launches, with more than 128 slots in four or five. E up to 8192.
 
-    The contract is that of `reference/experts_bf16.py::experts_bf16`. Beyond it: sums are float32; the slots of a token
-    are added in ascending order, without atomics; deterministic. Not batch-invariant: block shapes follow T * k / E, and
-    with them the order of a product's sums may change; at the same T and E a row's bits depend on that row alone.
+    The contract is that of `reference/experts_bf16.py::experts_bf16`. Beyond it: sums are float32; the slots of a
+    token are added in ascending order, without atomics; deterministic. Not batch-invariant: block shapes follow
+    T * k / E, and with them the order of a product's sums may change; at the same T and E a row's bits depend on that
+    row alone.
     With `workspace` nothing is allocated, unless `out` is missing. What it holds does not matter.
 
     Raises ValueError for anything outside these shapes, dtypes and names.
@@ -74,8 +73,9 @@ def experts_bf16(
             *rows,
             *a.stride(), *w.stride(), *(bias.stride() if bias is not None else (0, 0)),  # strides, in elements
             *weights.stride(), *ids.stride(), expert_map.stride(0) if expert_map is not None else 0,
-            ACTIVATION=activation, WEIGHT=weight, HAS_BIAS=bias is not None, HAS_MAP=expert_map is not None,
-            GROUPED=grouped, SLOT_PAD=1 if grouped else max(triton.next_power_of_2(slots), 16),
+            ACTIVATION=activation, WEIGHT=weight, HAS_BIAS=bias is not None,
+            HAS_MAP=expert_map is not None and not grouped,
+            GROUPED=grouped, SLOT_PAD=16 if grouped or slots <= 16 else INLINE_SLOTS,  # the fewer, the fewer binaries
             EVEN=depth % blocks.d == 0, BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_D=blocks.d, GROUP=blocks.group,
             INTERPRETED=_INTERPRETED,
             num_warps=blocks.warps, num_stages=blocks.stages,
@@ -104,19 +104,11 @@ def experts_bf16(
 
 
 def workspace_bytes(tokens: int, top_k: int, hidden: int, inter: int, experts: int) -> int:
-    """Bytes of a workspace that is enough for any call with at most so many tokens."""
+    """Bytes of a workspace that is enough for any call with at most so many tokens and a plan of the table."""
     slots = tokens * top_k
-    # 16 is the least block: it has the most of them, and no block leaves more than its own size less one unused
-    widest = max(plan.gate_up.m for plan in (*_plans(), ))
-    most = slots + min(slots, experts) * (widest - 1)
-    sizes = (2 * slots * inter, 2 * slots * hidden, 4 * most, 4 * slots, 4, 4 * slots)
+    sorted_ids = slots + min(slots, experts) * (max(plan.gate_up.m for plan in PLANS) - 1)
+    sizes = (2 * slots * inter, 2 * slots * hidden, 4 * sorted_ids, 4 * slots, 4, 4 * slots)
     return sum(triton.cdiv(size, _ALIGNMENT) * _ALIGNMENT for size in sizes)
-
-
-def _plans() -> tuple[Any, ...]:
-    from moe_fuzz.kernels.experts_bf16.blocks import PLANS
-
-    return PLANS
 
 
 def _parts(
@@ -129,9 +121,16 @@ def _parts(
         wanted += [(shape, torch.int32) for shape in align_shapes(ids.shape, plan.gate_up.m, experts)]
     if workspace is None:
         return [x.new_empty(shape, dtype=dtype) for shape, dtype in wanted]
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in wanted]
+    needed = sum(triton.cdiv(size, _ALIGNMENT) * _ALIGNMENT for size in sizes)
+    if (
+        workspace.dtype != torch.uint8 or workspace.dim() != 1 or not workspace.is_contiguous()
+        or workspace.device != x.device or workspace.numel() < needed or workspace.data_ptr() % 16
+    ):  # fmt: skip
+        raise ValueError(f"workspace must be at least {needed} contiguous uint8 on {x.device}, aligned to 16 bytes "
+                         f"(workspace_bytes tells how many), not {list(workspace.shape)} {workspace.dtype}")
     parts, used = [], 0
-    for shape, dtype in wanted:
-        size = torch.Size(shape).numel() * dtype.itemsize
+    for (shape, dtype), size in zip(wanted, sizes, strict=True):
         parts.append(workspace[used : used + size].view(dtype).view(shape))
         used += triton.cdiv(size, _ALIGNMENT) * _ALIGNMENT
     return parts
