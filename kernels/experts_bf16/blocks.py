@@ -24,10 +24,11 @@ class Plan:
     up_to: float  # slots an expert has on average
     gate_up: Blocks
     down: Blocks  # the same m
+    inline_slots: int = 128  # up to so many slots, 128 at most, each program groups them itself: a launch less
 
-
-#: Up to so many slots each program groups them itself, and a launch is saved.
-INLINE_SLOTS = 128
+    def __post_init__(self) -> None:
+        if self.gate_up.m != self.down.m or self.inline_slots > 128:
+            raise ValueError(f"both products need the same m, as `align` runs once, and inline_slots <= 128: {self}")
 
 #: By the slots that an expert has on average. bfloat16 and float16 are moved and multiplied at the same rate, so they
 #: share the table.
@@ -55,4 +56,4 @@ def interpreted(hidden: int, inter: int) -> Plan:
         d = min(triton.next_power_of_2(depth), 4096)
         return Blocks(16, max(min(triton.next_power_of_2(rows), (1 << 20) // d), 2), d, 2, 4, 1)
 
-    return Plan(0, blocks(2 * inter, hidden), blocks(hidden, inter))
+    return Plan(0, blocks(2 * inter, hidden), blocks(hidden, inter), inline_slots=16)

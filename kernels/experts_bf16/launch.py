@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from moe_fuzz.kernels.align import align, align_shapes
-from moe_fuzz.kernels.experts_bf16.blocks import INLINE_SLOTS, PLANS, Blocks, Plan, choose, interpreted
+from moe_fuzz.kernels.experts_bf16.blocks import PLANS, Blocks, Plan, choose, interpreted
 from moe_fuzz.kernels.experts_bf16.kernels import grouped_product_kernel, sum_slots_kernel
 from moe_fuzz.reference.experts_bf16 import check
 
@@ -53,7 +53,7 @@ def experts_bf16(
     slots, num_ids = tokens * top_k, len(expert_map) if expert_map is not None else experts
     if plan is None:
         plan = interpreted(hidden, inter) if _INTERPRETED else choose(slots, num_ids)
-    grouped = slots > (16 if _INTERPRETED else INLINE_SLOTS)
+    grouped = slots > plan.inline_slots
     h, y, *plan_of_slots = _parts(x, ids, inter, experts, plan, grouped, workspace)  # [N, I], [N, H]
     sorted_ids, expert_ids, padded = None, None, None
     if grouped:
@@ -75,7 +75,8 @@ def experts_bf16(
             *weights.stride(), *ids.stride(), expert_map.stride(0) if expert_map is not None else 0,
             ACTIVATION=activation, WEIGHT=weight, HAS_BIAS=bias is not None,
             HAS_MAP=expert_map is not None and not grouped,
-            GROUPED=grouped, SLOT_PAD=16 if grouped or slots <= 16 else INLINE_SLOTS,  # the fewer, the fewer binaries
+            # not the power of two above: two sizes are enough, and each is a binary
+            GROUPED=grouped, SLOT_PAD=16 if grouped or slots <= 16 else 128,
             EVEN=depth % blocks.d == 0, BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_D=blocks.d, GROUP=blocks.group,
             INTERPRETED=_INTERPRETED,
             num_warps=blocks.warps, num_stages=blocks.stages,

@@ -167,12 +167,16 @@ def test_exact_on_integers(activation, gate_layout, biased, dtype):
 
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "hidden", "inter"),
-    [(1, 1, 1, 1, 1), (1, 8, 8, 40, 3), (5, 2, 3, 48, 33), (2, 7, 2, 17, 50), (23, 2, 2, 33, 16)],
+    [(1, 1, 1, 1, 1), (1, 4, 8, 40, 3), (5, 2, 3, 48, 33), (3, 7, 1, 17, 50), (23, 2, 1, 33, 16)],
 )
-def test_exact_in_small_tiles(tokens, top_k, experts, hidden, inter):
+@pytest.mark.parametrize("inline_slots", [0, 128])  # slots grouped by `align`, and by the programs
+def test_exact_in_small_tiles(tokens, top_k, experts, hidden, inter, inline_slots):
     """Sizes that are no multiple of a block, several blocks of one expert, several tiles and steps."""
     layer = integers(tokens, top_k, experts, hidden, inter, biased=True, seed=tokens)
-    assert torch.equal(layer.run(experts_bf16, plan=TILES), layer.run(reference))
+    if experts == 1:
+        layer.ids[:] = 0  # more slots than a block holds: 2 of them, and 3
+    plan = replace(TILES, inline_slots=inline_slots)
+    assert torch.equal(layer.run(experts_bf16, plan=plan), layer.run(reference))
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(4, 2, 3), (30, 3, 4)])  # grouped by the programs; by `align`
@@ -307,9 +311,10 @@ def test_a_workspace_serves_many_calls():
 
 def test_the_table_has_a_plan_for_everything():
     assert [plan.up_to for plan in PLANS] == sorted({plan.up_to for plan in PLANS})
-    assert all(plan.gate_up.m == plan.down.m for plan in PLANS)  # `align` runs once
     assert choose(1, 8192) is PLANS[0]
     assert choose(1 << 20, 1) is PLANS[-1]
+    with pytest.raises(ValueError, match="both products need the same m"):
+        replace(TILES, down=replace(TILES.down, m=32))
 
 
 @BOTH
