@@ -1,0 +1,221 @@
+"""`align` in Triton: a stable counting sort. Its contract is the docstring of `reference/align.py`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_INTERPRETED = triton.knobs.runtime.interpret
+
+
+def align(
+    ids: Tensor,  # [T, k] int32 | int64, any strides; T >= 0, k >= 1
+    block_size: int,  # B >= 1
+    num_experts: int,  # 1 <= E <= 8192: the experts that blocks are made for
+    *,
+    expert_map: Tensor | None = None,  # [G] int32, G >= 1: id -> expert in [0, E), or -1
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,  # the four results, contiguous int32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # sorted_token_ids [M], expert_ids [M/B], num_tokens_post_padded, inverse
+    """Sorts the slots of a routing decision by expert, each expert padded to whole blocks, in one or two launches.
+
+    The contract is that of `reference/align.py::align`. Beyond it: deterministic; the slots of an expert ascend.
+
+    Raises ValueError for anything outside these shapes, dtypes and ranges.
+    """
+    if ids.dim() != 2 or ids.shape[1] < 1 or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids must be [T, k] in int32 or int64 with k >= 1, not {list(ids.shape)} {ids.dtype}")
+    if not 1 <= num_experts <= 8192:
+        raise ValueError(f"num_experts must be from 1 to 8192, not {num_experts}")
+    if expert_map is not None and (
+        expert_map.dim() != 1 or not len(expert_map) or expert_map.dtype != torch.int32
+        or expert_map.device != ids.device
+    ):  # fmt: skip
+        raise ValueError(f"expert_map must be [G] int32 on {ids.device} with G >= 1, "
+                         f"not {list(expert_map.shape)} {expert_map.dtype} on {expert_map.device}")
+    shapes = align_shapes(ids.shape, block_size, num_experts)
+    if shapes[0][0] + block_size >= 2**31:
+        raise ValueError(f"{shapes[0][0]} sorted ids do not fit int32; split the batch")
+    if out is None:
+        out = tuple(ids.new_empty(shape, dtype=torch.int32) for shape in shapes)  # type: ignore[assignment]
+    assert out is not None
+    for tensor, shape in zip(out, shapes, strict=True):
+        if tensor.shape != shape or tensor.dtype != torch.int32 or not tensor.is_contiguous():
+            raise ValueError(f"out must be contiguous int32 of shapes {shapes}, not {[list(t.shape) for t in out]}")
+    sorted_token_ids, expert_ids, num_tokens_post_padded, inverse = out
+    tokens, top_k = ids.shape
+    if tokens == 0:
+        num_tokens_post_padded.zero_()
+        return out
+
+    chunk = _chunk(tokens * top_k)
+    chunks = triton.cdiv(tokens * top_k, chunk)
+    expert_pad = triton.next_power_of_2(num_experts)
+    counts = ids.new_empty((chunks, expert_pad), dtype=torch.int32)  # [P, E']
+    sizes = (
+        tokens * top_k, top_k, num_experts, len(expert_map) if expert_map is not None else num_experts,
+        block_size, shapes[1][0], chunks,
+    )  # fmt: skip
+    strides = (*ids.stride(), expert_map.stride(0) if expert_map is not None else 0)
+    constants = {
+        "HAS_MAP": expert_map is not None, "CHUNK": chunk, "EXPERT_PAD": expert_pad,
+        "COLUMNS": chunk if _INTERPRETED else min(chunk, 32),  # [COLUMNS, CHUNK] comparisons at once
+        "ONE": chunks == 1, "num_warps": 8 if chunk > 128 or expert_pad > 1024 else 4,
+    }  # fmt: skip
+    _count_kernel[(chunks,)](
+        ids, expert_map,  # inputs
+        counts, sorted_token_ids, expert_ids, num_tokens_post_padded, inverse,  # outputs
+        *sizes, *strides, **constants,
+    )  # fmt: skip
+    if chunks > 1:
+        _place_kernel[(chunks,)](
+            ids, expert_map, counts,  # inputs
+            sorted_token_ids, expert_ids, num_tokens_post_padded, inverse,  # outputs
+            *sizes, *strides, **constants,
+        )  # fmt: skip
+    return out
+
+
+def align_shapes(ids_shape: torch.Size, block_size: int, num_experts: int) -> list[tuple[int, ...]]:
+    """The shapes of the four results: they depend on shapes alone."""
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, not {block_size}")
+    slots = ids_shape.numel()
+    alone = min(slots, num_experts)  # worst case: each of these experts has one slot, and one of them all the rest
+    blocks = alone + (slots - alone) // block_size
+    return [(blocks * block_size,), (blocks,), (1,), tuple(ids_shape)]
+
+
+def _chunk(slots: int) -> int:
+    """Slots of a program. A slot's rank comes from comparing it with every slot of its chunk: CHUNK^2 comparisons.
+
+    256^2 are a microsecond's work, and up to 256 slots need one launch only. Beyond 64 chunks the table of counts,
+    which every program of the second launch reads, costs more than larger chunks do.
+    In the interpreter a program costs the same whatever its chunk.
+    """
+    if _INTERPRETED:
+        return min(max(triton.next_power_of_2(slots), 16), 1024)
+    return min(max(triton.next_power_of_2(slots), 16), 256) if slots <= 1 << 14 else 512
+
+
+@triton.jit
+def local_experts(  # type: ignore[no-untyped-def]
+    ids, map_ptr, map_stride, num_ids, num_experts, ok, HAS_MAP: tl.constexpr
+):
+    """The expert of each slot, or -1: for `ok` that is false, an id out of range, an expert that is not here.
+
+    The range is checked before the id is an index: a -1 would read the map's last element or what lies before it
+    (vllm#42034).
+    """
+    ok = ok & (ids >= 0) & (ids < num_ids)
+    if HAS_MAP:
+        ids = tl.load(map_ptr + ids.to(tl.int64) * map_stride, mask=ok, other=-1)
+        ok = ok & (ids >= 0) & (ids < num_experts)
+    return tl.where(ok, ids, -1).to(tl.int32)
+
+
+@triton.jit
+def _experts_from(  # type: ignore[no-untyped-def]
+    first, ids_ptr, map_ptr, slots, top_k, num_experts, num_ids, stride_t, stride_k, map_stride,
+    HAS_MAP: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    slot = first + tl.arange(0, COUNT)
+    ok = slot < slots
+    where = (slot // top_k).to(tl.int64) * stride_t + (slot % top_k) * stride_k
+    ids = tl.load(ids_ptr + where, mask=ok, other=-1)
+    return slot, local_experts(ids, map_ptr, map_stride, num_ids, num_experts, ok, HAS_MAP)
+
+
+@triton.jit(do_not_specialize=["slots", "top_k", "num_experts", "num_ids", "block_size", "blocks", "chunks"])
+def _count_kernel(  # type: ignore[no-untyped-def]
+    ids_ptr, map_ptr,  # [T, k], [G]
+    counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,  # [P, E'], [M], [M/B], [1], [T, k]
+    slots, top_k, num_experts, num_ids, block_size, blocks, chunks,
+    stride_t, stride_k, map_stride,
+    HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, EXPERT_PAD: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """Counts a chunk's experts, ranks its slots among those of the same expert, and fills `sorted_ptr` with N."""
+    begin = tl.program_id(0) * CHUNK
+    slot, expert = _experts_from(
+        begin, ids_ptr, map_ptr, slots, top_k, num_experts, num_ids, stride_t, stride_k, map_stride, HAS_MAP, CHUNK
+    )
+    rank = tl.zeros((CHUNK,), tl.int32)
+    for first in range(begin, begin + CHUNK, COLUMNS):  # in steps: CHUNK^2 flags at once do not fit the registers
+        other, its = _experts_from(
+            first,
+            ids_ptr, map_ptr, slots, top_k, num_experts, num_ids, stride_t, stride_k, map_stride, HAS_MAP, COLUMNS,
+        )  # fmt: skip
+        earlier = (its[:, None] == expert[None, :]) & (other[:, None] < slot[None, :])  # [COLUMNS, C]
+        rank += tl.sum(earlier.to(tl.int32), axis=0)
+    count = tl.histogram(expert, EXPERT_PAD, mask=expert >= 0)  # [E']
+
+    for first in range(tl.program_id(0) * 1024, blocks * block_size, chunks * 1024):
+        where = first + tl.arange(0, 1024)
+        tl.store(sorted_ptr + where, slots, mask=where < blocks * block_size)
+    if ONE:
+        tl.debug_barrier()  # other threads have filled the places that these slots go to
+        _place(
+            slot, expert, rank, count, tl.zeros_like(count),
+            sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr, slots, block_size, blocks, chunks,
+            EXPERT_PAD,
+        )  # fmt: skip
+    else:
+        column = tl.arange(0, EXPERT_PAD)
+        tl.store(counts_ptr + tl.program_id(0).to(tl.int64) * EXPERT_PAD + column, count)
+        tl.store(inverse_ptr + slot, rank, mask=slot < slots)  # for the second launch, which overwrites it
+
+
+@triton.jit(do_not_specialize=["slots", "top_k", "num_experts", "num_ids", "block_size", "blocks", "chunks"])
+def _place_kernel(  # type: ignore[no-untyped-def]
+    ids_ptr, map_ptr, counts_ptr,
+    sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,
+    slots, top_k, num_experts, num_ids, block_size, blocks, chunks,
+    stride_t, stride_k, map_stride,
+    HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, EXPERT_PAD: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """Adds up the counts of all chunks, each program for itself, and writes every slot to its place."""
+    slot, expert = _experts_from(
+        tl.program_id(0) * CHUNK,
+        ids_ptr, map_ptr, slots, top_k, num_experts, num_ids, stride_t, stride_k, map_stride, HAS_MAP, CHUNK,
+    )  # fmt: skip
+    rank = tl.load(inverse_ptr + slot, mask=slot < slots, other=0)
+    ROWS: tl.constexpr = 1 if EXPERT_PAD >= 4096 else 4096 // EXPERT_PAD
+    column = tl.arange(0, EXPERT_PAD)
+    total = tl.zeros((EXPERT_PAD,), tl.int32)
+    before = tl.zeros((EXPERT_PAD,), tl.int32)
+    for first in range(0, chunks, ROWS):
+        row = first + tl.arange(0, ROWS)
+        count = tl.load(
+            counts_ptr + row[:, None].to(tl.int64) * EXPERT_PAD + column[None, :],
+            mask=(row < chunks)[:, None] & (column < num_experts)[None, :], other=0,
+        )  # fmt: skip
+        total += tl.sum(count, axis=0)
+        before += tl.sum(tl.where((row < tl.program_id(0))[:, None], count, 0), axis=0)
+    _place(
+        slot, expert, rank, total, before,
+        sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr, slots, block_size, blocks, chunks,
+        EXPERT_PAD,
+    )  # fmt: skip
+
+
+@triton.jit
+def _place(  # type: ignore[no-untyped-def]
+    slot, expert, rank, total, before,  # [C], [C], [C] in the chunk, [E'] in all chunks, [E'] in earlier chunks
+    sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr, slots, block_size, blocks, chunks,
+    EXPERT_PAD: tl.constexpr,
+):  # fmt: skip
+    own = (total + block_size - 1) // block_size  # [E'], in blocks
+    end = tl.cumsum(own)
+    start = end - own
+    place = tl.gather(start * block_size + before, tl.maximum(expert, 0), axis=0) + rank  # [C]
+    tl.store(sorted_ptr + place, slot, mask=expert >= 0)
+    tl.store(inverse_ptr + slot, tl.where(expert >= 0, place, -1), mask=slot < slots)
+
+    used = tl.max(end)  # blocks
+    tl.store(padded_ptr, used * block_size, mask=tl.program_id(0) == 0)
+    for nth in range(tl.program_id(0), tl.max(own), chunks):  # the n-th block of every expert that has so many
+        tl.store(expert_ids_ptr + start + nth, tl.arange(0, EXPERT_PAD), mask=nth < own)
+    for first in range(used + tl.program_id(0) * 1024, blocks, chunks * 1024):
+        block = first + tl.arange(0, 1024)
+        tl.store(expert_ids_ptr + block, -1, mask=block < blocks)  # not 0: expert 0 would do them (vllm#35161)

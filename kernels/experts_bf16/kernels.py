@@ -1,0 +1,174 @@
+"""What runs on the device: a grouped product with two epilogues, and the sum over a token's slots."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moe_fuzz.kernels.align import local_experts
+
+
+@triton.jit(do_not_specialize=["slots", "top_k", "per_row", "num_ids", "num_experts", "row_even", "row_odd"])
+def grouped_product_kernel(
+    a_ptr, w_ptr, bias_ptr, weights_ptr, out_ptr,  # [slots / per_row, D], [E, R, D], [E, R], [T, k], [slots, width]
+    ids_ptr, map_ptr,  # [T, k], [G]: where the program groups the slots itself
+    sorted_ptr, expert_ids_ptr, padded_ptr,  # where `align` has done it
+    slots, top_k, per_row, num_ids, num_experts, depth, width,
+    row_even, row_odd, row_step,  # the row of w of an even and an odd column of a tile: + row_step * output column
+    a_stride_r, a_stride_d, w_stride_e, w_stride_r, w_stride_d, bias_stride_e, bias_stride_r,
+    weights_stride_t, weights_stride_k, ids_stride_t, ids_stride_k, map_stride,
+    ACTIVATION: tl.constexpr,  # of a gate and an up-projection in neighbouring columns; relu2 and none have no gate
+    WEIGHT: tl.constexpr,  # "none" | "input": on the product, before the bias | "output": on the result
+    HAS_BIAS: tl.constexpr, HAS_MAP: tl.constexpr,
+    GROUPED: tl.constexpr, SLOT_PAD: tl.constexpr,  # whether `align` has run; else the slots, padded
+    EVEN: tl.constexpr,  # D is a multiple of BLOCK_D
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """out[slot] = epilogue(a[slot // per_row] @ w[expert of slot].T), for the slots that have an expert.
+
+    A tile is BLOCK_M slots of one expert times BLOCK_N rows of w. Rows of `out` of dropped slots stay unwritten.
+    """
+    GATED: tl.constexpr = ACTIVATION == "silu" or ACTIVATION == "gelu" or ACTIVATION == "swiglu_oai"
+    COLUMNS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # of the output, in a tile
+    tiles_n = tl.cdiv(width, COLUMNS)
+    blocks = tl.load(padded_ptr) // BLOCK_M if GROUPED else slots
+    # On a device each program has one tile at most. In the interpreter a few programs share them: it is they that cost.
+    for tile in range(tl.program_id(0), blocks * tiles_n, tl.num_programs(0)):
+        # GROUP blocks take the same tile of w one after another, so that it is read from memory once and from L2 then.
+        first = tile // (GROUP * tiles_n) * GROUP
+        beside = min(blocks - first, GROUP)
+        block = first + tile % (GROUP * tiles_n) % beside
+        tile_n = tile % (GROUP * tiles_n) // beside
+        if GROUPED:
+            expert = tl.load(expert_ids_ptr + block)
+            slot = tl.load(sorted_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))  # [M], N where there is none
+        else:
+            expert, slot = _group(
+                block, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
+                HAS_MAP, SLOT_PAD, BLOCK_M,
+            )  # fmt: skip
+        if expert >= 0:
+            ok = slot < slots  # [M]
+            n = tl.arange(0, BLOCK_N)
+            if GATED:
+                # Gate and up-projection stand side by side, so a thread has both in its registers at the end.
+                column = tl.minimum(tile_n * COLUMNS + n // 2, width - 1)  # [N]; past the end: any row that exists
+                row = tl.where(n % 2 == 0, row_even, row_odd) + column * row_step
+            else:
+                row = row_even + tl.minimum(tile_n * COLUMNS + n, width - 1) * row_step
+            d = tl.arange(0, BLOCK_D).to(tl.int64)
+            # 64 bits throughout: E * 2I * H and T * H pass 2^31
+            a = a_ptr + (slot // per_row).to(tl.int64)[:, None] * a_stride_r + d[None, :] * a_stride_d  # [M, D']
+            w = w_ptr + expert.to(tl.int64) * w_stride_e
+            w = w + row.to(tl.int64)[None, :] * w_stride_r + d[:, None] * w_stride_d  # [D', N]
+            sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for done in range(0, depth, BLOCK_D):
+                if EVEN:
+                    left = tl.load(a, mask=ok[:, None], other=0.0)
+                    right = tl.load(w)
+                else:
+                    inside = d < depth - done
+                    left = tl.load(a, mask=ok[:, None] & inside[None, :], other=0.0)
+                    right = tl.load(w, mask=inside[:, None], other=0.0)
+                if INTERPRETED:  # its dot takes the bits of bfloat16 for integers
+                    left, right = left.to(tl.float32), right.to(tl.float32)
+                sums = tl.dot(left, right, sums)
+                a += BLOCK_D * a_stride_d
+                w += BLOCK_D * w_stride_d
+
+            if WEIGHT != "none":
+                at = (slot // top_k).to(tl.int64) * weights_stride_t + (slot % top_k) * weights_stride_k
+                weight = tl.load(weights_ptr + at, mask=ok, other=0.0)[:, None]  # [M, 1]
+            if WEIGHT == "input":
+                sums = tl.where(weight == 0.0, 0.0, sums * weight)
+            if HAS_BIAS:
+                at = expert.to(tl.int64) * bias_stride_e + row.to(tl.int64) * bias_stride_r
+                sums += tl.load(bias_ptr + at).to(tl.float32)[None, :]
+            if GATED:
+                gate, up = tl.split(tl.reshape(sums, (BLOCK_M, COLUMNS, 2)))
+                result = _activate(gate, up, ACTIVATION)  # [M, COLUMNS]
+            elif ACTIVATION == "relu2":
+                sums = tl.where(sums < 0.0, 0.0, sums)  # keeps a NaN, as tl.maximum does not
+                result = sums * sums
+            else:
+                result = sums
+            if WEIGHT == "output":
+                result = tl.where(weight == 0.0, 0.0, result * weight)
+            column = tile_n * COLUMNS + tl.arange(0, COLUMNS)
+            tl.store(
+                out_ptr + slot.to(tl.int64)[:, None] * width + column[None, :],
+                _rounded(result, out_ptr.dtype.element_ty, INTERPRETED), mask=ok[:, None] & (column < width)[None, :],
+            )  # fmt: skip
+
+
+@triton.jit
+def _group(
+    leader, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
+    HAS_MAP: tl.constexpr, SLOT_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The expert of slot `leader` and the BLOCK_M slots of it from there on; (-1, …) where another slot leads these.
+
+    For a few slots it costs less than a launch of `align`, and every program can do it alone. Of an expert's slots,
+    ranked by number, every BLOCK_M-th leads.
+    """
+    slot = tl.arange(0, SLOT_PAD)  # [S]
+    at = (slot // top_k).to(tl.int64) * ids_stride_t + (slot % top_k) * ids_stride_k
+    ids = tl.load(ids_ptr + at, mask=slot < slots, other=-1)
+    experts = local_experts(ids, map_ptr, map_stride, num_ids, num_experts, slot < slots, HAS_MAP)
+    expert = tl.sum(tl.where(slot == leader, experts, 0))
+    same = (experts == expert).to(tl.int32)
+    rank = tl.cumsum(same) - 1  # among the slots of this expert, where `same`
+    own = tl.sum(tl.where(slot < leader, same, 0))  # the leader's
+    expert = tl.where(own % BLOCK_M == 0, expert, -1)
+    member = tl.arange(0, BLOCK_M)
+    here = (same[None, :] == 1) & (rank[None, :] == own + member[:, None])  # [M, S], at most one in a row
+    return expert, slots - tl.sum(tl.where(here, slots - slot[None, :], 0), axis=1)
+
+
+@triton.jit
+def _activate(gate, up, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return gate / (1.0 + tl.exp(-gate)) * up
+    if ACTIVATION == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    gate = tl.where(gate > 7.0, 7.0, gate)  # comparisons keep a NaN, as tl.minimum does not
+    up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+    return gate / (1.0 + tl.exp(-1.702 * gate)) * (up + 1.0)
+
+
+@triton.jit
+def _rounded(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """To the nearest, ties to even, in the interpreter too, whose own conversion to bfloat16 truncates."""
+    if INTERPRETED and DTYPE.is_bf16():
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        value = tl.where(value != value, value, bits.to(tl.float32, bitcast=True))
+    return value.to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["tokens", "top_k", "num_ids", "num_experts"])
+def sum_slots_kernel(
+    slots_ptr, ids_ptr, map_ptr, out_ptr,  # [T, k, H], [T, k], [G], [T, H]
+    tokens, top_k, hidden, num_ids, num_experts,
+    ids_stride_t, ids_stride_k, map_stride,
+    HAS_MAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """out[t] = the sum of its slots in ascending order. A dropped slot has no row: what stands there is never read."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [R]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < tokens)[:, None] & (column < hidden)[None, :]  # [R, C]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, top_k, UNROLL):
+        for nth in tl.static_range(UNROLL):  # loads that do not wait for each other
+            ok = (row < tokens) & (first + nth < top_k)
+            ids = tl.load(ids_ptr + row * ids_stride_t + (first + nth) * ids_stride_k, mask=ok, other=-1)
+            kept = local_experts(ids, map_ptr, map_stride, num_ids, num_experts, ok, HAS_MAP) >= 0
+            at = (row * top_k + first + nth)[:, None] * hidden + column[None, :]
+            total += tl.load(slots_ptr + at, mask=inside & kept[:, None], other=0.0).to(tl.float32)
+    tl.store(
+        out_ptr + row[:, None] * hidden + column[None, :], _rounded(total, out_ptr.dtype.element_ty, INTERPRETED),
+        mask=inside,
+    )  # fmt: skip

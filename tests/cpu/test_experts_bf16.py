@@ -1,0 +1,342 @@
+"""`experts_bf16`: the reference against a naive loop, the Triton kernel against exact answers, in the interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_fuzz.kernels.experts_bf16 import experts_bf16, workspace_bytes
+from moe_fuzz.kernels.experts_bf16.blocks import PLANS, Blocks, Plan, choose
+from moe_fuzz.reference.experts_bf16 import ACTIVATIONS, GATE_LAYOUTS
+from moe_fuzz.reference.experts_bf16 import experts_bf16 as reference
+
+# numpy mentions the NaN and the infinity that some tests are about
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+BOTH = pytest.mark.parametrize("layer", [experts_bf16, reference], ids=["kernel", "reference"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+TILES = Plan(0, Blocks(16, 16, 16, 2, 4, 1), Blocks(16, 16, 32, 1, 4, 1))  # many tiles of small sizes
+
+
+@dataclass
+class Layer:
+    """The arguments of a call."""
+
+    x: Tensor
+    w13: Tensor
+    w2: Tensor
+    weights: Tensor
+    ids: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, layer: Any, **more: Any) -> Tensor:
+        found = layer(self.x, self.w13, self.w2, self.weights, self.ids, **self.options, **more)
+        assert isinstance(found, Tensor)
+        return found
+
+
+def integers(
+    tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, activation: str = "silu",
+    gate_layout: str = "first", dtype: torch.dtype = torch.bfloat16, biased: bool = False, seed: int = 0,
+    **options: Any,
+) -> Layer:  # fmt: skip
+    """Every sum is an integer times a power of two, so that its bits do not depend on the order of summation.
+
+    The gate is 32 (with weights on the input 16 to 64), where silu and gelu are the identity but for 1e-7.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator).double()
+
+    x = draw(-1, 1, tokens, hidden)
+    x[:, 0] = 1
+    up = draw(-1, 1, experts, inter, hidden) * (torch.rand(experts, inter, hidden, generator=generator) < 3 / hidden)
+    gate = torch.zeros(experts, inter, hidden, dtype=torch.float64)
+    gate[:, :, 0] = 32
+    w13 = {"first": torch.cat([gate, up], 1), "up_first": torch.cat([up, gate], 1),
+           "interleaved": torch.stack([gate, up], 2).flatten(1, 2)}[gate_layout]  # fmt: skip
+    if activation == "relu2":
+        w13 = up
+    w2 = draw(-2, 2, experts, hidden, inter)
+    if biased:
+        b13 = draw(-1, 1, experts, w13.shape[1])
+        if activation != "relu2":  # none on the gate
+            gates = {"first": slice(0, inter), "up_first": slice(inter, None), "interleaved": slice(0, None, 2)}
+            b13[:, gates[gate_layout]] = 0
+        options |= {"b13": b13.float(), "b2": draw(-8, 8, experts, hidden).to(dtype)}
+    return Layer(
+        x.to(dtype), w13.to(dtype), w2.to(dtype), 2.0 ** draw(-1, 1, tokens, top_k).float(),
+        torch.randint(-1, experts + 1, (tokens, top_k), dtype=torch.int32, generator=generator),
+        {"activation": activation, "gate_layout": gate_layout, **options},
+    )  # fmt: skip
+
+
+def sources(tokens: int, top_k: int, experts: int, width: int, seed: int = 0) -> tuple[Layer, Tensor]:
+    """Experts that move columns about, each its own way, and the answer: every value names where it came from."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(width, generator=generator) for _ in range(experts)])  # [E, H]
+    x = torch.arange(tokens * width).reshape(tokens, width) % 61 + 1.0
+    x[:, 0] = 1
+    w13 = torch.zeros(experts, 2 * width, width)
+    w13[:, :width, 0] = 32
+    w13[:, width:] = torch.eye(width)
+    w2 = torch.nn.functional.one_hot(order, width) / 32.0
+    ids = torch.randint(0, experts, (tokens, top_k), generator=generator)
+    expected = torch.stack([x[t][order[ids[t]]].sum(0) for t in range(tokens)])
+    assert expected.max() <= 256
+    bf16 = torch.bfloat16
+    layer = Layer(x.to(bf16), w13.to(bf16), w2.to(bf16), torch.ones(tokens, top_k), ids.int())
+    return layer, expected.to(bf16)
+
+
+def randoms(seed: int = 0, activation: str = "silu", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Layer:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    rows = 20 if activation == "relu2" else 40
+    return Layer(
+        draw(7, 33).to(dtype), (draw(4, rows, 33) / 2).to(dtype), (draw(4, 33, 20) / 4).to(dtype), draw(7, 3).abs(),
+        torch.randint(0, 4, (7, 3), dtype=torch.int32, generator=generator), {"activation": activation, **options},
+    )  # fmt: skip
+
+
+def assert_near(got: Tensor, expected: Tensor, ulps: float) -> None:
+    """Within so many steps of the dtype at each row's largest value."""
+    step = torch.finfo(expected.dtype).eps * expected.double().abs().amax(dim=1, keepdim=True)
+    assert ((got.double() - expected.double()).abs() <= ulps * step).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gate_layout", GATE_LAYOUTS)
+def test_the_reference_is_the_formula(activation, gate_layout):
+    """One number at a time, with Python's own functions."""
+    layer = randoms(activation=activation, gate_layout=gate_layout)
+    b13, b2 = torch.randn(layer.w13.shape[:2]), torch.randn(layer.w2.shape[:2])
+    for on_input in (False, True):
+        got = layer.run(reference, b13=b13, b2=b2, apply_weight_on_input=on_input)
+        for token in range(2):
+            y = torch.zeros(33, dtype=torch.float64)
+            for slot in range(3):
+                e, weight = int(layer.ids[token, slot]), float(layer.weights[token, slot])
+                a = layer.w13[e].double() @ (layer.x[token].double() * (weight if on_input else 1.0)) + b13[e]
+                h = []
+                for i in range(20):
+                    places = {"first": (i, 20 + i), "up_first": (20 + i, i), "interleaved": (2 * i, 2 * i + 1)}
+                    g, p = places[gate_layout]
+                    if activation == "relu2":
+                        h.append(max(float(a[i]), 0.0) ** 2)
+                        continue
+                    gate, up = float(a[g]), float(a[p])
+                    if activation == "silu":
+                        h.append(gate / (1 + math.exp(-gate)) * up)
+                    elif activation == "gelu":
+                        h.append(gate * (1 + math.erf(gate / math.sqrt(2))) / 2 * up)
+                    else:
+                        gate, up = min(gate, 7.0), max(min(up, 7.0), -7.0)
+                        h.append(gate / (1 + math.exp(-1.702 * gate)) * (up + 1))
+                out = layer.w2[e].double() @ torch.tensor(h).to(torch.bfloat16).double() + b2[e]
+                y += (out * (1.0 if on_input else weight)).to(torch.bfloat16).double()
+            assert_near(got[token][None], y[None].to(torch.bfloat16), 1.0)
+
+
+@DTYPES
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "gate_layout"),
+    [("silu", "first"), ("silu", "interleaved"), ("gelu", "up_first"), ("relu2", "first")],
+)
+def test_exact_on_integers(activation, gate_layout, biased, dtype):
+    layer = integers(9, 3, 5, 37, 21, activation=activation, gate_layout=gate_layout, dtype=dtype, biased=biased)
+    expected = layer.run(reference)
+    assert expected.unique().numel() > 50  # it is not an answer of zeros
+    assert torch.equal(layer.run(experts_bf16), expected)
+    assert torch.equal(layer.run(experts_bf16, apply_weight_on_input=True),
+                       layer.run(reference, apply_weight_on_input=True))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "hidden", "inter"),
+    [(1, 1, 1, 1, 1), (1, 4, 8, 40, 3), (5, 2, 3, 48, 33), (3, 7, 1, 17, 50), (23, 2, 1, 33, 16)],
+)
+@pytest.mark.parametrize("inline_slots", [0, 128])  # slots grouped by `align`, and by the programs
+def test_exact_in_small_tiles(tokens, top_k, experts, hidden, inter, inline_slots):
+    """Sizes that are no multiple of a block, several blocks of one expert, several tiles and steps."""
+    layer = integers(tokens, top_k, experts, hidden, inter, biased=True, seed=tokens)
+    if experts == 1:
+        layer.ids[:] = 0  # more slots than a block holds: 2 of them, and 3
+    plan = replace(TILES, inline_slots=inline_slots)
+    assert torch.equal(layer.run(experts_bf16, plan=plan), layer.run(reference))
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(4, 2, 3), (30, 3, 4)])  # grouped by the programs; by `align`
+def test_every_value_comes_from_its_source(tokens, top_k, experts):
+    layer, expected = sources(tokens, top_k, experts, 24)
+    for run in (experts_bf16, reference):
+        got = layer.run(run)
+        assert torch.equal(got, expected), f"tokens {(got != expected).any(1).nonzero().flatten().tolist()}"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@DTYPES
+def test_near_the_reference_on_random_data(activation, dtype):
+    layer = randoms(activation=activation, dtype=dtype)
+    assert_near(layer.run(experts_bf16), layer.run(reference), 1.0)
+
+
+@BOTH
+@pytest.mark.parametrize("tokens", [4, 12])
+def test_a_dropped_slot_counts_for_nothing_whatever_it_holds(layer, tokens):
+    """Ids on both sides of the range; NaN where only dropped slots would read it, and in the workspace."""
+    clean, _ = sources(tokens, 3, 4, 16, seed=3)
+    clean.ids[:, 1] = torch.tensor([-1, 4, 2**31 - 1, -(2**31)]).int().repeat(tokens // 4)
+    clean.ids[2] = torch.tensor([-1, 4, 7])
+    clean.weights[:, 1] = 0.0
+    expected = clean.run(reference)
+    assert not expected[2].any()
+    dirty = replace(clean, x=clean.x.clone(), weights=clean.weights.clone())
+    dirty.x[2] = math.nan
+    dirty.weights[2] = math.nan
+    dirty.weights[:, 1] = math.nan
+    out = torch.full_like(clean.x, math.nan)
+    more: dict[str, Any] = {}
+    if layer is experts_bf16:
+        more["workspace"] = torch.full((workspace_bytes(tokens, 3, 16, 16, 4),), 0xFF, dtype=torch.uint8)
+    assert torch.equal(dirty.run(layer, out=out, **more), expected)
+
+
+@BOTH
+def test_a_weight_of_zero_beats_infinity(layer):
+    case, _ = sources(3, 2, 2, 16)
+    case.x[1] = math.inf
+    case.weights[1] = 0.0
+    got = case.run(layer)
+    assert not got[1].any()
+    assert got[[0, 2]].isfinite().all()
+
+
+@BOTH
+def test_nan_stays_in_its_row_and_is_not_lost(layer):
+    for activation in ACTIVATIONS:
+        case = randoms(activation=activation)
+        before = case.run(layer)
+        case.x[3, 5] = math.nan
+        after = case.run(layer)
+        assert after[3].isnan().all()
+        assert torch.equal(after[[0, 1, 2, 4, 5, 6]], before[[0, 1, 2, 4, 5, 6]])
+
+
+@BOTH
+def test_an_id_that_stands_twice_counts_twice(layer):
+    for slots in (4, 20):  # 20 of one expert are more than a block, even in one row
+        case, _ = sources(2, 2, 3, 16)
+        case.x[:] = 3.0
+        case.x[:, 0] = 1.0
+        case = replace(case, ids=torch.ones(2, slots, dtype=torch.int32), weights=torch.ones(2, slots))
+        once = replace(case, ids=case.ids[:, :1], weights=case.weights[:, :1])
+        assert torch.equal(case.run(layer).double(), slots * once.run(layer).double())
+
+
+@BOTH
+@pytest.mark.parametrize("tokens", [4, 11])
+def test_the_shards_of_ranks_sum_to_the_whole(layer, tokens):
+    """Three ranks with 3, 2 and 1 of 6 experts, each in an order of its own."""
+    whole, expected = sources(tokens, 3, 6, 16)
+    total = torch.zeros(tokens, 16)
+    for here in ([4, 0, 2], [5, 1], [3]):
+        expert_map = torch.full((6,), -1, dtype=torch.int32)
+        expert_map[torch.tensor(here)] = torch.arange(len(here), dtype=torch.int32)
+        shard = replace(whole, w13=whole.w13[here], w2=whole.w2[here])
+        total += shard.run(layer, expert_map=expert_map).float()
+    assert torch.equal(total.to(torch.bfloat16), expected)
+
+
+@BOTH
+def test_a_map_to_experts_that_do_not_exist_drops_the_slot(layer):
+    case, _ = sources(4, 2, 3, 16)
+    assert not case.run(layer, expert_map=torch.tensor([3, -1, 100], dtype=torch.int32)).any()
+
+
+@BOTH
+def test_no_tokens(layer):
+    case, _ = sources(2, 2, 3, 16)
+    empty = replace(case, x=case.x[:0], ids=case.ids[:0], weights=case.weights[:0])
+    out = torch.empty(0, 16, dtype=torch.bfloat16)
+    assert empty.run(layer, out=out) is out
+    assert empty.run(layer).shape == (0, 16)
+
+
+@pytest.mark.parametrize("view", ["columns", "transposed", "expanded", "ids", "experts", "int64"])
+def test_any_strides(view):
+    layer = randoms(1)
+    packed = layer
+    if view == "columns":
+        layer = replace(layer, x=layer.x.repeat_interleave(3, dim=1)[:, ::3], weights=layer.weights.t().clone().t())
+    elif view == "transposed":
+        layer = replace(layer, x=layer.x.t().clone().t())
+    elif view == "expanded":
+        layer = replace(layer, x=layer.x[:1].expand(7, 33))
+        packed = replace(layer, x=layer.x.contiguous())
+    elif view == "ids":
+        layer = replace(layer, ids=torch.stack([layer.ids, layer.ids - 9], 2)[:, :, 0])
+    elif view == "experts":
+        layer = replace(layer, w13=layer.w13.permute(2, 0, 1).clone().permute(1, 2, 0), w2=layer.w2.mT.clone().mT)
+    else:
+        layer = replace(layer, ids=layer.ids.long() + (layer.ids == 2) * 2**32)  # out of range, not expert 2
+        packed = replace(packed, ids=torch.where(packed.ids == 2, -1, packed.ids))
+    assert torch.equal(layer.run(experts_bf16), packed.run(experts_bf16))
+    assert torch.equal(layer.run(reference), packed.run(reference))
+
+
+def test_a_workspace_serves_many_calls():
+    workspace = torch.full((workspace_bytes(30, 3, 24, 24, 4) + 16,), 0x7F, dtype=torch.uint8)
+    for tokens in (30, 1, 12):
+        case, expected = sources(tokens, 3, 4, 24)
+        assert torch.equal(case.run(experts_bf16, workspace=workspace), expected)
+    with pytest.raises(ValueError, match="workspace must be at least"):
+        case.run(experts_bf16, workspace=workspace[:1000])
+    with pytest.raises(ValueError, match="aligned to 16 bytes"):
+        case.run(experts_bf16, workspace=workspace[8:])
+
+
+def test_the_table_has_a_plan_for_everything():
+    assert [plan.up_to for plan in PLANS] == sorted({plan.up_to for plan in PLANS})
+    assert choose(1, 8192) is PLANS[0]
+    assert choose(1 << 20, 1) is PLANS[-1]
+    with pytest.raises(ValueError, match="both products need the same m"):
+        replace(TILES, down=replace(TILES.down, m=32))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "swish"}, "activation must be one of"),
+        ({"gate_layout": "last"}, "gate_layout must be one of"),
+        ({"x": torch.zeros(2, 16)}, "x must be"),
+        ({"ids": torch.zeros(3, 2, dtype=torch.int32)}, "ids must be"),
+        ({"weights": torch.zeros(2, 1)}, "weights must be"),
+        ({"w13": torch.zeros(3, 16, 16, dtype=torch.bfloat16)}, "w13 must be"),
+        ({"w2": torch.zeros(3, 16, 0, dtype=torch.bfloat16)}, "w2 must be"),
+        ({"b13": torch.zeros(3, 16)}, "b13 must be"),
+        ({"b2": torch.zeros(3, 16, dtype=torch.float16)}, "b2 must be"),
+        ({"expert_map": torch.zeros(0, dtype=torch.int32)}, "expert_map must map"),
+        ({"expert_map": torch.zeros(3)}, "expert_map must be"),
+        ({"out": torch.zeros(16, 2, dtype=torch.bfloat16).t()}, "out must be contiguous"),
+    ],
+)
+def test_refuses_what_it_cannot_take(layer, change, message):
+    case, _ = sources(2, 2, 3, 16)
+    arguments = {"x": case.x, "w13": case.w13, "w2": case.w2, "weights": case.weights, "ids": case.ids, **change}
+    with pytest.raises(ValueError, match=message):
+        layer(**arguments)
