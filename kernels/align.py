@@ -100,7 +100,7 @@ def _chunk(slots: int) -> int:
 
 
 @triton.jit
-def local_experts(  # type: ignore[no-untyped-def]
+def local_experts(
     ids, map_ptr, map_stride, num_ids, num_experts, ok, HAS_MAP: tl.constexpr
 ):
     """The expert of each slot, or -1: for `ok` that is false, an id out of range, an expert that is not here.
@@ -116,7 +116,7 @@ def local_experts(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _experts_from(  # type: ignore[no-untyped-def]
+def _experts_from(
     first, ids_ptr, map_ptr, slots, top_k, num_experts, num_ids, stride_t, stride_k, map_stride,
     HAS_MAP: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +128,7 @@ def _experts_from(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["slots", "top_k", "num_experts", "num_ids", "block_size", "blocks", "chunks"])
-def _count_kernel(  # type: ignore[no-untyped-def]
+def _count_kernel(
     ids_ptr, map_ptr,  # [T, k], [G]
     counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,  # [P, E'], [M], [M/B], [1], [T, k]
     slots, top_k, num_experts, num_ids, block_size, blocks, chunks,
@@ -167,7 +167,7 @@ def _count_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["slots", "top_k", "num_experts", "num_ids", "block_size", "blocks", "chunks"])
-def _place_kernel(  # type: ignore[no-untyped-def]
+def _place_kernel(
     ids_ptr, map_ptr, counts_ptr,
     sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,
     slots, top_k, num_experts, num_ids, block_size, blocks, chunks,
@@ -200,7 +200,7 @@ def _place_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _place(  # type: ignore[no-untyped-def]
+def _place(
     slot, expert, rank, total, before,  # [C], [C], [C] in the chunk, [E'] in all chunks, [E'] in earlier chunks
     sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr, slots, block_size, blocks, chunks,
     EXPERT_PAD: tl.constexpr,
