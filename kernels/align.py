@@ -38,7 +38,7 @@ def align(
     if shapes[0][0] + block_size >= 2**31:
         raise ValueError(f"{shapes[0][0]} sorted ids do not fit int32; split the batch")
     if out is None:
-        out = tuple(ids.new_empty(shape, dtype=torch.int32) for shape in shapes)  # type: ignore[assignment]
+        out = tuple(ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
     assert out is not None
     for tensor, shape in zip(out, shapes, strict=True):
         if tensor.shape != shape or tensor.dtype != torch.int32 or not tensor.is_contiguous():
