@@ -51,7 +51,7 @@ def test_visible_parts_and_uuids_that_nobody_knows() -> None:
 
 
 def test_slots_by_memory() -> None:
-    assert (CARDS[0].slots, CARDS[0].room) == (16, 16)
+    assert (CARDS[0].slots, CARDS[0].room) == (gpus.MAX_SLOTS, gpus.MAX_SLOTS)
     assert Gpu("H200", 140 * GIB, 20 * GIB).room == 3  # somebody else uses it; its slots keep their numbers
     assert Gpu("8 GB", 8 * GIB, 1 * GIB).room == 1
     assert Gpu("unknown").slots == 1
