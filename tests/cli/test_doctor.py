@@ -63,7 +63,7 @@ def test_slots() -> None:
     lines = list(doctor.judge_slots((full, busy, unknown)))
     assert states(lines) == [OK, WARN, WARN]
     assert "room for 6 of 6 workers" in lines[0].text
-    assert "room for 2 of 16 workers, 13.0 GiB free" in lines[1].text
+    assert "room for 2 of 6 workers, 13.0 GiB free" in lines[1].text
     assert "nvidia-ml-py" in lines[2].hint
 
 
