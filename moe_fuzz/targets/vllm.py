@@ -81,6 +81,7 @@ _EMPTY = "vLLM's callers pad an idle rank to a token; a batch of none does not r
 _UNPROMISED = {
     "ids @ fault:extreme_bias": f"a bias of -Inf or below -1e4 is no model's: {_BIAS}",
     "selection @ fault:extreme_bias": f"a bias of -Inf or below -1e4 is no model's: {_BIAS}",
+    "finite @ fault:extreme_bias": f"a bias of -Inf or below -1e4 is no model's: {_BIAS}",
     "error @ T=0": _EMPTY,
 }
 
