@@ -26,7 +26,8 @@ class EagerSteps(Steps):
         first = RoutingCall(inputs, self.target, arena, bool(self.case.config["out"]))
 
         def call(other: Inputs) -> Outputs:
-            if other is not inputs or self.options.fence.readonly is not None:  # or the target may have written into them
+            written = self.options.fence.readonly is not None  # perhaps: they were not read-only
+            if other is not inputs or written:
                 return call_once(other, self.target, arena, bool(self.case.config["out"]))
             for tensor in first.out:
                 canary.poison(tensor)

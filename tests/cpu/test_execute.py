@@ -11,7 +11,7 @@ from moe_fuzz.execute.runner import Runner
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.routing.space import SIMPLEST
-from moe_fuzz.options import RunOptions
+from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.verdict import PASS, Verdict
 
 ROUTERS = """
@@ -33,6 +33,12 @@ def out_ignored(logits, top_k, out=None):
 def weights_elsewhere(logits, top_k, out=None):
     weights, ids = right(logits, top_k, out=out)
     return weights.clone(), ids
+
+@declares(contract=Contract(deterministic=True, batch_invariant=True))
+def masks_its_input(logits, top_k):
+    weights, ids = right(logits, top_k)
+    logits.scatter_(1, ids.long(), float("-inf"))
+    return weights, ids
 
 _WEIGHTS, _IDS = torch.empty(4096), torch.empty(4096, dtype=torch.int32)
 
@@ -66,11 +72,13 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def run(runner: Runner, target: str, *faults: Fault, rows: int = 5, **config: Scalar) -> Verdict:
+def run(
+    runner: Runner, target: str, *faults: Fault, rows: int = 5, options: RunOptions | None = None, **config: Scalar
+) -> Verdict:  # fmt: skip
     whole = {**SIMPLEST, "experts": "0-7", "top_k": 2} | config
     case = Case("topk_softmax", whole, (Step(Labels.range(rows), Labels(), faults),), 3)
     get_space("topk_softmax").validate(case)
-    return runner.run(case, f"topk_softmax@{target}", RunOptions())
+    return runner.run(case, f"topk_softmax@{target}", options or RunOptions())
 
 
 @pytest.mark.parametrize(
@@ -89,6 +97,12 @@ def test_a_target_may_use_its_own_buffers_again(runner, file):
     assert {v.check for v in verdict.violations} <= {"finite", "ids"}  # the row of NaN, which it does not care for
     assert all(v.where[0] == 1 for v in verdict.violations)
     assert run(runner, f"{file}:same_buffers", rows=6).kind == PASS
+
+
+def test_what_a_target_writes_into_its_inputs_is_not_there_when_it_is_called_again(runner, file):
+    """Where nothing is read-only that is for no relation to see."""
+    unfenced = RunOptions(fence=FenceOptions(hard=(), readonly=(), own="off"))
+    assert run(runner, f"{file}:masks_its_input", options=unfenced).kind == PASS
 
 
 def test_violations_stand_in_the_order_of_attribution(runner, file):
