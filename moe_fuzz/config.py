@@ -156,6 +156,7 @@ KEYS: Mapping[str, Callable[[Any], Any]] = {
     "mode": _texts,
     "preset": _texts,
     "faults": _texts,
+    "only": _texts,
     "fence": _choice(*OWN),
     "report": _reports,
     "minimize-time": parse_duration,

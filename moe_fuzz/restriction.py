@@ -1,4 +1,4 @@
-"""What a campaign's cases are cut down to: some modes, some models, some faults. Free of torch.
+"""What a campaign's cases are cut down to: some modes, some models, some faults, some values. Free of torch.
 
 A restricted space draws nothing else, so generation, which draws axis by axis, and the grid, which covers pairs, spend
 no case outside. Of the presets, which fix several axes at once, one is an axis of its own.
@@ -7,7 +7,7 @@ no case outside. Of the presets, which fix several axes at once, one is an axis 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_fuzz.case import MODES, Case, Scalar
@@ -25,17 +25,21 @@ class Restriction:
     modes: tuple[str, ...] | None = None
     presets: tuple[str, ...] | None = None  # configs of these models alone, with any flags that a model leaves open
     faults: tuple[str, ...] | None = None  # no other faults than these; NO_FAULT: none at all
+    values: tuple[tuple[str, tuple[str, ...]], ...] | None = None  # field of a config -> its values, as `spelled`
 
     def __bool__(self) -> bool:
-        return any(part is not None for part in (self.modes, self.presets, self.faults))
+        return any(part is not None for part in vars(self).values())
 
     def lines(self) -> tuple[str, ...]:
         """For a campaign's header."""
         parts = (("modes", self.modes), ("presets", self.presets), ("faults", self.faults))
-        return tuple(f"only these {name}: {', '.join(part)}" for name, part in parts if part is not None)
+        named = tuple(f"only these {name}: {', '.join(part)}" for name, part in parts if part is not None)
+        return named + tuple(f"only {name}={','.join(values)}" for name, values in self.values or ())
 
     def to_json(self) -> dict[str, Any]:
-        return {name: None if part is None else sorted(part) for name, part in vars(self).items()}
+        return {name: None if part is None else sorted(part) for name, part in vars(self).items() if name != "values"} | (
+            {} if self.values is None else {"values": [[name, sorted(values)] for name, values in sorted(self.values)]}
+        )
 
     def refusal(self, space: Any, info: TargetInfo) -> str:
         """Why nothing is left for this target; empty if something is."""
@@ -44,14 +48,19 @@ class Restriction:
             return f"{info.name} cannot be run in mode {_or(self.modes)}"
         if self.presets is not None and not restricted.fitting(info):
             return f"{info.name} takes no config of {_or(self.presets)}"
+        for axis in restricted.axes(info):
+            if not axis.values:
+                return f"{info.name} takes no {axis.name}={_or(dict(self.values or ()).get(axis.name, ()))}"
         if self.faults is not None and NO_FAULT not in self.faults and not restricted.can_be_laid(info):
             return f"{info.name} takes cases with no fault {_or(self.faults)}"
         return ""
 
     def allows(self, case: Case) -> bool:
-        """Whether a case has none but these modes and faults."""
-        return (self.modes is None or case.mode in self.modes) and (
-            self.faults is None or set(case.fault_names) <= set(self.faults)
+        """Whether a case has none but these modes, faults and values."""
+        return (
+            (self.modes is None or case.mode in self.modes)
+            and (self.faults is None or set(case.fault_names) <= set(self.faults))
+            and all(spelled(_drawn(case, field)) in values for field, values in self.values or ())
         )
 
 
@@ -95,6 +104,8 @@ class RestrictedSpace:
     def fitting(self, info: TargetInfo) -> dict[str, Mapping[str, Scalar]]:
         """Of the presets, those that lie inside the target's capabilities."""
         allowed = {axis.name: axis.values for axis in self._space.axes(info)}
+        allowed |= {name: [v for v in allowed.get(name, ()) if spelled(v) in values]
+                    for name, values in self._only.values or ()}  # fmt: skip
         return {
             name: fixed
             for name, fixed in self.presets.items()
@@ -103,7 +114,13 @@ class RestrictedSpace:
 
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         """With presets, these are an axis, and what all of them fix is no longer one worth covering."""
-        axes = tuple(self._space.axes(info))
+        values = dict(self._only.values or ())
+        axes = tuple(
+            replace(axis, values=tuple(v for v in axis.values if spelled(v) in values[axis.name]))
+            if axis.name in values
+            else axis
+            for axis in self._space.axes(info)
+        )
         if self._only.presets is None:
             return axes
         models = self.fitting(info)
@@ -125,6 +142,16 @@ class RestrictedSpace:
             for place in places
             if (faults is None or place.fault in faults) and (modes is None or not set(modes).isdisjoint(place.modes))
         )
+
+
+def spelled(value: Scalar) -> str:
+    """A value as the command line has it: `true`, `8`, `bfloat16`."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _drawn(case: Case, field: str) -> Scalar:
+    """What the axis of this name had: of experts, how many."""
+    return len(case.experts) if field == "experts" else case.config[field]
 
 
 def _or(names: Iterable[str]) -> str:

@@ -96,7 +96,7 @@ class Unit:
 
 def nothing_left(refusal: str) -> EnvironmentProblem:
     """The error for a target for which a restriction leaves no cases."""
-    return EnvironmentProblem(f"there is nothing to run: {refusal}", "widen --mode, --preset or --faults")
+    return EnvironmentProblem(f"there is nothing to run: {refusal}", "widen --mode, --preset, --faults or --only")
 
 
 def share(total: int, names: Sequence[str]) -> dict[str, int]:

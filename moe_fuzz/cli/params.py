@@ -43,10 +43,18 @@ def _words(value: Any) -> tuple[str, ...]:
     return names
 
 
+def _assignment(value: Any) -> tuple[str, tuple[str, ...]]:
+    field, equals, values = str(value).partition("=")
+    if not equals or not field.strip():
+        raise ValueError(f"{value!r} is not FIELD=VALUE, e.g. bias=false")
+    return field.strip(), _words(values)
+
+
 DURATION = Parsed("duration", config.parse_duration, float)
 SIZE = Parsed("size", config.parse_size, int)
 REPORT = Parsed("kind=path", config.parse_report, ())
 NAMES = Parsed("name,name…", _words, ())
+ASSIGNMENT = Parsed("field=value,…", _assignment, ())
 
 
 def option(key: str, *flags: str, **settings: Any) -> Callable[[F], F]:

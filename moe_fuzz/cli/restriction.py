@@ -1,4 +1,4 @@
-"""`run --ops --mode --preset --faults`: read, checked against what the targets' ops have, and made a Restriction."""
+"""`run --ops --mode --preset --faults --only`: read, checked against what the targets' ops have, and made a Restriction."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import click
 from moe_fuzz import config
 from moe_fuzz.case import MODES
 from moe_fuzz.cli import params
+from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem, UsageError
 from moe_fuzz.ops import OPS, get_space
-from moe_fuzz.restriction import NO_FAULT, Restriction
+from moe_fuzz.restriction import NO_FAULT, Restriction, spelled
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,7 +30,11 @@ def options(command: F) -> F:
         command = params.option(
             key, flag, type=params.NAMES, multiple=True, metavar=metavar, help=text, callback=_joined
         )(command)
-    return command
+    return params.option(
+        "only", "--only", type=params.ASSIGNMENT, multiple=True, metavar="FIELD=VALUE,…",
+        help="Configs with these values only, e.g. bias=false; `moe-fuzz show CASE` names the fields.",
+        callback=lambda _ctx, _param, value: tuple(value) or None,
+    )(command)  # fmt: skip
 
 
 def _joined(_ctx: click.Context, _param: click.Parameter, value: Iterable[Sequence[str]]) -> tuple[str, ...] | None:
@@ -50,7 +55,7 @@ def only_ops(names: Sequence[str], ops: tuple[str, ...] | None) -> tuple[str, ..
 
 def restriction(
     modes: tuple[str, ...] | None, presets: tuple[str, ...] | None, faults: tuple[str, ...] | None,
-    targets: Sequence[str],
+    only: tuple[tuple[str, tuple[str, ...]], ...] | None, targets: Sequence[str],
 ) -> Restriction:  # fmt: skip
     """UsageError for a name that none of the targets' ops knows."""
     spaces = [get_space(op) for op in dict.fromkeys(name.partition("@")[0] for name in targets)]
@@ -59,11 +64,15 @@ def restriction(
     _check("fault", faults, [NO_FAULT, *(name for space in spaces for name in space.faults)])
     if faults is not None and NO_FAULT in faults and len(faults) > 1:
         raise UsageError(f"--faults {','.join(faults)}: {NO_FAULT} stands alone", "leave it out, or the others")
-    return Restriction(modes, presets, faults)
+    axes = [axis for space in spaces for axis in space.axes(TargetInfo("", space.op, ""))]
+    for field, values in only or ():
+        _check("field", [field], [axis.name for axis in axes])
+        _check(f"{field} value", values, [spelled(v) for axis in axes if axis.name == field for v in axis.values])
+    return Restriction(modes, presets, faults, only)
 
 
 def _check(what: str, asked: Iterable[str] | None, known: Sequence[str]) -> None:
-    names = sorted(dict.fromkeys(known))
+    names = list(dict.fromkeys(sorted(known)))
     for name in asked or ():
         if name not in names:
             raise UsageError(f"there is no {what} {name!r}{config.did_you_mean(name, names)}",

@@ -78,6 +78,7 @@ def command(
     mode: tuple[str, ...] | None,
     preset: tuple[str, ...] | None,
     faults: tuple[str, ...] | None,
+    only: tuple[tuple[str, tuple[str, ...]], ...] | None,
     fence: str | None,
     checks: tuple[str, ...] | None,
     minimize_time: float | None,
@@ -98,7 +99,7 @@ def command(
     """
     chosen = config.PROFILES[profile]
     names = narrow.only_ops(expand(targets, op), ops)
-    restriction = narrow.restriction(mode, preset, faults, names)
+    restriction = narrow.restriction(mode, preset, faults, only, names)
     validate_checks(checks, names)
     device = params.pick_device(device)
     own, notes = params.pick_fence(fence, device)

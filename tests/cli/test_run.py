@@ -121,7 +121,7 @@ def test_restrictions(
 ) -> None:
     """Flags over variables over the file; each may be repeated, and hold several names."""
     (tmp_path / "pyproject.toml").write_text(
-        "[tool.moe-fuzz]\nops = ['topk_softmax']\nmode = ['eager']\npreset = ['mixtral-8x7b']\nfaults = ['ties']\n"
+        "[tool.moe-fuzz]\nops = ['topk_softmax']\nmode = ['eager']\npreset = ['mixtral-8x7b']\nfaults = ['ties']\nonly = ['bias=true']\n"
         "fence = 'off'\n"
     )
     assert call("run", "--device", "cpu").code == 0
@@ -129,6 +129,7 @@ def test_restrictions(
     assert campaign.settings.restriction == Restriction(("eager",), ("mixtral-8x7b",), ("ties",))
     assert campaign.settings.own == "off"
     assert "only these presets: mixtral-8x7b" in campaign.settings.notes
+    assert campaign.settings.restriction.values == (("bias", ("true",)),)
     monkeypatch.setenv("MOE_FUZZ_PRESET", "qwen3-30b-a3b,gpt-oss-120b")
     monkeypatch.setenv("MOE_FUZZ_FENCE", "all")
     call("run", "--device", "cpu", "--faults", "nan_rows,ties", "--faults", "misaligned", "--faults", "ties")
@@ -150,6 +151,9 @@ def test_restrictions(
         ("--faults none,ties", "none stands alone"),
         ("--fence some", "'some' is not one of"),
         ("--preset ,", "names nothing"),
+        ("--only bia=false", "no field 'bia' (did you mean bias?)"),
+        ("--only bias=no", "no bias value 'no'"),
+        ("--only bias", "'bias' is not FIELD=VALUE"),
     ],
 )
 def test_restrictions_that_make_no_sense(call: Callable, campaign: FakeCampaign, words: str, said: str) -> None:

@@ -83,6 +83,18 @@ def test_modes_alone() -> None:
     assert RestrictedSpace(SPACE, gone).modes(INFO) == ()
 
 
+def test_values_alone() -> None:
+    only = Restriction(values=(("bias", ("false",)), ("experts", ("60", "8")), ("top_k", ("2", "4"))))
+    cases = drawn(only)
+    seen = {(len(case.experts), case.config["top_k"], case.config["bias"]) for case in cases}
+    assert seen == {(experts, top_k, False) for experts in (8, 60) for top_k in (2, 4)}
+    assert only.lines() == ("only bias=false", "only experts=60,8", "only top_k=2,4")
+    assert not only.allows(cases[0].with_config(bias=True))
+    assert Restriction(values=(("experts", ("1025",)),)).refusal(SPACE, INFO).endswith("takes no experts=1025")
+    model = Restriction(presets=("mixtral-8x7b", "qwen1.5-moe-a2.7b"), values=(("experts", ("60",)),))
+    assert {len(case.experts) for case in drawn(model)} == {60}
+
+
 def test_a_fault_is_laid_in_its_modes_alone() -> None:
     """The producer's graph would take real memory for all that lies between the rows: a finding of ours, not theirs."""
     far = Restriction(faults=("int32_boundary",))
