@@ -37,9 +37,10 @@ class Restriction:
         return named + tuple(f"only {name}={','.join(values)}" for name, values in self.values or ())
 
     def to_json(self) -> dict[str, Any]:
-        return {name: None if part is None else sorted(part) for name, part in vars(self).items() if name != "values"} | (
-            {} if self.values is None else {"values": [[name, sorted(values)] for name, values in sorted(self.values)]}
-        )
+        names = {"modes": self.modes, "presets": self.presets, "faults": self.faults}
+        data: dict[str, Any] = {name: None if part is None else sorted(part) for name, part in names.items()}
+        values = self.values and [[field, sorted(taken)] for field, taken in sorted(self.values)]
+        return data | ({"values": values} if values else {})
 
     def refusal(self, space: Any, info: TargetInfo) -> str:
         """Why nothing is left for this target; empty if something is."""

@@ -1,4 +1,4 @@
-"""`run --ops --mode --preset --faults --only`: read, checked against what the targets' ops have, and made a Restriction."""
+"""`run --ops --mode --preset --faults --only`: read, held against what the targets' ops have."""
 
 from __future__ import annotations
 

@@ -72,6 +72,7 @@ ops = ["topk_softmax"]
 mode = ["eager"]
 preset = ["mixtral-8x7b"]
 faults = ["nan_rows"]
+only = ["bias=false"]
 fence = "all"
 report = ["ndjson=out/events.ndjson"]
 minimize-time = 3
