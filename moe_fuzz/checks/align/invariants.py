@@ -96,7 +96,7 @@ def experts(seen: AlignObservation) -> list[Violation]:
         expected = f"in [0, {seen.experts})" if block >= seen.leading else "-1, for the dropped slots"
         message = f"block {block} of {seen.blocks} in use is of no expert"
         return [Violation("experts", "range", message, "expert_ids", (block,), expected, str(int(owner[block])))]
-    foreign = seen.expert[seen.placed] != owner[seen.places // seen.block_size]
+    foreign = seen.kept[seen.placed] & (seen.expert[seen.placed] != owner[seen.places // seen.block_size])
     if foreign.any():
         at = first(foreign)[0]
         slot, place = int(seen.placed[at]), int(seen.places[at])
