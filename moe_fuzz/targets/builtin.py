@@ -14,7 +14,7 @@ _CONTRACT = Contract(
 )
 _CAPABILITIES = Capabilities(out=True, alignment=1)
 _SORTED = Contract(deterministic=True, ordered=True, stable=True, accepts=PADDING_DIALECTS)
-_BLOCKS = Capabilities(max_experts=8192, out=True, alignment=1, block_sizes=tuple(range(1, 1025)))
+_BLOCKS = Capabilities(max_experts=8192, out=True, alignment=1, block_sizes=())
 
 
 def _promises(

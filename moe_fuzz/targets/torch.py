@@ -76,7 +76,7 @@ def grouped_topk(
 
 @declares(
     contract=Contract(deterministic=True, ordered=True, stable=True, accepts=PADDING_DIALECTS),
-    capabilities=Capabilities(max_experts=8192, alignment=1, block_sizes=tuple(range(1, 1025)), fewer_than_map=False),
+    capabilities=Capabilities(max_experts=8192, alignment=1, block_sizes=(), fewer_than_map=False),
 )
 def align(
     ids: torch.Tensor, block_size: int, num_experts: int, expert_map: torch.Tensor | None = None

@@ -89,7 +89,7 @@ class AlignSpace:
         return (
             Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts]),
             Axis("top_k", [k for k in TOP_K if k <= can.max_top_k]),
-            Axis("block_size", [b for b in BLOCK_SIZES if b in can.block_sizes] or sorted(can.block_sizes)),
+            Axis("block_size", [b for b in BLOCK_SIZES if _takes_block(can, b)] or can.block_sizes),
             Axis("expert_map", _maps(can)),
             Axis("ids_dtype", ("int32", "int64") if can.int64_ids else ("int32",)),
             Axis("edge", FIELDS["edge"]),
@@ -189,7 +189,7 @@ class AlignSpace:
         count = len(case.experts)
         yield not can.min_experts <= count <= can.max_experts, f"{count} experts"
         yield int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"
-        yield config["block_size"] not in can.block_sizes, f"block_size {config['block_size']}"
+        yield not _takes_block(can, int(config["block_size"])), f"block_size {config['block_size']}"
         yield config["expert_map"] not in _maps(can), f"expert_map={config['expert_map']}"
         yield config["ids_dtype"] == "int64" and not can.int64_ids, "int64 ids"
         yield config["out"] and not can.out, "out"
@@ -298,6 +298,10 @@ class AlignSpace:
             if kept != step.faults:
                 case = case.with_step(index, replace(step, faults=kept))
         return case
+
+
+def _takes_block(can: Capabilities, size: int) -> bool:
+    return not can.block_sizes or size in can.block_sizes
 
 
 def _maps(can: Capabilities) -> tuple[str, ...]:
