@@ -49,9 +49,9 @@ def words(
     key = (seed & _MASK, (seed >> 32) & _MASK)
     tensor_id = zlib.crc32(name.encode())
     here = torch.device(device).type == "cpu"
-    if here and len(rows) == len(columns) == 1:
+    if len(rows) == len(columns) == 1:
         lanes = philox((columns[0] >> 2, rows[0], tensor_id, stream), key)
-        return torch.tensor([[lanes[columns[0] & 3]]])
+        return torch.full((1, 1), lanes[columns[0] & 3], dtype=torch.int64, device=device)
     row = numpy.asarray(rows, dtype=numpy.int64).reshape(-1, 1)  # [R, 1]
     blocks, block_of, lane_of, straight = _blocks(tuple(columns))
     shape = (len(rows), len(blocks))
@@ -66,8 +66,9 @@ def words(
         whole = table.reshape(len(rows), 4 * len(blocks))
         values = whole[:, : len(columns)] if straight else table[:, block_of, lane_of]  # [R, C]
         return torch.from_numpy(numpy.ascontiguousarray(values))
-    there = [torch.from_numpy(part).to(device) for part in (blocks[None, :], row, block_of, lane_of)]
-    lanes = philox((there[0], there[1], tensor_id, stream), key)
+    labels = torch.from_numpy(numpy.concatenate([blocks, row[:, 0], block_of, lane_of])).pin_memory()
+    there = labels.to(device, non_blocking=True).split([len(blocks), len(row), len(columns), len(columns)])
+    lanes = philox((there[0][None, :], there[1][:, None], tensor_id, stream), key)
     parts = [torch.as_tensor(lane, device=device).expand(shape) for lane in lanes]
     return torch.stack(parts, dim=-1)[:, there[2], there[3]]
 
