@@ -25,6 +25,7 @@ class Plan:
     gate_up: Blocks
     down: Blocks  # the same m
     inline_slots: int = 128  # up to so many slots, 128 at most, each program groups them itself: a launch less
+    overlaps: bool = False  # the second product and the sum are launched while the kernel before them still runs
 
     def __post_init__(self) -> None:
         if self.gate_up.m != self.down.m or self.inline_slots > 128:
