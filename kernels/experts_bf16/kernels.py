@@ -126,12 +126,18 @@ def _group(
     For a few slots it costs less than a launch of `align`, and every program can do it alone. Of an expert's slots,
     ranked by number, every BLOCK_M-th leads a block.
     """
-    slot = tl.arange(0, SLOT_PAD)  # [S]
-    at = (slot // top_k).to(tl.int64) * ids_stride_t + (slot % top_k) * ids_stride_k
-    ids = tl.load(ids_ptr + at, mask=slot < slots, other=-1)
-    experts = local_experts(ids, map_ptr, map_stride, num_ids, num_experts, slot < slots, HAS_MAP)
-    earlier = (experts[:, None] == experts[None, :]) & (slot[None, :] < slot[:, None])  # [S, S]
-    rank = tl.sum(earlier.to(tl.int32), axis=1)  # among the slots of its expert
+    slot, experts = _slots_from(
+        0, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
+        HAS_MAP, SLOT_PAD,
+    )  # fmt: skip
+    rank = tl.zeros((SLOT_PAD,), tl.int32)  # among the slots of its expert
+    for begin in tl.static_range(0, SLOT_PAD, 16):  # in steps: S^2 flags at once take the registers of a whole tile
+        other, its = _slots_from(
+            begin, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
+            HAS_MAP, 16,
+        )  # fmt: skip
+        earlier = (its[None, :] == experts[:, None]) & (other[None, :] < slot[:, None])  # [S, 16]
+        rank += tl.sum(earlier.to(tl.int32), axis=1)
     leads = (experts >= 0) & (rank % BLOCK_M == 0)
     leader = leads & (tl.cumsum(leads.to(tl.int32)) - 1 == block)  # [S], one at most
     expert = tl.sum(tl.where(leader, experts + 1, 0)) - 1
@@ -139,6 +145,17 @@ def _group(
     member = tl.arange(0, BLOCK_M)
     here = (experts == expert)[None, :] & (rank[None, :] == first + member[:, None])  # [M, S], at most one in a row
     return expert, slots - tl.sum(tl.where(here, slots - slot[None, :], 0), axis=1)
+
+
+@triton.jit
+def _slots_from(
+    begin, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
+    HAS_MAP: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    slot = begin + tl.arange(0, COUNT)
+    at = (slot // top_k).to(tl.int64) * ids_stride_t + (slot % top_k) * ids_stride_k
+    ids = tl.load(ids_ptr + at, mask=slot < slots, other=-1)
+    return slot, local_experts(ids, map_ptr, map_stride, num_ids, num_experts, slot < slots, HAS_MAP)
 
 
 @triton.jit
