@@ -51,6 +51,9 @@ class Layers:
             self._say("doing", label=candidate.label, what="verification")
             try:
                 target = bind_at(OP, candidate.label, candidate.target)
+                if refusal := refuses(target, point):
+                    self._left_out(candidate, "rejected", refusal)
+                    continue
                 error = verify(target, sets[0])
             except MoeFuzzError as problem:
                 self._left_out(candidate, "unavailable", problem.message)
@@ -143,6 +146,16 @@ def cost(point: Point, sets: list[dict[str, Any]]) -> tuple[float, float]:
         moved += 2 * of_expert * experts.unique().numel() + 2 * 2 * arguments["x"].numel()
         worked += 2 * of_expert * experts.numel()
     return moved / len(sets), worked / len(sets)
+
+
+def refuses(target: Target, point: Point) -> str:
+    """What of the point is outside the target's declared capabilities; empty where nothing is."""
+    c, can = point.config, target.info.capabilities
+    if int(c["local"]) < int(c["experts"]) and not can.expert_map:
+        return "it takes no expert_map"
+    if c["activation"] not in can.activations or c["gate_layout"] not in can.gate_layouts:
+        return f"it has no {c['activation']} with the gate {c['gate_layout']}"
+    return "it takes no biases" if c["bias"] and not can.biases else ""
 
 
 def verify(target: Target, arguments: dict[str, Any]) -> float:

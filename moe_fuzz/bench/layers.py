@@ -34,8 +34,8 @@ _CANDIDATES: Mapping[str, tuple[str, bool]] = {
     "builtin": ("moe_fuzz.targets.builtin:experts_bf16", False),
     "torch, grouped_mm": ("moe_fuzz.targets.torch_experts:grouped", True),
     "torch, loop": ("moe_fuzz.targets.torch_experts:experts_bf16", True),
-    "vllm": ("moe_fuzz.targets.vllm_experts:experts_bf16()", True),
-    "sglang": ("moe_fuzz.targets.sglang_experts:experts_bf16()", True),
+    "vllm": ("moe_fuzz.targets.library_experts:vllm()", True),
+    "sglang": ("moe_fuzz.targets.library_experts:sglang()", True),
 }
 
 

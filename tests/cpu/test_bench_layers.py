@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
@@ -16,10 +17,11 @@ from rich.console import Console
 
 from moe_fuzz.bench import layer_table
 from moe_fuzz.bench.drive import Result, Timer
-from moe_fuzz.bench.layer_child import cost, make_sets, make_weights, verify
+from moe_fuzz.bench.layer_child import cost, make_sets, make_weights, refuses, verify
 from moe_fuzz.bench.layers import MODELS, OP, TOKENS, candidates, points
 from moe_fuzz.bench.points import Candidate, Point
-from moe_fuzz.errors import UsageError
+from moe_fuzz.errors import EnvironmentProblem, UsageError
+from moe_fuzz.reference.experts_bf16 import experts_bf16 as reference
 from moe_fuzz.targets.bind import bind_at
 
 FAKE = str(Path(__file__).with_name("bench_child.py"))
@@ -79,6 +81,57 @@ def test_what_is_wrong_is_not_timed(name: str, tmp_path: Path) -> None:
     (arguments, *_) = make_sets(small(70), make_weights(small(70), "cpu"))
     (candidate,) = candidates((f"{file}:{name}",))
     assert verify(bound(candidate), arguments) > 2**-6
+
+
+# the signatures of vLLM 0.10 and 0.33, and of SGLang 0.5, as far as unquantized experts need them
+VLLM_OLD = """(hidden_states, w1, w2, topk_weights, topk_ids, inplace=True, activation="silu",
+    apply_router_weight_on_input=False, use_fp8_w8a8=False, global_num_experts=-1, expert_map=None)"""
+VLLM_NEW = """(hidden_states, w1, w2, topk_weights, topk_ids, activation=None, apply_router_weight_on_input=False,
+    global_num_experts=-1, expert_map=None, quant_config=None)"""
+SGLANG = "(hidden_states, w1, w2, topk_output, moe_runner_config, b1=None, b2=None)"
+
+
+@pytest.mark.parametrize(
+    ("label", "module", "signature", "body"),
+    [
+        ("vllm", "vllm.model_executor.layers.fused_moe.fused_moe", VLLM_OLD,
+         "assert not inplace; return reference(hidden_states, w1, w2, topk_weights, topk_ids, expert_map=expert_map)"),
+        ("vllm", "vllm.model_executor.layers.fused_moe.fused_moe", VLLM_NEW,
+         "return reference(hidden_states, w1, w2, topk_weights, topk_ids, expert_map=expert_map)"),
+        ("sglang", "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe", SGLANG,
+         "assert not moe_runner_config.inplace; return reference(hidden_states, w1, w2, *topk_output[:2])"),
+    ],
+)  # fmt: skip
+def test_releases_of_libraries(label: str, module: str, signature: str, body: str, monkeypatch) -> None:
+    names: dict[str, object] = {"reference": reference}
+    exec(f"def fused_experts{signature}:\n    {body}", names)
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        made = ModuleType(".".join(parts[:end]))
+        made.__path__ = []  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+    made.fused_experts = names["fused_experts"]  # type: ignore[attr-defined]
+    if label == "sglang":
+        runner = sys.modules["sglang.srt.layers.moe.moe_runner"]
+        runner.MoeRunnerConfig = SimpleNamespace  # type: ignore[attr-defined]
+    (candidate,) = candidates((label,))
+    target = bound(candidate)
+    for point in (small(9), small(9, local=4)):
+        if label == "sglang" and point.config["local"] == 4:
+            assert refuses(target, point) == "it takes no expert_map"
+            continue
+        assert not refuses(target, point)
+        (arguments, *_) = make_sets(point, make_weights(point, "cpu"))
+        assert verify(target, arguments) == 0.0
+    assert "silu" not in refuses(target, small(1))
+    assert "swiglu_oai" in refuses(target, small(1, "gpt-oss-120b"))
+    assert refuses(target, small(1, bias=True)) == "it takes no biases"
+
+
+def test_a_library_that_is_not_there() -> None:
+    (candidate,) = candidates(("vllm",))
+    with pytest.raises(EnvironmentProblem, match="no package here has"):
+        bound(candidate)
 
 
 def test_cost_counts_each_expert_that_has_a_token_once() -> None:
