@@ -13,9 +13,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 if __package__:
-    from .routing_keys import clamped, divisor, exchanged, float_of, key_of, order_of, relative_score, value_of, widened
+    from .routing_keys import clamped, divisor, exchanged, float_of, key_of, order_of, relative_score, row_sum, value_of, widened
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
-    from routing_keys import clamped, divisor, exchanged, float_of, key_of, order_of, relative_score, value_of, widened
+    from routing_keys import clamped, divisor, exchanged, float_of, key_of, order_of, relative_score, row_sum, value_of, widened
 
 
 def list_length(each: int) -> int:
@@ -134,7 +134,7 @@ def topk_by_lanes(
         top = tl.maximum(value_of(first, LARGEST, NAN_SAFE, WIDE), -3.4028234663852886e38)
     score = relative_score(picked, top, SIGMOID, RENORMALIZE)
     if RENORMALIZE:
-        total = divisor(tl.sum(score, axis=1)[:, None])
+        total = divisor(row_sum(score))
     elif not SIGMOID and not HAS_BIAS:
         total = _total(xs, top, EACH)
     weights = score * scale if SIGMOID and not RENORMALIZE else score / total * scale
@@ -159,7 +159,7 @@ def _total(xs, top, EACH: tl.constexpr):
     total = tl.exp(xs[0] - top)
     for v in tl.static_range(1, EACH):
         total += tl.exp(xs[v] - top)
-    return divisor(tl.sum(total, axis=1)[:, None])
+    return divisor(row_sum(total))
 
 
 @triton.jit
