@@ -128,9 +128,8 @@ def _calls(target: Target, point: Point, copies: int, keep: list[Any]) -> tuple[
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         logits = tensors.pop("logits")
         arguments: dict[str, Any] = {**inputs.options, **tensors}
-        out = torch.empty((len(logits), inputs.top_k), device="cuda"), torch.empty(
-            (len(logits), inputs.top_k), dtype=torch.int32, device="cuda"
-        )
+        shape = len(logits), inputs.width
+        out = torch.empty(shape, device="cuda"), torch.empty(shape, dtype=torch.int32, device="cuda")
         if target.info.capabilities.out:
             arguments["out"] = out
         keep.append((logits, arguments, out))
