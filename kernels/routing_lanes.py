@@ -74,8 +74,9 @@ def topk_by_lanes(
     xs = ()  # EACH of [R, L]: experts lane + v * LANES; -inf past E
     for v in tl.static_range(EACH):
         real = row_ok if FULL else row_ok & (lane + v * LANES < experts)[None, :]
-        x = tl.load(base + v * LANES * logits_stride_e, mask=real, other=float("-inf"))
-        x = widened(x)
+        real = tl.broadcast_to(real, (ROWS, LANES))
+        x = tl.load(_flat(base + v * LANES * logits_stride_e), mask=_flat(real), other=float("-inf"))
+        x = widened(tl.reshape(x, (ROWS, LANES)))
         if HAS_BIAS and not SIGMOID:
             x = clamped(x, LARGEST, NAN_SAFE)  # every score depends on the sum
         xs = xs + (x,)
@@ -122,7 +123,8 @@ def topk_by_lanes(
     if HAS_BIAS:
         # One more read, which the cache answers: to find it among the lists would be EACH shuffles.
         at = logits_ptr + row[:, None] * logits_stride_t + ids.to(tl.int64) * logits_stride_e
-        picked = tl.load(at, mask=row_ok & used, other=float("-inf"))
+        mask = tl.broadcast_to(row_ok & used, (ROWS, LANES))
+        picked = tl.reshape(tl.load(_flat(at), mask=_flat(mask), other=float("-inf")), (ROWS, LANES))
         picked = clamped(widened(picked), LARGEST, NAN_SAFE)
         if RENORMALIZE:
             top = _row_top(picked, LARGEST, NAN_SAFE)
@@ -151,6 +153,13 @@ def topk_by_lanes(
             mask = mask & (flagged == 0)
     tl.store(weights_ptr + where, weights, mask=mask)
     tl.store(ids_ptr + where, ids, mask=mask)
+
+
+@triton.jit
+def _flat(x):
+    """[R, L] -> [R * L]. Where addresses say nothing of their order, Triton 3.6 lays the rows of a block across the
+    lanes of a warp, and all that is computed of what was loaded takes the way through shared memory, there and back."""
+    return tl.reshape(x, (x.shape[0] * x.shape[1],))
 
 
 @triton.jit
