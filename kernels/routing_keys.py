@@ -113,8 +113,7 @@ def exchanged(keys, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr, WIDE: tl.
 def row_sum(x):
     """[R, L] float32 -> [R, 1], each half added to the other, again and again: bits that no layout of threads changes.
 
-    The order of `tl.sum` is that of the lanes a row lies in. Triton 3.6 lays rows across the lanes of a warp where the
-    logits are strided, and the same row's weights had other bits then.
+    The order of `tl.sum` is that of the lanes a row lies in, which are the compiler's choice.
     """
     for _ in tl.static_range(10):
         if x.shape[1] > 1:

@@ -13,9 +13,31 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 if __package__:
-    from .routing_keys import clamped, divisor, exchanged, float_of, key_of, order_of, relative_score, row_sum, value_of, widened
+    from .routing_keys import (
+        clamped,
+        divisor,
+        exchanged,
+        float_of,
+        key_of,
+        order_of,
+        relative_score,
+        row_sum,
+        value_of,
+        widened,
+    )
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
-    from routing_keys import clamped, divisor, exchanged, float_of, key_of, order_of, relative_score, row_sum, value_of, widened
+    from routing_keys import (
+        clamped,
+        divisor,
+        exchanged,
+        float_of,
+        key_of,
+        order_of,
+        relative_score,
+        row_sum,
+        value_of,
+        widened,
+    )
 
 
 def list_length(each: int) -> int:

@@ -4,9 +4,10 @@ twice, no process stays behind, and the next run goes on where the last one was.
     python tests/endurance/kill_parent.py [--kills 20] [--cases 400] [--seed 11] [--targets A,B] [--keep DIR]
 
 First a campaign runs undisturbed. Then the same campaign runs in a new state directory and is killed in moments of
-every kind until it ends by itself; where kills are left, it begins anew. So it does where a kill came after the end, which is
-none. In the end the findings must be the same: the same ids. A failure that needs other cases before it in its process is compared by target, check and symptom, because a
-kill changes what ran before; another face of such a bug may be met then, and is counted.
+every kind until it ends by itself; where kills are left, it begins anew. So it does where a kill came after the end,
+which is none. In the end the findings must be the same: the same ids. A failure that needs other cases before it in its
+process is compared by target, check and symptom, because a kill changes what ran before; another face of such a bug may
+be met then, and is counted.
 Exits with 1 if anything was lost, doubled, damaged or left running.
 """
 
@@ -109,7 +110,8 @@ def run(options: argparse.Namespace, root: Path) -> int:
             break
     if kills < options.kills:
         problems.append(f"{late} kills came after the end, and {kills} of {options.kills} before: take more --cases")
-    print(f"\n{table(HEAD, rows)}\n\n{kills} kills, {late} too late; {ends} campaigns came to their end; {sorted(expected)}")
+    print(f"\n{table(HEAD, rows)}\n\n{kills} kills, {late} too late; {ends} campaigns came to their end")
+    print(sorted(expected))
     print(f"{faces} more faces of bugs that need other cases before them")
     for problem in problems:
         print(f"PROBLEM {problem}")

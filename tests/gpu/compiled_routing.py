@@ -12,6 +12,10 @@ from moe_fuzz.kernels import routing
 from moe_fuzz.reference import routing as reference
 
 ROUTERS = pytest.mark.parametrize("router", ["topk_softmax", "topk_sigmoid"])
+#: The names are told apart by `-k`: test_routing_cuda.py runs each in a process of its own, side by side.
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["single", "brain", "half"]
+)
 SHAPES = [(1, 1), (8, 2), (13, 3), (16, 1), (16, 10), (60, 4), (64, 7), (128, 8), (384, 8), (512, 10), (1024, 9)]
 
 
@@ -25,7 +29,7 @@ def bits(routed: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch
 
 
 @ROUTERS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@DTYPES
 @pytest.mark.parametrize(("experts", "top_k"), SHAPES)
 def test_reference_layouts_and_batches(router, experts, top_k, dtype):
     logits = logits_of(70, experts, dtype)
@@ -39,19 +43,24 @@ def test_reference_layouts_and_batches(router, experts, top_k, dtype):
         "columns": torch.empty(70, 2 * experts, dtype=dtype, device="cuda")[:, ::2],
         "transposed": torch.empty(experts, 70, dtype=dtype, device="cuda").t(),
     }
-    for name, view in views.items():
-        view.copy_(logits)
-        for got, want in zip(bits(function(view, top_k, renormalize=True)), bits(whole), strict=True):
-            assert torch.equal(got, want), name
-    for rows in (slice(0, 1), slice(5, 38), slice(69, 70)):
-        for got, want in zip(bits(function(logits[rows], top_k, renormalize=True)), bits(whole), strict=True):
-            assert torch.equal(got, want[rows]), rows
+    #: Without renormalization a softmax is a sum over all experts. Few shapes: each is a binary more.
+    modes = (True, False) if router == "topk_softmax" and top_k in (4, 9, 10) else (True,)
+    for renormalize in modes:
+        whole = function(logits, top_k, renormalize=renormalize)
+        for name, view in views.items():
+            view.copy_(logits)
+            for got, want in zip(bits(function(view, top_k, renormalize=renormalize)), bits(whole), strict=True):
+                assert torch.equal(got, want), (name, renormalize)
+        for rows in (slice(0, 1), slice(5, 38), slice(69, 70)):
+            alone = function(logits[rows], top_k, renormalize=renormalize)
+            for got, want in zip(bits(alone), bits(whole), strict=True):
+                assert torch.equal(got, want[rows]), (rows, renormalize)
 
 
 @ROUTERS
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@DTYPES
 @pytest.mark.parametrize(("experts", "top_k"), SHAPES)
 def test_rows_it_cannot_rank(router, experts, top_k, dtype, renormalize, with_bias):
     logits = logits_of(9, experts, dtype)
