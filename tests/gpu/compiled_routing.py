@@ -5,6 +5,8 @@ Tests of a process of their own, which test_routing_cuda.py starts: kernels of p
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -76,6 +78,19 @@ def test_rows_it_cannot_rank(router, experts, top_k, dtype, renormalize, with_bi
     assert (weights >= 0).all()
     for got, want in zip(bits((weights, ids)), bits(alone), strict=True):
         assert torch.equal(got[[0, 8]], want[[0, 8]])
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("experts", [32, 128, 256])
+def test_the_best_of_many_rows_is_that_of_a_few(experts, renormalize):
+    """The number of tokens chooses the kernel, and not the bits."""
+    for router, dtype in itertools.product(("topk_softmax", "topk_sigmoid"), (torch.bfloat16, torch.float16)):
+        function, logits = getattr(routing, router), logits_of(4099, experts, dtype)
+        logits[1], logits[2, ::2], logits[3], logits[4] = -torch.nan, torch.nan, -torch.inf, torch.inf
+        whole = bits(function(logits, 1, renormalize=renormalize, scale=2.5))
+        for rows in (slice(0, 9), slice(3000, 4000), slice(3, 4099)):
+            part = bits(function(logits[rows], 1, renormalize=renormalize, scale=2.5))
+            assert all(torch.equal(got, want[rows]) for got, want in zip(part, whole, strict=True)), (router, rows)
 
 
 @pytest.mark.parametrize("experts", [8, 128])

@@ -12,12 +12,15 @@ import pytest
 pytestmark = pytest.mark.gpu
 
 FILE = Path(__file__).with_name("compiled_routing.py")
-TESTS = ("test_reference_layouts_and_batches", "test_rows_it_cannot_rank", "test_waits_for_its_producer_in_a_graph")
+TESTS = (
+    "test_reference_layouts_and_batches", "test_rows_it_cannot_rank", "test_the_best_of_many_rows_is_that_of_a_few",
+    "test_waits_for_its_producer_in_a_graph",
+)  # fmt: skip
 #: A share of a test is a process: they have no binary in common, and compile side by side.
 SHARES = [f"{router} and {dtype}" for router in ("softmax", "sigmoid") for dtype in ("single", "brain", "half")]
 
 
-@pytest.mark.parametrize(("test", "share"), [*itertools.product(TESTS[:2], SHARES), (TESTS[2], "")])
+@pytest.mark.parametrize(("test", "share"), [*itertools.product(TESTS[:2], SHARES), (TESTS[2], ""), (TESTS[3], "")])
 def test_the_compiled_kernels(test: str, share: str, tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "pytest", "-q", "--noconftest", "-c", str(tmp_path / "none.ini"),
                "--rootdir", str(tmp_path), "-p", "no:cacheprovider", f"{FILE}::{test}", "-k", share]  # fmt: skip
