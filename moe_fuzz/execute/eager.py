@@ -31,4 +31,4 @@ class EagerSteps(Steps):
             first.poison()
             return first.fetched(inputs.device)  # on the tensors that are there
 
-        self.judge(inputs, first.fetched(inputs.device), call, arena.check)
+        self.judge(inputs, first.fetched(inputs.device), call, [arena])
