@@ -29,7 +29,7 @@ def _no_rows() -> torch.Tensor:
 
 @dataclass
 class ExpertsInputs(Inputs):
-    """activation, gate_layout, apply_weight_on_input; x [T, H], w13 [E, 2I, H], w2 [E, H, I], weights [T, k], ids [T, k]
+    """activation, gate_layout, apply_weight_on_input; x [T, H], w13 [E, 2I, H], w2 [E, H, I], weights and ids [T, k]
     and, where the config has them, expert_map [G], b13, b2."""
 
     recipe: str = "dense"
