@@ -14,8 +14,8 @@ from moe_fuzz.checks.binding import rejected
 def wrong_answers(seen: AlignObservation) -> Iterator[tuple[str, Outputs]]:
     """All zero; a slot lost; a slot twice; two experts exchanged; two slots in each other's blocks."""
     outputs = seen.outputs
-    yield "all zero", Outputs(*(None if tensor is None else torch.zeros_like(tensor)
-                                for tensor in vars(outputs).values()))  # fmt: skip
+    yield "all zero", replace(outputs, **{name: torch.zeros_like(tensor) for name, tensor in vars(outputs).items()
+                                          if tensor is not None})  # fmt: skip
     kept = seen.kept[seen.placed].nonzero().flatten()
     places = seen.places[kept]  # of the kept slots, none of which is missing
     yield "a slot lost", _with(outputs, places[0], seen.slots)

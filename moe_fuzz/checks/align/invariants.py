@@ -63,12 +63,12 @@ def slots(seen: AlignObservation) -> list[Violation]:
     """Every kept slot stands in the part in use once, and no dropped one does. (With blocks of dropped slots, these
     stand there at most once.)"""
     times = torch.bincount(seen.placed, minlength=seen.slots)
-    wanted = seen.kept.long()
-    stray = (times > wanted) & (~seen.kept if not seen.leading else times > 1)
+    among_experts = torch.bincount(seen.placed[seen.places >= seen.leading * seen.block_size], minlength=seen.slots)
+    stray = ~seen.kept & ((times > 1) | (among_experts > 0))
     for symptom, wrong, expected in (
         ("lost", seen.kept & (times == 0), "once"),
         ("twice", seen.kept & (times > 1), "once"),
-        ("dropped", ~seen.kept & stray, "nowhere" if not seen.leading else "once at most"),
+        ("dropped", stray, "nowhere" if not seen.leading else "once, in the first blocks"),
     ):
         if wrong.any():
             slot = first(wrong)[0]
@@ -96,7 +96,7 @@ def experts(seen: AlignObservation) -> list[Violation]:
         expected = f"in [0, {seen.experts})" if block >= seen.leading else "-1, for the dropped slots"
         message = f"block {block} of {seen.blocks} in use is of no expert"
         return [Violation("experts", "range", message, "expert_ids", (block,), expected, str(int(owner[block])))]
-    foreign = seen.expert[seen.placed] != owner[seen.places // seen.block_size]
+    foreign = seen.kept[seen.placed] & (seen.expert[seen.placed] != owner[seen.places // seen.block_size])
     if foreign.any():
         at = first(foreign)[0]
         slot, place = int(seen.placed[at]), int(seen.places[at])

@@ -34,8 +34,10 @@ def _difference(seen: AlignObservation, one: Outputs, other: Outputs) -> tuple[s
 def _violation(name: str, message: str, found: tuple[str, tuple[int, ...]], one: Outputs,
                other: Outputs) -> list[Violation]:  # fmt: skip
     result, where = found
-    shown = [str(int(getattr(outputs, result)[where])) if where else "another shape" for outputs in (one, other)]
-    return [Violation(name, result, f"{result}: {message}", result, where, *shown)]
+    shapes = "a shape", "another shape"
+    expected, got = (str(int(getattr(outputs, result)[where])) if where else shape
+                     for outputs, shape in zip((one, other), shapes, strict=True))  # fmt: skip
+    return [Violation(name, result, f"{result}: {message}", result, where, expected, got)]
 
 
 @check("align", "determinism", relation=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -41,6 +41,11 @@ class AlignInputs(Inputs):
         if name in ("sorted_token_ids", "expert_ids"):
             return len(shape) == 1 and shape[0] >= least[0]
         return shape == least
+
+    def blank(self) -> Self:
+        """What a server captures on: every row names the experts that follow on those of the row before."""
+        ids, count = self.plain["ids"], len(self.plain.get("expert_map", ())) or int(self.options["num_experts"])
+        return self.replace(ids=(torch.arange(ids.numel(), device=ids.device) % count).to(ids.dtype).view(ids.shape))
 
 
 def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> AlignInputs:

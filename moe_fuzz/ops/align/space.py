@@ -15,8 +15,8 @@ from moe_fuzz.ops.align.presets import MODELS
 from moe_fuzz.ops.space import Axis, FaultPlace
 
 #: Never uniform random sizes: a warp, a block of threads and a scan end at each of these, or right before or after.
-EXPERTS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 60, 63, 64, 65, 67, 96, 127, 128, 129, 160, 192, 255, 256, 257, 288,
-           384, 512, 575, 576, 992, 1023, 1024, 1025, 1100, 2048)  # fmt: skip
+EXPERTS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 60, 63, 64, 65, 67, 96, 127, 128, 129, 160, 192, 255, 256, 257,
+           288, 384, 512, 575, 576, 992, 1023, 1024, 1025, 1100, 2048)  # fmt: skip
 TOP_K = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 17, 22, 31, 32)
 BLOCK_SIZES = (16, 8, 4, 2, 1, 32, 64, 128, 256, 3, 7, 12, 48, 100)
 #: With the dictionary of top_k, tokens times top_k stands on both sides of 64, 256, 1024 and 65536 slots.
@@ -46,6 +46,8 @@ ROW_FAULTS = ("zero_rows", "all_to_one", "hot_expert", "duplicate_experts", "emp
 _DIALECTS = {"minus_one_ids": "minus_one", "num_experts_ids": "num_experts", "sentinel_ids": "garbage",
              "wide_ids": "garbage"}  # fmt: skip
 _DUPLICATES = ("zero_rows", "all_to_one", "hot_expert", "duplicate_experts")  # a row may name an expert twice
+#: What stands in the rows of a static buffer past the tokens, where it is not what was there: see moe_fuzz.sequences.
+TAILS = ("", "", "", "minus_one_ids", "minus_one_ids", "num_experts_ids", "sentinel_ids", "zero_rows")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
 _LOCAL = "local"  # the map that makes num_experts smaller than the number of ids
 PLACES = (
@@ -71,6 +73,7 @@ class AlignSpace:
     places: ClassVar[tuple[FaultPlace, ...]] = PLACES
     sizes: ClassVar[tuple[str, ...]] = ("experts", "top_k", "block_size")
     presets: ClassVar[Mapping[str, Mapping[str, Scalar]]] = MODELS
+    tails: ClassVar[tuple[str, ...]] = TAILS
     tensors: ClassVar[Mapping[str, str]] = {
         "ids": "input", "expert_map": "input", "sorted_token_ids": "output", "expert_ids": "output",
         "num_tokens_post_padded": "output", "inverse": "output",
@@ -86,7 +89,7 @@ class AlignSpace:
         return (
             Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts]),
             Axis("top_k", [k for k in TOP_K if k <= can.max_top_k]),
-            Axis("block_size", [b for b in BLOCK_SIZES if b in can.block_sizes] or sorted(can.block_sizes)),
+            Axis("block_size", [b for b in BLOCK_SIZES if _takes_block(can, b)] or can.block_sizes),
             Axis("expert_map", _maps(can)),
             Axis("ids_dtype", ("int32", "int64") if can.int64_ids else ("int32",)),
             Axis("edge", FIELDS["edge"]),
@@ -186,7 +189,7 @@ class AlignSpace:
         count = len(case.experts)
         yield not can.min_experts <= count <= can.max_experts, f"{count} experts"
         yield int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"
-        yield config["block_size"] not in can.block_sizes, f"block_size {config['block_size']}"
+        yield not _takes_block(can, int(config["block_size"])), f"block_size {config['block_size']}"
         yield config["expert_map"] not in _maps(can), f"expert_map={config['expert_map']}"
         yield config["ids_dtype"] == "int64" and not can.int64_ids, "int64 ids"
         yield config["out"] and not can.out, "out"
@@ -295,6 +298,10 @@ class AlignSpace:
             if kept != step.faults:
                 case = case.with_step(index, replace(step, faults=kept))
         return case
+
+
+def _takes_block(can: Capabilities, size: int) -> bool:
+    return not can.block_sizes or size in can.block_sizes
 
 
 def _maps(can: Capabilities) -> tuple[str, ...]:
