@@ -1,4 +1,4 @@
-"""The tensors of an experts case: functions of labels, of recipes that keep what they promise, laid out as faults say."""
+"""The tensors of an experts case: functions of labels, by recipes that keep what they promise."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def hashed(inputs):
 
 @pytest.mark.parametrize(
     ("recipe", "golden"),
-    [("dense", "c4408702076d5c5b"), ("integer", "855f3efc794ba690"), ("one_hot", "5fd7303f3c1fdbf1"), ("ladder", "110f1aab0f127bc5")],
-)
+    [("dense", "c4408702076d5c5b"), ("integer", "855f3efc794ba690"), ("one_hot", "5fd7303f3c1fdbf1"),
+     ("ladder", "110f1aab0f127bc5")],
+)  # fmt: skip
 def test_the_bits_of_a_case_never_change(recipe, golden):
     faults = [Fault("extreme_weights", "weights", Labels.parse("1")), Fault("nan_rows", "x", Labels.parse("6"))]
     assert hashed(materialize(case(padding="5-6", faults=faults, recipe=recipe, expert_map="shard"), 0)) == golden
@@ -68,7 +69,8 @@ def test_an_expert_taken_away_leaves_the_others(recipe, layout):
     for name in ("w13", "w2", "b13", "b2"):
         assert same(whole.plain[name][kept], less.plain[name])
     unnamed = ~(whole.plain["ids"] == 3).any(dim=1)  # a row that had not named it names the same experts still
-    assert unnamed.any() and not unnamed.all()
+    assert unnamed.any()
+    assert not unnamed.all()
     assert torch.equal(torch.tensor(kept)[less.plain["ids"].long()][unnamed], whole.plain["ids"].long()[unnamed])
 
 
@@ -94,7 +96,9 @@ def test_no_two_experts_and_no_two_rows_are_alike(recipe):
 def test_dense_values_are_a_tent():
     inputs = materialize(case("0-499", hidden=200, magnitude=0), 0)
     x = inputs.plain["x"].double()
-    assert x.abs().max() <= 1 and abs(x.mean()) < 5e-3 and abs(x.var() * 6 - 1) < 2e-2
+    assert x.abs().max() <= 1
+    assert abs(x.mean()) < 5e-3
+    assert abs(x.var() * 6 - 1) < 2e-2
     rows, columns = torch.corrcoef(x), torch.corrcoef(x.t())
     for table, others in ((rows, 200), (columns, 500)):  # no row or column tells another
         assert (table - torch.eye(len(table))).abs().max() < 6.5 / others**0.5
@@ -129,7 +133,8 @@ def test_any_order_of_summation_gives_the_bits_of_an_exact_recipe(recipe, activa
             s = (product(h, w2[e]) + (0 if b2 is None else b2[e])) * (1 if on_input else weight)
             y[token] += s[0].to(x.dtype).float()
     y = y.to(x.dtype)
-    assert y.isfinite().all() and (y != 0).any(dim=1).all()
+    assert y.isfinite().all()
+    assert (y != 0).any(dim=1).all()
     assert same(experts_bf16(**inputs.plain, **inputs.options), y)
 
 
@@ -145,10 +150,12 @@ def test_padding_rows_hold_what_their_dialect_says(dialect, expert_map):
     inputs = materialize(case(padding="4-6", dialect=dialect, expert_map=expert_map), 0)
     ids, weights = inputs.plain["ids"], inputs.plain["weights"]
     assert inputs.padding.tolist() == [False] * 4 + [True] * 3
-    assert same(ids[:4], plain.plain["ids"][:4]) and same(weights[:4], plain.plain["weights"][:4])
+    assert same(ids[:4], plain.plain["ids"][:4])
+    assert same(weights[:4], plain.plain["weights"][:4])
     said = {"minus_one": -1, "num_experts": 8, "zero_weight": 0}
     if dialect in said:
-        assert (ids[4:] == said[dialect]).all() and (weights[4:] == 0).all()
+        assert (ids[4:] == said[dialect]).all()
+        assert (weights[4:] == 0).all()
     elif dialect == "distinct":
         assert same(ids, plain.plain["ids"])
     else:
@@ -161,7 +168,8 @@ def test_only_dropped_slots_get_nan_weights():
     for expert_map in ("none", "shard"):
         inputs = materialize(case(padding="6", faults=faults, expert_map=expert_map), 0)
         kept = expert_of_slot(inputs.plain["ids"], len(inputs.plain["w13"]), inputs.plain.get("expert_map")) >= 0
-        assert torch.equal(inputs.plain["weights"].isnan(), ~kept) and not kept.all()
+        assert torch.equal(inputs.plain["weights"].isnan(), ~kept)
+        assert not kept.all()
     assert not materialize(case(faults=faults[1:]), 0).plain["weights"].isnan().any()
 
 
@@ -170,9 +178,11 @@ def test_a_shard_has_some_experts_and_a_permutation_all():
     for seed in range(6):
         shard = materialize(case(expert_map="shard", seed=seed), 0).plain
         here = (shard["expert_map"] >= 0).nonzero().flatten()
-        assert shard["expert_map"][here].tolist() == list(range(len(here))) and 1 <= len(here) == len(shard["w13"])
+        assert shard["expert_map"][here].tolist() == list(range(len(here)))
+        assert 1 <= len(here) == len(shard["w13"])
     permuted = materialize(case(expert_map="permuted"), 0).plain
-    assert sorted(permuted["expert_map"].tolist()) == list(range(8)) and same(permuted["ids"], whole.plain["ids"])
+    assert sorted(permuted["expert_map"].tolist()) == list(range(8))
+    assert same(permuted["ids"], whole.plain["ids"])
     assert same(permuted["w13"][permuted["expert_map"].long()], whole.plain["w13"])
     one = experts_bf16(**whole.plain, **whole.options)
     assert same(experts_bf16(**permuted, **whole.options), one)
@@ -199,7 +209,9 @@ def test_steps_share_their_weights_and_nothing_else():
 
 def test_benign_rows_are_of_the_recipe():
     x = benign_rows(case(recipe="integer"), 0, [1, 3])
-    assert x.shape == (2, 24) and (x[:, 0] == 1).all() and x.abs().max() == 1
+    assert x.shape == (2, 24)
+    assert (x[:, 0] == 1).all()
+    assert x.abs().max() == 1
 
 
 @pytest.mark.parametrize("tensor", ["x", "w13", "w2", "weights", "ids"])
@@ -214,7 +226,8 @@ def test_layouts_keep_the_values(tensor, fault):
         there = placed[tensor]
         assert same(there.clone(), inputs.plain[tensor])
         if fault == "int32_boundary":
-            assert there.stride(0) * (there.shape[0] - 1) > 2**31 - 1 and there.stride()[1:] == (
+            assert there.stride(0) * (there.shape[0] - 1) > 2**31 - 1
+            assert there.stride()[1:] == (
                 inputs.plain[tensor].stride()[1:]
             )
         elif fault == "misaligned":
@@ -229,4 +242,5 @@ def test_a_graph_is_captured_on_distinct_experts():
     blank = inputs.blank()
     assert inputs.plain["ids"].dtype == blank.plain["ids"].dtype == torch.int64
     assert blank.plain["ids"].tolist() == [[0, 1, 2]] * 7
-    assert not blank.plain["x"].any() and blank.plain["w13"] is inputs.plain["w13"]
+    assert not blank.plain["x"].any()
+    assert blank.plain["w13"] is inputs.plain["w13"]

@@ -20,8 +20,9 @@ CHECKS = {
     "canary": "the slack bytes beside a tensor keep their pattern",
     "isolation": "what stands in padding rows and dropped slots does not change another row, bit for bit",
     "batch_invariance": "a row's bits do not depend on its position or on the number of rows, where declared",
-    "duplicates": "an expert that a row names twice counts twice",
+    "relabel": "with the experts in another order, and the ids with them, the result is the same within its bounds",
     "shards": "the partial results of ranks that share the experts sum to the whole",
+    "scaling": "twice the routing weights give twice the result",
     "replay": "a graph's replay gives what an eager call gives, bit for bit where deterministic",
     "determinism": "the same input gives the same bits, where declared; a graph is replayed",
 }
