@@ -202,7 +202,7 @@ class _Evaluation:
             if narrow:
                 variance = variance + top_k * self._steps(size)
             variance = variance + self._steps(value.abs() + 4 * variance.sqrt())
-        return Numbers(value, torch.nan_to_num(bound, nan=torch.inf), variance, spread, largest)
+        return Numbers(value, bound.nan_to_num(torch.inf, torch.inf), variance, spread, largest)
 
 
 def _random_gamma(terms: int) -> float:
