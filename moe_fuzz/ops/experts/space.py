@@ -149,7 +149,8 @@ class ExpertsSpace:
             yield int(config[name]) > most or int(config[name]) % multiple, f"{name} {config[name]}"
         padded = any(step.padding for step in case.steps)
         for name in FIELDS:
-            plain = name == "dialect" and not padded  # it is that of padding rows, and there are none
+            # Without padding rows there is nothing to say of theirs; without a gate none of where it stands.
+            plain = not padded if name == "dialect" else name == "gate_layout" and config["activation"] == "relu2"
             yield name in limits and config[name] not in limits[name] and not plain, f"{name}={config[name]}"
         yield not can.zero_tokens and not all(step.tokens for step in case.steps), "no tokens"
 
