@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
+from torch import Tensor
 
 from moe_fuzz.checks.binding import SAMPLE, rejected
-from moe_fuzz.checks.experts.bounds import evaluate
 from moe_fuzz.checks.experts.observation import ExpertsObservation
-from moe_fuzz.contract import Contract
-from moe_fuzz.ops.experts.inputs import ExpertsInputs
+from moe_fuzz.checks.experts.values import values
 
 _JUDGES = ("finite", "dropped")
-_ANY = Contract()  # for values alone
 
 
-def wrong_answers(seen: ExpertsObservation) -> Iterator[tuple[str, torch.Tensor]]:
-    """All zero; rows exchanged (each gets another's answer); two experts swapped; the last expert left out; the routing
-    weights ignored. A fault that would change nothing is not asked for: one expert cannot be swapped."""
-    y, expert = seen.outputs.y, seen.expert
-    yield "all zero", torch.zeros_like(y)
-    yield "rows exchanged", _exchanged(seen)
-    one = int(expert[seen.kept][0])
+def wrong_answers(seen: ExpertsObservation) -> dict[str, Tensor]:
+    """All zero; two experts swapped; the last expert left out; the routing weights ignored; and to each row the answer
+    of the row before it. Where rows are too much alike for that to be wrong, or there is one alone, the right answer to
+    other x. What would change nothing is not asked for: one expert cannot be swapped."""
+    x, weights, expert, y = seen.x, seen.weights, seen.expert, seen.outputs.y
+    made = {"the last expert left out": (x, weights, torch.where(expert == expert.max(), -1, expert))}
     if seen.experts > 1:
+        one = int(expert[seen.kept][0])
         neighbour = (one or seen.experts) - 1
         swapped = torch.where(expert == one, neighbour, torch.where(expert == neighbour, one, expert))
-        yield "two experts swapped", _answer(seen, seen.inputs, swapped)
-    yield "the last expert left out", _answer(seen, seen.inputs, torch.where(expert == expert.max(), -1, expert))
-    if not (seen.weights[seen.kept] == 1).all():
-        yield "weights ignored", _answer(seen, seen.inputs.replace(weights=torch.ones_like(seen.weights)), expert)
+        made["two experts swapped"] = x, weights, swapped
+    if not (weights[seen.kept] == 1).all():
+        made["weights ignored"] = x, torch.ones_like(weights), expert
+    exchanged = y.roll(1, 0)
+    if seen.tokens == 1 or not _rejected(seen, exchanged):
+        made["rows exchanged"] = seen.benign(torch.arange(seen.tokens)), weights, expert
+    stacked = (torch.cat(parts) for parts in zip(*made.values(), strict=True))
+    found = values(seen.inputs, *stacked).to(y.dtype).split(seen.tokens)
+    return {"all zero": torch.zeros_like(y), "rows exchanged": exchanged, **dict(zip(made, found, strict=True))}
 
 
-def _answer(seen: ExpertsObservation, inputs: ExpertsInputs, expert: torch.Tensor) -> torch.Tensor:
-    return evaluate(inputs, expert, _ANY).value.to(seen.x.dtype)
-
-
-def _exchanged(seen: ExpertsObservation) -> torch.Tensor:
-    """To each row the answer of the row before it. Where rows are too much alike for that to be wrong, or there is one
-    alone, the right answer to other x."""
-    other = seen.outputs.y.roll(1, 0)
-    if seen.tokens > 1 and rejected(seen.with_outputs(other), "experts", _JUDGES):
-        return other
-    x = seen.benign(torch.arange(seen.tokens))
-    return _answer(seen, seen.inputs.replace(x=x), seen.expert)
+def _rejected(seen: ExpertsObservation, y: Tensor) -> bool:
+    return rejected(seen.with_outputs(y), "experts", _JUDGES)
 
 
 def binding(seen: ExpertsObservation) -> list[str]:
@@ -52,4 +43,4 @@ def binding(seen: ExpertsObservation) -> list[str]:
     if not len(judged):
         return ["no row is judged"]
     seen = seen.take(judged[:: -(-len(judged) // SAMPLE)])
-    return [name for name, y in wrong_answers(seen) if not rejected(seen.with_outputs(y), "experts", _JUDGES)]
+    return [name for name, y in wrong_answers(seen).items() if not _rejected(seen, y)]

@@ -67,7 +67,7 @@ class _Evaluation:
                 s = s.flatten(0, 1)[real]
                 variance.index_add_(0, token, var.flatten(0, 1)[real])
                 spread.index_add_(0, token, torch.stack([s.sum(1), s.square().sum(1)], dim=1))
-                largest.index_reduce_(0, token, s.amax(1), "amax")
+                largest.scatter_reduce_(0, token, s.amax(1), "amax")
         return self._sum(value, error, size, variance, spread, largest, expert)
 
     # ---- a slot -----------------------------------------------------------------------------------------------------

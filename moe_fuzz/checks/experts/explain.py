@@ -16,6 +16,8 @@ _SLOTS = 16
 
 def explain(seen: ExpertsObservation, token: int) -> str:
     """`; it looks as if slot 1 read expert 3, not 5`, or nothing."""
+    if seen.brief:
+        return ""
     y = seen.y[token]
     if not bool((y != 0).any()):
         return "; the row is all zero"

@@ -38,7 +38,7 @@ class _Exact:
             v, known = (part.flatten(0, 1)[real] for part in self._slots(batch))
             total.index_add_(0, token, v)
             size.index_add_(0, token, v.abs())
-            unit.index_reduce_(0, token, unit_of(v), "amin")
+            unit.scatter_reduce_(0, token[:, None].expand_as(v), unit_of(v), "amin")
             unknown.index_add_(0, token, (~known).double())
         room = 2.0 ** PRECISION[dtype_of(self.contract.reduce, self.dtype)]
         known = (expert >= 0).any(dim=1)[:, None] & (unknown == 0) & (size < room * unit)

@@ -41,10 +41,11 @@ class ExpertsObservation:
     eager: Callable[[ExpertsInputs], Outputs] | None = None  # runs it without a graph, where `call` is a replay
     budget: dict[str, float] = field(default_factory=dict)  # largest accepted error over bound, by check
     rows: list[int] | None = None  # positions in the step of the rows that are seen; None: all of them
+    brief: bool = False  # nobody reads the violations: what went wrong need not be found out
 
     def with_outputs(self, y: torch.Tensor) -> ExpertsObservation:
         """The same inputs and another answer; what is known of the inputs is not computed again."""
-        other = replace(self, outputs=Outputs(y), budget={})
+        other = replace(self, outputs=Outputs(y), budget={}, brief=True)
         other.__dict__.update({name: self.__dict__[name] for name in _OF_INPUTS if name in self.__dict__})
         return other
 
