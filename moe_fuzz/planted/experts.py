@@ -249,12 +249,23 @@ def amax_of_the_layer(*tensors: Tensor, **options: Any) -> Tensor:
 
 
 class _NanBlock(Layer):
-    def first(self, x: Tensor, w: Tensor) -> Tensor:
-        return self.product(x, w) if bool(x.isfinite().all()) else halves(x, w)
+    def down(self, e: int, h: Tensor, weight: Tensor) -> Tensor:
+        return super().down(e, self.wide if self.wide is not None else h, weight)
+
+    def gate_up(self, e: int, token: Tensor, weight: Tensor) -> Tensor:
+        self.wide: Tensor | None = None
+        return super().gate_up(e, token, weight)
+
+    def activate(self, a: Tensor) -> Tensor:
+        h = super().activate(a)
+        if not bool(a.isfinite().all()):
+            self.wide = h  # as it is: not rounded on the way
+        return h
 
 
 def nan_block_slow_path(*tensors: Tensor, **options: Any) -> Tensor:
-    """vllm#37758: a value that is not finite, and the whole block of its expert is summed up in another order."""
+    """vllm#37758: a value that is not finite, and the whole block of its expert goes through a path that keeps what lies
+    between the products in float32."""
     return _NanBlock.run(*tensors, **options)
 
 
@@ -277,12 +288,15 @@ _CALLS = [0]
 class _Arrival(Layer):
     def combine(self, slots: Tensor, expert: Tensor) -> Tensor:
         _CALLS[0] += 1
-        slots = slots.masked_fill((expert < 0)[:, :, None], 0.0).float()
-        return slots.roll(_CALLS[0], 1).cumsum(dim=1)[:, -1].to(self.x.dtype)
+        slots = slots.masked_fill((expert < 0)[:, :, None], 0.0).roll(_CALLS[0], 1)
+        total = torch.zeros_like(slots[:, 0])
+        for slot in slots.unbind(1):
+            total += slot
+        return total
 
 
 def slots_in_order_of_arrival(*tensors: Tensor, **options: Any) -> Tensor:
-    """vllm#56887: slots are added with atomics, in the order in which blocks end."""
+    """vllm#56887: slots are added with 16-bit atomics, in the order in which blocks end."""
     return _Arrival.run(*tensors, **options)
 
 
