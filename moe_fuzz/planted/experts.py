@@ -264,8 +264,8 @@ class _NanBlock(Layer):
 
 
 def nan_block_slow_path(*tensors: Tensor, **options: Any) -> Tensor:
-    """vllm#37758: a value that is not finite, and the whole block of its expert goes through a path that keeps what lies
-    between the products in float32."""
+    """vllm#37758: a value that is not finite, and the whole block of its expert goes through a path that keeps float32
+    between the products."""
     return _NanBlock.run(*tensors, **options)
 
 

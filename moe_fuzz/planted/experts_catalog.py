@@ -9,7 +9,8 @@ from moe_fuzz.contract import PADDING_DIALECTS
 from moe_fuzz.planted.entry import Planted
 
 _ANY: Mapping[str, Any] = {"deterministic": True, "accepts": PADDING_DIALECTS}
-_FEW: Mapping[str, Any] = {"max_experts": 8, "max_top_k": 2}  # what computes every expert on every token
+#: What computes every expert on every token.
+_FEW: Mapping[str, Any] = {"max_experts": 4, "max_top_k": 2, "max_hidden": 256, "max_intermediate": 256}
 _CUDA: Mapping[str, Any] = {"devices": ("cuda",)}
 _OUT: Mapping[str, Any] = {"out": True}
 
@@ -55,7 +56,7 @@ EXPERTS: tuple[Planted, ...] = (
              "a NaN, and no row of its expert is rounded between the products", only=True),
     _experts("few_slots_split_k", "batch_invariance", "aiter#2359", "up to 16 slots are summed up in another order",
              only=True, contract={"batch_invariant": True}),
-    _experts("slots_in_order_of_arrival", "determinism", "vllm#56887", "adds slots in 16 bits, in the order in which blocks end",
+    _experts("slots_in_order_of_arrival", "determinism", "vllm#56887", "adds slots in 16 bits, as blocks end",
              only=True, contract={"reduce": "dtype"}),
     _experts("split_k_atomics", "determinism", "vllm#56887", "adds the parts of a sum as they arrive", only=True),
     # memory

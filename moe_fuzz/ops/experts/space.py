@@ -84,7 +84,9 @@ class ExpertsSpace:
         return cost.shrunk(whole, {name: [int(value) for value in allowed[name]] for name in SIZES})
 
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
-        return tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device))
+        found = tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device))
+        # Where nothing but a token or none can be afforded, none would be every second case.
+        return found if len(found) > 2 else TOKENS[:1]
 
     def affordable(self, case: Case, device: str) -> bool:
         return device != "cpu" or self.cost(case, device) <= cost.CPU_BUDGET
