@@ -90,8 +90,9 @@ def test_a_preset_keeps_its_experts_k_activation_and_layout(preset):
 
 def simple(**config):
     plain = {name: values[0] for name, values in FIELDS.items()}
-    return Case("experts_bf16", {**plain, "experts": "0-3", "top_k": 2, "hidden": 16, "intermediate": 16, **config},
-                (Step(Labels.range(4), Labels.parse("3"), (Fault("nan_rows", "x", Labels.parse("3")),)),), 1)  # fmt: skip
+    step = Step(Labels.range(4), Labels.parse("3"), (Fault("nan_rows", "x", Labels.parse("3")),))
+    sizes = {"experts": "0-3", "top_k": 2, "hidden": 16, "intermediate": 16}
+    return Case("experts_bf16", {**plain, **sizes, **config}, (step,), 1)
 
 
 @pytest.mark.parametrize(

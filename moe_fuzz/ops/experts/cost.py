@@ -11,8 +11,8 @@ MAX_ELEMENTS = 1 << 27
 #: Elements of the projections of a case. A GPU makes and multiplies far more in a millisecond, but they are also laid
 #: into fences, and judged in float64.
 BUDGET = 1 << 21
-#: Seconds that an interpreted case may take: more than a router's. A tile of a product takes 5 ms however small it is, an
-#: expert is two of them, and a case calls the kernel some seven times.
+#: Seconds that an interpreted case may take: more than a router's. A tile of a product takes 5 ms however small it is,
+#: an expert is two of them, and a case calls the kernel some seven times.
 CPU_BUDGET = 2.5
 CPU_CALLS = 7
 CUDA_BUDGET = 1 << 22  # x, and the outputs of the slots
