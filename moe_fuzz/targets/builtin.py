@@ -28,10 +28,10 @@ def _promises(
 topk_softmax = declares(**_promises("routing"))(routing.topk_softmax)
 topk_sigmoid = declares(**_promises("routing"))(routing.topk_sigmoid)
 grouped_topk = declares(**_promises("grouped_topk"))(grouped.grouped_topk)
+align = declares(**_promises("align", _SORTED, _BLOCKS))(sorting.align)
 experts_bf16 = declares(
     # not batch-invariant: block shapes follow the number of slots, and with them the order of a sum
     contract=Contract(deterministic=True, accepts=PADDING_DIALECTS),
     capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1),
     clauses={"*": "the contract in the docstring of moe_fuzz.reference.experts_bf16"},
 )(experts.experts_bf16)
-align = declares(**_promises("align", _SORTED, _BLOCKS))(sorting.align)

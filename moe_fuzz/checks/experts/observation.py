@@ -133,8 +133,8 @@ class ExpertsObservation:
 
     @cached_property
     def claimed(self) -> torch.Tensor:
-        """bool [T, H]: values that the contract determines, of tokens with an expert here."""
-        return self.numbers.bound.isfinite() & self.kept.any(dim=1)[:, None]
+        """bool [T, H]: values that the contract determines, of sound tokens with an expert here."""
+        return self.numbers.bound.isfinite() & (self.kept.any(dim=1) & self.sound)[:, None]
 
     @cached_property
     def limits(self) -> tuple[torch.Tensor, torch.Tensor]:

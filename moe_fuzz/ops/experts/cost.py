@@ -11,10 +11,10 @@ MAX_ELEMENTS = 1 << 27
 #: Elements of the projections of a case. A GPU makes and multiplies far more in a millisecond, but they are also laid
 #: into fences, and judged in float64.
 BUDGET = 1 << 21
-#: Seconds that an interpreted case may take. A tile of a product takes 12 ms however small it is, one expert is two,
-#: and the relations call again: two tokens with two experts each are a second already.
-CPU_BUDGET = 1.2
-CPU_CALLS = 4
+#: Seconds that an interpreted case may take: more than a router's. A tile of a product takes 5 ms however small it is,
+#: an expert is two of them, and a case calls the kernel some seven times.
+CPU_BUDGET = 2.5
+CPU_CALLS = 7
 CUDA_BUDGET = 1 << 22  # x, and the outputs of the slots
 
 
@@ -45,8 +45,8 @@ def call_seconds(tokens: int, config: Mapping[str, Scalar]) -> float:
     slots, count = tokens * int(config["top_k"]), len(Labels.parse(str(config["experts"])))
     blocks = min(slots, count) + slots // 16
     weights = 3 * blocks * max(16, int(config["hidden"])) * max(16, int(config["intermediate"]))
-    grouping = 0.01 * slots if slots <= 16 else 0.1  # each slot looks for its fellows, or `align` runs
-    return 0.008 + 0.025 * blocks + grouping + 2.5e-7 * weights
+    grouping = 0.007 * slots if slots <= 16 else 0.06  # each slot looks for its fellows, or `align` runs
+    return 0.02 + 0.01 * blocks + grouping + 5e-8 * weights
 
 
 def seconds(case: Case, device: str) -> float:

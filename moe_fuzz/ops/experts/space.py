@@ -84,7 +84,9 @@ class ExpertsSpace:
         return cost.shrunk(whole, {name: [int(value) for value in allowed[name]] for name in SIZES})
 
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
-        return tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device))
+        found = tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device))
+        # Where nothing but a token or none can be afforded, none would be every second case.
+        return found if len(found) > 2 else TOKENS[:1]
 
     def affordable(self, case: Case, device: str) -> bool:
         return device != "cpu" or self.cost(case, device) <= cost.CPU_BUDGET
@@ -149,7 +151,8 @@ class ExpertsSpace:
             yield int(config[name]) > most or int(config[name]) % multiple, f"{name} {config[name]}"
         padded = any(step.padding for step in case.steps)
         for name in FIELDS:
-            plain = name == "dialect" and not padded  # it is that of padding rows, and there are none
+            # Without padding rows there is nothing to say of theirs; without a gate none of where it stands.
+            plain = not padded if name == "dialect" else name == "gate_layout" and config["activation"] == "relu2"
             yield name in limits and config[name] not in limits[name] and not plain, f"{name}={config[name]}"
         yield not can.zero_tokens and not all(step.tokens for step in case.steps), "no tokens"
 
