@@ -269,17 +269,27 @@ def nan_block_slow_path(*tensors: Tensor, **options: Any) -> Tensor:
     return _NanBlock.run(*tensors, **options)
 
 
-class _SmallBatch(Layer):
+class _FewSlots(Layer):
+    def gate_up(self, e: int, token: Tensor, weight: Tensor) -> Tensor:
+        self.few = self.ids.numel() <= 4
+        return super().gate_up(e, token, weight)
+
+    def activate(self, a: Tensor) -> Tensor:
+        self.wide = super().activate(a)
+        return self.wide
+
+    def down(self, e: int, h: Tensor, weight: Tensor) -> Tensor:
+        return super().down(e, self.wide if self.few else h, weight)
+
     def product(self, a: Tensor, w: Tensor) -> Tensor:
         # One row at a time, so that a row's bits do not hang on what torch makes of several.
-        product = halves if self.ids.numel() <= 16 else super().product
-        return torch.cat([product(row[None], w) for row in a]) if len(a) else super().product(a, w)
+        return torch.cat([super(_FewSlots, self).product(row[None], w) for row in a])
 
 
-def few_slots_split_k(*tensors: Tensor, **options: Any) -> Tensor:
-    """aiter#2359: up to 16 slots go through a kernel that splits the sum; promised are bits that hang on the row
-    alone."""
-    return _SmallBatch.run(*tensors, **options)
+def few_slots_stay_wide(*tensors: Tensor, **options: Any) -> Tensor:
+    """aiter#2359: up to 4 slots go through a kernel that keeps float32 between the products; promised are bits that
+    hang on the row alone."""
+    return _FewSlots.run(*tensors, **options)
 
 
 _CALLS = [0]
@@ -295,7 +305,7 @@ class _Arrival(Layer):
         return total
 
 
-def slots_in_order_of_arrival(*tensors: Tensor, **options: Any) -> Tensor:
+def slots_added_as_blocks_end(*tensors: Tensor, **options: Any) -> Tensor:
     """vllm#56887: slots are added with 16-bit atomics, in the order in which blocks end."""
     return _Arrival.run(*tensors, **options)
 
@@ -303,7 +313,7 @@ def slots_in_order_of_arrival(*tensors: Tensor, **options: Any) -> Tensor:
 class _ArrivalK(Layer):
     def second(self, h: Tensor, w: Tensor) -> Tensor:
         _CALLS[0] += 1
-        return halves(h, w) if _CALLS[0] % 2 else self.product(h, w)
+        return self.product(h, w) if _CALLS[0] % 3 else halves(h, w)
 
 
 def split_k_atomics(*tensors: Tensor, **options: Any) -> Tensor:
