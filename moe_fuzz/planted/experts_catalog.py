@@ -24,8 +24,12 @@ def _memory(name: str, check: str, upstream: str, story: str, **more: Any) -> Pl
     return _experts(name, check, upstream, story, module="experts_memory", **more)
 
 
-def _relation(name: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
-    return _experts(name, check, upstream, story, module="experts_relations", only=True, **more)
+def _bits(name: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
+    return _experts(name, check, upstream, story, module="experts_relations", **more)
+
+
+def _relation(name: str, check: str, upstream: str, story: str) -> Planted:
+    return _bits(name, check, upstream, story, only=True)
 
 
 EXPERTS: tuple[Planted, ...] = (
@@ -64,13 +68,13 @@ EXPERTS: tuple[Planted, ...] = (
     _relation("plan_of_another_rank", "shards", "flashinfer#3661", "keeps a plan that two ranks share by mistake"),
     _relation("tactic_by_weight", "scaling", "flashinfer#3661", "weights above 1 take another path, as right"),
     # bits
-    _experts("nan_block_slow_path", "isolation", "vllm#37758",
-             "a NaN, and no row of its expert is rounded between the products", only=True),
-    _experts("few_slots_stay_wide", "batch_invariance", "aiter#2359", "up to 4 slots are not rounded in between",
-             only=True, contract={"batch_invariant": True}),
-    _experts("slots_added_as_blocks_end", "determinism", "vllm#56887", "adds slots in 16 bits, as blocks end",
-             only=True, contract={"reduce": "dtype"}),
-    _experts("split_k_atomics", "determinism", "vllm#56887", "adds the parts of a sum as they arrive"),
+    _bits("nan_block_slow_path", "isolation", "vllm#37758",
+          "a NaN, and no row of its expert is rounded between the products", only=True),
+    _bits("few_slots_stay_wide", "batch_invariance", "aiter#2359", "up to 4 slots are not rounded in between",
+          only=True, contract={"batch_invariant": True}),
+    _bits("slots_added_as_blocks_end", "determinism", "vllm#56887", "adds slots in 16 bits, as blocks end",
+          only=True, contract={"reduce": "dtype"}),
+    _bits("split_k_atomics", "determinism", "vllm#56887", "adds the parts of a sum as they arrive"),
     # memory
     _memory("result_in_hidden_states", "fence", "sglang#31870", "leaves the result in x as well"),
     _memory("tail_read_in_vectors", "fence", "flashinfer#4237", "reads eight weights at a time, past the last row",

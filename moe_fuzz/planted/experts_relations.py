@@ -1,4 +1,5 @@
-"""Planted bugs of experts that a single call hardly shows: roundings, ranges of weights, and caches with poor keys."""
+"""Planted bugs of experts that a single call hardly shows: roundings, ranges of weights, caches with poor keys,
+and bits that were promised."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fuzz.planted.experts_layer import Layer
+from moe_fuzz.planted.experts_layer import Layer, halves
 
 _PREPARED: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 _PLANS: dict[tuple[object, ...], Tensor] = {}
@@ -95,3 +96,79 @@ def plan_of_another_rank(*tensors: Tensor, **options: Any) -> Tensor:
     """flashinfer#3661: local and global numbers are taken for each other. The plan of a step is kept by its ids and by
     the rank's local numbers, which are the same on the next rank."""
     return _Planned.run(*tensors, **options)
+
+
+# ---- bits that hang on more than they should -------------------------------------------------------------------------
+
+
+class _NanBlock(Layer):
+    def down(self, e: int, h: Tensor, weight: Tensor) -> Tensor:
+        return super().down(e, self.wide if self.wide is not None else h, weight)
+
+    def gate_up(self, e: int, token: Tensor, weight: Tensor) -> Tensor:
+        self.wide: Tensor | None = None
+        return super().gate_up(e, token, weight)
+
+    def activate(self, a: Tensor) -> Tensor:
+        h = super().activate(a)
+        if not bool(a.isfinite().all()):
+            self.wide = h  # as it is: not rounded on the way
+        return h
+
+
+def nan_block_slow_path(*tensors: Tensor, **options: Any) -> Tensor:
+    """vllm#37758: a value that is not finite, and the whole block of its expert goes through a path that keeps float32
+    between the products."""
+    return _NanBlock.run(*tensors, **options)
+
+
+class _FewSlots(Layer):
+    def gate_up(self, e: int, token: Tensor, weight: Tensor) -> Tensor:
+        self.few = self.ids.numel() <= 4
+        return super().gate_up(e, token, weight)
+
+    def activate(self, a: Tensor) -> Tensor:
+        self.wide = super().activate(a)
+        return self.wide
+
+    def down(self, e: int, h: Tensor, weight: Tensor) -> Tensor:
+        return super().down(e, self.wide if self.few else h, weight)
+
+    def product(self, a: Tensor, w: Tensor) -> Tensor:
+        # One row at a time, so that a row's bits do not hang on what torch makes of several.
+        return torch.cat([super(_FewSlots, self).product(row[None], w) for row in a])
+
+
+def few_slots_stay_wide(*tensors: Tensor, **options: Any) -> Tensor:
+    """aiter#2359: up to 4 slots go through a kernel that keeps float32 between the products; promised are bits that
+    hang on the row alone."""
+    return _FewSlots.run(*tensors, **options)
+
+
+_CALLS = [0]
+
+
+class _Arrival(Layer):
+    def combine(self, slots: Tensor, expert: Tensor) -> Tensor:
+        _CALLS[0] += 1
+        slots = slots.masked_fill((expert < 0)[:, :, None], 0.0).roll(_CALLS[0], 1)
+        total = torch.zeros_like(slots[:, 0])
+        for slot in slots.unbind(1):
+            total += slot
+        return total
+
+
+def slots_added_as_blocks_end(*tensors: Tensor, **options: Any) -> Tensor:
+    """vllm#56887: slots are added with 16-bit atomics, in the order in which blocks end."""
+    return _Arrival.run(*tensors, **options)
+
+
+class _ArrivalK(Layer):
+    def second(self, h: Tensor, w: Tensor) -> Tensor:
+        _CALLS[0] += 1
+        return self.product(h, w) if _CALLS[0] % 3 else halves(h, w)
+
+
+def split_k_atomics(*tensors: Tensor, **options: Any) -> Tensor:
+    """vllm#56887: the parts of a split sum are added in the order in which they arrive."""
+    return _ArrivalK.run(*tensors, **options)

@@ -151,8 +151,8 @@ def test_none_and_a_second_call():
 @pytest.mark.parametrize("name", ["slots_added_as_blocks_end", "split_k_atomics"])
 def test_bits_change_from_call_to_call(name):
     made = torch.Generator().manual_seed(1)
-    x, w13, w2 = (torch.randn(shape, generator=made).bfloat16() for shape in ((64, 64), (4, 64, 64), (4, 64, 32)))
-    weights, ids = torch.rand(64, 3, generator=made), torch.arange(192, dtype=torch.int32).view(64, 3) % 4
+    x, w13, w2 = (torch.randn(shape, generator=made).bfloat16() for shape in ((600, 64), (4, 64, 64), (4, 64, 32)))
+    weights, ids = torch.rand(600, 3, generator=made), torch.arange(1800, dtype=torch.int32).view(600, 3) % 4
     function = load(name)
     calls = [function(x, w13, w2, weights, ids) for _ in range(4)]
     assert not all(torch.equal(calls[0], other) for other in calls)
