@@ -72,16 +72,17 @@ def spread(curve: Curve, g: Tensor, error: Tensor) -> Tensor:
 
 
 def activated(activation: str, gate: Tensor, up: Tensor | None, e_gate: Tensor, e_up: Tensor | None,
-              u_op: float, tanh: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+              u_op: float, floor: float, tanh: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """h, and how far what a target computes from gate ± e_gate and up ± e_up may be from it, before it is stored.
 
-    u_op: unit roundoff of the dtype to which each operation is rounded beyond float32; 0 for none.
+    u_op: unit roundoff of the dtype to which each operation but the last is rounded beyond float32; 0 for none.
+    floor: the absolute error of such a rounding.
     tanh: sigmoids are made of 0.5 tanh(z / 2) + 0.5, which has an absolute accuracy only.
     """
     curve = CURVES[activation]
     f, d = curve.of(gate), spread(curve, gate, e_gate)
     if up is None or e_up is None:
-        return f, d + (2 * U + u_op) * (f + d) + TINY
+        return f, d + 2 * U * (f + d) + TINY
     if activation == "swiglu_oai":
         factor = up.clamp(-7.0, 7.0) + 1.0
         e_factor = torch.maximum(((up + e_up).clamp(-7.0, 7.0) + 1.0 - factor).abs(),
@@ -98,5 +99,5 @@ def activated(activation: str, gate: Tensor, up: Tensor | None, e_gate: Tensor, 
         lost = lost + 2 * U * (gate.abs() + e_gate) * largest
     if u_op:  # silu and gelu: the curve's own result; swiglu_oai: 1.702 c, the sigmoid, c times it, and q + 1
         rounded = 1.0 if activation != "swiglu_oai" else 3.5 + _STEEP * below
-        lost = lost + 1.02 * rounded * u_op * size + TINY * largest
+        lost = lost + 1.02 * rounded * u_op * size + 3 * floor * (1 + gate.abs() + e_gate) * largest
     return h, lost

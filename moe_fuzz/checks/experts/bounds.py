@@ -45,6 +45,7 @@ class _Evaluation:
         self.most = torch.finfo(self.dtype).max
         self.u = unit(self.dtype, contract.truncates)
         self.floor = floor(self.dtype, contract.truncates)
+        self.stored = "dtype" in (contract.activation, contract.intermediate)  # h is
         self.u_sum = unit(dtype_of(contract.accumulate, self.dtype))
 
     def run(self, expert: Tensor) -> Numbers:
@@ -81,7 +82,7 @@ class _Evaluation:
             e_weight = self.u * weight.abs() + self.floor
         a, e_a, sharp = self._first(batch, weight, e_weight)
         h, e_h, s = self._activate(a, e_a, sharp)
-        lost = ~(h.abs() + e_h < (self.most if self.contract.intermediate == "dtype" else LARGEST))
+        lost = ~(h.abs() + e_h < (self.most if self.stored else LARGEST))
         wide = (a.abs() + e_a).amax(dim=-1, keepdim=True)  # NaN where there is one
         nothing = lost.any(dim=-1, keepdim=True) | ~weight.isfinite()  # [e, n, 1]
         nothing = nothing | ~(wide < (self.most if self.contract.gate_up == "dtype" else LARGEST))
@@ -134,10 +135,9 @@ class _Evaluation:
         gate, up = halves(a, self.activation, self.layout)
         e_gate, e_up = halves(e_a, self.activation, self.layout)
         rounded = self.contract.activation == "dtype"
-        h, e_h = activated(
-            self.activation, gate, up, e_gate, e_up, self.u if rounded else 0.0, self.contract.sigmoid == "tanh"
-        )
-        if self.contract.intermediate == "dtype":
+        h, e_h = activated(self.activation, gate, up, e_gate, e_up, self.u if rounded else 0.0, self.floor,
+                           self.contract.sigmoid == "tanh")  # fmt: skip
+        if self.stored:
             e_h = e_h + self.u * (h.abs() + e_h) + self.floor
         if sharp is None:
             return h, e_h, None
@@ -200,8 +200,11 @@ class _Evaluation:
         bound = bound.masked_fill(~(size < (self.most if narrow else LARGEST)), torch.inf)
         if self.random:
             if narrow:
-                variance = variance + top_k * self._steps(size)
-            variance = variance + self._steps(value.abs() + 4 * variance.sqrt())
+                variance = variance + 1.5 * top_k * self._steps(size)
+            # Slots that are stored already lie on a grid, perhaps of half this store's steps: then one sum in two is a
+            # tie, and what is lost is 0 or half a step, which is more than of a continuous number.
+            ties = 1.5 if self.contract.slot == "dtype" or narrow else 1.0
+            variance = variance + ties * self._steps(value.abs() + 4 * variance.sqrt())
         return Numbers(value, bound.nan_to_num(torch.inf, torch.inf), variance, spread, largest)
 
 

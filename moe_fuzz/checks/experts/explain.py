@@ -30,6 +30,7 @@ def explain(seen: ExpertsObservation, token: int) -> str:
 def _readings(seen: ExpertsObservation, token: int) -> Iterator[tuple[str, Numbers, int]]:
     """What may have happened, and the row of the numbers that would then be right."""
     fits = ((seen.y[token] - seen.numbers.value).abs() <= seen.numbers.bound).all(dim=1) & seen.claimed.all(dim=1)
+    fits[token] = False
     for other in fits.nonzero().flatten().tolist()[:1]:
         yield f"the token got what token {other} should have", seen.numbers, other
     hidden, inter = seen.x.shape[1], seen.inputs.plain["w2"].shape[2]

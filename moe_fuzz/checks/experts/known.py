@@ -11,6 +11,8 @@ from moe_fuzz.checks.experts.slots import Batch, batches
 from moe_fuzz.contract import Contract
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 
+_ROUGH = 2.0**-20  # how far an activation in float32 may be off where it is the identity
+
 
 def exact_answer(inputs: ExpertsInputs, expert: Tensor, contract: Contract) -> tuple[Tensor, Tensor]:
     """The result [T, H] of the slots of `expert`, int64 [T, k] with -1 for none, after every store that the contract
@@ -88,16 +90,21 @@ class _Exact:
         """h [e, n, I] as it is stored, and where its bits are known: the gate is large enough to pass unchanged."""
         activation = str(self.options["activation"])
         gate, up = halves(a, activation, str(self.options["gate_layout"]))
-        f = CURVES[activation].of(gate)
+        narrow = "dtype" in (self.contract.activation, self.contract.intermediate)
         if up is None:
-            h, known = f, store(f, torch.float32)[1]
+            h = CURVES[activation].of(gate)
+            stored, known = store(h, torch.float32)
         else:
-            passed = store(f, torch.float32)[0]
-            h, known = gate * up, (passed == gate) & store(gate * up, torch.float32)[1]
-        if self.contract.intermediate == "dtype":
-            h, whole = store(h, self.dtype)
+            # The gate passes, but for what a division that is not correctly rounded leaves of it. Only where a store
+            # takes that away, and no tie is near, the bits are known. A store that cuts off may find it below a step.
+            h = gate * up
+            near = [store(h * (1 + off * _ROUGH), self.dtype)[0] for off in (-1, 1)]
+            known = (near[0] == near[1]) & (CURVES[activation].of(gate).float() == gate)
+            stored, known = h, known & narrow & (not self.contract.truncates)
+        if narrow:
+            stored, whole = store(h, self.dtype)
             known = known & (whole | (not self.contract.truncates))
-        return h, known & h.isfinite()
+        return stored, known & stored.isfinite()
 
 
 def _least(values: Tensor) -> Tensor:

@@ -31,9 +31,10 @@ def _off(check_name: str, message: str, other: torch.Tensor, low: torch.Tensor, 
 
 
 def _well(seen: ExpertsObservation) -> torch.Tensor:
-    """bool [T, H]: what was judged, and found right, in the call itself. What is wrong there is another check's."""
+    """bool [T, H]: what was judged in the call itself, in rows where nothing was wrong. That is another check's."""
     low, high = seen.limits
-    return seen.judged & (low <= seen.y) & (seen.y <= high)
+    right = ~seen.claimed | (seen.judged & (low <= seen.y) & (seen.y <= high))
+    return seen.judged & right.all(dim=1)[:, None]
 
 
 @check("experts", "isolation", relation=True)

@@ -44,7 +44,8 @@ def depth(terms: int) -> float:
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance between neighbouring numbers of `dtype` at |values|, float64."""
     exponent = torch.frexp(values).exponent - PRECISION[dtype]
-    return torch.ldexp(torch.ones_like(values), exponent).clamp(min=_LEAST[dtype])
+    step = torch.ldexp(torch.ones_like(values), exponent)
+    return step.clamp(min=_LEAST[dtype]).masked_fill(values == 0, _LEAST[dtype])
 
 
 def store(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

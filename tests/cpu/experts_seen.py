@@ -18,6 +18,8 @@ from moe_fuzz.reference.experts_bf16 import experts_bf16
 from moe_fuzz.verdict import Violation
 
 STRICT = Contract(deterministic=True, batch_invariant=True, accepts=PADDING_DIALECTS)
+#: For targets whose rows are not all alike.
+STEADY = Contract(deterministic=True, accepts=PADDING_DIALECTS)
 _CONFIG = {
     "hidden": 32, "intermediate": 24, "top_k": 2, "dtype": "bfloat16", "activation": "silu", "gate_layout": "first",
     "bias": "none", "weight_on_input": False, "expert_map": "none", "recipe": "dense", "dialect": "distinct",
@@ -50,4 +52,4 @@ def judge(seen: ExpertsObservation) -> dict[str, Violation]:
     return {name: found[0] for name, check in CHECKS["experts"].items() if (found := check(seen))}
 
 
-__all__ = ["FAMILY", "STRICT", "case_of", "judge", "observe", "reference"]
+__all__ = ["FAMILY", "STEADY", "STRICT", "case_of", "judge", "observe", "reference"]
