@@ -1,4 +1,4 @@
-"""Planted bugs of experts: wrong values, or values that are right and not what was promised."""
+"""Planted bugs of experts: wrong values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fuzz.planted.experts_layer import Layer, halves, scaled
+from moe_fuzz.planted.experts_layer import Layer, scaled
 from moe_fuzz.reference.align import expert_of_slot
 
 
@@ -246,69 +246,6 @@ class _BatchScale(Layer):
 def amax_of_the_layer(*tensors: Tensor, **options: Any) -> Tensor:
     """aiter#6568: the scale is that of the whole batch: one padding row of Inf and every row is NaN."""
     return _BatchScale.run(*tensors, **options) if tensors[0].numel() else Layer.run(*tensors, **options)
-
-
-class _NanBlock(Layer):
-    def down(self, e: int, h: Tensor, weight: Tensor) -> Tensor:
-        return super().down(e, self.wide if self.wide is not None else h, weight)
-
-    def gate_up(self, e: int, token: Tensor, weight: Tensor) -> Tensor:
-        self.wide: Tensor | None = None
-        return super().gate_up(e, token, weight)
-
-    def activate(self, a: Tensor) -> Tensor:
-        h = super().activate(a)
-        if not bool(a.isfinite().all()):
-            self.wide = h  # as it is: not rounded on the way
-        return h
-
-
-def nan_block_slow_path(*tensors: Tensor, **options: Any) -> Tensor:
-    """vllm#37758: a value that is not finite, and the whole block of its expert goes through a path that keeps float32
-    between the products."""
-    return _NanBlock.run(*tensors, **options)
-
-
-class _SmallBatch(Layer):
-    def product(self, a: Tensor, w: Tensor) -> Tensor:
-        # One row at a time, so that a row's bits do not hang on what torch makes of several.
-        product = halves if self.ids.numel() <= 16 else super().product
-        return torch.cat([product(row[None], w) for row in a]) if len(a) else super().product(a, w)
-
-
-def few_slots_split_k(*tensors: Tensor, **options: Any) -> Tensor:
-    """aiter#2359: up to 16 slots go through a kernel that splits the sum; promised are bits that hang on the row
-    alone."""
-    return _SmallBatch.run(*tensors, **options)
-
-
-_CALLS = [0]
-
-
-class _Arrival(Layer):
-    def combine(self, slots: Tensor, expert: Tensor) -> Tensor:
-        _CALLS[0] += 1
-        slots = slots.masked_fill((expert < 0)[:, :, None], 0.0).roll(_CALLS[0], 1)
-        total = torch.zeros_like(slots[:, 0])
-        for slot in slots.unbind(1):
-            total += slot
-        return total
-
-
-def slots_in_order_of_arrival(*tensors: Tensor, **options: Any) -> Tensor:
-    """vllm#56887: slots are added with 16-bit atomics, in the order in which blocks end."""
-    return _Arrival.run(*tensors, **options)
-
-
-class _ArrivalK(Layer):
-    def second(self, h: Tensor, w: Tensor) -> Tensor:
-        _CALLS[0] += 1
-        return halves(h, w) if _CALLS[0] % 2 else self.product(h, w)
-
-
-def split_k_atomics(*tensors: Tensor, **options: Any) -> Tensor:
-    """vllm#56887: the parts of a split sum are added in the order in which they arrive."""
-    return _ArrivalK.run(*tensors, **options)
 
 
 def no_tokens_raises(*tensors: Tensor, **options: Any) -> Tensor:

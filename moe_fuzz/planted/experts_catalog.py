@@ -24,12 +24,21 @@ def _memory(name: str, check: str, upstream: str, story: str, **more: Any) -> Pl
     return _experts(name, check, upstream, story, module="experts_memory", **more)
 
 
+def _bits(name: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
+    return _experts(name, check, upstream, story, module="experts_relations", **more)
+
+
+def _relation(name: str, check: str, upstream: str, story: str) -> Planted:
+    return _bits(name, check, upstream, story, only=True)
+
+
 EXPERTS: tuple[Planted, ...] = (
     # ids of no expert
     _experts("map_of_minus_one", "dropped", "vllm#42034", "-1 reads the last entry of expert_map"),
     _experts("ids_clamped", "dropped", "DeepGEMM#38", "an id past the last expert is taken for the last"),
     _experts("stale_slots_summed", "dropped", "vllm#46408", "sums up the rows of dropped slots, which nobody wrote"),
-    _experts("nan_weight_masked_by_zero", "dropped", "sglang#24850", "a dropped slot's NaN is multiplied by 0"),
+    _experts("nan_weight_masked_by_zero", "dropped", "sglang#24850", "a dropped slot's NaN is multiplied by 0",
+             only=True),
     _experts("zero_off_rank", "exact", "flashinfer#3547", "compares ids of all ranks with the rank's count: all zero"),
     _memory("idle_tokens_unwritten", "written", "sglang#24850", "nobody writes the row of a token without experts here",
             capabilities=_OUT),
@@ -51,14 +60,21 @@ EXPERTS: tuple[Planted, ...] = (
     _memory("workspace_clobbered", "exact", "vllm#29219", "the second product overwrites its own input"),
     _experts("float32_result", "structure", "flashinfer#3644", "returns the accumulator's dtype for k = 1", only=True),
     _experts("no_tokens_raises", "error", "sglang#31794", "T = 0 makes a grid of no blocks", only=True),
+    _relation("halves_rounded_away", "exact", "aiter#2586", "rounds ties away from 0 where they go to even"),
+    _relation("weights_saturate", "bound", "vllm#43557", "routing weights end at 448"),
+    # relations
+    _relation("prepared_by_checksum", "relabel", "sglang#28378",
+              "knows weights by the sum of their bits, which experts that move do not change"),
+    _relation("plan_of_another_rank", "shards", "flashinfer#3661", "keeps a plan that two ranks share by mistake"),
+    _relation("tactic_by_weight", "scaling", "flashinfer#3661", "weights above 1 take another path, as right"),
     # bits
-    _experts("nan_block_slow_path", "isolation", "vllm#37758",
-             "a NaN, and no row of its expert is rounded between the products", only=True),
-    _experts("few_slots_split_k", "batch_invariance", "aiter#2359", "up to 16 slots are summed up in another order",
-             only=True, contract={"batch_invariant": True}),
-    _experts("slots_in_order_of_arrival", "determinism", "vllm#56887", "adds slots in 16 bits, as blocks end",
-             only=True, contract={"reduce": "dtype"}),
-    _experts("split_k_atomics", "determinism", "vllm#56887", "adds the parts of a sum as they arrive", only=True),
+    _bits("nan_block_slow_path", "isolation", "vllm#37758",
+          "a NaN, and no row of its expert is rounded between the products", only=True),
+    _bits("few_slots_stay_wide", "batch_invariance", "aiter#2359", "up to 4 slots are not rounded in between",
+          only=True, contract={"batch_invariant": True}),
+    _bits("slots_added_as_blocks_end", "determinism", "vllm#56887", "adds slots in 16 bits, as blocks end",
+          only=True, contract={"reduce": "dtype"}),
+    _bits("split_k_atomics", "determinism", "vllm#56887", "adds the parts of a sum as they arrive"),
     # memory
     _memory("result_in_hidden_states", "fence", "sglang#31870", "leaves the result in x as well"),
     _memory("tail_read_in_vectors", "fence", "flashinfer#4237", "reads eight weights at a time, past the last row",
@@ -69,7 +85,7 @@ EXPERTS: tuple[Planted, ...] = (
             only=True, capabilities=_OUT),
     _memory("hidden_offset_of_32_bits", "crash", "vllm#34279", "token times stride wraps in 32 bits"),
     # graphs
-    _memory("sums_cleared_once", "determinism", "vllm#41444", "adds into a workspace that is never cleared again",
+    _memory("slot_sums_cleared_once", "determinism", "vllm#41444", "adds into a workspace that is never cleared again",
             contract={"graph": True}, capabilities=_FEW),
     _memory("frozen_hidden_states", "exact", "vllm#52308", "each replay computes with the x of the warm-up",
             contract={"graph": True}, capabilities={**_FEW, **_CUDA}),

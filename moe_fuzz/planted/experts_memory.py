@@ -143,7 +143,7 @@ class _ClearedOnce(Capturable):
         return total.to(self.x.dtype)
 
 
-def sums_cleared_once(*tensors: Tensor, **options: Any) -> Tensor:
+def slot_sums_cleared_once(*tensors: Tensor, **options: Any) -> Tensor:
     """vllm#41444: slots are added into a workspace that is cleared when it is made, and never again."""
     return _ClearedOnce.run(*tensors, **options)
 
