@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_fuzz.case import Case, Fault
+from moe_fuzz.case import Fault
 from moe_fuzz.checks.experts import statistical
 from moe_fuzz.contract import Contract
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 from moe_fuzz.reference.align import expert_of_slot
 from moe_fuzz.reference.experts_bf16 import ACTIVATIONS, GATE_LAYOUTS, activate
-from tests.cpu.experts_seen import FAMILY, STEADY, STRICT, case_of, judge, observe, reference
+from tests.cpu.experts_seen import FAMILY, STEADY, case_of, judge, observe
 
 ROOT = Path(__file__).resolve().parents[2]
 
