@@ -1,0 +1,207 @@
+"""The checks of experts: silent on right answers, on a device that rounds as badly as it may, on what is not known."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_fuzz.case import Fault
+from moe_fuzz.checks.experts import statistical
+from moe_fuzz.contract import Contract
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops.experts.inputs import ExpertsInputs
+from moe_fuzz.reference.align import expert_of_slot
+from moe_fuzz.reference.experts_bf16 import ACTIVATIONS, GATE_LAYOUTS, activate
+from tests.cpu.experts_seen import FAMILY, STEADY, case_of, judge, observe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As a worker has it: threads that wait for each other cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def prover() -> ModuleType:
+    """benchmarks/prove_bound.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("prove_bound", ROOT / "benchmarks" / "prove_bound.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["prove_bound"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- right answers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["dense", "integer", "one_hot", "ladder"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_check_speaks_of_a_right_answer(activation, recipe):
+    """And on each case, every wrong answer that binding makes is rejected."""
+    for seed in range(6):
+        case = case_of(
+            activation=activation, recipe=recipe, seed=seed, gate_layout=GATE_LAYOUTS[seed % 3],
+            dtype=("bfloat16", "float16")[seed % 2], bias=("none", "float32", "dtype")[seed % 3],
+            weight_on_input=seed % 4 == 1, expert_map=("none", "shard", "permuted")[seed % 3],
+            dialect="garbage", padding=2,
+            faults=(Fault("nan_rows", "x", Labels.of([6])), Fault("duplicate_experts", "ids", Labels.of([1, 2]))),
+        )  # fmt: skip
+        seen = observe(case)
+        assert judge(seen) == {}, case.dumps()
+        assert seen.budget["bound"] <= 1
+        if recipe != "ladder":  # where a large term may outweigh all that a wrong answer changes
+            assert FAMILY.binding(seen) == [], case.dumps()
+        if seen.inputs.exact and activation != "swiglu_oai":
+            assert seen.exact[1][seen.inputs.ordinary & seen.real & seen.kept.any(1)].double().mean() > 0.9
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_check_speaks_of_a_device_that_rounds_as_badly_as_it_may(activation):
+    """Sums in any order, rounded or cut off, and each contract: benchmarks/prove_bound.py has the device."""
+    prove = prover()
+    random = prove.Random(1)
+    for seed in range(12):
+        layer, contract = prove.layer_of(random)
+        del layer
+        contract = replace(contract, truncates=False)
+        order = random.among(prove.ORDERS)
+        device = prove.Device(random, order, bool(seed % 2), False, getattr(torch, contract.accumulate))
+
+        def target(inputs: ExpertsInputs, contract=contract, device=device) -> Tensor:
+            return prove.Target(inputs, contract, device).run().to(inputs.plain["x"].dtype)
+
+        case = case_of(rows=40, activation=activation, seed=seed, recipe=("dense", "integer", "one_hot")[seed % 3],
+                       top_k=1 + seed % 4, bias=("none", "float32")[seed % 2],
+                       dtype=("bfloat16", "float16")[seed // 2 % 2], weight_on_input=seed % 4 == 1)  # fmt: skip
+        assert judge(observe(case, target, contract)) == {}, (order, contract, case.dumps())
+
+
+def test_brute_force_does_not_leave_the_bound():
+    """The sample of benchmarks/prove_bound.py that a test has time for."""
+    prove = prover()
+    assert prove.dot_products(prove.Random(3), 100_000) <= 1
+    worst, claimed = prove.layers(prove.Random(3), 60_000)
+    assert claimed > 50_000
+    assert all(0.3 < share <= 1 for share in worst.values()), worst  # and is not much wider than it must be
+
+
+def test_plain_matmuls_are_within_the_bound():
+    """An expert after the other by torch's own products in float32, as most model files have it."""
+
+    def plain(inputs: ExpertsInputs) -> Tensor:
+        p = inputs.plain
+        y = torch.zeros(p["x"].shape)
+        expert = expert_of_slot(p["ids"], len(p["w2"]), p.get("expert_map"))
+        for e in range(len(p["w2"])):
+            token, slot = (expert == e).nonzero(as_tuple=True)
+            a = p["x"][token].float() @ p["w13"][e].float().t()
+            h = activate(a, str(inputs.options["activation"]), str(inputs.options["gate_layout"])).to(p["x"].dtype)
+            v = h.float() @ p["w2"][e].float().t() * p["weights"][token, slot][:, None]
+            y.index_add_(0, token, v)
+        return y.to(p["x"].dtype)
+
+    worst = 0.0
+    for seed in range(24):
+        case = case_of(rows=24, experts=7, hidden=96, intermediate=64, top_k=3, seed=seed,
+                       activation=ACTIVATIONS[seed % 4], magnitude=(0, 4, -4, 7)[seed // 4 % 4],
+                       dtype=("bfloat16", "float16")[seed % 2])  # fmt: skip
+        seen = observe(case, plain, replace(STEADY, slot="none"))
+        assert judge(seen) == {}, case.dumps()
+        worst = max(worst, seen.budget["bound"])
+    assert 0.2 < worst < 1
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_errors_of_random_data_are_those_that_the_model_has(activation):
+    """At one false alarm in ten, far less than one in ten cases has one; and the mean of z² is near 1."""
+    hits, means = 0, []
+    for seed in range(25):
+        seen = observe(case_of(rows=48, hidden=24, intermediate=20, top_k=2, activation=activation, seed=seed,
+                               magnitude=(0, 2, -4, 7)[seed % 4]))  # fmt: skip
+        tokens = seen.random.nonzero().flatten()
+        z = (seen.y[tokens] - seen.numbers.value[tokens]) / seen.numbers.variance[tokens].sqrt()
+        means.append(float(z.square().mean()))
+        statistical.ERROR, before = 0.1, statistical.ERROR
+        hits += bool(statistical.statistical(seen))
+        statistical.ERROR = before
+    assert hits <= 2
+    assert 0.7 < sum(means) / len(means) < 1.02
+
+
+# ---- what is not judged ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", ["bfloat16", "float16"])
+def test_exact_does_not_judge_what_a_narrow_sum_may_round(accumulate):
+    """Of a wide layer a sum in these passes 2^8 and 2^11 units, one in float32 never 2^24."""
+    case = case_of(recipe="integer", hidden=64, intermediate=2048, experts=2)
+    assert not observe(case, contract=Contract(accumulate=accumulate)).exact[1].any()
+    assert observe(case).exact[1].all()
+
+
+def test_stores_that_may_cut_off_are_not_judged_to_the_bit():
+    cuts = Contract(truncates=True)
+    plain = case_of(recipe="integer", activation="relu2", hidden=16, intermediate=16)
+    known = observe(plain, contract=cuts).exact[1]
+    assert known.any()
+    assert not known.all()
+    assert observe(plain).exact[1].all()
+    gated = case_of(recipe="integer")  # 32 / (1 + 1e-14) may come out below 32
+    assert not observe(gated, contract=cuts).exact[1].any()
+    assert observe(gated).exact[1].all()
+
+
+def test_statistics_are_for_random_data_alone():
+    assert observe(case_of()).random.all()
+    for case in (case_of(recipe="ladder"), case_of(recipe="integer"), case_of(hidden=8)):
+        assert not observe(case).random.any()
+    for contract in (Contract(truncates=True), Contract(intermediate="float32"), Contract(weight_dtype="dtype")):
+        assert not observe(case_of(), contract=contract).random.any()
+    twice = observe(case_of(faults=(Fault("all_to_one", "ids", Labels.of([1])),)))
+    assert twice.random.tolist() == [row != 1 for row in range(8)]
+    spoiled = observe(case_of(faults=(Fault("zero_rows", "x", Labels.of([2])),)))
+    assert spoiled.random.tolist() == [row != 2 for row in range(8)]
+
+
+def test_near_the_largest_number_infinity_is_accepted_and_the_other_sign_is_not():
+    case = case_of(dtype="float16", magnitude=4, weight_scale=2, hidden=64, intermediate=64,
+                   faults=(Fault("extreme_weights", "weights", Labels.range(8)),))  # fmt: skip
+    seen = observe(case, contract=Contract(slot="none"))
+    low, high = seen.limits
+    over = seen.claimed & (high == torch.inf) & (low > 0)
+    assert over.any()
+    y = seen.numbers.value.to(torch.float16)
+    relations = {"isolation", "scaling", "relabel", "shards"}
+    assert set(judge(seen.with_outputs(y))) <= relations
+    assert set(judge(seen.with_outputs(torch.where(over, torch.inf, y)))) <= relations
+    assert set(judge(seen.with_outputs(torch.where(over, torch.finfo(y.dtype).max, y)))) <= relations
+    assert "finite" in judge(seen.with_outputs(torch.where(over, -torch.inf, y)))
+    assert "bound" in judge(seen.with_outputs(torch.where(over, 1.0, y)))
+
+
+def test_a_case_that_proves_nothing_is_told():
+    """Rows of zeros: an answer of zeros is right."""
+    zeros = case_of(faults=(Fault("zero_rows", "x", Labels.range(8)),))
+    assert "all zero" in FAMILY.binding(observe(zeros))
+    nothing = case_of(faults=(Fault("nan_rows", "x", Labels.range(8)),))
+    assert FAMILY.binding(observe(nothing)) == ["no row is judged"]
+    assert FAMILY.binding(observe(case_of(rows=0))) == ["no row is judged"]
+    assert FAMILY.binding(observe(case_of(rows=1, top_k=1, experts=1))) == []
+
+
+def test_no_tokens():
+    assert judge(observe(case_of(rows=0))) == {}

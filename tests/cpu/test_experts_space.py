@@ -1,0 +1,157 @@
+"""The space of experts: what is drawn is valid and can be afforded, and what is simpler is valid too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_fuzz import align_faults, experts_faults, faults, strategies  # noqa: F401 - they register
+from moe_fuzz.case import Case, Fault, Step
+from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
+from moe_fuzz.errors import CaseError
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops import get_space
+from moe_fuzz.ops.experts import cost
+from moe_fuzz.ops.experts.fields import FIELDS
+from moe_fuzz.ops.experts.inputs import materialize
+from moe_fuzz.restriction import RestrictedSpace, Restriction
+
+SPACE = get_space("experts_bf16")
+EVERYTHING = TargetInfo("experts_bf16@all", "experts_bf16", "all", contract=Contract(accepts=PADDING_DIALECTS),
+                        capabilities=Capabilities(out=True, alignment=1))  # fmt: skip
+LITTLE = TargetInfo(
+    "experts_bf16@little", "experts_bf16", "little",
+    capabilities=Capabilities(
+        dtypes=("bfloat16",), max_experts=64, max_top_k=4, strided=False, activations=("swiglu_oai",),
+        gate_layouts=("interleaved",), biases=False, weight_on_input=False, expert_map=False, min_multiple_h=64,
+        min_multiple_i=128, int64_ids=False, duplicate_ids=False,
+    ),
+)  # fmt: skip
+BOTH = pytest.mark.parametrize("info", [EVERYTHING, LITTLE], ids=["everything", "little"])
+#: Faults that are no values of a register: they are made with the tensors.
+MADE = {"nan_dropped", "int64_ids", "stale_rows"}
+
+
+@BOTH
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_rounds_are_valid_and_inside_the_capabilities(info, data):
+    cases = data.draw(strategies.rounds(SPACE, info, "cuda"))
+    for case in cases:
+        SPACE.validate(case)
+        assert SPACE.refusal(case, info) == ""
+        weights = 3 * len(case.experts) * int(case.config["hidden"]) * int(case.config["intermediate"])
+        assert weights <= cost.BUDGET or info is LITTLE
+        for simpler in islice(SPACE.simplify(case), 40):
+            SPACE.validate(simpler)
+            assert simpler != case
+
+
+@BOTH
+def test_the_grid_is_valid_the_same_each_time_and_reaches_every_value(info):
+    cases = list(islice(strategies.grid(SPACE, info, "cuda", 3), 800))
+    for case in cases:
+        SPACE.validate(case)
+        assert SPACE.refusal(case, info) == ""
+    assert cases[:50] == list(islice(strategies.grid(SPACE, info, "cuda", 3), 50))
+    for axis in SPACE.axes(info):
+        if axis.name in FIELDS:
+            assert {case.config[axis.name] for case in cases} == set(axis.values)
+    names = {fault.name for case in cases for step in case.steps for fault in step.faults}
+    assert names >= {place.fault for place in SPACE.places_for({"experts": "0-7"}, info)} - {"int32_boundary"}
+
+
+def test_on_a_cpu_a_case_costs_no_more_than_its_budget():
+    for case in islice(strategies.grid(SPACE, EVERYTHING, "cpu", 1), 400):
+        one = case.mode == "eager" and max(step.tokens for step in case.steps) <= 1
+        assert one or SPACE.cost(case, "cpu") <= cost.CPU_BUDGET or case.buckets == (1,)
+
+
+def test_every_fault_exists_and_is_described():
+    assert {place.fault for place in SPACE.places} == set(SPACE.faults)
+    assert set(SPACE.faults) - MADE <= set(faults.FAULTS)
+
+
+@pytest.mark.parametrize("preset", sorted(SPACE.presets))
+def test_a_preset_keeps_its_experts_k_activation_and_layout(preset):
+    restricted = RestrictedSpace(SPACE, Restriction(presets=(preset,)))
+    case = next(iter(strategies.grid(restricted, EVERYTHING, "cuda", 0)))
+    fixed = dict(SPACE.presets[preset])
+    assert len(case.experts) == fixed.pop("experts")
+    sizes = fixed.pop("hidden"), fixed.pop("intermediate")
+    assert {name: case.config[name] for name in fixed} == fixed
+    assert case.config["hidden"] <= sizes[0]
+    assert case.config["intermediate"] <= sizes[1]
+
+
+def simple(**config):
+    plain = {name: values[0] for name, values in FIELDS.items()}
+    step = Step(Labels.range(4), Labels.parse("3"), (Fault("nan_rows", "x", Labels.parse("3")),))
+    sizes = {"experts": "0-3", "top_k": 2, "hidden": 16, "intermediate": 16}
+    return Case("experts_bf16", {**plain, **sizes, **config}, (step,), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"recipe": "integer", "activation": "swiglu_oai"}, "config.recipe"),
+        ({"top_k": 5}, "config.top_k"),
+        ({"hidden": 0}, "config.hidden"),
+        ({"intermediate": 16.0}, "config.intermediate"),
+        ({"experts": "3-0"}, "config.experts"),
+        ({"bias": True}, "config.bias"),
+        ({"scale": 1.0}, "config.scale"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(changes, where):
+    SPACE.validate(simple())
+    with pytest.raises(CaseError, match=where):
+        SPACE.validate(simple(**changes))
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (Fault("nan_rows", "w13", Labels.parse("0")), "knows no fault"),
+        (Fault("nan_rows", "x"), "must name rows"),
+        (Fault("misaligned", "w2", Labels.parse("0")), "must name no rows"),
+        (Fault("nan_rows", "x", Labels.parse("0"), 1), "only stale_rows"),
+    ],
+)
+def test_a_fault_that_cannot_be_laid_is_refused(fault, says):
+    case = simple()
+    with pytest.raises(CaseError, match=says):
+        SPACE.validate(case.with_step(0, replace(case.steps[0], faults=(fault,))))
+
+
+def test_far_experts_have_pages_of_their_own():
+    step = Step(Labels.range(4), Labels(), (Fault("int32_boundary", "w13"),))
+    few, many = (replace(simple(experts=experts), steps=(step,)) for experts in ("0-63", "0-64"))
+    SPACE.validate(few)
+    with pytest.raises(CaseError, match="64 rows or experts"):
+        SPACE.validate(many)
+
+
+def test_what_a_target_does_not_take_is_named():
+    said = SPACE.refusal(simple(bias="float32", expert_map="shard", dialect="minus_one"), LITTLE)
+    for part in ("hidden 16", "intermediate 16", "activation=silu", "bias=float32", "expert_map=shard",
+                 "dialect=minus_one", "gate_layout=first"):  # fmt: skip
+        assert part in said
+    unpadded = simple(dialect="garbage").with_step(0, Step(Labels.range(4)))
+    assert SPACE.refusal(unpadded, replace(EVERYTHING, contract=Contract())) == ""
+
+
+def test_the_simplest_case_has_nothing_simpler_but_sizes():
+    plain = simple(experts="0", top_k=1).with_step(0, Step(Labels.range(1)))
+    assert list(SPACE.simplify(plain)) == []
+    assert [case.config["hidden"] for case in SPACE.simplify(plain.with_config(hidden=64))] == [16, 32]
+
+
+def test_a_restored_case_has_the_same_tensors():
+    case = simple(recipe="one_hot", expert_map="shard", bias="dtype")
+    one, other = (materialize(c, 0).plain for c in (case, Case.loads(case.inline())))
+    assert all((one[name] == other[name]).logical_or(one[name].isnan()).all() for name in one)

@@ -1,0 +1,50 @@
+"""The tensors of an experts case have the same bits on the device as on the host, and far experts can be laid out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_fuzz.case import Case, Fault, Step
+from moe_fuzz.contract import Capabilities
+from moe_fuzz.fence import open_arena
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops.experts.fields import FIELDS
+from moe_fuzz.ops.experts.inputs import materialize
+from moe_fuzz.ops.inputs import element_bits
+
+pytestmark = pytest.mark.gpu
+
+ROWS = Labels.range(33)
+FAULTS = (
+    Fault("sentinel_ids", "ids", Labels.parse("0-9")), Fault("nan_dropped", "weights", ROWS),
+    Fault("extreme_weights", "weights", Labels.parse("3-20")), Fault("nan_rows", "x", Labels.parse("30-32")),
+)  # fmt: skip
+
+
+def case(*faults, **config):
+    plain = {name: values[0] for name, values in FIELDS.items()}
+    sizes = {"experts": "0-12", "top_k": 3, "hidden": 72, "intermediate": 40, "bias": "float32", "dialect": "garbage"}
+    return Case("experts_bf16", {**plain, **sizes, **config}, (Step(ROWS, Labels.parse("28-32"), faults),), 11)
+
+
+@pytest.mark.parametrize("recipe", FIELDS["recipe"])
+@pytest.mark.parametrize("dtype", FIELDS["dtype"])
+@pytest.mark.parametrize("expert_map", FIELDS["expert_map"])
+def test_the_device_makes_the_hosts_bits(recipe, dtype, expert_map):
+    drawn = case(*FAULTS, recipe=recipe, dtype=dtype, expert_map=expert_map)
+    host, device = materialize(drawn, 0), materialize(drawn, 0, "cuda")
+    assert host.plain.keys() == device.plain.keys()
+    for name, tensor in host.plain.items():
+        assert device.plain[name].is_cuda
+        assert torch.equal(element_bits(tensor), element_bits(device.plain[name]).cpu()), name
+    assert torch.equal(host.ordinary, device.ordinary.cpu())
+
+
+@pytest.mark.parametrize("tensor", ["x", "w13", "w2"])
+def test_far_rows_and_experts_keep_their_values(tensor):
+    inputs = materialize(case(Fault("int32_boundary", tensor)), 0)
+    with open_arena("cuda") as arena:
+        placed = inputs.place(arena, Capabilities(alignment=1))[tensor]
+        assert placed.stride(0) * (placed.shape[0] - 1) >= 2**31 - placed.shape[0]
+        assert torch.equal(element_bits(placed).cpu(), element_bits(inputs.plain[tensor]))
