@@ -28,6 +28,14 @@ class Contract:
     padding: tuple[str, ...] = ("distinct",)  # the dialects it can speak; only asked for where `is_padding` is taken
     graph: bool = True  # can be captured into a CUDA graph and replayed; False where nobody says so
     padding_weight: str = "dialect"  # weights of flagged rows: "dialect" (0 where there is no expert) | "any"
+    # of experts alone; "dtype" is that of x
+    accumulate: str = "float32"  # dtype in which the two products are summed up
+    intermediate: str = "dtype"  # in which the activation's result is stored: "dtype" | "float32"
+    slot: str = "dtype"  # in which each weighted slot is stored: "dtype" | "float32" | "none": summed up in float32
+    weight_dtype: str = "float32"  # "dtype": the router's weights are rounded to that of x first
+    reduce: str = "float32"  # dtype in which the slots of a token are added up
+    truncates: bool = False  # stores cut off instead of rounding: Triton's interpreter
+    accepts: tuple[str, ...] = ("distinct",)  # the padding dialects whose slots it takes
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,20 @@ class Capabilities:
     group_score_by_bias: bool = False  # `top2_sum` with a bias, `max` without: one function in many libraries
     n_shared: int = 8  # fused shared experts, at most
     expert_map: bool = True
+    absent: tuple[str, ...] = ()  # results of the op that it does not give
+    # of align and of experts
+    block_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)  # of align
+    int64_ids: bool = True
+    duplicate_ids: bool = True  # a row may name an expert twice
+    zero_tokens: bool = True
+    max_hidden: int = 1 << 20
+    max_intermediate: int = 1 << 20
+    min_multiple_h: int = 1  # hidden must be a multiple of it
+    min_multiple_i: int = 1
+    activations: tuple[str, ...] = ("silu", "gelu", "relu2", "swiglu_oai")
+    gate_layouts: tuple[str, ...] = ("first", "up_first", "interleaved")
+    biases: bool = True
+    weight_on_input: bool = True
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ import torch
 
 from moe_fuzz.bench import timing
 from moe_fuzz.bench.points import Candidate, Point
+from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.errors import MoeFuzzError
 from moe_fuzz.execute.runner import Runner
-from moe_fuzz.ops.routing.inputs import materialize
 from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.targets.bind import Target, bind
 from moe_fuzz.verdict import PASS, REJECTED
@@ -120,22 +121,19 @@ def _copies(point: Point) -> int:
 
 def _calls(target: Target, point: Point, copies: int, keep: list[Any]) -> tuple[list[timing.Call], int]:
     """The call on each of `copies` sets of tensors, and the bytes one call has to move."""
-    inputs = materialize(point.case(target.info, nan=True), 0)
+    inputs = FAMILIES[target.info.op].materialize(point.case(target.info, nan=True), 0, "cpu")
     calls: list[timing.Call] = []
     moved = 0
     for _ in range(copies):
         tensors = {name: tensor.to("cuda") for name, tensor in inputs.plain.items()}
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        logits = tensors.pop("logits")
         arguments: dict[str, Any] = {**inputs.options, **tensors}
-        out = torch.empty((len(logits), inputs.top_k), device="cuda"), torch.empty(
-            (len(logits), inputs.top_k), dtype=torch.int32, device="cuda"
-        )
+        out = tuple(torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in inputs.results.values())
         if target.info.capabilities.out:
-            arguments["out"] = out
-        keep.append((logits, arguments, out))
+            arguments["out"] = out if len(out) > 1 else out[0]
+        keep.append((arguments, out))
         moved += sum(tensor.numel() * tensor.element_size() for tensor in out)
-        calls.append(lambda logits=logits, arguments=arguments: target(logits, inputs.top_k, arguments))  # type: ignore[misc]
+        calls.append(partial(target, arguments))
     return calls, moved
 
 

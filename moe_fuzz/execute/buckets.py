@@ -10,10 +10,9 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from moe_fuzz.checks.observation import Outputs
-from moe_fuzz.execute.routing import RoutingCall, fetch
-from moe_fuzz.fence import Arena, canary
-from moe_fuzz.ops.routing.inputs import Inputs
+from moe_fuzz.execute.calls import Call, Results, fetch
+from moe_fuzz.fence import Arena
+from moe_fuzz.ops.inputs import Inputs
 from moe_fuzz.targets.bind import Target
 
 
@@ -21,21 +20,20 @@ class Bucket(ABC):
     """`replay` may be called until `close`, which comes before the arena's."""
 
     def __init__(self, inputs: Inputs, target: Target, arena: Arena, with_out: bool, pieces: bool) -> None:
-        """inputs: of any step of the bucket. pieces: producer, router and consumer are graphs of their own.
+        """inputs: of any step of the bucket. pieces: producer, target and consumer are graphs of their own.
 
         Raises what a call raises, and CaptureFailed.
         """
         self.pieces = pieces
-        self.call = RoutingCall(_dummy(inputs), target, arena, with_out)
+        self.call = Call(inputs.blank(), target, arena, with_out)
 
-    def replay(self, inputs: Inputs) -> Outputs:
+    def replay(self, inputs: Inputs) -> Results:
         """The result for these inputs. Raises TargetError, BadResult, DeviceLost, MemoryError."""
-        for name, tensor in self.call.tensors.items():
-            self.call.arena.fill(tensor, inputs.plain[name])
+        self.call.refill(inputs)
         return fetch(self._replay(), inputs.device)
 
     @abstractmethod
-    def _replay(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _replay(self) -> Results:
         """Poisons what the replay must write, and replays."""
 
     @abstractmethod
@@ -54,32 +52,25 @@ class Simulated(Bucket):
 
     def __init__(self, inputs: Inputs, target: Target, arena: Arena, with_out: bool, pieces: bool) -> None:
         super().__init__(inputs, target, arena, with_out, pieces)
-        self.call.pair(self.call.run())  # as the warm-up before a capture
+        self.call.unpacked(self.call.run())  # as the warm-up before a capture
 
-    def _replay(self) -> tuple[torch.Tensor, torch.Tensor]:
-        for tensor in self.call.out:
-            canary.poison(tensor)
-        logits = self.call.tensors["logits"]
+    def _replay(self) -> Results:
+        self.call.poison()
         if self.pieces:
-            clobber(logits)
-        weights, ids = self.call.pair(self.call.run())
+            clobber(self.call.first)
+        results = self.call.unpacked(self.call.run())
         if self.pieces:
-            clobber(logits)
-            weights, ids = weights.clone(), ids.clone()
-        return weights, ids
+            clobber(self.call.first)
+            results = tuple(None if tensor is None else tensor.clone() for tensor in results)
+        return results
 
     def close(self) -> None:
         pass
 
 
 def clobber(like: torch.Tensor) -> None:
-    """Eager work between two pieces: it takes the memory that was freed last, and leaves NaN in it."""
+    """Eager work between two pieces: it takes the memory that was freed last, and leaves NaN in it; in integers, a
+    number that is no index."""
+    value = torch.nan if like.is_floating_point() else torch.iinfo(like.dtype).max
     for _ in range(2):
-        torch.full(like.shape, torch.nan, dtype=like.dtype, device=like.device)
-
-
-def _dummy(inputs: Inputs) -> Inputs:
-    """What a server captures on: zeros, and every row a token. The bias is there: it is a weight."""
-    plain = inputs.plain
-    blank = {name: torch.zeros_like(plain[name]) for name in ("logits", "is_padding") if name in plain}
-    return inputs.replace(**blank)
+        torch.full(like.shape, value, dtype=like.dtype, device=like.device)

@@ -17,12 +17,11 @@ import torch
 
 from moe_fuzz.execute.buckets import Bucket, clobber
 from moe_fuzz.execute.call import TargetError, guarded
+from moe_fuzz.execute.calls import Results
 from moe_fuzz.fence import Arena, canary, cuda_driver
 from moe_fuzz.fence.cuda_driver import DeviceLost
-from moe_fuzz.ops.routing.inputs import Inputs
+from moe_fuzz.ops.inputs import Inputs
 from moe_fuzz.targets.bind import Target
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class CaptureFailed(Exception):
@@ -88,33 +87,34 @@ class Captured(Bucket):
     ) -> None:
         super().__init__(inputs, target, arena, with_out, pieces)
         self._graphs: list[torch.cuda.CUDAGraph] = []
-        call, staging = self.call, self.call.tensors["logits"]
+        call, staging = self.call, self.call.first
         call.arena.protect()
         try:
             # The whole chain, so that no kernel is compiled or loaded for the first time while capturing.
-            logits = pool.warm_up(partial(_produce, staging)) if pieces else staging
+            first = pool.warm_up(partial(_produce, staging)) if pieces else staging
             with call.arena.own():
-                warm = call.pair(pool.warm_up(partial(call.bare, logits)))
+                warm = call.unpacked(pool.warm_up(partial(call.bare, first)))
             if pieces:
                 pool.warm_up(partial(_consume, warm, staging))
-                logits = self._record(pool, partial(_produce, staging))
-            self._routed: Pair = call.pair(self._record(pool, partial(call.bare, logits)))
-            del logits  # what comes after the router may take its place in the pool
-            self._result = self._record(pool, partial(_consume, self._routed, staging)) if pieces else self._routed
+                first = self._record(pool, partial(_produce, staging))
+            self._given: Results = call.unpacked(self._record(pool, partial(call.bare, first)))
+            del first  # what comes after the target may take its place in the pool
+            self._result = self._record(pool, partial(_consume, self._given, staging)) if pieces else self._given
         finally:
             call.arena.unprotect()
         # A buffer that came back from the warm-up too is one that the target keeps. It may hold what never changes, and
         # no replay need write it again.
-        fresh = [one for one, old in zip(self._routed, warm, strict=True) if one.data_ptr() != old.data_ptr()]
+        pairs = [(one, old) for one, old in zip(self._given, warm, strict=True) if one is not None and old is not None]
+        fresh = [one for one, old in pairs if one.data_ptr() != old.data_ptr()]
         self._poisoned = [*call.out] if call.out else [one for one in fresh if 0 not in one.stride()]
-        self._poisoned += self._result if pieces else ()
+        self._poisoned += [one for one in self._result if one is not None] if pieces else []
 
     def _record(self, pool: GraphPool, function: Callable[[], Any]) -> Any:
         graph, result = pool.capture(function)
         self._graphs.append(graph)
         return result
 
-    def _replay(self) -> Pair:
+    def _replay(self) -> Results:
         for tensor in self._poisoned:
             canary.poison(tensor)
         self.call.arena.protect()
@@ -127,11 +127,11 @@ class Captured(Bucket):
     def _launch(self) -> None:
         for number, graph in enumerate(self._graphs):
             if number:
-                clobber(self.call.tensors["logits"])
+                clobber(self.call.first)
             graph.replay()
 
     def close(self) -> None:
-        self._routed = self._result = ()  # type: ignore[assignment]
+        self._given = self._result = ()
         self._poisoned = []
         if cuda_driver.lost() is not None:
             return  # the process ends with them
@@ -141,15 +141,15 @@ class Captured(Bucket):
 
 
 def _produce(staging: torch.Tensor) -> torch.Tensor:
-    """The logits as the layer before leaves them: in the pool, laid out as the case has it."""
+    """The first tensor as the layer before leaves it: in the pool, laid out as the case has it."""
     memory = staging.new_empty(staging.storage_offset() + _extent(staging))
     return memory.as_strided(staging.shape, staging.stride(), staging.storage_offset()).copy_(staging)
 
 
-def _consume(routed: Pair, staging: torch.Tensor) -> Pair:
-    """The layer behind: it may get the memory of the logits, and takes over the result."""
+def _consume(given: Results, staging: torch.Tensor) -> Results:
+    """The layer behind: it may get the memory of the first tensor, and takes over the results."""
     clobber(staging)
-    return routed[0].clone(), routed[1].clone()
+    return tuple(None if tensor is None else tensor.clone() for tensor in given)
 
 
 def _extent(tensor: torch.Tensor) -> int:

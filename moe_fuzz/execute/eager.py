@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from moe_fuzz.checks.observation import Outputs
-from moe_fuzz.execute.routing import RoutingCall, call_once
+from moe_fuzz.execute.calls import Call, Results
 from moe_fuzz.execute.steps import Steps
-from moe_fuzz.fence import Arena, canary
-from moe_fuzz.ops.routing.inputs import Inputs
+from moe_fuzz.fence import Arena
+from moe_fuzz.ops.inputs import Inputs
 
 
 class EagerSteps(Steps):
@@ -23,14 +22,13 @@ class EagerSteps(Steps):
                 return
 
     def _step(self, inputs: Inputs, arena: Arena) -> None:
-        first = RoutingCall(inputs, self.target, arena, bool(self.case.config["out"]))
+        first = Call(inputs, self.target, arena, self.with_out)
 
-        def call(other: Inputs) -> Outputs:
+        def call(other: Inputs) -> Results:
             written = self.options.fence.readonly is not None  # perhaps: they were not read-only
             if other is not inputs or written:
-                return call_once(other, self.target, arena, bool(self.case.config["out"]))
-            for tensor in first.out:
-                canary.poison(tensor)
+                return Call(other, self.target, arena, self.with_out).fetched(other.device)
+            first.poison()
             return first.fetched(inputs.device)  # on the tensors that are there
 
         self.judge(inputs, first.fetched(inputs.device), call, arena.check)

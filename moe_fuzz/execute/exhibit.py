@@ -42,10 +42,12 @@ from typing import Any
 import torch
 
 from moe_fuzz.case import Case
-from moe_fuzz.checks.observation import Outputs, RoutingObservation
+from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 from moe_fuzz.errors import CaseError
 from moe_fuzz.execute.barecall import BareCall, bare_call
-from moe_fuzz.ops.routing.inputs import Inputs, Lie, materialize
+from moe_fuzz.ops import get_space
+from moe_fuzz.ops.inputs import Inputs, Lie
+from moe_fuzz.ops.routing.inputs import materialize
 from moe_fuzz.targets import registry
 from moe_fuzz.targets.bind import Target
 
@@ -56,9 +58,11 @@ _NOTHING = Outputs(torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int32))
 
 
 def exhibit(case: Case, target: Target, device: str = "cpu") -> dict[str, Any]:
-    """The exhibit of a case and its target. CaseError if the target implements another op."""
+    """The exhibit of a case and its target. CaseError if the target implements another op, or the op has none."""
     if target.info.op != case.op:
         raise CaseError("op", f"{target.info.name} implements {target.info.op}, not {case.op}")
+    if get_space(case.op).family != "routing":
+        raise CaseError("op", f"there is no script, and no table, for cases of {case.op} yet", "use `moe-fuzz replay`")
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     return {
         "op": case.op,
@@ -79,7 +83,7 @@ def _step(case: Case, index: int, target: Target) -> dict[str, Any]:
     defined = seen.defined.nonzero().flatten()
     speaks = seen.flagged if seen.dialect != "distinct" else torch.zeros_like(seen.flagged)
     invariant = target.info.contract.batch_invariant and seen.tokens > 1 and len(defined) > 0
-    healed = {"rows": undefined, "values": tensor(seen.healed[0].plain["logits"][undefined])} if undefined else None
+    healed = {"rows": undefined, "values": tensor(seen.healed_inputs.plain["logits"][undefined])} if undefined else None
     return {
         "top_k": inputs.top_k,
         "tokens": seen.tokens,

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from moe_fuzz.checks.observation import Outputs
 from moe_fuzz.execute.buckets import Bucket, Simulated
+from moe_fuzz.execute.calls import Call, Results
 from moe_fuzz.execute.capture import Captured, GraphPool
-from moe_fuzz.execute.routing import call_once
 from moe_fuzz.execute.steps import Steps
 from moe_fuzz.fence import Arena
-from moe_fuzz.ops.routing.inputs import Inputs, Lie
+from moe_fuzz.ops.inputs import Inputs, Lie
 
 _Key = tuple[int, tuple[tuple[str, Lie], ...]]  # token count and layout: what cannot change inside a graph
 
@@ -47,17 +46,17 @@ class GraphSteps(Steps):
     def _make(
         self, buckets: dict[_Key, Bucket], key: _Key, inputs: Inputs, arena: Arena, pool: GraphPool | None
     ) -> None:
-        with_out, pieces = bool(self.case.config["out"]), self.case.mode == "piecewise"
+        with_out, pieces = self.with_out, self.case.mode == "piecewise"
         if pool is None:
             buckets[key] = Simulated(inputs, self.target, arena, with_out, pieces)
         else:
             buckets[key] = Captured(inputs, self.target, arena, with_out, pieces, pool)
 
     def _step(self, inputs: Inputs, bucket: Bucket, static: Arena, fresh: Arena) -> None:
-        def eager(other: Inputs) -> Outputs:
-            return call_once(other, self.target, fresh, bool(self.case.config["out"]))
+        def eager(other: Inputs) -> Results:
+            return Call(other, self.target, fresh, self.with_out).fetched(other.device)
 
-        def call(other: Inputs) -> Outputs:
+        def call(other: Inputs) -> Results:
             return bucket.replay(other) if _key(other)[0] == _key(inputs)[0] else eager(other)
 
         last = self.index == len(self.case.steps) - 1
@@ -65,4 +64,4 @@ class GraphSteps(Steps):
 
 
 def _key(inputs: Inputs) -> _Key:
-    return inputs.plain["logits"].shape[0], tuple(sorted(inputs.lies.items(), key=lambda item: item[0]))
+    return inputs.tokens, tuple(sorted(inputs.lies.items(), key=lambda item: item[0]))

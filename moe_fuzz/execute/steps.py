@@ -1,4 +1,4 @@
-"""What every mode of a routing case has in common: its steps are judged one after the other, up to the first bad one.
+"""What every mode of a case has in common: its steps are judged one after the other, up to the first bad one.
 
 A mode (eager.py, graph.py) makes the calls. Here its results are judged and added up.
 """
@@ -9,30 +9,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from moe_fuzz.case import Case
-from moe_fuzz.checks import (  # noqa: F401 - they register
-    CHECKS,
-    RELATIONS,
-    binding,
-    metamorphic,
-    replay,
-    routing,
-    structural,
-)
-from moe_fuzz.checks.observation import Outputs, RoutingObservation
+from moe_fuzz.checks import CHECKS, RELATIONS
+from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.execute.call import TargetError
-from moe_fuzz.execute.routing import BadResult
+from moe_fuzz.execute.calls import BadResult, Results, check_shapes
 from moe_fuzz.fence import Arena, open_arena
 from moe_fuzz.ops import get_space
-from moe_fuzz.ops.routing.inputs import Inputs, materialize
+from moe_fuzz.ops.inputs import Inputs
 from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
 
-_FAMILY = "routing"
 DEVICE_ELEMENTS = 1 << 15
-Call = Callable[[Inputs], Outputs]
+Runs = Callable[[Inputs], Results]
 
 
 class Steps(ABC):
@@ -40,6 +32,8 @@ class Steps(ABC):
 
     def __init__(self, case: Case, target: Target, options: RunOptions, device: str) -> None:
         self.case, self.target, self.options, self.device = case, target, options, device
+        self.family = FAMILIES[case.op]
+        self.with_out = bool(case.config.get("out"))
         self.index = 0  # of the step at hand
         self.violations: list[Violation] = []
         self.detail = ""  # for a person: the traceback of what the target raised
@@ -55,10 +49,10 @@ class Steps(ABC):
     def inputs(self, index: int) -> Inputs:
         """The inputs of a step. They are made, and judged, on the host where they are small, else on the device: a few
         thousand elements take the host less time than launches take, millions take it seconds."""
-        elements = self.case.steps[index].tokens * len(self.case.experts)
+        elements = self.family.elements(self.case, index)
         # Where every allocation on the device is fenced, those of the judgement would be too.
         there = self.device != "cpu" and elements >= DEVICE_ELEMENTS and self.options.fence.own != "all"
-        return materialize(self.case, index, self.device if there else "cpu")
+        return self.family.materialize(self.case, index, self.device if there else "cpu")
 
     @contextmanager
     def arena(self) -> Iterator[Arena]:
@@ -103,25 +97,25 @@ class Steps(ABC):
         return False
 
     def judge(
-        self, inputs: Inputs, outputs: Outputs, call: Call, canaries: Callable[[], list[Violation]],
-        eager: Call | None = None, relations: bool = True,
+        self, inputs: Inputs, results: Results, call: Runs, canaries: Callable[[], list[Violation]],
+        eager: Runs | None = None, relations: bool = True,
     ) -> None:  # fmt: skip
         """Has every check judge one result. What an earlier check finds stays, whatever later ones raise.
 
-        call, eager: as in RoutingObservation. canaries: the damage to canaries since it was last asked.
+        call, eager: as in Family.observe. canaries: the damage to canaries since it was last asked.
         relations: also run the checks that call the target again, each at the price of a step.
         """
-        seen = RoutingObservation(self.case, self.index, self.target.info, inputs, outputs, _shaped(call),
-                                  _shaped(eager) if eager else None)  # fmt: skip
+        seen = self.family.observe(self.case, self.index, self.target.info, inputs, self.family.outputs(*results),
+                                   self._shaped(call), self._shaped(eager) if eager else None)  # fmt: skip
         before = len(self.violations)
-        checks = CHECKS[_FAMILY]
+        checks, relations_of = CHECKS[self.family.name], RELATIONS.get(self.family.name, [])
         self.add("structure", *checks["structure"](seen))
         if not seen.shaped:
             self.parity = False
             self._add_first(before, "canary", canaries())
             return
         for name in get_space(self.case.op).checks:  # their order is that of attribution
-            if name not in checks or name == "structure" or (name in RELATIONS[_FAMILY] and not relations):
+            if name not in checks or name == "structure" or (name in relations_of and not relations):
                 continue
             if self.options.checks is None or name in self.options.checks:
                 again = f" (when `{name}` called it again)"
@@ -132,20 +126,15 @@ class Steps(ABC):
         self.budget = max(self.budget, *seen.budget.values(), 0.0)
         last = self.index == len(self.case.steps) - 1
         # Binding costs as much as all the checks together, and says something of the case: once is enough.
-        self.parity = self.parity and len(self.violations) == before and not (last and binding.binding(seen))
+        self.parity = self.parity and len(self.violations) == before and not (last and self.family.binding(seen))
 
+    def _shaped(self, call: Runs) -> Callable[[Inputs], Any]:
+        """The call as checks make it: held to the shapes that its inputs ask for, since relations compare row by
+        row."""
 
-def _shaped(call: Call) -> Call:
-    """The call, held to the shape that its inputs ask for: relations compare row by row."""
+        def checked(inputs: Inputs) -> Any:
+            results = call(inputs)
+            check_shapes(inputs, results)
+            return self.family.outputs(*results)
 
-    def checked(inputs: Inputs) -> Outputs:
-        outputs, shape = call(inputs), (inputs.plain["logits"].shape[0], inputs.width)
-        for name, tensor in (("weights", outputs.weights), ("ids", outputs.ids)):
-            if tuple(tensor.shape) != shape:
-                message = f"{name} has the wrong shape"
-                raise BadResult(
-                    Violation("structure", f"{name}:shape", message, name, (), str(shape), str(tuple(tensor.shape)))
-                )
-        return outputs
-
-    return checked
+        return checked

@@ -54,6 +54,8 @@ class Arena(ABC):
     * Slack, and the gaps of a strided tensor, hold canaries: NaN in every float type, absurd as an integer.
     """
 
+    options: FenceOptions
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]]  # inputs laid once: name -> the value, the tensor it is in
     seconds: float = 0.0  # wall time spent in fence work so far
     unfenced: int = 0  # tensors of the target that got ordinary memory, because the arena's budget was spent
 

@@ -40,6 +40,7 @@ class PooledArena(Arena, Generic[P]):
         """kept: the placed tensors of closed arenas of this process that somebody still points to."""
         began = time.perf_counter()
         self.options, self.edge = options, edge
+        self.weights = {}
         self._placed: list[P] = []
         self._kept = kept
         self._own_count = self._own_bytes = 0
@@ -172,6 +173,7 @@ class PooledArena(Arena, Generic[P]):
             return
         self.unprotect()
         began = time.perf_counter()
+        self.weights.clear()
         for placed in self._damaged([placed for placed in self._placed if placed.referenced]):
             if any(placed.damages()):
                 placed.reset(whole=False)  # done before the end: this arena's to tell, and not stale in the next

@@ -37,6 +37,8 @@ class Space(Protocol):
     @property
     def op(self) -> str: ...
     @property
+    def family(self) -> str: ...  # of ops that share inputs and checks: see moe_fuzz.checks.family
+    @property
     def description(self) -> str: ...
     @property
     def checks(self) -> Mapping[str, str]: ...  # name -> one line

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,9 @@ from moe_fuzz.contract import DECLARATION, PADDING_DIALECTS, Capabilities, Contr
 from moe_fuzz.errors import EnvironmentProblem, UsageError
 from moe_fuzz.planted.catalog import get_planted
 from moe_fuzz.targets import registry
+from moe_fuzz.targets.signatures import SIGNATURES, Signature
 
-#: argument of the op -> the spellings in which implementations take it
-SPELLINGS: Mapping[str, tuple[str, ...]] = {
-    "renormalize": ("renormalize", "norm_topk_prob"),
-    "bias": ("bias", "correction_bias", "e_score_correction_bias"),
-    "scale": ("scale", "routed_scaling_factor"),
-    "is_padding": ("is_padding",),
-    "padding": ("padding",),
-    "out": ("out",),
-}
-_GROUPED_SPELLINGS: Mapping[str, tuple[str, ...]] = {
-    "n_group": ("n_group", "num_expert_group"),
-    "topk_group": ("topk_group",),
-    "scoring": ("scoring", "scoring_func"),
-    "group_score": ("group_score",),
-    "n_shared": ("n_shared", "num_fused_shared_experts"),
-    "expert_map": ("expert_map",),
-}
-
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 @dataclass(frozen=True)
 class Target:
@@ -49,9 +33,12 @@ class Target:
     function: Callable[..., Any]
     keywords: Mapping[str, str]  # argument of the op -> this function's spelling
 
-    def __call__(self, logits: torch.Tensor, top_k: int, arguments: Mapping[str, Any]) -> Any:
-        """Calls the implementation with those of the op's arguments that it takes."""
-        return self.function(logits, top_k, **{self.keywords[k]: v for k, v in arguments.items() if k in self.keywords})
+    positional: tuple[str, ...]  # arguments of the op that it takes by position
+
+    def __call__(self, arguments: Mapping[str, Any]) -> Any:
+        """Calls the implementation with those of the op's arguments, by name, that it takes."""
+        given = [arguments[name] for name in self.positional]
+        return self.function(*given, **{self.keywords[k]: v for k, v in arguments.items() if k in self.keywords})
 
 
 def bind(name: str) -> Target:
@@ -67,13 +54,13 @@ def bind(name: str) -> Target:
             "capabilities": Capabilities(**planted.capabilities),
             "clauses": {"*": f"planted: the bug of {planted.upstream}"},
         }
-    spellings = {**SPELLINGS, **(_GROUPED_SPELLINGS if op == "grouped_topk" else {})}
-    keywords, capabilities, contract = _read_signature(function, promise, spellings)
+    signature = SIGNATURES[op]
+    keywords, capabilities, contract = _read_signature(function, promise, signature)
     provider = source.partition(".")[0] if ":" not in source else "user"
     origin = promise.get("origin") or origin  # an adapter knows the library behind it
     clauses, unpromised = promise.get("clauses") or {}, promise.get("unpromised") or {}
     info = TargetInfo(name, op, provider, origin, contract, capabilities, clauses, unpromised)
-    return Target(info, function, keywords)
+    return Target(info, function, keywords, signature.positional)
 
 
 def _load(location: str) -> tuple[Callable[..., Any], str]:
@@ -122,18 +109,17 @@ def _functions(module: Any) -> list[str]:
     ]
 
 
-def _refuse_unknown(
-    parameters: Mapping[str, inspect.Parameter], known: set[str], spellings: Mapping[str, tuple[str, ...]]
-) -> None:
+def _refuse_unknown(parameters: Mapping[str, inspect.Parameter], known: set[str], signature: Signature) -> None:
     """UsageError for a function that could not be called: a TypeError of our own call would pass for its bug."""
     named = [p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     star = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    first = [p for p in named if p.kind is not p.KEYWORD_ONLY][:2]
-    if len(first) < 2 and not star:
-        raise UsageError("the function does not take the logits and top_k as its first two positional arguments",
-                         "wrap it in a function of (logits, top_k, …)")  # fmt: skip
-    optional = ("bias", "is_padding", "out", "expert_map")  # not every case has them
-    always = {s for name in spellings if name not in optional for s in spellings[name]}
+    wanted, spellings = signature.positional, signature.spellings
+    first = [p for p in named if p.kind is not p.KEYWORD_ONLY][: len(wanted)]
+    if len(first) < len(wanted) and not star:
+        raise UsageError(f"the function does not take {', '.join(wanted[:-1])} and {wanted[-1]} as its first "
+                         f"{_NUMBERS[len(wanted)]} positional arguments",
+                         f"wrap it in a function of ({', '.join(wanted)}, …)")  # fmt: skip
+    always = {s for name in spellings if name not in signature.optional for s in spellings[name]}
     for p in named:
         if p in first or p.default is not p.empty or (p.name in known and p.name in always):
             continue
@@ -144,12 +130,12 @@ def _refuse_unknown(
 
 
 def _read_signature(
-    function: Callable[..., Any], promise: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]
+    function: Callable[..., Any], promise: Mapping[str, Any], signature: Signature
 ) -> tuple[dict[str, str], Capabilities, Contract]:
     """What the function takes, and its promises cut down to that."""
     parameters: Mapping[str, inspect.Parameter] = {}
     has_signature = False
-    with contextlib.suppress(TypeError, ValueError):  # a built-in without a signature takes the two positional ones
+    with contextlib.suppress(TypeError, ValueError):  # a built-in without a signature takes the positional ones
         # What a module's __call__ takes is what its `forward` takes: its own signature says "anything".
         called = function.forward if isinstance(function, torch.nn.Module) else function
         parameters = inspect.signature(called).parameters
@@ -157,27 +143,14 @@ def _read_signature(
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     keywords = {
         argument: next((s for s in names if s in parameters), argument)
-        for argument, names in spellings.items()
+        for argument, names in signature.spellings.items()
         if takes_all or any(s in parameters for s in names)
     }
     if has_signature:
-        _refuse_unknown(parameters, set(keywords.values()), spellings)
+        _refuse_unknown(parameters, set(keywords.values()), signature)
     declared: Capabilities | None = promise.get("capabilities")
     capabilities = declared or Capabilities(out="out" in keywords)
-    capabilities = replace(
-        capabilities,
-        renormalize=capabilities.renormalize if "renormalize" in keywords else capabilities.renormalize[:1],
-        bias=capabilities.bias and "bias" in keywords,
-        scale=capabilities.scale and "scale" in keywords,
-        is_padding=capabilities.is_padding and "is_padding" in keywords,
-        out=capabilities.out and "out" in keywords,
-        n_shared=capabilities.n_shared if "n_shared" in keywords else 0,
-        expert_map=capabilities.expert_map and "expert_map" in keywords,
-    )
-    if not capabilities.group_score_by_bias and "group_score" not in keywords:
-        capabilities = replace(capabilities, group_scores=capabilities.group_scores[:1])
-    if "scoring" not in keywords:
-        capabilities = replace(capabilities, scorings=capabilities.scorings[:1])
+    capabilities = signature.cut(capabilities, keywords)
     contract: Contract | None = promise.get("contract")
     if contract is None:
         default = parameters["padding"].default if "padding" in parameters else None

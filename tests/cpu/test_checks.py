@@ -12,18 +12,14 @@ import torch
 from moe_fuzz import checks as registry
 from moe_fuzz import strategies
 from moe_fuzz.case import Case, Step
-from moe_fuzz.checks import (  # noqa: F401 - they register
-    binding,
-    metamorphic,
-    replay,
-    routing,
-    structural,
-)
-from moe_fuzz.checks.observation import REFERENCES, Outputs, RoutingObservation
+from moe_fuzz.checks.families import FAMILIES
+from moe_fuzz.checks.routing import binding
+from moe_fuzz.checks.routing.observation import REFERENCES, Outputs, RoutingObservation
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
-from moe_fuzz.ops.routing.inputs import Inputs, materialize
+from moe_fuzz.ops.inputs import Inputs
+from moe_fuzz.ops.routing.inputs import materialize
 from moe_fuzz.ops.routing.space import SIMPLEST
 from moe_fuzz.verdict import Violation
 
@@ -34,12 +30,12 @@ STRICT = Contract(
 )
 INFO = TargetInfo("topk_softmax@reference", "topk_softmax", "reference", contract=STRICT,
                   capabilities=Capabilities(alignment=1))  # fmt: skip
-CHECKS = registry.CHECKS["routing"]
+CHECKS = registry.CHECKS[FAMILIES["topk_softmax"].name]
 
 
 def answer(op: str, inputs: Inputs) -> Outputs:
     arguments = {**inputs.plain, **inputs.options}
-    return Outputs(*REFERENCES[op](arguments.pop("logits"), inputs.top_k, **arguments))
+    return Outputs(*REFERENCES[op](arguments.pop("logits"), arguments.pop("top_k"), **arguments))
 
 
 def reference(inputs: Inputs) -> Outputs:

@@ -19,7 +19,8 @@ from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetIn
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
-from moe_fuzz.ops.routing.inputs import element_bits, materialize
+from moe_fuzz.ops.inputs import element_bits
+from moe_fuzz.ops.routing.inputs import materialize
 from moe_fuzz.ops.routing.space import SIMPLEST
 from moe_fuzz.restriction import RestrictedSpace, Restriction
 from moe_fuzz.sequences import Move, Plan

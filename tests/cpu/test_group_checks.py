@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from moe_fuzz.checks.groups import group_bounds, kept_groups, same_groups
+from moe_fuzz.checks.routing.groups import group_bounds, kept_groups, same_groups
 
 SHAPES = [(4, 2, 1), (6, 3, 1), (6, 3, 2), (6, 2, 1), (8, 4, 2), (8, 4, 3), (8, 8, 3), (8, 2, 2), (9, 3, 2)]
 EVERY = pytest.mark.parametrize(("experts", "n_group", "topk_group"), SHAPES)

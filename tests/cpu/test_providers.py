@@ -204,7 +204,7 @@ def test_the_third_output_is_memory_of_its_own(released: Released) -> None:
         return operator
 
     released("vllm 0.24.0", change=watch)
-    bind("topk_softmax@vllm")(torch.randn(3, 8), 2, {"renormalize": True})
+    bind("topk_softmax@vllm")({"logits": torch.randn(3, 8), "top_k": 2, "renormalize": True})
     assert (tuple(seen[0].shape), seen[0].dtype) == ((3, 2), torch.int32)
 
 
@@ -228,7 +228,7 @@ def test_an_unknown_mandatory_argument_is_refused(released: Released) -> None:
 def test_an_unknown_optional_argument_is_left_out(released: Released) -> None:
     text = schemas("vllm 0.33.0")["topk_softmax"].replace(") -> ()", ", Tensor? mask, int sentinel=7) -> ()")
     released("vllm 0.33.0", [text])
-    weights, ids = bind("topk_softmax@vllm")(torch.randn(3, 8), 2, {})
+    weights, ids = bind("topk_softmax@vllm")({"logits": torch.randn(3, 8), "top_k": 2})
     assert (weights.shape, ids.dtype) == ((3, 2), torch.int32)
 
 
@@ -336,7 +336,7 @@ def test_the_python_wrapper_is_bound_by_its_signature(monkeypatch: pytest.Monkey
     assert bound.info.capabilities.renormalize == (False, True)
     assert not bound.info.capabilities.bias
     assert "fused_topk_router.fused_topk(hidden_states, gating_output" in bound.info.origin
-    weights, ids = bound(torch.randn(4, 8), 2, {"renormalize": True, "scale": 2.0})
+    weights, ids = bound({"logits": torch.randn(4, 8), "top_k": 2, "renormalize": True, "scale": 2.0})
     assert torch.allclose(weights.sum(1), torch.ones(4))
     assert ids.dtype == torch.int32
 

@@ -14,7 +14,7 @@ import torch
 
 from moe_fuzz.campaign.repro import render, renderer, tensors
 from moe_fuzz.case import Case, Fault
-from moe_fuzz.checks.observation import Outputs, RoutingObservation
+from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 from moe_fuzz.errors import CaseError, EnvironmentProblem
 from moe_fuzz.execute.exhibit import tensor as exhibited
 from moe_fuzz.execute.runner import Runner

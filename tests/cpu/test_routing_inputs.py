@@ -16,7 +16,8 @@ from moe_fuzz.errors import CaseError
 from moe_fuzz.fence import open_arena
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
-from moe_fuzz.ops.routing.inputs import element_bits, materialize
+from moe_fuzz.ops.inputs import element_bits
+from moe_fuzz.ops.routing.inputs import materialize
 
 SPACE = get_space("topk_softmax")
 GROUPED = get_space("grouped_topk")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moe_fuzz.case import Case
-from moe_fuzz.checks.observation import Outputs, RoutingObservation
+from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 from moe_fuzz.contract import Contract, TargetInfo
-from moe_fuzz.ops.routing.inputs import Inputs
+from moe_fuzz.ops.routing.inputs import RoutingInputs
 
 _NOTHING = Outputs(torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int32))
 
@@ -17,7 +17,8 @@ def bound(x: torch.Tensor, sigmoid: str = "exp") -> tuple[torch.Tensor, torch.Te
     """The float64 score, and how far from it a float32 one may be."""
     info = TargetInfo("topk_sigmoid@x", "topk_sigmoid", "x", contract=Contract(sigmoid=sigmoid))
     case = Case("topk_sigmoid", {}, (), 0)
-    inputs = Inputs(1, {"renormalize": False, "scale": 1.0, "padding": "distinct"}, {"logits": x.view(1, -1)})
+    options = {"top_k": 1, "renormalize": False, "scale": 1.0, "padding": "distinct"}
+    inputs = RoutingInputs(options, {"logits": x.view(1, -1)})
     seen = RoutingObservation(case, 0, info, inputs, _NOTHING, lambda _: _NOTHING)
     return seen.scores[0], seen.error[0]
 

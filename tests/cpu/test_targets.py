@@ -124,15 +124,16 @@ def test_the_signature_says_what_a_function_takes(file: Path) -> None:
     assert (can.renormalize, can.bias, can.scale, can.is_padding, can.out) == ((False,), False, False, False, False)
     assert plain.info.contract.padding == ("garbage",)
     assert plain.info.provider == "user"
-    weights, ids = plain(torch.randn(2, 8), 2, {"renormalize": True, "scale": 2.0})
+    weights, ids = plain({"logits": torch.randn(2, 8), "top_k": 2, "renormalize": True, "scale": 2.0})
     assert (weights.shape, ids.dtype) == ((2, 2), torch.int32)
 
 
 def test_other_spellings_and_keywords_of_any_name(file: Path) -> None:
     spelled = bind(f"topk_softmax@{file}:spelled")
-    assert spelled(None, 2, {"renormalize": True, "bias": "b", "scale": 2.5, "padding": "x"}) == (True, "b", 2.5)
+    given = {"logits": None, "top_k": 2, "renormalize": True, "bias": "b", "scale": 2.5, "padding": "x"}
+    assert spelled(given) == (True, "b", 2.5)
     everything = bind(f"topk_softmax@{file}:everything")
-    assert everything(None, 2, {"bias": "b", "out": "o"}) == {"bias": "b", "out": "o"}
+    assert everything({"logits": None, "top_k": 2, "bias": "b", "out": "o"}) == {"bias": "b", "out": "o"}
     assert everything.info.capabilities.out
 
 
@@ -140,7 +141,8 @@ def test_a_module_takes_what_its_forward_names(file: Path) -> None:
     module = bind(f"topk_softmax@{file}:module")
     can = module.info.capabilities
     assert (can.renormalize, can.bias, can.is_padding, can.out) == ((False, True), False, True, False)
-    assert module(torch.randn(2, 8), 2, {"renormalize": True, "padding": "distinct", "scale": 1.0})[1].shape == (2, 2)
+    given = {"logits": torch.randn(2, 8), "top_k": 2, "renormalize": True, "padding": "distinct", "scale": 1.0}
+    assert module(given)[1].shape == (2, 2)
 
 
 def test_a_grouped_router_takes_what_it_names(tmp_path: Path) -> None:
@@ -172,8 +174,8 @@ def test_declarations_are_cut_down_to_the_signature(file: Path) -> None:
 
 
 def test_factories_and_attributes(file: Path) -> None:
-    assert bind(f"topk_softmax@{file}:factory()")(torch.randn(1, 4), 1, {})[1].shape == (1, 1)
-    assert bind(f"topk_softmax@{file}:Holder.inside")(torch.randn(1, 4), 1, {})[1].shape == (1, 1)
+    assert bind(f"topk_softmax@{file}:factory()")({"logits": torch.randn(1, 4), "top_k": 1})[1].shape == (1, 1)
+    assert bind(f"topk_softmax@{file}:Holder.inside")({"logits": torch.randn(1, 4), "top_k": 1})[1].shape == (1, 1)
 
 
 @pytest.mark.parametrize(

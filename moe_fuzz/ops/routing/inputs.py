@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from moe_fuzz import generator, group_faults  # noqa: F401 - they register
 from moe_fuzz.case import Case
-from moe_fuzz.contract import Capabilities
 from moe_fuzz.faults import FAULTS, Canvas
-from moe_fuzz.fence import Arena
+from moe_fuzz.ops.inputs import Inputs, Lie, Result
 
 _BIAS_MAGNITUDE = 2.0**-2
 #: Of all fields of a case, what the target is given besides the tensors.
-_OPTIONS = ("renormalize", "scale", "padding", "n_group", "topk_group", "scoring", "group_score", "n_shared")
-
-
-@dataclass(frozen=True)
-class Lie:
-    """Where a tensor's elements lie; all numbers in elements."""
-
-    gap: int = 0  # between the end of a row and the start of the next
-    offset: int = 0  # before the first element
-    column_stride: int = 0  # not 0: rows are packed no more than columns are, and a row's elements stand this far apart
-
-    def strides(self, shape: Sequence[int]) -> tuple[int, ...]:
-        if len(shape) != 2:
-            return (1,)
-        return (1, self.column_stride) if self.column_stride else (shape[1] + self.gap, 1)
+_OPTIONS = ("top_k", "renormalize", "scale", "padding", "n_group", "topk_group", "scoring", "group_score", "n_shared")
 
 
 @dataclass
-class Inputs:
-    """Arguments of one call. `plain` holds the tensors in ordinary memory, before they were fenced."""
+class RoutingInputs(Inputs):
+    """top_k, renormalize, scale, padding, of grouped_topk also what it alone has; logits [T, E], bias [E],
+    is_padding [T] bool, expert_map [E]."""
 
-    top_k: int
-    options: dict[str, Any]  # renormalize, scale, padding; of grouped_topk also what it alone has
-    plain: dict[str, torch.Tensor] = field(default_factory=dict)  # logits [T, E], bias [E], is_padding [T] bool, …
-    lies: dict[str, Lie] = field(default_factory=dict)  # of the tensors that are not packed
+    fluid: ClassVar[tuple[str, ...]] = ("logits", "is_padding")
+
+    @property
+    def top_k(self) -> int:
+        return int(self.options["top_k"])
 
     @property
     def width(self) -> int:
@@ -48,34 +34,16 @@ class Inputs:
         return self.top_k + int(self.options.get("n_shared", 0))
 
     @property
-    def device(self) -> torch.device:
-        """Where `plain` is, and where the outputs are judged."""
-        return self.plain["logits"].device
-
-    def replace(self, **tensors: torch.Tensor) -> Inputs:
-        """The same call with other tensors."""
-        return Inputs(self.top_k, self.options, {**self.plain, **tensors}, self.lies)
-
-    def place(self, arena: Arena, capabilities: Capabilities) -> dict[str, torch.Tensor]:
-        """Lays the tensors into the arena, flush against its guards."""
-        return {name: self._place(name, plain, arena, capabilities) for name, plain in self.plain.items()}
-
-    def _place(self, name: str, plain: torch.Tensor, arena: Arena, capabilities: Capabilities) -> torch.Tensor:
-        lie = self.lies.get(name, Lie())
-        return arena.filled(
-            name,
-            plain,
-            alignment=max(capabilities.alignment, plain.element_size()),
-            strides=lie.strides(plain.shape) if lie.gap or lie.column_stride else None,
-            offset=lie.offset,
-        )
+    def results(self) -> dict[str, Result]:
+        shape = (self.tokens, self.width)
+        return {"weights": (shape, torch.float32), "ids": (shape, torch.int32)}
 
 
-def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> Inputs:
+def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> RoutingInputs:
     """The inputs of one step of a case, a function of the case alone; the same bits on every device."""
     config, step = case.config, case.steps[step_index]
     experts = list(case.experts)
-    inputs = Inputs(int(config["top_k"]), {key: config[key] for key in _OPTIONS if key in config})
+    inputs = RoutingInputs({key: config[key] for key in _OPTIONS if key in config})
 
     rows = list(step.rows)
     logits = _fresh(case, rows, case.stream(step_index), device)
@@ -134,8 +102,3 @@ def benign_rows(
     values = generator.triangular(case.seed, "logits", names, list(case.experts), 62, device)
     return (4 * values).to(getattr(torch, str(case.config["dtype"])))
 
-
-def element_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bits as integers of the same size, so that NaN equals NaN and -0 differs from +0."""
-    kinds: Mapping[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(kinds[tensor.element_size()])

@@ -69,6 +69,7 @@ class RoutingSpace:
     description: str
     presets: Mapping[str, Mapping[str, Scalar]]
 
+    family: ClassVar[str] = "routing"
     checks: ClassVar[Mapping[str, str]] = text.CHECKS
     faults: ClassVar[Mapping[str, str]] = text.FAULTS
     places: ClassVar[tuple[FaultPlace, ...]] = PLACES

@@ -13,7 +13,7 @@ import torch
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.fence import unwritten
-from moe_fuzz.ops.routing.inputs import Inputs, benign_rows
+from moe_fuzz.ops.routing.inputs import RoutingInputs, benign_rows
 from moe_fuzz.reference import grouped_topk, routing
 
 U = 2.0**-24  # unit roundoff of float32
@@ -39,10 +39,10 @@ class RoutingObservation:
     case: Case
     step_index: int
     info: TargetInfo
-    inputs: Inputs
+    inputs: RoutingInputs
     outputs: Outputs
-    call: Callable[[Inputs], Outputs]  # runs the target again, in fences, on other inputs; a graph is replayed
-    eager: Callable[[Inputs], Outputs] | None = None  # runs it without a graph, where `call` is a replay
+    call: Callable[[RoutingInputs], Outputs]  # runs the target again, in fences, on other inputs; a graph is replayed
+    eager: Callable[[RoutingInputs], Outputs] | None = None  # runs it without a graph, where `call` is a replay
     budget: dict[str, float] = field(default_factory=dict)  # largest accepted error over bound, by check
     rows: list[int] | None = None  # positions in the step of the rows that are seen; None: all of them
 
@@ -138,7 +138,7 @@ class RoutingObservation:
         """What the reference gives for these inputs, some of them changed; without padding flags."""
         arguments = {**self.inputs.plain, **self.inputs.options, **changed}
         arguments.pop("is_padding", None)
-        return Outputs(*REFERENCES[self.case.op](arguments.pop("logits"), self.top_k, **arguments))
+        return Outputs(*REFERENCES[self.case.op](arguments.pop("logits"), arguments.pop("top_k"), **arguments))
 
     @property
     def scores(self) -> torch.Tensor:
@@ -188,15 +188,27 @@ class RoutingObservation:
         return routing.defined_rows(self.logits, self.bias, self.top_k) & ~self.flagged
 
     @cached_property
-    def healed(self) -> tuple[Inputs, Outputs]:
-        """The same call with ordinary logits in all rows that are not defined; the call itself where there are none."""
+    def healed_inputs(self) -> RoutingInputs:
+        """The same inputs with ordinary logits in all rows that are not defined; the very same where there are none."""
         positions = (~self.defined).nonzero().flatten()
         if not len(positions):
-            return self.inputs, self.outputs
+            return self.inputs
         logits = self.logits.clone()
         logits[positions] = self.benign(positions)
-        inputs = self.inputs.replace(logits=logits)
-        return inputs, self.call(inputs)
+        return self.inputs.replace(logits=logits)
+
+    @cached_property
+    def healed(self) -> tuple[RoutingInputs, Outputs]:
+        """The call on `healed_inputs`; the call itself where nothing is to be healed."""
+        inputs = self.healed_inputs
+        return inputs, self.outputs if inputs is self.inputs else self.call(inputs)
+
+    @cached_property
+    def fewer(self) -> tuple[torch.Tensor, RoutingInputs]:
+        """Every second defined row from the last, int64 [R], and the healed inputs of these rows alone."""
+        rows = self.defined.nonzero().flatten().flip(0)[::2]
+        by_row = {name: self.healed_inputs.plain[name] for name in self.inputs.fluid if name in self.inputs.plain}
+        return rows, self.healed_inputs.replace(**{name: tensor[rows] for name, tensor in by_row.items()})
 
     # ---- outputs ----------------------------------------------------------------------------------------------------
 
@@ -254,13 +266,3 @@ class RoutingObservation:
         ids = torch.where(self.sound_ids.view(-1, 1), self.ids, torch.zeros_like(self.ids))
         return table.gather(1, ids)
 
-
-def first(mask: torch.Tensor) -> tuple[int, ...]:
-    """The coordinate of the first True."""
-    return tuple(int(i) for i in mask.nonzero()[0])
-
-
-def row_text(row: torch.Tensor, limit: int = 8) -> str:
-    """A row for a person: `[0.25, 0.125, …]`."""
-    items = [f"{float(v):.6g}" if row.is_floating_point() else str(int(v)) for v in row[:limit]]
-    return "[" + ", ".join(items) + (", …]" if row.numel() > limit else "]")

@@ -7,8 +7,9 @@ checks have it.
 from __future__ import annotations
 
 from moe_fuzz.checks import check
-from moe_fuzz.checks.metamorphic import REPEATS, differs, pick, violation
-from moe_fuzz.checks.observation import RoutingObservation
+from moe_fuzz.checks.relations import REPEATS, differs, pick
+from moe_fuzz.checks.routing.metamorphic import violation
+from moe_fuzz.checks.routing.observation import RoutingObservation
 from moe_fuzz.verdict import Violation
 
 

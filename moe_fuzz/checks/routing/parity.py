@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from moe_fuzz.checks import check
-from moe_fuzz.checks.groups import Kept, kept_groups, same_groups
-from moe_fuzz.checks.observation import RoutingObservation, U, first, row_text
+from moe_fuzz.checks.coordinates import first, row_text
+from moe_fuzz.checks.routing.groups import Kept, kept_groups, same_groups
+from moe_fuzz.checks.routing.observation import RoutingObservation, U
 from moe_fuzz.verdict import Violation
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from moe_fuzz.checks import check
-from moe_fuzz.checks.observation import RoutingObservation, U, first, row_text
+from moe_fuzz.checks.coordinates import first, row_text
+from moe_fuzz.checks.routing.observation import RoutingObservation, U
 from moe_fuzz.fence import unwritten
 from moe_fuzz.verdict import Violation
 

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moe_fuzz.checks import check
-from moe_fuzz.checks.observation import Outputs, RoutingObservation, first
-from moe_fuzz.ops.routing.inputs import Inputs, element_bits
+from moe_fuzz.checks.coordinates import first
+from moe_fuzz.checks.relations import differs, pick, steady
+from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
+from moe_fuzz.ops.inputs import Inputs, element_bits
 from moe_fuzz.verdict import Violation
-
-REPEATS = 3
-
-
-def differs(one: Outputs, other: Outputs) -> torch.Tensor:
-    """bool [T]: rows whose bits differ in weights or ids."""
-    found = torch.zeros(one.ids.shape[0], dtype=torch.bool, device=one.ids.device)
-    for a, b in ((one.weights, other.weights), (one.ids, other.ids)):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return torch.ones_like(found)
-        found |= (element_bits(a) != element_bits(b)).any(dim=1)
-    return found
-
-
-def _steady(seen: RoutingObservation, one: Inputs, other: Inputs, rows: torch.Tensor, others: torch.Tensor) -> bool:
-    """Whether both calls repeat their own bits: if not, the difference is nondeterminism and not this relation's."""
-    first_one, first_other = seen.call(one), seen.call(other)
-    for _ in range(REPEATS):
-        if differs(first_one, seen.call(one))[rows].any() or differs(first_other, seen.call(other))[others].any():
-            return False
-    return True
-
-
-def pick(outputs: Outputs, rows: torch.Tensor) -> Outputs:
-    return Outputs(outputs.weights[rows], outputs.ids[rows])
 
 
 def violation(check_name: str, message: str, rows: torch.Tensor, one: Outputs, other: Outputs) -> list[Violation]:
@@ -70,7 +49,7 @@ def isolation(seen: RoutingObservation) -> list[Violation]:
         return []
     other_inputs, other = seen.healed
     one = seen.outputs
-    if not differs(one, other)[rows].any() or not _steady(seen, seen.inputs, other_inputs, rows, rows):
+    if not differs(one, other)[rows].any() or not steady(seen, seen.inputs, other_inputs, rows, rows):
         return []
     message = "other contents in padding rows changed this real row"
     return violation("isolation", message, rows, pick(one, rows), pick(other, rows))
@@ -79,14 +58,27 @@ def isolation(seen: RoutingObservation) -> list[Violation]:
 @check("routing", "batch_invariance", relation=True)
 def batch_invariance(seen: RoutingObservation) -> list[Violation]:
     """Fewer rows in another order, the same bits in each. Padding is healed first: what it does, `isolation` says."""
-    rows = seen.defined.nonzero().flatten().flip(0)[::2]  # every second real row, from the last
-    if not seen.info.contract.batch_invariant or seen.tokens < 2 or not len(rows):
+    if not seen.info.contract.batch_invariant or seen.tokens < 2 or not seen.defined.any():
         return []
+    rows, other_inputs = seen.fewer
     base_inputs, base = seen.healed
-    fewer = {name: tensor[rows] for name, tensor in base_inputs.plain.items() if name in ("logits", "is_padding")}
-    other_inputs = base_inputs.replace(**fewer)
     one, other = pick(base, rows), seen.call(other_inputs)
     everyone = torch.arange(len(rows), device=rows.device)
-    if not differs(one, other).any() or not _steady(seen, base_inputs, other_inputs, rows, everyone):
+    if not differs(one, other).any() or not steady(seen, base_inputs, other_inputs, rows, everyone):
         return []
     return violation("batch_invariance", "alone with fewer rows, this row has other bits", rows, one, other)
+
+
+def ahead(seen: RoutingObservation) -> Sequence[Inputs]:
+    """What the relations above will call, as far as they can know before there are outputs."""
+    contract, defined = seen.info.contract, seen.defined
+    calls: list[Inputs] = []
+    if contract.deterministic and seen.tokens:
+        calls.append(seen.inputs)
+    some = bool(defined.any())
+    invariant = contract.batch_invariant and seen.tokens > 1 and some
+    if some and not defined.all() and (contract.deterministic or invariant):
+        calls.append(seen.healed_inputs)
+    if invariant:
+        calls.append(seen.fewer[1])
+    return calls

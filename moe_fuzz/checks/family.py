@@ -1,0 +1,46 @@
+"""A family of ops: they share inputs, observation and checks, so execute/ can run any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from moe_fuzz.case import Case
+from moe_fuzz.ops.inputs import Inputs
+
+
+def _rows_by_experts(case: Case, step_index: int) -> int:
+    return case.steps[step_index].tokens * len(case.experts)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What execute/ has to know of a family. Its checks register with `@check(name, …)` when they are imported."""
+
+    name: str
+    #: (case, step_index, device) -> the arguments of that step
+    materialize: Callable[[Case, int, torch.device | str], Inputs]
+    #: (*tensors) -> a frozen dataclass whose fields are the results in order; None for one that a target has not
+    outputs: Callable[..., Any]
+    #: (case, step_index, info, inputs, outputs, call, eager) -> a frozen dataclass with at least these fields, in this
+    #: order, and `budget: dict[str, float]`, `shaped: bool`. `call` runs the target again, in fences, on other inputs;
+    #: a graph is replayed. `eager` runs it without a graph where `call` is a replay, and is None in the eager mode.
+    observe: Callable[..., Any]
+    #: (observation) -> the wrong answers that no check rejected; empty when the case proves parity
+    binding: Callable[[Any], list[str]]
+    #: (observation without outputs) -> calls that the relations will ask for whatever the outputs are. On a GPU they
+    #: are made with the step's own, so that the host waits once. `seen.call` is answered for these very objects.
+    ahead: Callable[[Any], Sequence[Inputs]] = lambda seen: ()
+    #: (case, step_index) -> elements that are made and judged: on the host where they are few, else on the device
+    elements: Callable[[Case, int], int] = _rows_by_experts
+
+
+def answered(seen: Any, outputs: Any) -> Any:
+    """An observation made without outputs, with them. What was computed of the inputs before is not computed again."""
+    whole = replace(seen, outputs=outputs)
+    known = {field.name for field in fields(seen)}
+    whole.__dict__.update({name: value for name, value in seen.__dict__.items() if name not in known})
+    return whole

@@ -1,0 +1,44 @@
+"""What relations between two calls have in common: the outputs are compared row by row, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from moe_fuzz.ops.inputs import Inputs, element_bits
+
+REPEATS = 3
+
+
+def tensors(outputs: Any) -> dict[str, torch.Tensor]:
+    """The results that are there, by name."""
+    found = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def differs(one: Any, other: Any) -> torch.Tensor:
+    """bool [T]: rows whose bits differ in any output. Every output has a row a token."""
+    pairs = list(zip(tensors(one).values(), tensors(other).values(), strict=True))
+    found = torch.zeros(pairs[0][0].shape[0], dtype=torch.bool, device=pairs[0][0].device)
+    for a, b in pairs:
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return torch.ones_like(found)
+        found |= (element_bits(a) != element_bits(b)).flatten(1).any(dim=1)
+    return found
+
+
+def steady(seen: Any, one: Inputs, other: Inputs, rows: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether both calls repeat their own bits on these rows: if not, a difference between them is nondeterminism."""
+    first_one, first_other = seen.call(one), seen.call(other)
+    for _ in range(REPEATS):
+        if differs(first_one, seen.call(one))[rows].any() or differs(first_other, seen.call(other))[others].any():
+            return False
+    return True
+
+
+def pick(outputs: Any, rows: torch.Tensor) -> Any:
+    """The outputs of these rows, int64 [R]."""
+    found = (getattr(outputs, field.name) for field in fields(outputs))
+    return type(outputs)(*(None if tensor is None else tensor[rows] for tensor in found))

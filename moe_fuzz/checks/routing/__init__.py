@@ -1,0 +1,1 @@
+"""The checks of routers: topk_softmax, topk_sigmoid, grouped_topk."""

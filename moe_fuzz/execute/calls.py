@@ -1,0 +1,160 @@
+"""One call of a target: its tensors laid into an arena, the call itself, and what came back.
+
+The eager mode makes a new call for each step and each relation. The graph modes keep one a bucket: its tensors are the
+static buffers, filled anew before each replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moe_fuzz.execute.call import guarded
+from moe_fuzz.fence import Arena, canary, cuda_driver
+from moe_fuzz.ops.inputs import Inputs, Result
+from moe_fuzz.targets.bind import Target
+from moe_fuzz.verdict import Violation
+
+Results = tuple["torch.Tensor | None", ...]  # in the order of the op's results; None for one that the target has not
+
+
+class BadResult(Exception):
+    """What a target returned is no result at all: the violation it is."""
+
+    def __init__(self, violation: Violation) -> None:
+        super().__init__(violation.message)
+        self.violation = violation
+
+
+class Call:
+    """A call that is ready to be made. Its tensors live in the arena."""
+
+    def __init__(self, inputs: Inputs, target: Target, arena: Arena, with_out: bool) -> None:
+        """with_out: the results go into buffers of ours."""
+        capabilities = target.info.capabilities
+        self.target, self.arena = target, arena
+        self.results = inputs.results
+        self.fluid = inputs.fluid
+        self.tensors = inputs.place(arena, capabilities)
+        self.plain = dict(inputs.plain)  # what they hold
+        self.arguments: dict[str, Any] = inputs.options | self.tensors
+        self.out: tuple[torch.Tensor, ...] = ()
+        if with_out:
+            self.out = tuple(
+                arena.tensor(name, shape, dtype, role="output", alignment=max(dtype.itemsize, capabilities.alignment))
+                for name, (shape, dtype) in _given(self.results, capabilities.absent).items()
+            )
+            self.arguments["out"] = self.out if len(self.results) > 1 else self.out[0]
+
+    @property
+    def first(self) -> torch.Tensor:
+        """The first of the tensors that change from step to step."""
+        return self.tensors[self.fluid[0]]
+
+    @property
+    def device(self) -> torch.device:
+        return self.first.device
+
+    def refill(self, inputs: Inputs) -> None:
+        """Other inputs of the same shapes into the same tensors. Weights that are there already stay."""
+        for name, tensor in self.tensors.items():
+            value = inputs.plain[name]
+            if name in self.fluid or self.plain[name] is not value or not self.arena.options.is_readonly(name):
+                self.arena.fill(tensor, value)
+                self.plain[name] = value
+
+    def poison(self) -> None:
+        """Makes the buffers of ours look as if nothing had been written."""
+        for tensor in self.out:
+            canary.poison(tensor)
+
+    def bare(self, first: torch.Tensor | None = None) -> Any:
+        """Calls the target and returns what it returns. Nothing is guarded, nothing waits for the device.
+
+        first: in the place of the tensor of that name.
+        """
+        return self.target(self.arguments if first is None else {**self.arguments, self.fluid[0]: first})
+
+    def run(self) -> Any:
+        """Calls the target with its inputs read-only and its own memory fenced. Raises TargetError, DeviceLost."""
+        self.arena.protect()
+        try:
+            with self.arena.own():
+                return guarded(self.bare, self.device.type)
+        finally:
+            self.arena.unprotect()
+
+    def fetched(self, device: torch.device) -> Results:
+        """Calls the target, and fetches the results to `device`. Also raises BadResult."""
+        return fetch(self.unpacked(self.run()), device)
+
+    def unpacked(self, result: Any) -> Results:
+        """The results out of what the target returned. Raises BadResult if it is not those, or not the buffers that
+        were given."""
+        results = _given(self.results, self.target.info.capabilities.absent)
+        alone = len(self.results) == 1
+        several = isinstance(result, tuple | list)
+        got = (result,) if alone and not several else tuple(result) if several else ()
+        ranks = [len(shape) for shape, _ in results.values()]
+        if len(got) < len(results) or not all(
+            isinstance(t, torch.Tensor) and t.dim() == rank for t, rank in zip(got, ranks, strict=False)
+        ):
+            names = ", ".join(results)
+            what = {1: f"a tensor {names}", 2: f"a pair of tensors ({names})"}.get(len(results), f"tensors ({names})")
+            raise BadResult(Violation(
+                "structure", "result", f"the result is not {what}", expected=names if alone else f"({names})",
+                got=type(result).__name__ + (f" of {len(result)}" if several else ""),
+            ))  # fmt: skip
+        for name, tensor in zip(results, got, strict=False):
+            if tensor.device != self.device:
+                message = f"{name} is on the wrong device"
+                raise BadResult(
+                    Violation("structure", f"{name}:device", message, name, (), str(self.device), str(tensor.device))
+                )
+        for at, (name, given, tensor) in enumerate(zip(results, self.out, got, strict=False)):
+            if given.numel() and not _same_memory(given, tensor):
+                raise BadResult(Violation(
+                    "structure", f"{name}:out", f"{name} did not come back in the buffer `out` that was given", name,
+                    (), "the tensor out" if alone else f"the tensor out[{at}]", "another tensor",
+                ))  # fmt: skip
+        by_name = dict(zip(results, got, strict=False))
+        return tuple(by_name.get(name) for name in self.results)
+
+
+def _given(results: Mapping[str, Result], absent: Sequence[str]) -> dict[str, Result]:
+    """Those that the target gives, which come in the op's order."""
+    return {name: result for name, result in results.items() if name not in absent}
+
+
+def fetch(results: Results, device: torch.device) -> Results:
+    """The results, copied to the bit to where they are judged: a target may use its own buffers again, and checks call
+    it again."""
+    there = next(tensor.device for tensor in results if tensor is not None)
+    if device.type == there.type:
+        return tuple(None if tensor is None else tensor.detach().clone() for tensor in results)
+    copies = tuple(
+        None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        for tensor in results
+    )
+    for copy, tensor in zip(copies, results, strict=True):
+        if copy is not None and tensor is not None:
+            copy.copy_(tensor.detach(), non_blocking=True)
+    cuda_driver.synchronize()  # once for all
+    return copies
+
+
+def check_shapes(inputs: Inputs, results: Results) -> None:
+    """Raises BadResult for results that have not the shapes which their inputs ask for: relations compare row by
+    row."""
+    for (name, (shape, _)), tensor in zip(inputs.results.items(), results, strict=True):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            message = f"{name} has the wrong shape"
+            raise BadResult(
+                Violation("structure", f"{name}:shape", message, name, (), str(shape), str(tuple(tensor.shape)))
+            )
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()

@@ -1,0 +1,104 @@
+"""The arguments of one call of an op: its tensors, where they will lie in memory, its plain arguments. Worker side.
+
+A family of ops extends `Inputs` in ops/<family>/inputs.py and makes them there: `materialize(case, step_index, device)`
+is a function of the case alone, with the same bits on every device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import torch
+
+from moe_fuzz.contract import Capabilities
+from moe_fuzz.fence import Arena
+
+_INTEGERS: Mapping[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Result = tuple[tuple[int, ...], torch.dtype]  # shape and dtype
+
+
+@dataclass(frozen=True)
+class Lie:
+    """Where a tensor's elements lie; all numbers in elements."""
+
+    gap: int = 0  # between the end of a row and the start of the next
+    offset: int = 0  # before the first element
+    column_stride: int = 0  # not 0: rows are packed no more than columns are, and a row's elements stand this far apart
+
+    def strides(self, shape: Sequence[int]) -> tuple[int, ...]:
+        if len(shape) != 2:
+            return (1,)
+        return (1, self.column_stride) if self.column_stride else (shape[1] + self.gap, 1)
+
+
+@dataclass
+class Inputs(ABC):
+    """Arguments of one call. `plain` holds the tensors in ordinary memory, before they are fenced.
+
+    Nobody writes into them once they are made: a call may find the same tensor where an earlier one has put it.
+    """
+
+    options: dict[str, Any]  # the op's plain arguments, by name
+    plain: dict[str, torch.Tensor] = field(default_factory=dict)  # its tensors, by name; those it has not are not there
+    lies: dict[str, Lie] = field(default_factory=dict)  # of the tensors that are not packed
+
+    #: The tensors that change from replay to replay of a graph. All others are weights. The first has a row a token.
+    fluid: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    @abstractmethod
+    def results(self) -> dict[str, Result]:
+        """What a call returns, in order; `out` buffers are made like that."""
+
+    @property
+    def tokens(self) -> int:
+        return self.plain[self.fluid[0]].shape[0]
+
+    @property
+    def elements(self) -> int:
+        return sum(tensor.numel() for tensor in self.plain.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where `plain` is, and where the outputs are judged."""
+        return self.plain[self.fluid[0]].device
+
+    def replace(self, **tensors: torch.Tensor) -> Self:
+        """The same call with other tensors."""
+        return replace(self, plain={**self.plain, **tensors})
+
+    def blank(self) -> Self:
+        """What a server captures a graph on: zeros, and every row a token. The weights are there."""
+        return self.replace(**{name: torch.zeros_like(self.plain[name]) for name in self.fluid if name in self.plain})
+
+    def place(self, arena: Arena, capabilities: Capabilities) -> dict[str, torch.Tensor]:
+        """Lays the tensors into the arena, flush against its guards. Weights that lie there already stay as they are,
+        unless a target may have written into them."""
+        placed = {}
+        for name, plain in self.plain.items():
+            fixed = name not in self.fluid and arena.options.is_readonly(name)
+            there, tensor = arena.weights.get(name, (None, None)) if fixed else (None, None)
+            if tensor is None or there is not plain:
+                tensor = self._place(name, plain, arena, capabilities)
+                if fixed:
+                    arena.weights[name] = (plain, tensor)
+            placed[name] = tensor
+        return placed
+
+    def _place(self, name: str, plain: torch.Tensor, arena: Arena, capabilities: Capabilities) -> torch.Tensor:
+        lie = self.lies.get(name, Lie())
+        return arena.filled(
+            name,
+            plain,
+            alignment=max(capabilities.alignment, plain.element_size()),
+            strides=lie.strides(plain.shape) if lie.gap or lie.column_stride else None,
+            offset=lie.offset,
+        )
+
+
+def element_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bits as integers of the same size, so that NaN equals NaN and -0 differs from +0."""
+    return tensor.contiguous().view(_INTEGERS[tensor.element_size()])
