@@ -30,8 +30,9 @@ FORMAT = 1
 INLINE_PREFIX = "mfz1:"
 #: How the steps run. eager: one call each, in one process. graph: over static buffers, one bucket a token count, all
 #: captured in one pool, the largest first, then replayed in order. piecewise: the same, with what produces the logits
-#: and what consumes the result in graphs of their own, and eager work between them.
-MODES = ("eager", "graph", "piecewise")
+#: and what consumes the result in graphs of their own, and eager work between them. ranks: as graph, over a batch that
+#: several data-parallel ranks have padded to the largest of them and gathered; of layers alone.
+MODES = ("eager", "graph", "piecewise", "ranks")
 MAX_STEPS = 64
 MAX_BYTES = 1 << 20  # of a case's JSON, so that a hostile file cannot fill the memory
 MAX_ROWS = 1 << 20

@@ -35,6 +35,8 @@ class Contract:
     weight_dtype: str = "float32"  # "dtype": the router's weights are rounded to that of x first
     reduce: str = "float32"  # dtype in which the slots of a token are added up
     truncates: bool = False  # stores cut off instead of rounding: Triton's interpreter
+    logits: str = "float32"  # of a layer: "dtype": its logits are rounded to that of hidden
+    combine: str = "float32"  # of a layer: in which the shards' results are added up: "float32" | "dtype"
     accepts: tuple[str, ...] = ("distinct",)  # the padding dialects whose slots it takes
 
 
@@ -80,6 +82,9 @@ class Capabilities:
     activations: tuple[str, ...] = ("silu", "gelu", "relu2", "swiglu_oai")
     gate_layouts: tuple[str, ...] = ("first", "up_first", "interleaved")
     biases: bool = True
+    # of layers
+    max_ranks: int = 64  # data-parallel ranks whose batch it takes
+    max_shards: int = 64
     weight_on_input: bool = True
 
 

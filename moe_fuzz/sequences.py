@@ -10,7 +10,7 @@ reducer takes a step away, the tails of the others hold what they held.
 from __future__ import annotations
 
 import random
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe_fuzz.case import MODES, Case, Fault, Scalar, Step
@@ -73,14 +73,16 @@ def afforded(
         return run, tokens
     most = max(tokens)
 
+    ranks = _ranks(config)
+
     def affordable(size: int) -> bool:
         return space.affordable(Case(space.op, config, (Step(Labels.range(size)),), 0, run), device)
 
-    sizes = [size for size in (*BUCKETS, *ODD_BUCKETS) if size <= most]
+    sizes = [ranks * size for size in (*BUCKETS, *ODD_BUCKETS) if ranks * size <= most]
     found = tuple(sizes if affordable(max(sizes, default=1)) else filter(affordable, sizes))
     if not found and SINGLE in others:
         return SINGLE, tokens
-    return run, found or BUCKETS[:1]
+    return run, found or (ranks * BUCKETS[0],)
 
 
 def plan(run: str, tokens: Sequence[int], swarm: Sequence[FaultPlace], chosen: random.Random) -> Plan:
@@ -111,14 +113,17 @@ def random_plan(tokens: Sequence[int], faults: Sequence[LaidFault], padding: int
 
 
 def make(
-    space: Space, config: Mapping[str, Scalar], run: str, plan: Plan, seed: int, target: str, device: str
-) -> Case:
-    """The case of a plan; as many of its steps as the device can afford."""
+    space: Space, config: Mapping[str, Scalar], run: str, plan: Plan, seed: int, target: str, device: str,
+    places: Sequence[FaultPlace] | None = None,
+) -> Case:  # fmt: skip
+    """The case of a plan; as many of its steps as the device can afford. places: the faults that may be in a tail, if
+    not all of the space's."""
     chosen = random.Random(seed)  # positions only; the values come from the case's generator
     if run == SEQUENCE:
         steps = [make_step(_size(plan, move), move.padding, move.faults, chosen) for move in plan.moves]
     else:
-        steps = _replays(plan, chosen, {place.fault for place in space.places})
+        known = {place.fault: place.tensor for place in reversed(space.places if places is None else places)}
+        steps = _replays(plan, chosen, known, getattr(space, "tails", TAILS), _ranks(config))
     case = Case(space.op, config, tuple(steps), seed, mode(run), target)
     while len(case.steps) > 1 and not space.affordable(case, device):
         case = replace(case, steps=case.steps[:-1])
@@ -149,6 +154,24 @@ def padding_rows(rows: Labels, padding: int, chosen: random.Random) -> Labels:
     return rows.last(count) if padding <= 4 else Labels.of(chosen.sample(range(len(rows)), min(count, 64)))
 
 
+def rank_padding(rows: Labels, ranks: int, padding: int, chosen: random.Random) -> Labels:
+    """The tails of as many ranks, each of the same number of rows, of which at least one is full.
+
+    0: all full. 1: any other numbers of tokens. 2: one rank is idle. 3: one rank is full, the others have one token
+    (TensorRT-LLM#7965), or none. 4: any other numbers, none among them.
+    """
+    block, full = len(rows) // ranks, chosen.randrange(ranks)
+    idle = chosen.choice([rank for rank in range(ranks) if rank != full])
+    alone, found = chosen.randint(0, 1), Labels()
+    for rank in range(ranks):
+        tokens = block
+        if rank != full and padding:
+            tokens = alone if padding == 3 else chosen.randint(min(1, block), block)
+            tokens = 0 if rank == idle and padding in (2, 4) else tokens
+        found = found | rows.first((rank + 1) * block).last(block - tokens)
+    return found
+
+
 def fault_rows(rows: Labels, padded: Labels, where: int, chosen: random.Random) -> Labels:
     """The padding, one row, some rows, or all rows."""
     if where == 0 and padded:
@@ -170,8 +193,11 @@ class _Content:
     faults: tuple[str, ...] = ("zero_rows",)
 
 
-def _replays(plan: Plan, chosen: random.Random, known: Container[str]) -> list[Step]:
-    """known: the faults that may be drawn. What none of them can bring into a tail is not in it."""
+def _replays(
+    plan: Plan, chosen: random.Random, known: Mapping[str, str], tails: Sequence[str] = TAILS, ranks: int = 1
+) -> list[Step]:  # fmt: skip
+    """known: the faults that may be drawn, and the tensor that each lies on. What none of them can bring into a tail is
+    not in it. tails: what may be there, as many as there are TAILS."""
     whole = {place.fault: Fault(place.fault, place.tensor)  # a layout is the buffer's, a bias is a weight: they stay
              for move in plan.moves for place, _ in move.faults
              if not place.on_rows and (place.max_rows is None or max(plan.sizes) <= place.max_rows)}  # fmt: skip
@@ -179,9 +205,10 @@ def _replays(plan: Plan, chosen: random.Random, known: Container[str]) -> list[S
     steps = []
     for stream, move in enumerate(plan.moves):
         rows = Labels.range(_size(plan, move))
-        padded = padding_rows(rows, move.padding, chosen)
+        padded = (padding_rows(rows, move.padding, chosen) if ranks == 1 else
+                  rank_padding(rows, ranks, move.padding, chosen))  # fmt: skip
         buffer = buffers.setdefault(len(rows), {row: _Content() for row in rows})
-        tail = TAILS[move.tail] if TAILS[move.tail] in known else ""
+        tail = tails[move.tail] if tails[move.tail] in known else ""
         for row in padded:
             if tail:
                 buffer[row] = _Content(stream, (tail,))
@@ -192,20 +219,25 @@ def _replays(plan: Plan, chosen: random.Random, known: Container[str]) -> list[S
             if place.on_rows and real:
                 for row in fault_rows(real, Labels(), where, chosen) & real:
                     buffer[row] = replace(buffer[row], faults=(*buffer[row].faults, place.fault))
-        held = [fault for fault in _faults(stream, buffer) if fault.name in known]
+        held = _faults(stream, buffer, known)
         steps.append(Step(rows, padded, (*held, *whole.values())))
     return steps
 
 
-def _faults(stream: int, buffer: Mapping[int, _Content]) -> list[Fault]:
+def _faults(stream: int, buffer: Mapping[int, _Content], known: Mapping[str, str]) -> list[Fault]:
     """The faults that make the rows of this step hold what the buffer does."""
     found: list[Fault] = []
     for content in dict.fromkeys(buffer.values()):
         rows = Labels.of(row for row, held in buffer.items() if held == content)
-        if content.stream not in (None, stream):
-            found.append(Fault("stale_rows", "logits", rows, content.stream))
-        found += [Fault(name, "logits", rows) for name in content.faults]
+        if content.stream not in (None, stream) and "stale_rows" in known:
+            found.append(Fault("stale_rows", known["stale_rows"], rows, content.stream))
+        found += [Fault(name, known[name], rows) for name in content.faults if name in known]
     return found
+
+
+def _ranks(config: Mapping[str, Scalar]) -> int:
+    """The data-parallel ranks whose rows make up a batch."""
+    return int(config.get("dp", 1))
 
 
 def _size(plan: Plan, move: Move) -> int:

@@ -51,7 +51,9 @@ def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tupl
     """
     config = draw(configs(space, info))
     kinds = sequences.runs(space.modes(info), device)
-    run, tokens = sequences.afforded(space, config, draw(st.sampled_from(kinds)), kinds, device)
+    drawn = draw(st.sampled_from(kinds))
+    run, tokens = sequences.afforded(space, space.in_mode(config, sequences.mode(drawn)), drawn, kinds, device)
+    config = space.in_mode(config, sequences.mode(run))
     places = [place for place in space.places_for(config, info) if sequences.mode(run) in place.modes]
     # The tensor first, then the fault: else a tensor with few faults of its own would hardly ever have one.
     by_tensor = [[p for p in places if p.tensor == tensor] for tensor in dict.fromkeys(p.tensor for p in places)]
@@ -99,7 +101,9 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     axes = [*space.axes(info), Axis("fault", places), *rows, Axis("run", runs)]
     for row in pairwise(axes, chosen):
         config = space.complete({axis.name: row[axis.name] for axis in axes[:-4]}, info)
-        run, tokens = sequences.afforded(space, config, str(row["run"]), runs, device)
+        drawn = str(row["run"])
+        run, tokens = sequences.afforded(space, space.in_mode(config, sequences.mode(drawn)), drawn, runs, device)
+        config = space.in_mode(config, sequences.mode(run))
         fitting = [place for place in space.places_for(config, info) if sequences.mode(run) in place.modes]
         place = next((p for p in fitting if f"{p.fault}@{p.tensor}" == row["fault"]), None)
         faults = [(place, int(row["where"]))] if place else []

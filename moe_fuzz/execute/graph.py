@@ -47,7 +47,9 @@ class GraphSteps(Steps):
         self, buckets: dict[_Key, Bucket], key: _Key, inputs: Inputs, arena: Arena, pool: GraphPool | None
     ) -> None:
         with_out, pieces = self.with_out, self.case.mode == "piecewise"
-        if pool is None:
+        # Ranks pad their batches into static buffers whether or not what runs over them is captured.
+        called = self.case.mode == "ranks" and not self.target.info.contract.graph
+        if pool is None or called:
             buckets[key] = Simulated(inputs, self.target, arena, with_out, pieces)
         else:
             buckets[key] = Captured(inputs, self.target, arena, with_out, pieces, pool)

@@ -65,6 +65,10 @@ class Space(Protocol):
         """The modes in which the target can be run: see moe_fuzz.case.MODES."""
         ...
 
+    def in_mode(self, config: Mapping[str, Scalar], mode: str) -> dict[str, Scalar]:
+        """The config with what depends on the mode: there are several ranks in `ranks`, and nowhere else."""
+        ...
+
     def affordable(self, case: Case, device: str) -> bool:
         """Whether the case may be drawn for the device, by its cost."""
         ...

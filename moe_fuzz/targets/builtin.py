@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, declares
 from moe_fuzz.kernels import grouped_topk as grouped
+from moe_fuzz.kernels import moe_layer as layer
 from moe_fuzz.kernels import routing
 
 _CONTRACT = Contract(
@@ -22,3 +23,10 @@ def _promises(module: str) -> dict[str, Any]:
 topk_softmax = declares(**_promises("routing"))(routing.topk_softmax)
 topk_sigmoid = declares(**_promises("routing"))(routing.topk_sigmoid)
 grouped_topk = declares(**_promises("grouped_topk"))(grouped.grouped_topk)
+
+moe_layer = declares(
+    contract=Contract(deterministic=True, ties="lowest_index_first", ordered=True, padding=PADDING_DIALECTS,
+                      accepts=PADDING_DIALECTS),
+    capabilities=_CAPABILITIES,
+    clauses={"*": "the contract in the docstring of moe_fuzz.reference.moe_layer"},
+)(layer.moe_layer)  # fmt: skip

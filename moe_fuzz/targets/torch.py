@@ -1,4 +1,4 @@
-"""Routers in plain PyTorch, as people write them in model code. Their projects promise nothing about padding rows."""
+"""Routers and a layer in plain PyTorch, as people write them in model code. Their projects promise nothing about padding rows."""
 
 from __future__ import annotations
 
@@ -72,3 +72,36 @@ def grouped_topk(
     if renormalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     return weights * scale, ids.to(torch.int32)
+
+
+@declares(
+    contract=Contract(deterministic=True, intermediate="float32", slot="none"), capabilities=Capabilities(alignment=1)
+)
+def moe_layer(
+    hidden: torch.Tensor, gate: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int, *,
+    scoring: str = "softmax", renormalize: bool = False, bias: torch.Tensor | None = None, scale: float = 1.0,
+    activation: str = "silu",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Every expert on every token, in float32, weighed by a dense matrix: what a compiler is given to make it fast.
+
+    hidden [T, H], gate [E, H], w13 [E, 2I, H], w2 [E, H, I] -> y [T, H], weights [T, k] float32, ids [T, k] int32.
+    """
+    route = topk_softmax if scoring == "softmax" else topk_sigmoid
+    x = hidden.float()
+    weights, ids = route(x @ gate.float().t(), top_k, renormalize, bias, scale)
+    dense = x.new_zeros(len(hidden), len(gate)).scatter_(1, ids.long(), weights)  # [T, E]
+    y = torch.zeros_like(x)
+    for expert in range(len(gate)):
+        a = x @ w13[expert].float().t()
+        if activation == "relu2":
+            h = a.relu().square()
+        else:
+            g, p = a.chunk(2, dim=-1)
+            if activation == "swiglu_oai":
+                g, p = g.clamp(max=7.0), p.clamp(-7.0, 7.0)
+                h = g * torch.sigmoid(1.702 * g) * (p + 1)
+            else:
+                h = (torch.nn.functional.gelu(g) if activation == "gelu" else torch.nn.functional.silu(g)) * p
+        weight = dense[:, expert : expert + 1]
+        y += (h @ w2[expert].float().t() * weight).masked_fill(weight == 0, 0.0)
+    return y.to(hidden.dtype), weights, ids

@@ -24,7 +24,7 @@ RANKS = (1, 2, 3, 4, 8)
 SHARDS = (1, 2, 3, 4, 8)
 #: Elements of w13 and w2: the host draws them anew for each case, and multiplies them in float64.
 MAX_WEIGHTS = 1 << 18
-CPU_BUDGET = 1.2  # seconds an interpreted case may take: a layer is a router, and a few launches a shard
+CPU_BUDGET = 0.8  # seconds an interpreted case may take: a layer is a router, and a few launches a shard
 CUDA_HIDDEN = 1 << 19  # T x H x k on a device, for the same reason
 
 FIELDS: dict[str, tuple[Scalar, ...]] = {
@@ -70,7 +70,6 @@ class LayerSpace(routing.RoutingSpace):
     fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = FIELDS
     row_faults: ClassVar[tuple[str, ...]] = ROW_FAULTS
     known_modes: ClassVar[tuple[str, ...]] = MODES
-    fluid: ClassVar[str] = "hidden"
 
     @cached_property
     def tensors(self) -> Mapping[str, str]:
@@ -84,6 +83,8 @@ class LayerSpace(routing.RoutingSpace):
         limited: dict[str, tuple[Scalar, ...]] = {
             "hidden": tuple(h for h in HIDDEN if h <= can.max_hidden and h % can.min_multiple_h == 0),
             "intermediate": tuple(i for i in INTERMEDIATE if i <= can.max_intermediate and i % can.min_multiple_i == 0),
+            "dp": tuple(n for n in RANKS if n <= can.max_ranks),
+            "ep": tuple(n for n in SHARDS if n <= can.max_shards),
             "dtype": tuple(d for d in FIELDS["dtype"] if d in can.dtypes),
             "scoring": can.scorings,
             "renormalize": can.renormalize,
@@ -103,13 +104,15 @@ class LayerSpace(routing.RoutingSpace):
         )
 
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
-        return MODES if info.contract.graph else (MODES[0], MODES[-1])
+        # Ranks pad to static buffers where nothing is captured, too.
+        known = MODES if info.contract.graph else (MODES[0], MODES[-1])
+        return known if info.capabilities.max_ranks > 1 else tuple(mode for mode in known if mode != "ranks")
 
     def in_mode(self, config: Mapping[str, Scalar], mode: str) -> dict[str, Scalar]:
         """There are several data-parallel ranks in the mode `ranks`, and nowhere else."""
         if mode != "ranks":
             return {**config, "dp": 1}
-        return {**config, "dp": config["dp"] if config["dp"] != 1 else 2, "is_padding": config["is_padding"]}
+        return {**config, "dp": max(2, int(config["dp"]))}
 
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
         axes = {axis.name: axis.values for axis in self.axes(info)}
@@ -158,6 +161,8 @@ class LayerSpace(routing.RoutingSpace):
         yield config["activation"] not in can.activations, f"activation={config['activation']}"
         yield config["gate_layout"] not in can.gate_layouts, f"gate_layout={config['gate_layout']}"
         yield config["expert_bias"] != "none" and not can.biases, "biases of experts"
+        yield int(config["dp"]) > can.max_ranks, f"{config['dp']} ranks"
+        yield int(config["ep"]) > can.max_shards, f"{config['ep']} shards"
         hidden, inter = int(config["hidden"]), int(config["intermediate"])
         yield hidden > can.max_hidden or hidden % can.min_multiple_h, f"hidden {hidden}"
         yield inter > can.max_intermediate or inter % can.min_multiple_i, f"intermediate {inter}"
@@ -213,13 +218,15 @@ class LayerSpace(routing.RoutingSpace):
         return {**super().mended(config), "ep": max(fitting)}
 
     def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
-        """An interpreted case with its reruns, fitted to measurements: about five calls of a router, and for each shard
-        some launches of few programs."""
+        """An interpreted case with its reruns, fitted to measurements: three calls, each of a gate and a router, and for
+        each shard of launches, in which the tiles of the two products count."""
         count, top_k = len(Labels.parse(str(config["experts"]))), int(config["top_k"])
         hidden, inter, shards = int(config["hidden"]), int(config["intermediate"]), int(config["ep"])
         slots = tokens * min(top_k, count)
-        products = 1e-3 * min(slots, 2 * count + slots // 16) * (1 + hidden * inter / 4096)
-        return 0.1 + 0.12 * shards + 1.2 * products + 3e-7 * _weights(count, config) + 2e-7 * slots * hidden * inter
+        blocks = min(slots, min(slots, -(-count // shards)) + slots // 16)
+        tiles = 0.006 * blocks * (1 + hidden * inter / 16384)
+        call = 0.03 + 1e-4 * tokens + shards * (0.02 + tiles + 1e-3 * min(slots, 16)) if tokens else 0.002
+        return 0.02 + 3 * call + 4e-8 * _weights(count, config) + 1e-7 * slots * hidden * inter / 16
 
     def label(self, case: Case) -> str:
         return text.label(case)
