@@ -166,6 +166,10 @@ class Warning(Event):
     hint: str = ""
 
 
+#: Of the histogram of error budgets: each bin is a twentieth of the bound.
+BUDGET_BINS = 20
+
+
 @dataclass(frozen=True)
 class TargetRow:
     """One target's line of the summary."""
@@ -181,6 +185,7 @@ class TargetRow:
     known: int = 0
     flaky: int = 0
     unavailable: str = ""  # the reason, if it never ran
+    budgets: tuple[int, ...] = ()  # passed cases by the share of the bound that their largest error used, BUDGET_BINS
 
     @property
     def ran(self) -> bool:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_fuzz.campaign.events import TargetRow
-from moe_fuzz.verdict import Verdict
+from moe_fuzz.campaign.events import BUDGET_BINS, TargetRow
+from moe_fuzz.verdict import PASS, Verdict
 
 
 @dataclass
@@ -20,6 +20,7 @@ class _Row:
     seconds: float = 0.0
     fence_seconds: float = 0.0
     flaky: int = 0
+    budgets: Counter[int] = field(default_factory=Counter)  # bin of the budget used -> passed cases
 
     def add(self, other: _Row) -> None:
         self.verdicts.update(other.verdicts)
@@ -28,6 +29,7 @@ class _Row:
         self.seconds += other.seconds
         self.fence_seconds += other.fence_seconds
         self.flaky += other.flaky
+        self.budgets.update(other.budgets)
 
 
 class Tally:
@@ -41,6 +43,8 @@ class Tally:
         one = _Row(
             Counter({verdict.kind: 1}), int(verdict.parity), verdict.budget, verdict.seconds, verdict.fence_seconds
         )
+        if verdict.kind == PASS and verdict.budget:  # 0: nothing was judged against a bound, or it was exact
+            one.budgets[min(BUDGET_BINS - 1, int(verdict.budget * BUDGET_BINS))] = 1
         self._add(target, one)
 
     def count_flaky(self, target: str) -> None:
@@ -77,11 +81,15 @@ class Tally:
             return TargetRow(
                 target, row.verdicts.total(), dict(row.verdicts), row.parity, row.budget, row.seconds,
                 row.fence_seconds, list(new).count(target), list(known).count(target), row.flaky, unavailable,
+                tuple(row.budgets[at] for at in range(BUDGET_BINS)) if row.budgets else (),
             )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         with self._lock:
-            return {target: vars(row) | {"verdicts": dict(row.verdicts)} for target, row in self._rows.items()}
+            return {
+                target: vars(row) | {"verdicts": dict(row.verdicts), "budgets": dict(row.budgets)}
+                for target, row in self._rows.items()
+            }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Tally:
@@ -89,6 +97,7 @@ class Tally:
         tally = cls()
         for target, fields in data.items():
             verdicts = Counter({str(kind): int(count) for kind, count in fields["verdicts"].items()})
-            numbers = {name: value + 0 for name, value in fields.items() if name != "verdicts"}
-            tally._add(target, _Row(verdicts, **numbers))
+            budgets = Counter({int(at): int(count) for at, count in fields.get("budgets", {}).items()})
+            numbers = {name: value + 0 for name, value in fields.items() if name not in ("verdicts", "budgets")}
+            tally._add(target, _Row(verdicts, budgets=budgets, **numbers))
         return tally

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_fuzz.campaign.events import CampaignStarted, FindingReported, Summary, TargetRow
@@ -18,6 +19,9 @@ _MEANING = {
     REJECTED: "refused with a clear error, outside what the target says it takes",
     FLAKY: "seen once, not again in fresh workers",
 }
+
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 def duration(seconds: float) -> str:
@@ -124,8 +128,15 @@ def _row(row: TargetRow) -> str:
     if row.parity:
         parts.append(f"on {row.parity:,} of them wrong outputs were proved to be rejected")
     if row.budget:
-        parts.append(f"largest error {row.budget:.0%} of its bound")
+        shape = f" ({histogram(row.budgets)} of 0 to 100%)" if row.budgets else ""
+        parts.append(f"largest error {row.budget:.0%} of its bound{shape}")
     return "; ".join(parts)
+
+
+def histogram(counts: Sequence[int]) -> str:
+    """`█▅▂·▁…`: a character a bin, as high as the root of its count: one case among thousands can be seen."""
+    most = max(counts, default=0) or 1
+    return "".join("·" if not n else _BARS[round((len(_BARS) - 1) * math.sqrt(n / most))] for n in counts)
 
 
 def _rest(result: Summary, state_dir: str) -> list[str]:

@@ -9,9 +9,11 @@ import pytest
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.findings import load_findings
 from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.case import loads_sequence
 from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
-from moe_fuzz.verdict import OOM, REJECTED, Verdict
+from moe_fuzz.report import text
+from moe_fuzz.verdict import OOM, PASS, REJECTED, VIOLATION, Verdict
 from tests.cpu.campaign_fakes import (
     GOOD,
     TARGET,
@@ -255,3 +257,16 @@ def test_strategies_that_draw_nothing_are_an_error(tmp_path):
     made._sources = replace(made._sources, rounds=lambda space, info, device: st.just(()))
     with pytest.raises(MoeFuzzError, match="draw no cases"):
         made.run()
+
+
+def test_the_histogram_of_error_budgets() -> None:
+    """Passed cases that were judged against a bound, by the share they used; what failed is no part of it."""
+    tally = Tally()
+    for budget in (0.0, 0.01, 0.049, 0.05, 0.51, 1.0):
+        tally.count("toy@good", Verdict(PASS, budget=budget))
+    tally.count("toy@good", Verdict(VIOLATION, budget=0.3))
+    merged = Tally.from_json(json.loads(json.dumps(tally.to_json())))
+    merged.merge(tally)
+    row = merged.row("toy@good", (), (), "")
+    assert {at: count for at, count in enumerate(row.budgets) if count} == {0: 4, 1: 2, 10: 2, 19: 2}
+    assert text.histogram((9, 1, 0, 4)) == "█▃·▆"
