@@ -31,6 +31,12 @@ class Violation:
     budget: float | None = None  # error over bound, where there is a bound
     site: str = ""  # file:line of the kernel or launcher, where it is known
     step: int | None = None  # of the case, where it has several
+    after: str = ""  # what an earlier stage of the target had decided before a later one broke
+
+    @property
+    def story(self) -> str:
+        """The message, with what went before it."""
+        return f"{self.after}: {self.message}" if self.after else self.message
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,16 @@ def _slots(name: str, check: str, upstream: str, story: str, **more: Any) -> Pla
     return _grouped(name, check, upstream, story, module="grouped_slots", **more)
 
 
+#: What plain float32 promises. Nothing here is captured: they look at numbers on the host.
+_LAYER: Mapping[str, Any] = {"deterministic": True, "intermediate": "float32", "slot": "none", "padding": ("distinct",)}
+
+
+def _layer(name: str, check: str, upstream: str, story: str, dialects: tuple[str, ...] = ("distinct",),
+           **more: Any) -> Planted:  # fmt: skip
+    contract = {**_LAYER, "padding": dialects, **more.pop("promises", {})}
+    return Planted(name, "moe_layer", "layer", check, upstream, story, contract=contract, **more)
+
+
 PLANTED: tuple[Planted, ...] = (
     # what a NaN does
     _router("nan_argmax", "routing_nan", "ids", "vllm#39391", "on a row of NaN `>` is never true: expert 0, k times"),
@@ -187,6 +197,25 @@ PLANTED: tuple[Planted, ...] = (
     _slots("mapped_in_place", "ids", "sglang#22525", "looks up again what it has looked up"),
     _slots("shared_ids_looked_up", "fence", "sglang#22525", "reads past the map for the ids of shared experts",
            only=True),
+    # a layer: what one half does to the other, one rank to another, one step to the next
+    _layer("nan_blind_layer", "crash", "vllm#37758",
+           "a router blind to NaN names expert 0 k times, and experts that trust its ids read where nothing was written"),
+    _layer("raw_sentinel", "fence", "vllm#48979", "takes the weights of an expert by the id -1",
+           dialects=("minus_one",)),
+    _layer("sentinel_wraps_map", "bound", "vllm#42034",
+           "-1 is taken for the last expert, and fills the places of another rank's rows", dialects=("minus_one",),
+           only=True),
+    _layer("shard_offset_ignored", "bound", "flashinfer#3547", "every shard numbers its experts from 0", only=True),
+    _layer("bias_of_every_shard", "bound", "flashinfer#3547", "adds an expert's bias on every shard", only=True),
+    _layer("amax_of_all_ranks", "bound", "aiter#6275", "one infinite padding row, and the scale of all ranks' rows is infinite"),
+    _layer("dense_combine", "bound", "sglang#24850", "multiplies the NaN of padding rows by 0 into every row"),
+    _layer("idle_rank_skipped", "bound", "sglang#31794",
+           "a rank without tokens does not run its experts: the combine finds the step before", only=True),
+    _layer("rank_bucket_baked", "bound", "sglang#30242",
+           "as many rows of a rank are sent as the first step had"),
+    _layer("shifted_tail_block", "bound", "flashinfer#3957",
+           "a store of fewer than eight slots begins before its buffer: a later step has lost experts", only=True,
+           promises={"deterministic": False}),
     # the device
     _router("asserts_on_sentinel", "routing_device", "crash", "TransformerEngine#2907",
             "looks the id E of a row of NaN up in a table of E: a device-side assertion", symptom="device-assert",

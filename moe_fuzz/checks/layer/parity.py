@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moe_fuzz.checks import check
-from moe_fuzz.checks.coordinates import first
+from moe_fuzz.checks.coordinates import first, row_text
 from moe_fuzz.checks.layer.observation import LayerObservation
 from moe_fuzz.checks.layer.structural import decided
 from moe_fuzz.checks.routing import parity as router
+from moe_fuzz.checks.routing import structural
 from moe_fuzz.verdict import Violation
+
+
+@check("layer", "ids")
+def ids(seen: LayerObservation) -> list[Violation]:
+    """The router's half: k distinct ids in [0, E) on every row that no padding dialect rules (vllm#37758).
+
+    Where the experts' half then went wrong on another row, that is told with it: it is one defect.
+    """
+    found = structural.ids(seen.decision)
+    if not found:
+        return []
+    row = found[0].where[0]
+    first_half = f"the router gave {'padding ' if seen.flagged[row] else ''}row {row} the ids " \
+                 f"{row_text(seen.outputs.ids[row])}: {found[0].message}"
+    harm = bound(replace(seen, budget={}))
+    then = f"; the experts then broke another one: {harm[0].message}" if harm else ""
+    return [replace(found[0], message=first_half + then)]
 
 
 @check("layer", "selection", parity=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from moe_fuzz.checks import check
 from moe_fuzz.checks.coordinates import first
 from moe_fuzz.checks.layer.observation import LayerObservation
@@ -39,12 +37,6 @@ def written(seen: LayerObservation) -> list[Violation]:
     return found
 
 
-@check("layer", "ids")
-def ids(seen: LayerObservation) -> list[Violation]:
-    """The router's half: k distinct ids in [0, E) on every row that no padding dialect rules (vllm#37758)."""
-    return router.ids(seen.decision)
-
-
 @check("layer", "finite")
 def finite(seen: LayerObservation) -> list[Violation]:
     """The router's half: weights are finite and >= 0."""
@@ -62,7 +54,3 @@ def decided(seen: LayerObservation, row: int) -> str:
     ids, weights = seen.outputs.ids[row], seen.outputs.weights[row]
     pairs = ", ".join(f"{int(i)} ({float(w):.4g})" for i, w in zip(ids[:8], weights[:8], strict=True))
     return f"experts {pairs}" + (", …" if len(ids) > 8 else "")
-
-
-def nonfinite(values: torch.Tensor) -> str:
-    return "NaN" if values.isnan().any() else "infinite" if values.isinf().any() else ""
