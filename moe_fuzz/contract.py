@@ -23,6 +23,7 @@ class Contract:
     sigmoid: str = "exp"  # "exp": relative accuracy | "tanh": 0.5 * tanh(x / 2) + 0.5, which has an absolute one only
     deterministic: bool = False  # same input, same bits
     batch_invariant: bool = False  # a row's bits depend on that row alone: not on its position, on T, on other rows
+    isolated: bool = False  # of experts and layers: at the same T, a row's bits depend on that row alone
     ties: str = "any"  # "any" | "lowest_index_first"
     ordered: bool = False  # the slots of a row stand in descending order of biased score
     padding: tuple[str, ...] = ("distinct",)  # the dialects it can speak; only asked for where `is_padding` is taken

@@ -67,7 +67,7 @@ def raw_sentinel(hidden: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: i
             hidden, w13, ids, a, top_k, w13.shape[1], hidden.shape[1], *hidden.stride(),
             ROWS=triton.next_power_of_2(w13.shape[1]), COLUMNS=triton.next_power_of_2(hidden.shape[1]),
         )  # fmt: skip
-    kept = torch.where(((ids >= 0) & (ids < len(gate)))[..., None], a.view(*ids.shape, -1), 0.0)
+    kept = torch.where(((ids >= 0) & (ids < len(gate)))[..., None], a.view(*ids.shape, w13.shape[1]), 0.0)
     return experts_sum(hidden, w13, w2, weights, ids, given, products=kept).to(hidden.dtype), weights, ids
 
 

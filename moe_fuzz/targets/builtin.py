@@ -25,8 +25,8 @@ topk_sigmoid = declares(**_promises("routing"))(routing.topk_sigmoid)
 grouped_topk = declares(**_promises("grouped_topk"))(grouped.grouped_topk)
 
 moe_layer = declares(
-    contract=Contract(deterministic=True, ties="lowest_index_first", ordered=True, padding=PADDING_DIALECTS,
-                      accepts=PADDING_DIALECTS),
+    contract=Contract(deterministic=True, isolated=True, ties="lowest_index_first", ordered=True,
+                      padding=PADDING_DIALECTS, accepts=PADDING_DIALECTS),
     capabilities=_CAPABILITIES,
     clauses={"*": "the contract in the docstring of moe_fuzz.reference.moe_layer"},
 )(layer.moe_layer)  # fmt: skip

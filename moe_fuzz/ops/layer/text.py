@@ -18,8 +18,7 @@ CHECKS = {
     "bound": "the experts' half: y agrees with float64 for the router's own ids and weights, within the rounding bound",
     "fence": "no read or write outside a tensor, no write into an input",
     "canary": "the slack bytes beside a tensor keep their pattern",
-    "isolation": "what stands in padding and undefined rows does not change a real row, bit for bit",
-    "shards": "other numbers of shards and ranks give the same decision, and the same y within rounding",
+    "isolation": "what stands in padding and undefined rows does not change a real row, bit for bit, where declared",
     "replay": "a graph's replay gives what an eager call gives, bit for bit where deterministic",
     "determinism": "the same input gives the same bits, where declared; a graph is replayed",
 }
