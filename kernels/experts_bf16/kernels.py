@@ -10,12 +10,14 @@ import triton.language as tl
 from moe_fuzz.kernels.align import local_experts
 
 
-@triton.jit(do_not_specialize=["slots", "top_k", "per_row", "num_ids", "num_experts", "row_even", "row_odd"])
+@triton.jit(
+    do_not_specialize=["slots", "most_blocks", "top_k", "per_row", "num_ids", "num_experts", "row_even", "row_odd"]
+)
 def grouped_product_kernel(
     a_ptr, w_ptr, bias_ptr, weights_ptr, out_ptr,  # [slots / per_row, D], [E, R, D], [E, R], [T, k], [slots, width]
     ids_ptr, map_ptr,  # [T, k], [G]: where the program groups the slots itself
     sorted_ptr, expert_ids_ptr, padded_ptr,  # where `align` has done it
-    slots, top_k, per_row, num_ids, num_experts, depth, width,
+    slots, most_blocks, top_k, per_row, num_ids, num_experts, depth, width,
     row_even, row_odd, row_step,  # the row of w of an even and an odd column of a tile: + row_step * output column
     a_stride_r, a_stride_d, w_stride_e, w_stride_r, w_stride_d, bias_stride_e, bias_stride_r,
     weights_stride_t, weights_stride_k, ids_stride_t, ids_stride_k, map_stride,
@@ -25,6 +27,7 @@ def grouped_product_kernel(
     GROUPED: tl.constexpr, SLOT_PAD: tl.constexpr,  # whether `align` has run; else the slots, padded
     EVEN: tl.constexpr,  # D is a multiple of BLOCK_D
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # launched while the kernel before it still runs, and lets the next one be
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out[slot] = epilogue(a[slot // per_row] @ w[expert of slot].T), for the slots that have an expert.
@@ -34,8 +37,11 @@ def grouped_product_kernel(
     GATED: tl.constexpr = ACTIVATION == "silu" or ACTIVATION == "gelu" or ACTIVATION == "swiglu_oai"
     COLUMNS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # of the output, in a tile
     tiles_n = tl.cdiv(width, COLUMNS)
-    blocks = tl.load(padded_ptr) // BLOCK_M if GROUPED else slots
-    # On a device each program has one tile at most. In the interpreter a few programs share them: it is they that cost.
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()  # they start once every program of this launch has
+    # Far fewer blocks than the worst case may be in use, above all on a rank with few of the experts. So there are less
+    # programs than tiles, and a program without one is not launched in vain again and again.
+    blocks = tl.load(padded_ptr) // BLOCK_M if GROUPED else most_blocks
     for tile in range(tl.program_id(0), blocks * tiles_n, tl.num_programs(0)):
         # GROUP blocks take the same tile of w one after another, so that it is read from memory once and from L2 then.
         first = tile // (GROUP * tiles_n) * GROUP
@@ -64,6 +70,15 @@ def grouped_product_kernel(
             a = a_ptr + (slot // per_row).to(tl.int64)[:, None] * a_stride_r + d[None, :] * a_stride_d  # [M, D']
             w = w_ptr + expert.to(tl.int64) * w_stride_e
             w = w + row.to(tl.int64)[None, :] * w_stride_r + d[:, None] * w_stride_d  # [D', N]
+            # Of the epilogue, but read here, where nobody waits for it.
+            if WEIGHT != "none":
+                at = (slot // top_k).to(tl.int64) * weights_stride_t + (slot % top_k) * weights_stride_k
+                weight = tl.load(weights_ptr + at, mask=ok, other=0.0)[:, None]  # [M, 1]
+            if HAS_BIAS:
+                at = expert.to(tl.int64) * bias_stride_e + row.to(tl.int64) * bias_stride_r
+                bias = tl.load(bias_ptr + at).to(tl.float32)[None, :]  # [1, N]
+            if OVERLAPS:
+                tl.extra.cuda.gdc_wait()  # `a` is what the kernel before writes; all read so far is older
             sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for done in range(0, depth, BLOCK_D):
                 if EVEN:
@@ -79,14 +94,10 @@ def grouped_product_kernel(
                 a += BLOCK_D * a_stride_d
                 w += BLOCK_D * w_stride_d
 
-            if WEIGHT != "none":
-                at = (slot // top_k).to(tl.int64) * weights_stride_t + (slot % top_k) * weights_stride_k
-                weight = tl.load(weights_ptr + at, mask=ok, other=0.0)[:, None]  # [M, 1]
             if WEIGHT == "input":
                 sums = tl.where(weight == 0.0, 0.0, sums * weight)
             if HAS_BIAS:
-                at = expert.to(tl.int64) * bias_stride_e + row.to(tl.int64) * bias_stride_r
-                sums += tl.load(bias_ptr + at).to(tl.float32)[None, :]
+                sums += bias
             if GATED:
                 gate, up = tl.split(tl.reshape(sums, (BLOCK_M, COLUMNS, 2)))
                 result = _activate(gate, up, ACTIVATION)  # [M, COLUMNS]
@@ -106,26 +117,45 @@ def grouped_product_kernel(
 
 @triton.jit
 def _group(
-    leader, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
+    block, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
     HAS_MAP: tl.constexpr, SLOT_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The expert of slot `leader` and the BLOCK_M slots of it from there on; (-1, …) where another slot leads these.
+    """The expert of a block and the slots in it, as `align` would have it but for the order of blocks; (-1, …) past
+    the last block.
 
     For a few slots it costs less than a launch of `align`, and every program can do it alone. Of an expert's slots,
-    ranked by number, every BLOCK_M-th leads.
+    ranked by number, every BLOCK_M-th leads a block.
     """
-    slot = tl.arange(0, SLOT_PAD)  # [S]
+    slot, experts = _slots_from(
+        0, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
+        HAS_MAP, SLOT_PAD,
+    )  # fmt: skip
+    rank = tl.zeros((SLOT_PAD,), tl.int32)  # among the slots of its expert
+    for begin in tl.static_range(0, SLOT_PAD, 16):  # in steps: S^2 flags at once take the registers of a whole tile
+        other, its = _slots_from(
+            begin, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
+            HAS_MAP, 16,
+        )  # fmt: skip
+        earlier = (its[None, :] == experts[:, None]) & (other[None, :] < slot[:, None])  # [S, 16]
+        rank += tl.sum(earlier.to(tl.int32), axis=1)
+    leads = (experts >= 0) & (rank % BLOCK_M == 0)
+    leader = leads & (tl.cumsum(leads.to(tl.int32)) - 1 == block)  # [S], one at most
+    expert = tl.sum(tl.where(leader, experts + 1, 0)) - 1
+    first = tl.sum(tl.where(leader, rank, 0))
+    member = tl.arange(0, BLOCK_M)
+    here = (experts == expert)[None, :] & (rank[None, :] == first + member[:, None])  # [M, S], at most one in a row
+    return expert, slots - tl.sum(tl.where(here, slots - slot[None, :], 0), axis=1)
+
+
+@triton.jit
+def _slots_from(
+    begin, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
+    HAS_MAP: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    slot = begin + tl.arange(0, COUNT)
     at = (slot // top_k).to(tl.int64) * ids_stride_t + (slot % top_k) * ids_stride_k
     ids = tl.load(ids_ptr + at, mask=slot < slots, other=-1)
-    experts = local_experts(ids, map_ptr, map_stride, num_ids, num_experts, slot < slots, HAS_MAP)
-    expert = tl.sum(tl.where(slot == leader, experts, 0))
-    same = (experts == expert).to(tl.int32)
-    rank = tl.cumsum(same) - 1  # among the slots of this expert, where `same`
-    own = tl.sum(tl.where(slot < leader, same, 0))  # the leader's
-    expert = tl.where(own % BLOCK_M == 0, expert, -1)
-    member = tl.arange(0, BLOCK_M)
-    here = (same[None, :] == 1) & (rank[None, :] == own + member[:, None])  # [M, S], at most one in a row
-    return expert, slots - tl.sum(tl.where(here, slots - slot[None, :], 0), axis=1)
+    return slot, local_experts(ids, map_ptr, map_stride, num_ids, num_experts, slot < slots, HAS_MAP)
 
 
 @triton.jit
@@ -154,12 +184,15 @@ def sum_slots_kernel(
     slots_ptr, ids_ptr, map_ptr, out_ptr,  # [T, k, H], [T, k], [G], [T, H]
     tokens, top_k, hidden, num_ids, num_experts,
     ids_stride_t, ids_stride_k, map_stride,
-    HAS_MAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_MAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
+    OVERLAPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out[t] = the sum of its slots in ascending order. A dropped slot has no row: what stands there is never read."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [R]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < tokens)[:, None] & (column < hidden)[None, :]  # [R, C]
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, top_k, UNROLL):
         for nth in tl.static_range(UNROLL):  # loads that do not wait for each other

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -13,6 +15,10 @@ from moe_fuzz.reference.experts_bf16 import check
 
 _INTERPRETED = triton.knobs.runtime.interpret
 _ALIGNMENT = 256  # bytes, of each part of a workspace: what the caching allocator gives, too
+#: At most so many programs for each multiprocessor, in turn; those of the worst case may be ten times the tiles in use.
+_PROGRAMS = 16
+#: Options of a launch that may begin while the kernel before it runs.
+_EARLY: dict[bool, dict[str, bool]] = {False: {}, True: {"launch_pdl": True}}
 
 
 def experts_bf16(
@@ -61,15 +67,19 @@ def experts_bf16(
             ids, plan.gate_up.m, experts, expert_map=expert_map, out=tuple(plan_of_slots)  # type: ignore[arg-type]
         )  # fmt: skip
 
+    # Worst case, as `align` has it: each of these experts has one slot, and one of them all the rest.
+    alone = min(slots, experts)
+    most_blocks = alone + (slots - alone) // plan.gate_up.m
+    programs = 8 if _INTERPRETED else _PROGRAMS * _multiprocessors(x.device)  # a program's launch is what costs there
+
     def product(a: Tensor, per_row: int, w: Tensor, bias: Tensor | None, result: Tensor, blocks: Blocks,
-                rows: tuple[int, int, int], activation: str, weight: str) -> None:  # fmt: skip
+                rows: tuple[int, int, int], activation: str, weight: str, early: bool) -> None:  # fmt: skip
         depth, width = a.shape[1], result.shape[1]
         columns = blocks.n // 2 if activation in ("silu", "gelu", "swiglu_oai") else blocks.n
-        tiles = (expert_ids.numel() if expert_ids is not None else slots) * triton.cdiv(width, columns)
-        grouped_product_kernel[(min(tiles, 8) if _INTERPRETED else tiles,)](
+        grouped_product_kernel[(min(most_blocks * triton.cdiv(width, columns), programs),)](
             a, w, bias, weights, result,  # operands
             ids, expert_map, sorted_ids, expert_ids, padded,  # grouping
-            slots, top_k, per_row, num_ids, experts, depth, width,  # sizes
+            slots, most_blocks, top_k, per_row, num_ids, experts, depth, width,  # sizes
             *rows,
             *a.stride(), *w.stride(), *(bias.stride() if bias is not None else (0, 0)),  # strides, in elements
             *weights.stride(), *ids.stride(), expert_map.stride(0) if expert_map is not None else 0,
@@ -78,15 +88,17 @@ def experts_bf16(
             # not the power of two above: two sizes are enough, and each is a binary
             GROUPED=grouped, SLOT_PAD=16 if grouped or slots <= 16 else 128,
             EVEN=depth % blocks.d == 0, BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_D=blocks.d, GROUP=blocks.group,
-            INTERPRETED=_INTERPRETED,
-            num_warps=blocks.warps, num_stages=blocks.stages,
+            OVERLAPS=plan.overlaps, INTERPRETED=_INTERPRETED,
+            num_warps=blocks.warps, num_stages=blocks.stages, **_EARLY[early],
         )  # fmt: skip
 
     # the first row of the gate, that of the up-projection, and the step to the next of either
     rows = {"first": (0, inter, 1), "up_first": (inter, 0, 1), "interleaved": (0, 1, 2)}[gate_layout]
     on_input = "input" if apply_weight_on_input else "none"
-    product(x, top_k, w13, b13, h, plan.gate_up, (0, 0, 1) if activation == "relu2" else rows, activation, on_input)
-    product(h, 1, w2, b2, y, plan.down, (0, 0, 1), "none", "none" if apply_weight_on_input else "output")
+    product(x, top_k, w13, b13, h, plan.gate_up, (0, 0, 1) if activation == "relu2" else rows, activation, on_input,
+            False)  # fmt: skip
+    product(h, 1, w2, b2, y, plan.down, (0, 0, 1), "none", "none" if apply_weight_on_input else "output",
+            plan.overlaps)
 
     # One row a program, and more programs for few tokens; a sum's bits do not depend on it.
     rows_in, columns, warps = (1, 1024, 4) if tokens > 64 else (1, 256, 1)
@@ -98,10 +110,15 @@ def experts_bf16(
         tokens, top_k, hidden, num_ids, experts,  # sizes
         *ids.stride(), expert_map.stride(0) if expert_map is not None else 0,  # strides
         HAS_MAP=expert_map is not None, ROWS=rows_in, COLUMNS=columns, UNROLL=1 if _INTERPRETED else 8,  # constants
-        INTERPRETED=_INTERPRETED,
-        num_warps=warps,
+        OVERLAPS=plan.overlaps, INTERPRETED=_INTERPRETED,
+        num_warps=warps, **_EARLY[plan.overlaps],
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def workspace_bytes(tokens: int, top_k: int, hidden: int, inter: int, experts: int) -> int:

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from moe_fuzz.bench import timing
+from moe_fuzz.bench import layers, timing
+from moe_fuzz.bench.layer_child import Layers
 from moe_fuzz.bench.points import Candidate, Point
 from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.errors import MoeFuzzError
@@ -172,20 +173,20 @@ def serve() -> int:
         channel.write(json.dumps({"kind": kind, **more}) + "\n")
 
     try:
-        bench = Bench(say)
+        bench, of_layers = Bench(say), Layers(say)
         say("ready", **environment(), seconds=time.process_time())
     except MoeFuzzError as error:
         say("failed", reason=error.message, hint=error.hint)
         return error.exit_code
     for line in sys.stdin:
-        _answer(bench, json.loads(line))
+        _answer(bench, of_layers, json.loads(line))
     return 0
 
 
-def _answer(bench: Bench, request: Mapping[str, Any]) -> None:
-    bench.measure(
-        Point.from_json(request["point"]),
-        [Candidate(**candidate) for candidate in request["candidates"]],
-        request["rounds"],
-        request["launches"],
-    )
+def _answer(bench: Bench, of_layers: Layers, request: Mapping[str, Any]) -> None:
+    point = Point.from_json(request["point"])
+    candidates = [Candidate(**candidate) for candidate in request["candidates"]]
+    if point.op == layers.OP:
+        of_layers.measure(point, candidates, request["rounds"])
+    else:
+        bench.measure(point, candidates, request["rounds"], request["launches"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,30 @@ def copy_bandwidth(device: str) -> float:
     call()
     times = interleaved({"copy": capture([call], 4)}, 4, 9)["copy"]
     return moved / sorted(times)[len(times) // 2]
+
+
+def eager(call: Call, rounds: int) -> list[float]:
+    """Microseconds of a call that cannot be captured, `rounds` samples, after one that is not timed. What the CPU
+    leaves the GPU waiting for is part of it."""
+    call()
+    marks = []
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        marks.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1000 for start, end in marks]
+
+
+def product_rate(device: str) -> float:
+    """Operations a microsecond of a large product of random bfloat16 matrices."""
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+    call = partial(torch.mm, a, b)
+    call()
+    times = interleaved({"product": capture([call], 4)}, 4, 9)["product"]
+    return 2 * 8192**3 / sorted(times)[len(times) // 2]
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import click
 from rich.console import Console
 
-from moe_fuzz.bench import table
+from moe_fuzz.bench import layer_table, layers, table
 from moe_fuzz.bench.drive import Result, Timer, measure_all
-from moe_fuzz.bench.points import TOKENS, candidates, points
+from moe_fuzz.bench.points import TOKENS, Candidate, candidates, points
 from moe_fuzz.cli import machine, params
 from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EnvironmentProblem, UsageError
 from moe_fuzz.ops import get_space
@@ -29,6 +30,10 @@ def _counts(value: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(item) for item in items))
 
 
+def _written(counts: Sequence[int]) -> str:
+    return ",".join(map(str, counts))
+
+
 COUNTS = params.Parsed("n,n…", _counts, tuple)
 
 
@@ -36,8 +41,8 @@ COUNTS = params.Parsed("n,n…", _counts, tuple)
 @click.argument("op")
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @click.option("--preset", "presets", multiple=True, metavar="NAME", help="This model only. May be given several times.")
-@click.option("--tokens", type=COUNTS, default=",".join(map(str, TOKENS)), show_default=True, metavar="N,…",
-              help="Numbers of tokens.")  # fmt: skip
+@click.option("--tokens", type=COUNTS, metavar="N,…", help="Numbers of tokens.  [default: "
+              f"{_written(TOKENS)}; of {layers.OP}: {_written(layers.TOKENS)}]")  # fmt: skip
 @click.option("--ab", nargs=2, metavar="A B", help="Compare two of the candidates: A's time over B's, with interval.")
 @click.option("--rounds", type=click.IntRange(6, 10_000), default=60, show_default=True, help="Samples a candidate.")
 @click.option("--launches", type=click.IntRange(1, 1000), default=100, show_default=True, help="Launches a sample.")
@@ -48,7 +53,7 @@ def command(
     op: str,
     targets: tuple[str, ...],
     presets: tuple[str, ...],
-    tokens: tuple[int, ...],
+    tokens: tuple[int, ...] | None,
     ab: tuple[str, str] | None,
     rounds: int,
     launches: int,
@@ -56,14 +61,18 @@ def command(
 ) -> None:
     """Time implementations of OP side by side: in CUDA graphs, interleaved, each verified before it is timed.
 
-    Without TARGET: all known ones, and beside them ours without NaN safety and torch with nan_to_num in front. A
-    candidate that cannot be timed (not installed, wrong, crashed, hung) is a line that says so.
+    Without TARGET: all known ones, and beside the routers ours without NaN safety and torch with nan_to_num in front.
+    A candidate that cannot be timed (not installed, wrong, crashed, hung) is a line that says so. `experts_bf16` is
+    timed at the sizes of real models, several calls a graph in place of --launches.
 
     Exit code 3 without a GPU, or where nothing could be timed.
     """
-    get_space(op)
-    chosen = candidates(op, targets)
-    wanted = points(op, presets, tokens)
+    of_layers = op == layers.OP
+    if of_layers:
+        chosen, wanted = layers.candidates(targets), layers.points(presets, tokens or layers.TOKENS)
+    else:
+        get_space(op)
+        chosen, wanted = candidates(op, targets), points(op, presets, tokens or TOKENS)
     for label in ab or ():
         if label not in [candidate.label for candidate in chosen]:
             names = ", ".join(repr(candidate.label) for candidate in chosen)
@@ -76,7 +85,7 @@ def command(
     about: dict[str, Any] = {
         "command": " ".join(["moe-fuzz", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "method": {"rounds": rounds, "launches": launches, "l2": "warm", "unit": "us"},
+        "method": {"rounds": rounds, "unit": "us"} | ({} if of_layers else {"launches": launches, "l2": "warm"}),
     }
     results: list[Result] = []
 
@@ -87,13 +96,13 @@ def command(
             times = " ".join(f"{c.label}={table.cell(result, c.label)}" for c in chosen)
             click.echo(f"{len(results)}/{len(wanted)} {result.point.name} T={result.point.tokens}: {times}", err=True)
             if out is not None:  # after each point: a run that is cut short keeps what it has
-                _write(out, table.to_json(results, chosen, {**about, **timer.environment}, ab))
+                _write(out, _record(of_layers, results, chosen, {**about, **timer.environment}, ab))
 
         timer.start()
         measure_all(timer, wanted, chosen, rounds, launches, done)
     console = Console(width=None if sys.stdout.isatty() else 240)
-    console.print(table.table(results, chosen))
-    for line in table.notes(results):
+    console.print((layer_table if of_layers else table).table(results, chosen))
+    for line in table.notes(results) + (layer_table.notes(results) if of_layers else []):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     for result, ratio in table.compare(results, *ab) if ab else ():
         console.print(
@@ -101,6 +110,13 @@ def command(
             f"[{ratio.low:.4f}, {ratio.high:.4f}]", soft_wrap=True, highlight=False, markup=False
         )  # fmt: skip
     ctx.exit(EXIT_CLEAN if any(result.times for result in results) else EXIT_ENVIRONMENT)
+
+
+def _record(
+    of_layers: bool, results: Sequence[Result], chosen: Sequence[Candidate], about: dict[str, Any],
+    ab: tuple[str, str] | None,
+) -> dict[str, Any]:  # fmt: skip
+    return layer_table.to_json(results, chosen, about) if of_layers else table.to_json(results, chosen, about, ab)
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """One guarded call of a target: its exceptions become violations, those of our own code do not.
 
-On CUDA the call is over when the device is done with it. A kernel that broke the context is DeviceLost, whatever else
-the target raised: that is a consequence.
+On CUDA nobody waits for a call that went well. A kernel that broke the context is DeviceLost, whatever else the target
+raised: that is a consequence. Whoever waits next is told.
 """
 
 from __future__ import annotations
@@ -43,8 +43,17 @@ class TargetError(Exception):
         )
 
 
+class CaptureFailed(Exception):
+    """The target cannot be captured. torch's allocator may go on believing that a capture is under way, so this
+    process must not run another case."""
+
+    def __init__(self, error: TargetError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def guarded(call: Callable[[], _T], device: str) -> _T:
-    """Runs the target's code; whatever it raises comes out as TargetError. Raises DeviceLost."""
+    """Runs the target's code; whatever it raises comes out as TargetError, or as the DeviceLost that it comes of."""
     try:
         result = call()
         if device == "cuda":
@@ -52,15 +61,9 @@ def guarded(call: Callable[[], _T], device: str) -> _T:
     except (Exception, SystemExit) as error:  # sys.exit in a kernel library is an error like any other
         if device == "cuda":
             launch_errors.forget()  # what the target has told of; the next to ask would be told it again
-        _settle(device)
+            cuda_driver.synchronize()
         raise TargetError(error) from error
-    _settle(device)
     return result
-
-
-def _settle(device: str) -> None:
-    if device == "cuda":
-        cuda_driver.synchronize()
 
 
 def site_of(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moe_fuzz.execute.call import guarded
-from moe_fuzz.fence import Arena, canary, cuda_driver
+from moe_fuzz.fence import Arena, canary
 from moe_fuzz.ops.inputs import Inputs, Result
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
@@ -58,10 +58,10 @@ class Call:
         return self.first.device
 
     def refill(self, inputs: Inputs) -> None:
-        """Other inputs of the same shapes into the same tensors. Weights that are there already stay."""
+        """Other inputs of the same shapes into the same tensors. What is there already, and read-only, stays."""
         for name, tensor in self.tensors.items():
             value = inputs.plain[name]
-            if name in self.fluid or self.plain[name] is not value or not self.arena.options.is_readonly(name):
+            if self.plain[name] is not value or not self.arena.options.is_readonly(name):
                 self.arena.fill(tensor, value)
                 self.plain[name] = value
 
@@ -78,7 +78,10 @@ class Call:
         return self.target(self.arguments if first is None else {**self.arguments, self.fluid[0]: first})
 
     def run(self) -> Any:
-        """Calls the target with its inputs read-only and its own memory fenced. Raises TargetError, DeviceLost."""
+        """Calls the target with its inputs read-only and its own memory fenced. Raises TargetError, DeviceLost.
+
+        On CUDA the device may not be done with it yet.
+        """
         self.arena.protect()
         try:
             with self.arena.own():
@@ -87,7 +90,7 @@ class Call:
             self.arena.unprotect()
 
     def fetched(self, device: torch.device) -> Results:
-        """Calls the target, and fetches the results to `device`. Also raises BadResult."""
+        """Calls the target, and fetches the results to `device`: see `fetch`. Also raises BadResult."""
         return fetch(self.unpacked(self.run()), device)
 
     def unpacked(self, result: Any) -> Results:
@@ -130,7 +133,7 @@ def _given(results: Mapping[str, Result], absent: Sequence[str]) -> dict[str, Re
 
 def fetch(results: Results, device: torch.device) -> Results:
     """The results, copied to the bit to where they are judged: a target may use its own buffers again, and checks call
-    it again."""
+    it again. From CUDA to the host they are there when the device has been waited for."""
     there = next(tensor.device for tensor in results if tensor is not None)
     if device.type == there.type:
         return tuple(None if tensor is None else tensor.detach().clone() for tensor in results)
@@ -141,7 +144,6 @@ def fetch(results: Results, device: torch.device) -> Results:
     for copy, tensor in zip(copies, results, strict=True):
         if copy is not None and tensor is not None:
             copy.copy_(tensor.detach(), non_blocking=True)
-    cuda_driver.synchronize()  # once for all
     return copies
 
 

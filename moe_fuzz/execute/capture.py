@@ -16,54 +16,52 @@ from typing import Any
 import torch
 
 from moe_fuzz.execute.buckets import Bucket, clobber
-from moe_fuzz.execute.call import TargetError, guarded
+from moe_fuzz.execute.call import CaptureFailed, TargetError, guarded
 from moe_fuzz.execute.calls import Results
 from moe_fuzz.fence import Arena, canary, cuda_driver
 from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.ops.inputs import Inputs
 from moe_fuzz.targets.bind import Target
 
-
-class CaptureFailed(Exception):
-    """The target cannot be captured. torch's allocator may go on believing that a capture is under way, so this
-    process must not run another case."""
-
-    def __init__(self, error: TargetError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
+_MAX_IDLE = 1 << 30  # bytes
 
 @dataclass
 class GraphPool:
-    """What the graphs of one case share."""
+    """What the graphs of one case share.
+
+    `torch.cuda.graph` empties torch's caches before each capture, of the host's memory too: to fill them again takes
+    longer than all else that a small case does. So a capture is begun by hand, and the pool is one a process: a graph
+    that is never given up keeps it, and with it the memory that the graphs of the cases before have left.
+    """
 
     handle: Any
     stream: torch.cuda.Stream
+    keeper: Any = None
 
     @classmethod
-    def new(cls) -> GraphPool:
-        return cls(torch.cuda.graph_pool_handle(), _side_stream())
+    def of_process(cls) -> GraphPool:
+        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        if idle > _MAX_IDLE:  # while a capture is under way torch cannot give back what it caches
+            torch.cuda.empty_cache()
+        return _pool()
 
     def capture(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         """The graph of a call, and what the call returned. Raises CaptureFailed."""
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        raised: list[BaseException] = []
-
-        def call() -> Any:
-            try:
-                return function()
-            except (Exception, SystemExit) as error:
-                raised.append(error)  # ending the capture raises another error, which hides this one
-                raise
-
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.handle, stream=self.stream):
-                result = call()
+            with torch.cuda.stream(self.stream):
+                graph.capture_begin(pool=self.handle)
+                try:
+                    result = function()
+                except (Exception, SystemExit):
+                    with contextlib.suppress(RuntimeError):  # another error, which would hide this one
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         except (Exception, SystemExit) as error:
-            torch.cuda.set_stream(current)  # torch leaves the side stream behind where a capture does not end well
             with contextlib.suppress(DeviceLost):  # the process is given up either way
                 cuda_driver.synchronize()
-            raise CaptureFailed(TargetError(raised[0] if raised else error)) from error
+            raise CaptureFailed(TargetError(error)) from error
         return graph, result
 
     def warm_up(self, function: Callable[[], Any]) -> Any:
@@ -96,6 +94,8 @@ class Captured(Bucket):
                 warm = call.unpacked(pool.warm_up(partial(call.bare, first)))
             if pieces:
                 pool.warm_up(partial(_consume, warm, staging))
+            cuda_driver.synchronize()  # a kernel that breaks the context does so here, and not in a capture
+            if pieces:
                 first = self._record(pool, partial(_produce, staging))
             self._given: Results = call.unpacked(self._record(pool, partial(call.bare, first)))
             del first  # what comes after the target may take its place in the pool
@@ -157,5 +157,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 @cache
-def _side_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()
+def _pool() -> GraphPool:
+    pool = GraphPool(torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+    pool.keeper = pool.capture(lambda: torch.zeros(1, device="cuda"))
+    return pool

@@ -32,7 +32,7 @@ class EagerSteps(Steps):
             first.poison()
             return first.fetched(inputs.device)  # on the tensors that are there
 
-        self.judge(inputs, first.fetched(inputs.device), call, arena.check)
+        self.judge(inputs, first.fetched(inputs.device), call, [arena])
 
     def _call(self, inputs: Inputs, arena: Arena) -> Call:
         call = Call(inputs, self.target, arena, self.with_out)

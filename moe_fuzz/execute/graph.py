@@ -27,7 +27,7 @@ class GraphSteps(Steps):
         buckets: dict[_Key, Bucket] = {}
         with self.arena() as static:  # open to the end: the addresses in it are in the graphs
             try:
-                pool = GraphPool.new() if self.device == "cuda" else None
+                pool = GraphPool.of_process() if self.device == "cuda" else None
                 for key in sorted(set(keys), key=lambda key: (-key[0], keys.index(key))):
                     self.index = keys.index(key)
                     make = partial(self._make, buckets, key, inputs[self.index], static, pool)
@@ -62,7 +62,7 @@ class GraphSteps(Steps):
             return bucket.replay(other) if _key(other)[0] == _key(inputs)[0] else eager(other)
 
         last = self.index == len(self.case.steps) - 1
-        self.judge(inputs, call(inputs), call, lambda: static.check() + fresh.check(), eager, relations=last)
+        self.judge(inputs, call(inputs), call, [static, fresh], eager, last)
 
 
 def _key(inputs: Inputs) -> _Key:

@@ -15,8 +15,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
 from moe_fuzz.execute import clock, trail
-from moe_fuzz.execute.call import TargetError, site_of
-from moe_fuzz.execute.capture import CaptureFailed
+from moe_fuzz.execute.call import CaptureFailed, TargetError, site_of
 from moe_fuzz.execute.compiling import watch_compilers, watch_dynamo
 from moe_fuzz.execute.eager import EagerSteps
 from moe_fuzz.execute.exhibit import exhibit

@@ -9,14 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from moe_fuzz.case import Case
 from moe_fuzz.checks import CHECKS, RELATIONS
 from moe_fuzz.checks.families import FAMILIES
-from moe_fuzz.execute.call import TargetError
-from moe_fuzz.execute.calls import BadResult, Results, check_shapes
-from moe_fuzz.fence import Arena, open_arena
+from moe_fuzz.checks.family import answered
+from moe_fuzz.execute.ahead import Asked, Runs
+from moe_fuzz.execute.call import CaptureFailed, TargetError
+from moe_fuzz.execute.calls import BadResult, Results
+from moe_fuzz.fence import Arena, cuda_driver, open_arena
+from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.inputs import Inputs
 from moe_fuzz.options import RunOptions
@@ -24,7 +26,6 @@ from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
 
 DEVICE_ELEMENTS = 1 << 15
-Runs = Callable[[Inputs], Results]
 
 
 class Steps(ABC):
@@ -65,7 +66,7 @@ class Steps(ABC):
 
     def add(self, check: str, *found: Violation) -> None:
         """Takes in violations of one check, if it is asked for; where there are several steps, with the step."""
-        if self.options.checks is not None and check not in self.options.checks:
+        if not self._wanted(check):
             return
         if len(self.case.steps) > 1:
             found = tuple(replace(v, step=self.index, message=f"step {self.index}: {v.message}") for v in found)
@@ -91,50 +92,71 @@ class Steps(ABC):
             self.add("error", replace(error.violation, message=error.violation.message + when))
         except BadResult as bad:
             self.add("structure", replace(bad.violation, message=bad.violation.message + when))
+        except (DeviceLost, CaptureFailed):
+            raise
+        except Exception:
+            self.wait()  # what our own code raised may come of a kernel of the target: then this raises DeviceLost
+            raise
         else:
             return True
         self.parity = False
         return False
 
+    def wait(self) -> None:
+        """Until the device is done with all that was asked of it. Raises DeviceLost."""
+        if self.device == "cuda":
+            cuda_driver.synchronize()
+
     def judge(
-        self, inputs: Inputs, results: Results, call: Runs, canaries: Callable[[], list[Violation]],
-        eager: Runs | None = None, relations: bool = True,
+        self, inputs: Inputs, results: Results, call: Runs, arenas: Sequence[Arena], eager: Runs | None = None,
+        relations: bool = True,
     ) -> None:  # fmt: skip
         """Has every check judge one result. What an earlier check finds stays, whatever later ones raise.
 
-        call, eager: as in Family.observe. canaries: the damage to canaries since it was last asked.
-        relations: also run the checks that call the target again, each at the price of a step.
+        results: enqueued; nobody has waited for them. call, eager: as in Family.observe, without a wait.
+        arenas: in which the calls are made. relations: also run the checks that call the target again, each at the
+        price of a step.
         """
-        seen = self.family.observe(self.case, self.index, self.target.info, inputs, self.family.outputs(*results),
-                                   self._shaped(call), self._shaped(eager) if eager else None)  # fmt: skip
+        checks, related = CHECKS[self.family.name], RELATIONS.get(self.family.name, [])
+        # Their order is that of attribution.
+        names = [name for name in get_space(self.case.op).checks
+                 if name in checks and (relations or name not in related) and self._wanted(name)]  # fmt: skip
+        asked = Asked(call, self.wait, self.family.outputs)
+        other = Asked(eager, self.wait, self.family.outputs) if eager else None
+        seen = self.family.observe(self.case, self.index, self.target.info, inputs, None, asked, other)
+        looks = [arena.check for arena in arenas]
+        if self.device == "cuda":
+            if set(names) & set(related):
+                for one in self.family.ahead(seen):
+                    asked.ahead(one)
+            if other is not None and "replay" in names and inputs.tokens and self.target.info.contract.deterministic:
+                other.ahead(inputs)
+            looks = [arena.look() for arena in arenas]
+            self.wait()
+        seen = answered(seen, self.family.outputs(*results))
+
+        def canaries() -> list[Violation]:
+            """The damage to canaries since it was last asked. Once, for this result and for what the checks called."""
+            late = asked.later or (other is not None and other.later)
+            return [v for arena, look in zip(arenas, looks, strict=True) for v in (arena.check() if late else look())]
+
         before = len(self.violations)
-        checks, relations_of = CHECKS[self.family.name], RELATIONS.get(self.family.name, [])
         self.add("structure", *checks["structure"](seen))
         if not seen.shaped:
             self.parity = False
             self._add_first(before, "canary", canaries())
             return
-        for name in get_space(self.case.op).checks:  # their order is that of attribution
-            if name not in checks or name == "structure" or (name in relations_of and not relations):
+        for name in names:
+            if name == "structure":
                 continue
-            if self.options.checks is None or name in self.options.checks:
-                again = f" (when `{name}` called it again)"
-                if not self.attempt(lambda name=name: self.add(name, *checks[name](seen)), again):  # type: ignore[misc]
-                    break  # the others would only call it again
-        # Once, for this result and for what the checks called: to ask means to wait for the device.
+            again = f" (when `{name}` called it again)"
+            if not self.attempt(lambda name=name: self.add(name, *checks[name](seen)), again):  # type: ignore[misc]
+                break  # the others would only call it again
         self._add_first(before, "canary", canaries())
         self.budget = max(self.budget, *seen.budget.values(), 0.0)
         last = self.index == len(self.case.steps) - 1
         # Binding costs as much as all the checks together, and says something of the case: once is enough.
         self.parity = self.parity and len(self.violations) == before and not (last and self.family.binding(seen))
 
-    def _shaped(self, call: Runs) -> Callable[[Inputs], Any]:
-        """The call as checks make it: held to the shapes that its inputs ask for, since relations compare row by
-        row."""
-
-        def checked(inputs: Inputs) -> Any:
-            results = call(inputs)
-            check_shapes(inputs, results)
-            return self.family.outputs(*results)
-
-        return checked
+    def _wanted(self, check: str) -> bool:
+        return self.options.checks is None or check in self.options.checks

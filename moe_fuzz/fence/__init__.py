@@ -17,7 +17,7 @@ This module and `options` import no torch, so that the parent's side can name `F
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -106,6 +106,11 @@ class Arena(ABC):
         it for a tensor of an earlier arena that the target kept and has now written around.
         where: (offset in bytes of the first damaged byte from the first byte of the tensor's storage,).
         """
+
+    def look(self) -> Callable[[], list[Violation]]:
+        """What `check` would say here. On CUDA the comparison is enqueued, and the answer may be asked for when the
+        device has been waited for, which saves a wait of its own."""
+        return self.check
 
     @abstractmethod
     def own(self) -> AbstractContextManager[object]:

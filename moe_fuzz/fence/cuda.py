@@ -2,12 +2,13 @@
 
 The pool is one a process and outlives the arenas (see pooled.py). Memory is mapped and protected in granules of 2 MiB,
 so the side of a tensor that is not flush has up to 2 MiB of slack, all of it canaries. Canaries are laid and compared
-on the device; the host waits once for all tensors.
+on the device, without a wait; whoever asks for the answer has waited.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,7 +17,7 @@ from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.fence import FenceOptions, allocator, canary, cuda_driver
 from moe_fuzz.fence.cuda_driver import READ, WRITE
 from moe_fuzz.fence.cuda_mapping import HARD, READABLE, SOFT, WORD, Pool, SparseBlock, bytes_at
-from moe_fuzz.fence.cuda_regions import Piece, changed, lay
+from moe_fuzz.fence.cuda_regions import Piece, changed, lay, to_host
 from moe_fuzz.fence.layout import Layout
 from moe_fuzz.fence.placed import Placed
 from moe_fuzz.fence.pooled import PooledArena
@@ -26,6 +27,8 @@ from moe_fuzz.verdict import Violation
 MIN_GUARD = 256 << 20  # bytes
 _CANARY = int.from_bytes(canary.WORD * 4, "little")
 _LOW, _HIGH = canary.WORD  # a canary's bytes at even and at odd addresses
+
+_STAGED = 16 << 20  # bytes of an input that are copied through pinned memory
 
 _POOL = Pool()
 _KEPT: list[_Placed] = []  # of closed arenas, with a tensor still alive
@@ -179,7 +182,9 @@ class CudaArena(PooledArena[_Placed]):
         if not torch.cuda.is_available():
             raise EnvironmentProblem("there is no CUDA device that torch can use", "--device cpu")
         self._index = torch.cuda.current_device()
-        torch.cuda.current_stream().synchronize()  # makes the context current, which the driver's calls need
+        cuda_driver.make_current(self._index)  # which the driver's calls need
+        self._clean = False  # whether the canaries have been looked at since the last call
+        self._hit: set[int] = set()  # what was damaged then
         self.page = cuda_driver.granularity(self._index)
         super().__init__(options, edge, _KEPT)
 
@@ -195,14 +200,55 @@ class CudaArena(PooledArena[_Placed]):
         else:
             _POOL.give(placed.block)
 
+    def fill(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        if value.device.type == "cpu" and 0 < value.nbytes <= _STAGED:
+            value = value.pin_memory()  # from pageable memory a copy is waited for
+        self._twins.get(tensor.data_ptr(), tensor).copy_(value, non_blocking=True)
+
+    def protect(self) -> None:
+        self._clean = False
+        super().protect()
+
+    def look(self) -> Callable[[], list[Violation]]:
+        began = time.perf_counter()
+        told = self._compare([*self._placed, *self._kept])
+        self.seconds += time.perf_counter() - began
+
+        def answer() -> list[Violation]:
+            found = self._tell(told())
+            self._clean = True
+            return found
+
+        return answer
+
+    def check(self) -> list[Violation]:
+        found = super().check()
+        self._clean = True
+        return found
+
     def _damaged(self, placed: Iterable[_Placed]) -> Iterable[_Placed]:
+        if self._closed and self._clean:  # whatever was damaged has been told, and was not since
+            return [tensor for tensor in placed if id(tensor) in self._hit]
+        told = self._compare(placed)
+        cuda_driver.synchronize()
+        return told()
+
+    def _compare(self, placed: Iterable[_Placed]) -> Callable[[], list[_Placed]]:
+        """Enqueues the comparison; what it gives tells of it when the device has been waited for."""
         tensors = [tensor for tensor in placed if not tensor.fixed]  # beside those nobody can write
         plain = [tensor for tensor in tensors if not isinstance(tensor, _Sparse) and tensor.gaps is None]
         pieces = [(tensor, piece) for tensor in plain for piece in tensor.pieces(whole=False)]
-        flags = changed([piece for _, piece in pieces]).tolist()
-        hit = {id(tensor) for (tensor, _), flag in zip(pieces, flags, strict=True) if flag}
-        hit |= {id(tensor) for tensor in set(tensors) - set(plain) if any(flag.item() for flag in tensor.differs())}
-        return [tensor for tensor in tensors if id(tensor) in hit]
+        flags = changed([piece for _, piece in pieces])
+        others = [(tensor, flag) for tensor in set(tensors) - set(plain) for flag in tensor.differs()]
+        bits = to_host(torch.stack([flag for _, flag in others])) if others else torch.zeros(0, dtype=torch.bool)
+
+        def told() -> list[_Placed]:
+            hit = {id(tensor) for (tensor, _), flag in zip(pieces, flags.tolist(), strict=True) if flag}
+            hit |= {id(tensor) for (tensor, _), flag in zip(others, bits.tolist(), strict=True) if flag}
+            self._hit = hit
+            return [tensor for tensor in tensors if id(tensor) in hit]
+
+        return told
 
     def _lay(self, placed: _Placed, whole: bool, storage: torch.Tensor | None) -> None:
         if isinstance(placed, _Sparse):

@@ -105,9 +105,10 @@ class Block:
         """Whether a tensor still points into the block."""
         return self._lease is not None and self._lease() is not None
 
-    def unmap(self) -> None:
-        """Frees the memory. No tensor may point into it."""
-        cuda_driver.synchronize()
+    def unmap(self, wait: bool = True) -> None:
+        """Frees the memory. No tensor may point into it. wait: for the device, which must be done with it."""
+        if wait:
+            cuda_driver.synchronize()
         for address, size in self._mapped:
             cuda_driver.unmap(address, size)
         self._mapped = []
@@ -192,11 +193,13 @@ class Pool:
 
     def shrink(self, max_bytes: int, max_blocks: int) -> None:
         """Frees the blocks that were not used for longest, down to these limits."""
+        if self.idle_bytes > max_bytes or len(self._order) > max_blocks:
+            cuda_driver.synchronize()
         while self.idle_bytes > max_bytes or len(self._order) > max_blocks:
             oldest, _ = self._order.popitem(last=False)
             self._idle[oldest.kind].remove(oldest)
             self.idle_bytes -= oldest.footprint
-            oldest.unmap()
+            oldest.unmap(wait=False)
 
 
 def bytes_at(address: int, size: int) -> torch.Tensor:

@@ -37,13 +37,20 @@ def lay(pieces: Sequence[Piece]) -> None:
 
 
 def changed(pieces: Sequence[Piece]) -> torch.Tensor:
-    """bool [pieces] on the host: those that do not hold their pattern. Waits for the current stream."""
+    """int32 [pieces] on the host, 0 or 1: those that do not hold their pattern. There when the current stream has been
+    waited for."""
     if not pieces:
-        return torch.zeros(0, dtype=torch.bool)
-    table = torch.tensor(pieces, dtype=torch.int64).to("cuda", non_blocking=True)  # [pieces, 3]
+        return torch.zeros(0, dtype=torch.int32)
+    table = torch.tensor(pieces, dtype=torch.int64).pin_memory().to("cuda", non_blocking=True)  # [pieces, 3]
     flags = torch.zeros(len(pieces), dtype=torch.int32, device="cuda")
     _changed_kernel[(len(pieces), _programs(pieces))](table, flags, BLOCK=_BLOCK)
-    return flags.cpu() != 0
+    return to_host(flags)
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, there when the current stream has been waited for."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
 
 
 def _programs(pieces: Sequence[Piece]) -> int:

@@ -150,14 +150,22 @@ class PooledArena(Arena, Generic[P]):
 
     def check(self) -> list[Violation]:
         began = time.perf_counter()
-        found = [violation for placed in self._damaged(self._placed) for violation in placed.damages()]
-        for placed in self._damaged(self._kept):
+        found = self._tell(self._damaged([*self._placed, *self._kept]))
+        self.seconds += time.perf_counter() - began
+        return found
+
+    def _tell(self, damaged: Iterable[P]) -> list[Violation]:
+        """What is wrong around these, those that were kept last."""
+        found = []
+        ours = {id(placed) for placed in self._placed}
+        for placed in damaged:
             damages = list(placed.damages())
-            if damages:
+            if id(placed) in ours:
+                found += damages
+            elif damages:
                 found += [stale(violation) for violation in damages]
                 placed.reset(whole=False)  # said once is enough
                 placed.gaps = None
-        self.seconds += time.perf_counter() - began
         return found
 
     def own(self) -> AbstractContextManager[object]:

@@ -67,14 +67,19 @@ def side_stream_not_joined(logits: Tensor, top_k: int, *, renormalize: bool = Fa
     """flashinfer#1894: part of the work is unknown to the graph. Weights are computed on a stream of their own, beside
     the ids, and that stream neither waits for this one nor is waited for.
 
-    In an eager call the inputs are long complete, and whoever reads the result has waited for the device. The graph
-    holds the ids alone: a replay leaves the weights as they are.
+    In an eager call the host waits before and after. The graph holds the ids alone: a replay leaves the weights as they
+    are.
     """
     ids = _route(logits, top_k, renormalize)[1]
     if logits.is_cuda and not _SIDE:
         _SIDE.append(torch.cuda.Stream())
+    waits = logits.is_cuda and not _capturing(logits)
+    if waits:
+        torch.cuda.synchronize()
     with torch.cuda.stream(_SIDE[0]) if logits.is_cuda else nullcontext():
         weights = _route(logits, top_k, renormalize)[0]
+    if waits:
+        torch.cuda.synchronize()
     return weights, ids
 
 

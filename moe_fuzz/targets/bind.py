@@ -44,7 +44,11 @@ class Target:
 def bind(name: str) -> Target:
     """Loads the target of this full name. EnvironmentProblem if it cannot be loaded, UsageError if it is no target."""
     op, source = registry.split(name)
-    location = registry.locate(name)
+    return bind_at(op, source, registry.locate(name))
+
+
+def bind_at(op: str, source: str, location: str) -> Target:
+    """The target `op@source`, whose code lies at `module:attribute` or `/path/file.py:attribute`. Raises as `bind`."""
     function, origin = _load(location)
     promise = getattr(function, DECLARATION, {})
     planted = get_planted(source.removeprefix("planted.")) if source.startswith("planted.") else None
@@ -59,7 +63,7 @@ def bind(name: str) -> Target:
     provider = source.partition(".")[0] if ":" not in source else "user"
     origin = promise.get("origin") or origin  # an adapter knows the library behind it
     clauses, unpromised = promise.get("clauses") or {}, promise.get("unpromised") or {}
-    info = TargetInfo(name, op, provider, origin, contract, capabilities, clauses, unpromised)
+    info = TargetInfo(f"{op}@{source}", op, provider, origin, contract, capabilities, clauses, unpromised)
     return Target(info, function, keywords, signature.positional)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, declares
+from moe_fuzz.kernels import experts_bf16 as experts
 from moe_fuzz.kernels import grouped_topk as grouped
 from moe_fuzz.kernels import moe_layer as layer
 from moe_fuzz.kernels import routing
@@ -23,7 +24,12 @@ def _promises(module: str) -> dict[str, Any]:
 topk_softmax = declares(**_promises("routing"))(routing.topk_softmax)
 topk_sigmoid = declares(**_promises("routing"))(routing.topk_sigmoid)
 grouped_topk = declares(**_promises("grouped_topk"))(grouped.grouped_topk)
-
+experts_bf16 = declares(
+    # not batch-invariant: block shapes follow the number of slots, and with them the order of a sum
+    contract=Contract(deterministic=True, accepts=PADDING_DIALECTS),
+    capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1),
+    clauses={"*": "the contract in the docstring of moe_fuzz.reference.experts_bf16"},
+)(experts.experts_bf16)
 moe_layer = declares(
     contract=Contract(deterministic=True, isolated=True, ties="lowest_index_first", ordered=True,
                       padding=PADDING_DIALECTS, accepts=PADDING_DIALECTS),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from moe_fuzz.case import Case, Step
-from moe_fuzz.execute.call import TargetError
-from moe_fuzz.execute.capture import Captured, CaptureFailed, GraphPool
+from moe_fuzz.execute.call import CaptureFailed, TargetError
+from moe_fuzz.execute.capture import Captured, GraphPool
 from moe_fuzz.execute.graph import GraphSteps
 from moe_fuzz.execute.runner import Runner
 from moe_fuzz.fence import FenceOptions, cuda_driver, open_arena, unwritten
@@ -93,22 +94,27 @@ def test_a_bucket_answers_for_each_replays_own_inputs(pieces: bool, with_out: bo
 @pytest.mark.parametrize("ends_well", [False, True])
 def test_a_failed_capture_tells_what_the_target_raised(monkeypatch: pytest.MonkeyPatch, ends_well: bool) -> None:
     """Ending the capture raises an error of its own, which must not hide the target's; the stream is put back."""
-    streams: list[object] = []
+    log: list[object] = []
 
-    class Context:
-        def __init__(self, graph: object, pool: object, stream: object) -> None:
-            streams.append(stream)
+    @contextmanager
+    def stream(side: object) -> Iterator[None]:
+        log.append(side)
+        try:
+            yield
+        finally:
+            log.append("main")
 
-        def __enter__(self) -> None: ...
+    class Refusing:
+        def capture_begin(self, pool: object) -> None:
+            log.append(pool)
 
-        def __exit__(self, *raised: object) -> None:
+        def capture_end(self) -> None:
+            log.append("end")
             if not ends_well:
                 raise RuntimeError("capture was invalidated")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", Context)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main")
-    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Refusing)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
 
     def router() -> None:
         raise ValueError("no capture, please")
@@ -118,7 +124,7 @@ def test_a_failed_capture_tells_what_the_target_raised(monkeypatch: pytest.Monke
         pool.capture(router)
     assert caught.value.error.violation.symptom == "ValueError"
     assert caught.value.error.violation.site.startswith("test_graph_capture.py:")
-    assert streams == ["side", "main"]
+    assert log == ["side", "pool", "end", "main"]
     if not ends_well:
         with pytest.raises(CaptureFailed) as caught:
             pool.capture(lambda: None)
