@@ -17,6 +17,11 @@ KINDS = (PASS, VIOLATION, CRASH, HANG, OOM, REJECTED, FLAKY)
 BAD = (VIOLATION, CRASH, HANG, OOM)
 
 
+#: Where `Verdict.stats` counts steps with padding: PADDING/kind of run/what, of PADDING_COUNTS.
+PADDING = "padding"
+PADDING_COUNTS = ("steps", "nan", "inf", "tokens")  # with padding; with NaN in it; with Inf in it; its rows in all
+
+
 @dataclass(frozen=True)
 class Violation:
     """One rule broken, at its first bad coordinate."""

@@ -7,6 +7,7 @@ from moe_fuzz.checks.family import Family
 from moe_fuzz.checks.layer import metamorphic, parity, structural  # noqa: F401 - they register
 from moe_fuzz.checks.layer.binding import binding
 from moe_fuzz.checks.layer.observation import LayerObservation, Outputs
+from moe_fuzz.checks.layer.padding import statistics
 from moe_fuzz.checks.layer.trail import describe
 from moe_fuzz.ops.layer.inputs import materialize
 
@@ -27,4 +28,5 @@ FAMILY = Family(
     ahead=metamorphic.ahead,
     elements=_elements,
     describe=describe,
+    statistics=statistics,
 )
