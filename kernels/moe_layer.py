@@ -105,7 +105,7 @@ def gate_logits(hidden: Tensor, gate: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["tokens", "experts"])
-def _gate_kernel(  # type: ignore[no-untyped-def]
+def _gate_kernel(
     hidden_ptr, gate_ptr, logits_ptr,  # [T, H], [E, H], [T, E]
     tokens, experts, width,
     hidden_stride_t, hidden_stride_h, gate_stride_e, gate_stride_h,

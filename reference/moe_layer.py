@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def shard_bounds(num_experts: int, shards: int) -> list[tuple[int, int]]:
     """The experts [first, last) of each shard."""
     each, more = divmod(num_experts, shards)
     ends = [each * s + min(s, more) for s in range(shards + 1)]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(pairwise(ends))
 
 
 def shard_map(num_experts: int, first: int, last: int, device: torch.device | str) -> Tensor:

@@ -45,7 +45,7 @@ class Tally:
         one = _Row(
             Counter({verdict.kind: 1}), int(verdict.parity), verdict.budget, verdict.seconds, verdict.fence_seconds
         )
-        one.stats.update(verdict.stats)  # type: ignore[arg-type]
+        one.stats.update(verdict.stats)
         if verdict.kind == PASS and verdict.budget:  # 0: nothing was judged against a bound, or it was exact
             one.budgets[min(BUDGET_BINS - 1, int(verdict.budget * BUDGET_BINS))] = 1
         self._add(target, one)
@@ -90,7 +90,7 @@ class Tally:
     def to_json(self) -> dict[str, Any]:
         with self._lock:
             return {
-                target: vars(row) | {"verdicts": dict(row.verdicts), "budgets": dict(row.budgets), "stats": dict(row.stats)}
+                target: vars(row) | {name: dict(getattr(row, name)) for name in ("verdicts", "budgets", "stats")}
                 for target, row in self._rows.items()
             }
 

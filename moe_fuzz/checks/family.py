@@ -36,7 +36,7 @@ class Family:
     ahead: Callable[[Any], Sequence[Inputs]] = lambda seen: ()
     #: (inputs, *what a target tells `observe` between its stages) -> it in a sentence; None: the op has no stages
     describe: Callable[..., str] | None = None
-    #: (case, step_index, inputs) -> counts of what this step's inputs are like, by name, which a campaign adds up; None: none
+    #: (case, step_index, inputs) -> counts of what the inputs are like, by name, which a campaign adds up; None: none
     statistics: Callable[[Case, int, Inputs], Mapping[str, float]] | None = None
     #: (case, step_index) -> elements that are made and judged: on the host where they are few, else on the device
     elements: Callable[[Case, int], int] = _rows_by_experts

@@ -130,7 +130,7 @@ def _verdict(steps: Steps) -> Verdict:
         parity=steps.parity and kind == PASS and not spent and not violations,
         budget=steps.budget,
         detail=detail or steps.detail,
-        stats=steps.stats,
+        stats=dict(steps.stats),
         spent=spent,
     )
 

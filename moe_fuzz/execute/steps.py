@@ -136,7 +136,7 @@ class Steps(ABC):
             looks = [arena.look() for arena in arenas]
             self.wait()
         if self.family.statistics is not None:
-            self.stats.update(self.family.statistics(self.case, self.index, inputs))  # type: ignore[arg-type]
+            self.stats.update(self.family.statistics(self.case, self.index, inputs))
         seen = answered(seen, self.family.outputs(*results))
 
         def canaries() -> list[Violation]:

@@ -199,7 +199,7 @@ PLANTED: tuple[Planted, ...] = (
            only=True),
     # a layer: what one half does to the other, one rank to another, one step to the next
     _layer("nan_blind_layer", "crash", "vllm#37758",
-           "a router blind to NaN names expert 0 k times, and experts that trust its ids read where nothing was written"),
+           "a router blind to NaN names expert 0 k times; experts that trust its ids read where nothing was written"),
     _layer("raw_sentinel", "fence", "vllm#48979", "takes the weights of an expert by the id -1",
            dialects=("minus_one",)),
     _layer("sentinel_wraps_map", "bound", "vllm#42034",
@@ -207,7 +207,7 @@ PLANTED: tuple[Planted, ...] = (
            only=True),
     _layer("shard_offset_ignored", "bound", "flashinfer#3547", "every shard numbers its experts from 0", only=True),
     _layer("bias_of_every_shard", "bound", "flashinfer#3547", "adds an expert's bias on every shard", only=True),
-    _layer("amax_of_all_ranks", "bound", "aiter#6275", "one infinite padding row, and the scale of all ranks' rows is infinite"),
+    _layer("amax_of_all_ranks", "bound", "aiter#6275", "one infinite padding row, and all ranks' rows are scaled by infinity"),
     _layer("dense_combine", "bound", "sglang#24850", "multiplies the NaN of padding rows by 0 into every row"),
     _layer("idle_rank_skipped", "bound", "sglang#31794",
            "a rank without tokens does not run its experts: the combine finds the step before", only=True),

@@ -12,7 +12,15 @@ from torch import Tensor
 if __package__:
     from .layer_parts import experts_sum, finish, gate_logits, local_slots, route, shard_bounds, whole
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
-    from layer_parts import experts_sum, finish, gate_logits, local_slots, route, shard_bounds, whole
+    from layer_parts import (  # type: ignore[import-not-found, no-redef]
+        experts_sum,
+        finish,
+        gate_logits,
+        local_slots,
+        route,
+        shard_bounds,
+        whole,
+    )
 
 _KEPT: dict[object, Tensor] = {}  # workspaces that live as long as the process, by what they belong to
 
@@ -168,8 +176,8 @@ def idle_rank_skipped(hidden: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top
 
 
 def rank_bucket_baked(hidden: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, **given: Any) -> Any:
-    """sglang#30242: how many rows of each rank are sent to the experts is settled when a buffer is first used, and baked
-    into what runs over it from then on. A dummy batch, of which no row is padding, does not count.
+    """sglang#30242: how many rows of each rank are sent to the experts is settled when a buffer is first used, and
+    baked into what runs over it from then on. A dummy batch, of which no row is padding, does not count.
 
     A step in which a rank has more tokens than in the first one: the rest of them reach no expert.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def shard_bounds(experts: int, shards: int) -> list[tuple[int, int]]:
     """The experts [first, last) of each shard: the first of them have one more."""
     each, more = divmod(experts, shards)
     ends = [each * s + min(s, more) for s in range(shards + 1)]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(pairwise(ends))
 
 
 def local_slots(ids: Tensor, first: int, last: int) -> Tensor:

@@ -99,8 +99,9 @@ class LayerObservation:
         """The decision without what was decided: all that depends on the inputs alone."""
         options = self.inputs.options
         given = {name: options[name] for name in ("top_k", "renormalize", "scale", "scoring")}
-        plain = {name: self.inputs.plain[name] for name in ("bias", "is_padding") if name in self.inputs.plain}
-        inputs = RoutingInputs({**given, "padding": self.dialect}, {"logits": self.logits, **plain})
+        plain = {"logits": self.logits}
+        plain |= {name: self.inputs.plain[name] for name in ("bias", "is_padding") if name in self.inputs.plain}
+        inputs = RoutingInputs({**given, "padding": self.dialect}, plain)
         nothing = Routed(torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int32))  # before there are outputs, too
         return Decision(self.case, self.step_index, self.info, inputs, nothing, _no_call, logit_error=self.logit_error)
 

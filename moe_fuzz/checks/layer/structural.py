@@ -27,8 +27,8 @@ def structure(seen: LayerObservation) -> list[Violation]:
 
 @check("layer", "written")
 def written(seen: LayerObservation) -> list[Violation]:
-    """No element still holds the poison it had before the call. What is in y's padding rows is no one's business, nor is
-    the decision there under the dialect `garbage`."""
+    """No element still holds the poison it had before the call. What is in y's padding rows is no one's business, nor
+    is the decision there under the dialect `garbage`."""
     found = router.written(seen.decision)
     left = unwritten(seen.outputs.y) & ~seen.flagged.view(-1, 1)
     if left.any():

@@ -35,7 +35,8 @@ class LayerInputs(Inputs):
     def results(self) -> dict[str, Result]:
         hidden = self.plain["hidden"]
         slots = (hidden.shape[0], self.top_k)
-        return {"y": (tuple(hidden.shape), hidden.dtype), "weights": (slots, torch.float32), "ids": (slots, torch.int32)}
+        decision: dict[str, Result] = {"weights": (slots, torch.float32), "ids": (slots, torch.int32)}
+        return {"y": (tuple(hidden.shape), hidden.dtype)} | decision
 
 
 def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> LayerInputs:
@@ -90,7 +91,8 @@ def _weights(case: Case, device: torch.device | str) -> dict[str, torch.Tensor]:
 
     gate_dtype = torch.float32 if config["gate_dtype"] == "float32" else dtype
     found = {"gate": draw("gate", 1, hidden, _size(8, hidden), gate_dtype).view(len(experts), hidden),
-             "w13": draw("w13", rows, hidden, _size(4, hidden)), "w2": draw("w2", hidden, inter, _size(4, inter))}  # fmt: skip
+             "w13": draw("w13", rows, hidden, _size(4, hidden)),
+             "w2": draw("w2", hidden, inter, _size(4, inter))}  # fmt: skip
     if config["expert_bias"] != "none":
         kind = torch.float32 if config["expert_bias"] == "float32" else dtype
         found["b13"] = draw("b13", rows, 1, 0.5, kind).view(len(experts), rows)

@@ -220,8 +220,8 @@ class LayerSpace(routing.RoutingSpace):
         return {**super().mended(config), "ep": max(fitting)}
 
     def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
-        """An interpreted case with its reruns, fitted to measurements: three calls, each of a gate and a router, and for
-        each shard of launches, in which the tiles of the two products count."""
+        """An interpreted case with its reruns, fitted to measurements: three calls, each of a gate and a router, and
+        for each shard of launches, in which the tiles of the two products count."""
         count, top_k = len(Labels.parse(str(config["experts"]))), int(config["top_k"])
         hidden, inter, shards = int(config["hidden"]), int(config["intermediate"]), int(config["ep"])
         slots = tokens * min(top_k, count)
@@ -254,6 +254,6 @@ def _weights(experts: int, config: Mapping[str, Scalar]) -> int:
 
 
 SPACES = (
-    LayerSpace("moe_layer", "gate, router and experts of a layer, its tokens from several ranks, its experts on several",
+    LayerSpace("moe_layer", "gate, router and experts of a layer, tokens and experts spread over ranks",
                MODELS),
 )  # fmt: skip
