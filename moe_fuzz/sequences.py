@@ -13,7 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moe_fuzz.case import MODES, Case, Fault, Scalar, Step
+from moe_fuzz.case import ALL_MODES, MODES, RANKS, Case, Fault, Scalar, Step
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.space import FaultPlace, Space
 
@@ -50,8 +50,8 @@ class Plan:
 def runs(modes: Sequence[str], device: str) -> tuple[str, ...]:
     """The kinds of run, each as often as its share: three cases in five are a single call. Without CUDA graphs it is
     three in four: a replay shows less there, and costs more."""
-    graphs = [mode for mode in MODES[1:] if mode in modes]
-    graphs += graphs[:1]
+    graphs = [mode for mode in ALL_MODES[1:] if mode in modes]
+    graphs += [*graphs[:1], *([RANKS] * 2 if RANKS in modes else [])]
     if MODES[0] not in modes:
         return tuple(graphs)
     single = (6 if device == "cuda" else 12) if graphs else 6

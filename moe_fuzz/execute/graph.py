@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from moe_fuzz.case import RANKS
 from moe_fuzz.execute.buckets import Bucket, Simulated
 from moe_fuzz.execute.calls import Call, Results
 from moe_fuzz.execute.capture import Captured, GraphPool
@@ -48,7 +49,7 @@ class GraphSteps(Steps):
     ) -> None:
         with_out, pieces = self.with_out, self.case.mode == "piecewise"
         # Ranks pad their batches into static buffers whether or not what runs over them is captured.
-        called = self.case.mode == "ranks" and not self.target.info.contract.graph
+        called = self.case.mode == RANKS and not self.target.info.contract.graph
         if pool is None or called:
             buckets[key] = Simulated(inputs, self.target, arena, with_out, pieces)
         else:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from moe_fuzz.case import MODES, Case, Scalar
+from moe_fuzz.case import ALL_MODES, Case, Scalar
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.labels import Labels
 
@@ -20,7 +20,7 @@ class FaultPlace:
     on_rows: bool
     needs: str = ""  # the config flag without which the tensor does not exist
     max_rows: int | None = None  # it is laid into no step of more rows
-    modes: tuple[str, ...] = MODES  # it is laid into no case of another mode
+    modes: tuple[str, ...] = ALL_MODES  # it is laid into no case of another mode
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class Space(Protocol):
     @property
     def presets(self) -> Mapping[str, Mapping[str, Scalar]]: ...  # model -> the part of a config it fixes
 
+    # A space may also have `tails`: what a layer before may leave in the rows of a static buffer that are no tokens, in
+    # the places of moe_fuzz.sequences.TAILS.
+
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         """The axes of a config inside the target's capabilities; `experts` holds counts."""
         ...
@@ -62,11 +65,7 @@ class Space(Protocol):
         ...
 
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
-        """The modes in which the target can be run: see moe_fuzz.case.MODES."""
-        ...
-
-    def in_mode(self, config: Mapping[str, Scalar], mode: str) -> dict[str, Scalar]:
-        """The config with what depends on the mode: there are several ranks in `ranks`, and nowhere else."""
+        """The modes in which the target can be run: see moe_fuzz.case.ALL_MODES."""
         ...
 
     def affordable(self, case: Case, device: str) -> bool:

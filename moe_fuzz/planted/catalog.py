@@ -6,38 +6,11 @@ The target of a planted bug is `OP@planted.NAME`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Planted:
-    """One planted bug. Its docstring tells the same story, for whoever reads the code."""
-
-    name: str  # also the name of the function
-    op: str
-    module: str  # beside this file
-    check: str  # the check that must find it; "crash", "hang" and "oom" for those that take their process
-    upstream: str  # the issue it stands for, as OWNER#NUMBER
-    story: str  # the flaw, and the input that shows it
-    symptom: str = ""  # the symptom of the finding, where it is one only
-    only: bool = False  # no other check can find it
-    fence: str = "torch"  # FenceOptions.own that it takes to see it
-    contract: Mapping[str, Any] = field(default_factory=lambda: {"deterministic": True})
-    capabilities: Mapping[str, Any] = field(default_factory=dict)  # beyond what the signature tells
-
-    @property
-    def function(self) -> str:
-        return self.name
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """Where it is a bug: memory of the host is eaten on the host."""
-        return tuple(self.capabilities.get("devices", ("cpu", "cuda")))
-
-    @property
-    def target(self) -> str:
-        return f"{self.op}@planted.{self.name}"
+from moe_fuzz.planted.align_catalog import ALIGN
+from moe_fuzz.planted.entry import Planted
+from moe_fuzz.planted.layer_catalog import LAYER
 
 
 def _router(name: str, module: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
@@ -60,17 +33,7 @@ def _slots(name: str, check: str, upstream: str, story: str, **more: Any) -> Pla
     return _grouped(name, check, upstream, story, module="grouped_slots", **more)
 
 
-#: What plain float32 promises. Nothing here is captured: they look at numbers on the host.
-_LAYER: Mapping[str, Any] = {"deterministic": True, "intermediate": "float32", "slot": "none", "padding": ("distinct",)}
-
-
-def _layer(name: str, check: str, upstream: str, story: str, dialects: tuple[str, ...] = ("distinct",),
-           **more: Any) -> Planted:  # fmt: skip
-    contract = {**_LAYER, "padding": dialects, **more.pop("promises", {})}
-    return Planted(name, "moe_layer", "layer", check, upstream, story, contract=contract, **more)
-
-
-PLANTED: tuple[Planted, ...] = (
+_ROUTERS: tuple[Planted, ...] = (
     # what a NaN does
     _router("nan_argmax", "routing_nan", "ids", "vllm#39391", "on a row of NaN `>` is never true: expert 0, k times"),
     _router("nan_sentinel", "routing_nan", "ids", "sglang#30079", "on a row with NaN `==` is never true: id E"),
@@ -197,25 +160,6 @@ PLANTED: tuple[Planted, ...] = (
     _slots("mapped_in_place", "ids", "sglang#22525", "looks up again what it has looked up"),
     _slots("shared_ids_looked_up", "fence", "sglang#22525", "reads past the map for the ids of shared experts",
            only=True),
-    # a layer: what one half does to the other, one rank to another, one step to the next
-    _layer("nan_blind_layer", "crash", "vllm#37758",
-           "a router blind to NaN names expert 0 k times; experts that trust its ids read where nothing was written"),
-    _layer("raw_sentinel", "fence", "vllm#48979", "takes the weights of an expert by the id -1",
-           dialects=("minus_one",)),
-    _layer("sentinel_wraps_map", "bound", "vllm#42034",
-           "-1 is taken for the last expert, and fills the places of another rank's rows", dialects=("minus_one",),
-           only=True),
-    _layer("shard_offset_ignored", "bound", "flashinfer#3547", "every shard numbers its experts from 0", only=True),
-    _layer("bias_of_every_shard", "bound", "flashinfer#3547", "adds an expert's bias on every shard", only=True),
-    _layer("amax_of_all_ranks", "bound", "aiter#6275", "one infinite padding row, and all ranks' rows are scaled by infinity"),
-    _layer("dense_combine", "bound", "sglang#24850", "multiplies the NaN of padding rows by 0 into every row"),
-    _layer("idle_rank_skipped", "bound", "sglang#31794",
-           "a rank without tokens does not run its experts: the combine finds the step before", only=True),
-    _layer("rank_bucket_baked", "bound", "sglang#30242",
-           "as many rows of a rank are sent as the first step had"),
-    _layer("shifted_tail_block", "bound", "flashinfer#3957",
-           "a store of fewer than eight slots begins before its buffer: a later step has lost experts", only=True,
-           promises={"deterministic": False}),
     # the device
     _router("asserts_on_sentinel", "routing_device", "crash", "TransformerEngine#2907",
             "looks the id E of a row of NaN up in a table of E: a device-side assertion", symptom="device-assert",
@@ -232,6 +176,8 @@ PLANTED: tuple[Planted, ...] = (
             "stores past a workspace from a helper thread where E is odd", symptom="own:right:write", only=True,
             capabilities=_CUDA, fence="all"),
 )  # fmt: skip
+
+PLANTED: tuple[Planted, ...] = (*_ROUTERS, *ALIGN, *LAYER)
 
 
 def get_planted(name: str) -> Planted | None:

@@ -139,12 +139,13 @@ def padding(row: TargetRow) -> list[str]:
     """A table of the padding that the target's batches had: what a server's have is told in vllm#37758."""
     if not row.padding:
         return []
-    lines = [f"padding in the batches of {row.target}",
-             f"  {'run':<20}{'steps with padding':>20}{'NaN in padding':>18}{'Inf in padding':>18}{'mean pad tokens':>18}"]
+    heads = "".join(f"{head:>18}" for head in ("NaN in padding", "Inf in padding", "mean pad tokens"))
+    lines = [f"padding in the batches of {row.target}", f"  {'run':<20}{'steps with padding':>20}{heads}"]
     for kind, counts in row.padding.items():
         steps = counts["steps"] or 1
         shares = [f"{counts[what]:,} ({counts[what] / steps:.0%})" for what in ("nan", "inf")]
-        lines.append(f"  {kind:<20}{counts['steps']:>20,}{shares[0]:>18}{shares[1]:>18}{counts['tokens'] / steps:>18.1f}")
+        shares.append(f"{counts['tokens'] / steps:.1f}")
+        lines.append(f"  {kind:<20}{counts['steps']:>20,}" + "".join(f"{share:>18}" for share in shares))
     return lines
 
 

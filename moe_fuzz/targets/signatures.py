@@ -83,8 +83,8 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 _EXPERTS = {name: (name,) for name in ("expert_map", "activation", "gate_layout", "b13", "b2", "apply_weight_on_input",
                                        "out")}  # fmt: skip
-_LAYER = {**{name: (name,) for name in ("is_padding", "ranks", "shards", "dialect", "scoring", "renormalize", "bias",
-                                        "scale", "activation", "gate_layout", "b13", "b2", "observe", "out")}}  # fmt: skip
+_LAYER = {name: (name,) for name in ("is_padding", "ranks", "shards", "dialect", "scoring", "renormalize", "bias",
+                                     "scale", "activation", "gate_layout", "b13", "b2", "observe", "out")}  # fmt: skip
 _ROUTER_OPTIONAL = ("bias", "is_padding", "out", "expert_map")
 _TOPK = Signature(("logits", "top_k"), _ROUTER, _ROUTER_OPTIONAL, _cut_routing)
 
@@ -101,7 +101,7 @@ SIGNATURES: Mapping[str, Signature] = {
     "moe_layer": Signature(
         ("hidden", "gate", "w13", "w2", "top_k"), _LAYER, ("is_padding", "bias", "b13", "b2", "observe", "out"),
         _cut_layer,
-    ),  # fmt: skip
+    ),
     "experts_bf16": Signature(
         ("x", "w13", "w2", "weights", "ids"), _EXPERTS, ("expert_map", "b13", "b2", "out"), _cut_experts
     ),

@@ -1,13 +1,14 @@
-"""Routers and a layer in plain PyTorch, as people write them in model code. Their projects promise nothing about padding rows."""
+"""Routers in plain PyTorch, as people write them in model code. Their projects promise nothing about padding rows."""
 
 from __future__ import annotations
 
 import torch
 
-from moe_fuzz.contract import Capabilities, Contract, declares
+from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, declares
 from moe_fuzz.targets.torch_experts import experts_bf16
+from moe_fuzz.targets.torch_layer import moe_layer
 
-__all__ = ["experts_bf16", "grouped_topk", "topk_sigmoid", "topk_softmax"]
+__all__ = ["experts_bf16", "grouped_topk", "moe_layer", "topk_sigmoid", "topk_softmax"]
 
 
 @declares(contract=Contract(deterministic=True, ordered=True), capabilities=Capabilities(alignment=1))
@@ -78,33 +79,37 @@ def grouped_topk(
 
 
 @declares(
-    contract=Contract(deterministic=True, intermediate="float32", slot="none"), capabilities=Capabilities(alignment=1)
+    contract=Contract(deterministic=True, ordered=True, stable=True, accepts=PADDING_DIALECTS),
+    capabilities=Capabilities(max_experts=8192, alignment=1, block_sizes=(), fewer_than_map=False),
 )
-def moe_layer(
-    hidden: torch.Tensor, gate: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int, *,
-    scoring: str = "softmax", renormalize: bool = False, bias: torch.Tensor | None = None, scale: float = 1.0,
-    activation: str = "silu",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Every expert on every token, in float32, weighed by a dense matrix: what a compiler is given to make it fast.
+def align(
+    ids: torch.Tensor, block_size: int, num_experts: int, expert_map: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A stable sort by expert, then places from two prefix sums: what serves where no kernel fits.
 
-    hidden [T, H], gate [E, H], w13 [E, 2I, H], w2 [E, H, I] -> y [T, H], weights [T, k] float32, ids [T, k] int32.
+    ids [T, k] int32 or int64, expert_map [E] int32 or None -> sorted_token_ids [M], expert_ids [M / block_size],
+    num_tokens_post_padded [1], inverse [T, k], all int32. Nothing waits for the device.
     """
-    route = topk_softmax if scoring == "softmax" else topk_sigmoid
-    x = hidden.float()
-    weights, ids = route(x @ gate.float().t(), top_k, renormalize, bias, scale)
-    dense = x.new_zeros(len(hidden), len(gate)).scatter_(1, ids.long(), weights)  # [T, E]
-    y = torch.zeros_like(x)
-    for expert in range(len(gate)):
-        a = x @ w13[expert].float().t()
-        if activation == "relu2":
-            h = a.relu().square()
-        else:
-            g, p = a.chunk(2, dim=-1)
-            if activation == "swiglu_oai":
-                g, p = g.clamp(max=7.0), p.clamp(-7.0, 7.0)
-                h = g * torch.sigmoid(1.702 * g) * (p + 1)
-            else:
-                h = (torch.nn.functional.gelu(g) if activation == "gelu" else torch.nn.functional.silu(g)) * p
-        weight = dense[:, expert : expert + 1]
-        y += (h @ w2[expert].float().t() * weight).masked_fill(weight == 0, 0.0)
-    return y.to(hidden.dtype), weights, ids
+    slots = ids.numel()
+    flat = ids.flatten().long()
+    expert = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)  # [N], of those dropped E
+    if expert_map is not None:
+        local = torch.cat([expert_map.long(), expert_map.new_full((1,), -1, dtype=torch.int64)])[expert]
+        expert = torch.where(local >= 0, local, num_experts)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    counts.scatter_add_(0, expert, torch.ones_like(expert))
+    blocks = (counts[:-1] + block_size - 1) // block_size  # [E]
+    ends = blocks.cumsum(0)
+    first = torch.cat([(ends - blocks) * block_size, ends[-1:] * 0])  # [E + 1], in entries
+    order = expert.argsort(stable=True)
+    rank = torch.arange(slots, device=ids.device) - (counts.cumsum(0) - counts)[expert[order]]
+    alone = min(slots, num_experts)
+    room = alone + (slots - alone) // block_size
+    place = torch.where(expert[order] < num_experts, first[expert[order]] + rank, room * block_size)
+    held = torch.full((room * block_size + 1,), slots, dtype=torch.int32, device=ids.device)
+    held[place] = torch.where(place < room * block_size, order, slots).int()  # the last entry takes what is dropped
+    block = torch.arange(room, device=ids.device)
+    owner = torch.searchsorted(ends, block, right=True)
+    owner = torch.where(block < ends[-1], owner, -1).int()
+    inverse = torch.empty_like(place).index_copy_(0, order, torch.where(place < room * block_size, place, -1))
+    return held[:-1], owner, (ends[-1:] * block_size).int(), inverse.int().view(ids.shape)

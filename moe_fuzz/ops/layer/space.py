@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-from moe_fuzz.case import MODES, Case, Scalar, Step
+from moe_fuzz.case import ALL_MODES, MODES, RANKS, Case, Scalar, Step, in_mode
 from moe_fuzz.contract import PADDING_DIALECTS, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
@@ -20,8 +20,8 @@ EXPERTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16, 17, 32, 33, 60, 64, 67, 72, 96, 1
 TOP_K = (1, 2, 3, 4, 5, 6, 8, 10)
 HIDDEN = (16, 1, 7, 8, 24, 32, 33, 40, 64, 72, 96, 100, 128, 129, 192, 256, 320, 448, 512)
 INTERMEDIATE = (16, 1, 8, 12, 24, 32, 33, 40, 48, 64, 65, 96, 128, 130, 176, 256)
-RANKS = (1, 2, 3, 4, 8)
-SHARDS = (1, 2, 3, 4, 8)
+DP = (1, 2, 3, 4, 8)
+EP = (1, 2, 3, 4, 8)
 #: Elements of w13 and w2: the host draws them anew for each case, and multiplies them in float64.
 MAX_WEIGHTS = 1 << 18
 CPU_BUDGET = 0.8  # seconds an interpreted case may take: a layer is a router, and a few launches a shard
@@ -30,8 +30,8 @@ CUDA_HIDDEN = 1 << 19  # T x H x k on a device, for the same reason
 FIELDS: dict[str, tuple[Scalar, ...]] = {
     "hidden": HIDDEN,
     "intermediate": INTERMEDIATE,
-    "dp": RANKS,
-    "ep": SHARDS,
+    "dp": DP,
+    "ep": EP,
     "dtype": ("bfloat16", "float16"),
     "gate_dtype": ("dtype", "float32"),
     "scoring": ("softmax", "sigmoid"),
@@ -49,6 +49,8 @@ FIELDS: dict[str, tuple[Scalar, ...]] = {
 }
 ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "huge_rows", "ladder", "ties",
               "zero_rows", "stale_rows")  # fmt: skip
+#: Attention leaves NaN in nearly every padded batch (829 of 832 steps: vllm#37758).
+TAILS = ("", "", "nan_rows", "nan_rows", "nan_rows", "inf_rows", "huge_rows", "zero_rows")
 PLACES = (
     *(FaultPlace(name, "hidden", on_rows=True) for name in ROW_FAULTS),
     FaultPlace("extreme_bias", "bias", on_rows=False, needs="bias"),
@@ -68,8 +70,8 @@ class LayerSpace(routing.RoutingSpace):
     places: ClassVar[tuple[FaultPlace, ...]] = PLACES
     sizes: ClassVar[tuple[str, ...]] = ("experts", "top_k")
     fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = FIELDS
+    tails: ClassVar[tuple[str, ...]] = TAILS
     row_faults: ClassVar[tuple[str, ...]] = ROW_FAULTS
-    known_modes: ClassVar[tuple[str, ...]] = MODES
 
     @cached_property
     def tensors(self) -> Mapping[str, str]:
@@ -83,8 +85,8 @@ class LayerSpace(routing.RoutingSpace):
         limited: dict[str, tuple[Scalar, ...]] = {
             "hidden": tuple(h for h in HIDDEN if h <= can.max_hidden and h % can.min_multiple_h == 0),
             "intermediate": tuple(i for i in INTERMEDIATE if i <= can.max_intermediate and i % can.min_multiple_i == 0),
-            "dp": tuple(n for n in RANKS if n <= can.max_ranks),
-            "ep": tuple(n for n in SHARDS if n <= can.max_shards),
+            "dp": tuple(n for n in DP if n <= can.max_ranks),
+            "ep": tuple(n for n in EP if n <= can.max_shards),
             "dtype": tuple(d for d in FIELDS["dtype"] if d in can.dtypes),
             "scoring": can.scorings,
             "renormalize": can.renormalize,
@@ -105,14 +107,8 @@ class LayerSpace(routing.RoutingSpace):
 
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
         # Ranks pad to static buffers where nothing is captured, too.
-        known = MODES if info.contract.graph else (MODES[0], MODES[-1])
-        return known if info.capabilities.max_ranks > 1 else tuple(mode for mode in known if mode != "ranks")
-
-    def in_mode(self, config: Mapping[str, Scalar], mode: str) -> dict[str, Scalar]:
-        """There are several data-parallel ranks in the mode `ranks`, and nowhere else."""
-        if mode != "ranks":
-            return {**config, "dp": 1}
-        return {**config, "dp": max(2, int(config["dp"]))}
+        known = ALL_MODES if info.contract.graph else (MODES[0], RANKS)
+        return known if info.capabilities.max_ranks > 1 else tuple(mode for mode in known if mode != RANKS)
 
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
         axes = {axis.name: axis.values for axis in self.axes(info)}
@@ -148,8 +144,8 @@ class LayerSpace(routing.RoutingSpace):
         if _weights(count, config) > 1 << 27:
             raise CaseError("config.hidden", f"{count} experts of {config['hidden']} x {config['intermediate']} are "
                             "too many elements")  # fmt: skip
-        if (int(config["dp"]) > 1) != (case.mode == "ranks"):
-            raise CaseError("config.dp", f"must be 1 in mode {case.mode}" if case.mode != "ranks"
+        if (int(config["dp"]) > 1) != (case.mode == RANKS):
+            raise CaseError("config.dp", f"must be 1 in mode {case.mode}" if case.mode != RANKS
                             else "must be more than 1 in mode ranks")  # fmt: skip
         for index, step in enumerate(case.steps):
             if step.tokens % int(config["dp"]):
@@ -191,9 +187,9 @@ class LayerSpace(routing.RoutingSpace):
         return frozenset(found)
 
     def simplify(self, case: Case) -> Iterator[Case]:
-        for mode in MODES[: MODES.index(case.mode)]:
-            yield replace(case, mode=mode, config=self.in_mode(case.config, mode))
-        if case.mode == "ranks":
+        for mode in ALL_MODES[: ALL_MODES.index(case.mode)]:
+            yield replace(case, mode=mode, config=in_mode(case.config, mode))
+        if case.mode == RANKS:
             yield from self._fewer_ranks(case)
         # dp has been dealt with: it is no field that stands alone
         yield from (one for one in super().simplify(case) if one.mode == case.mode and
@@ -202,7 +198,7 @@ class LayerSpace(routing.RoutingSpace):
     def _fewer_ranks(self, case: Case) -> Iterator[Case]:
         ranks = int(case.config["dp"])
         blocks = [step.tokens // ranks for step in case.steps]
-        for fewer in (r for r in RANKS if 1 < r < ranks):
+        for fewer in (r for r in DP if 1 < r < ranks):
             steps = tuple(step.keep_rows(step.rows.first(fewer * block))
                           for step, block in zip(case.steps, blocks, strict=True))  # fmt: skip
             yield replace(case, steps=steps, config={**case.config, "dp": fewer})
@@ -216,7 +212,7 @@ class LayerSpace(routing.RoutingSpace):
     def mended(self, config: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """top_k and ep are at most the number of experts."""
         count = len(Labels.parse(str(config["experts"])))
-        fitting = [shards for shards in SHARDS if shards <= min(int(config["ep"]), count)]
+        fitting = [shards for shards in EP if shards <= min(int(config["ep"]), count)]
         return {**super().mended(config), "ep": max(fitting)}
 
     def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:

@@ -76,7 +76,6 @@ class RoutingSpace:
     sizes: ClassVar[tuple[str, ...]] = ("experts", "top_k")
     fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = FIELDS
     row_faults: ClassVar[tuple[str, ...]] = ROW_FAULTS  # the plainest first
-    known_modes: ClassVar[tuple[str, ...]] = MODES[:3]  # ranks are a layer's business
 
     @cached_property
     def simplest(self) -> Mapping[str, Scalar]:
@@ -106,10 +105,7 @@ class RoutingSpace:
         )
 
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
-        return self.known_modes if info.contract.graph else MODES[:1]
-
-    def in_mode(self, config: Mapping[str, Scalar], mode: str) -> dict[str, Scalar]:
-        return dict(config)
+        return MODES if info.contract.graph else MODES[:1]
 
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
         whole = self.mended({**config, "experts": str(Labels.range(int(config["experts"])))})
@@ -146,8 +142,6 @@ class RoutingSpace:
                 "is missing" if key in expected else "unknown field",
                 f"the fields of {self.op} are {', '.join(sorted(expected))}",
             )
-        if case.mode not in self.known_modes:
-            raise CaseError("mode", f"{self.op} has no mode {case.mode}", f"it has {', '.join(self.known_modes)}")
         experts, top_k = config["experts"], config["top_k"]
         try:
             labels = Labels.parse(experts) if isinstance(experts, str) else Labels()
