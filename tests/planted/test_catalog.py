@@ -26,7 +26,7 @@ CHECKS = {
     "error", "structure", "written", "ids", "finite", "padding", "shared", "expert_map", "selection", "ties", "order",
     "weights", "fence", "canary", "isolation", "batch_invariance", "determinism", "capture", "replay",
     "crash", "hang", "oom",
-    "count", "slots", "experts", "fill", "tail", "inverse", "stable",
+    "count", "slots", "experts", "fill", "tail", "inverse", "stable", "bound",
 }  # fmt: skip
 REFERENCES = {"topk_softmax": reference, "topk_sigmoid": topk_sigmoid, "grouped_topk": grouped_topk}
 #: Those that launch a Triton kernel whatever the input; the others compute with torch, or launch none on a CPU.

@@ -10,7 +10,7 @@ from moe_fuzz.verdict import PADDING
 
 
 def statistics(case: Case, step_index: int, inputs: Inputs) -> Mapping[str, float]:
-    """Of one step, if it has padding, for its kind of run: `padding/ranks dp=2 ep=2/nan` and the like."""
+    """Of one step, if it has padding, for its kind of run: `padding/ranks dp=2 +ep/nan` and the like."""
     step = case.steps[step_index]
     padded = step.padding.positions(step.rows)
     if not padded:
@@ -22,6 +22,7 @@ def statistics(case: Case, step_index: int, inputs: Inputs) -> Mapping[str, floa
 
 
 def run_kind(case: Case) -> str:
-    """`eager`, `sequence`, `graph`, `piecewise`, `ranks dp=2`, `ranks dp=2 ep=2`."""
+    """`eager`, `sequence`, `graph`, `piecewise`, `ranks dp=2`; with `+ep` where experts are spread, too."""
     kind = "sequence" if case.mode == "eager" and len(case.steps) > 1 else case.mode
-    return kind + "".join(f" {name}={case.config[name]}" for name in ("dp", "ep") if case.config[name] != 1)
+    ranks = f" dp={case.config['dp']}" if case.config["dp"] != 1 else ""
+    return kind + ranks + (" +ep" if case.config["ep"] != 1 else "")
