@@ -1,4 +1,7 @@
-"""Grouped routing in Triton. Its contract is the docstring of `reference/grouped_topk.py`."""
+"""Grouped routing in Triton. Its contract is the docstring of `reference/grouped_topk.py`.
+
+One group of all experts is no group: such a call is the plain router's (routing.py), which is faster.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if __package__:
+    from .routing import topk_sigmoid, topk_softmax
+else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
+    from routing import topk_sigmoid, topk_softmax
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIALECTS = ("distinct", "minus_one", "num_experts", "zero_weight", "garbage")
@@ -41,6 +49,10 @@ def grouped_topk(
     """
     _check(logits, top_k, n_group, topk_group, scoring, group_score, scale, padding, n_shared)
     tokens, experts = logits.shape
+    if n_group == 1 and n_shared == 0 and expert_map is None:
+        router = topk_sigmoid if scoring == "sigmoid" else topk_softmax
+        return router(logits, top_k, renormalize=renormalize, bias=bias, scale=scale, is_padding=is_padding,
+                      padding=padding, out=out)  # fmt: skip
     slots = top_k + n_shared
     _expect("bias", bias, (experts,), torch.float32, logits.device)
     _expect("is_padding", is_padding, (tokens,), torch.bool, logits.device)

@@ -1,6 +1,7 @@
 """Routers in Triton. Their contracts are the docstrings of `reference/routing.py`.
 
-Up to 16 experts a row lies in one thread (routing_threads.py), beyond that in one warp (routing_lanes.py).
+Up to 16 experts a row lies in one thread (routing_threads.py), beyond that in one warp (routing_lanes.py). The best
+one of many rows has a kernel of its own (routing_top1.py).
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch import Tensor
 if __package__:
     from .routing_lanes import list_length, network, topk_by_lanes
     from .routing_threads import topk_by_threads
+    from .routing_top1 import top1
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
     from routing_lanes import list_length, network, topk_by_lanes
     from routing_threads import topk_by_threads
+    from routing_top1 import top1
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIALECTS = ("distinct", "minus_one", "num_experts", "zero_weight", "garbage")
@@ -113,12 +116,20 @@ def _topk(
                      LARGEST=torch.finfo(logits.dtype).max, PDL=pdl)
     if pdl:
         constants["launch_pdl"] = True
-    if not wide and experts in (1, 2, 4, 8, 16) and top_k in _KNOWN_K:
+    packed = stride_e == 1 and (stride_t == experts or tokens == 1)
+    if _is_top1(tokens, experts, top_k, wide or not packed, summed=not (sigmoid or renormalize)):
+        rows = _interpreted_rows(tokens, experts) if _INTERPRETED else 512 // experts  # two loads of a thread, 16 bytes
+        top1[(triton.cdiv(tokens, rows),)](
+            logits, flags, weights, ids,
+            tokens, stride_t, stride_e, flags_stride, float(scale), padding_id,
+            PACKED=packed, ROWS=rows, EXPERTS=experts, num_warps=1, **constants,
+        )  # fmt: skip
+    elif not wide and experts in (1, 2, 4, 8, 16) and top_k in _KNOWN_K:
         block = _threads(tokens, experts)
         topk_by_threads[(triton.cdiv(tokens, block["ROWS"]),)](
             logits, flags, weights, ids,
             tokens, stride_t, stride_e, flags_stride, float(scale), padding_id,
-            PACKED=stride_e == 1 and (stride_t == experts or tokens == 1), EXPERTS=experts, TOP_K=top_k,
+            PACKED=packed, EXPERTS=experts, TOP_K=top_k,
             **constants, **block,
         )  # fmt: skip
     else:
@@ -144,6 +155,13 @@ _KNOWN_K = (1, 2, 4, 6, 8, 10)
 
 # What follows lays rows over threads. All sums stay within a row, in an order that the config alone decides (E, k, the
 # dtype, the bias), so the rest is free to choose, and a row's bits depend on that row alone.
+
+
+def _is_top1(tokens: int, experts: int, top_k: int, other: bool, summed: bool) -> bool:
+    """Whether routing_top1.py serves the call: where nothing is summed all kernels give a row the same bits, so even
+    the number of tokens may choose. A warp there takes several rows, for half the instructions a row; few rows are
+    sooner done by many warps."""
+    return top_k == 1 and experts in (32, 64, 128, 256) and tokens >= 1024 and not other and not summed
 
 
 def _threads(tokens: int, experts: int) -> dict[str, Any]:

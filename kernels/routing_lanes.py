@@ -13,9 +13,31 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 if __package__:
-    from .routing_keys import clamped, divisor, exchanged, float_of, key_of, order_of, relative_score, value_of, widened
+    from .routing_keys import (
+        clamped,
+        divisor,
+        exchanged,
+        float_of,
+        key_of,
+        order_of,
+        relative_score,
+        row_sum,
+        value_of,
+        widened,
+    )
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
-    from routing_keys import clamped, divisor, exchanged, float_of, key_of, order_of, relative_score, value_of, widened
+    from routing_keys import (
+        clamped,
+        divisor,
+        exchanged,
+        float_of,
+        key_of,
+        order_of,
+        relative_score,
+        row_sum,
+        value_of,
+        widened,
+    )
 
 
 def list_length(each: int) -> int:
@@ -74,8 +96,9 @@ def topk_by_lanes(
     xs = ()  # EACH of [R, L]: experts lane + v * LANES; -inf past E
     for v in tl.static_range(EACH):
         real = row_ok if FULL else row_ok & (lane + v * LANES < experts)[None, :]
-        x = tl.load(base + v * LANES * logits_stride_e, mask=real, other=float("-inf"))
-        x = widened(x)
+        real = tl.broadcast_to(real, (ROWS, LANES))
+        x = tl.load(_flat(base + v * LANES * logits_stride_e), mask=_flat(real), other=float("-inf"))
+        x = widened(tl.reshape(x, (ROWS, LANES)))
         if HAS_BIAS and not SIGMOID:
             x = clamped(x, LARGEST, NAN_SAFE)  # every score depends on the sum
         xs = xs + (x,)
@@ -122,7 +145,8 @@ def topk_by_lanes(
     if HAS_BIAS:
         # One more read, which the cache answers: to find it among the lists would be EACH shuffles.
         at = logits_ptr + row[:, None] * logits_stride_t + ids.to(tl.int64) * logits_stride_e
-        picked = tl.load(at, mask=row_ok & used, other=float("-inf"))
+        mask = tl.broadcast_to(row_ok & used, (ROWS, LANES))
+        picked = tl.reshape(tl.load(_flat(at), mask=_flat(mask), other=float("-inf")), (ROWS, LANES))
         picked = clamped(widened(picked), LARGEST, NAN_SAFE)
         if RENORMALIZE:
             top = _row_top(picked, LARGEST, NAN_SAFE)
@@ -134,7 +158,7 @@ def topk_by_lanes(
         top = tl.maximum(value_of(first, LARGEST, NAN_SAFE, WIDE), -3.4028234663852886e38)
     score = relative_score(picked, top, SIGMOID, RENORMALIZE)
     if RENORMALIZE:
-        total = divisor(tl.sum(score, axis=1)[:, None])
+        total = divisor(row_sum(score))
     elif not SIGMOID and not HAS_BIAS:
         total = _total(xs, top, EACH)
     weights = score * scale if SIGMOID and not RENORMALIZE else score / total * scale
@@ -154,12 +178,19 @@ def topk_by_lanes(
 
 
 @triton.jit
+def _flat(x):
+    """[R, L] -> [R * L]. Where addresses say nothing of their order, Triton 3.6 lays the rows of a block across the
+    lanes of a warp, and all that is computed of what was loaded takes the way through shared memory, there and back."""
+    return tl.reshape(x, (x.shape[0] * x.shape[1],))
+
+
+@triton.jit
 def _total(xs, top, EACH: tl.constexpr):
     """Sum of exp(x - top) over a row."""
     total = tl.exp(xs[0] - top)
     for v in tl.static_range(1, EACH):
         total += tl.exp(xs[v] - top)
-    return divisor(tl.sum(total, axis=1)[:, None])
+    return divisor(row_sum(total))
 
 
 @triton.jit

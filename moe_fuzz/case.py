@@ -11,23 +11,20 @@ The inline form is `mfz1:` followed by the same JSON, compressed, in URL-safe ba
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moe_fuzz.case_json import labels_of, packed, parse_json, read_text, record_of, text_of, unpacked
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
 
 FORMAT = 1
-INLINE_PREFIX = "mfz1:"
 #: How the steps run. eager: one call each, in one process. graph: over static buffers, one bucket a token count, all
 #: captured in one pool, the largest first, then replayed in order. piecewise: the same, with what produces the logits
 #: and what consumes the result in graphs of their own, and eager work between them.
@@ -37,7 +34,6 @@ MODES = ("eager", "graph", "piecewise")
 RANKS = "ranks"
 ALL_MODES = (*MODES, RANKS)
 MAX_STEPS = 64
-MAX_BYTES = 1 << 20  # of a case's JSON, so that a hostile file cannot fill the memory
 MAX_ROWS = 1 << 20
 MAX_SEED = 2**63 - 1
 
@@ -181,12 +177,12 @@ class Case:
 
     def inline(self) -> str:
         """The case as one word, `mfz1:…`, that outlives the machine it was found on."""
-        return _pack(self.dumps())
+        return packed(self.dumps())
 
     @classmethod
     def from_json(cls, data: Any) -> Case:
         """The case in `data`, or CaseError naming the field. What only the op knows, its space validates (ops)."""
-        record = _record(data, "", {"moe_fuzz", "op", "target", "mode", "seed", "config", "steps", "digest"})
+        record = record_of(data, "", {"moe_fuzz", "op", "target", "mode", "seed", "config", "steps", "digest"})
         version = record.get("moe_fuzz")
         if version != FORMAT or isinstance(version, bool):
             raise CaseError(
@@ -194,9 +190,9 @@ class Case:
                 f"this is not a case of format {FORMAT} (found {version!r})",
                 'a case file begins with {"moe_fuzz": 1, "op": …}; write one with `moe-fuzz show`',
             )
-        op = _text(record, "op", _WORD)
-        target = _text(record, "target", _TARGET) if "target" in record else ""
-        mode = _text({"mode": "eager"} | record, "mode", _WORD)
+        op = text_of(record, "op", _WORD)
+        target = text_of(record, "target", _TARGET) if "target" in record else ""
+        mode = text_of({"mode": "eager"} | record, "mode", _WORD)
         if mode not in ALL_MODES:
             raise CaseError("mode", f"{mode!r} is not one of {', '.join(ALL_MODES)}")
         seed = record.get("seed")
@@ -235,7 +231,7 @@ class Case:
 def loads_sequence(text: str) -> tuple[Case, ...]:
     """Reads a list of cases that ran in one process, `{"moe_fuzz_sequence": 1, "cases": [...]}`, or its inline form."""
     text = text.strip()
-    record = _record(parse_json(unpacked(text)), "", {"moe_fuzz_sequence", "cases"})
+    record = record_of(parse_json(unpacked(text)), "", {"moe_fuzz_sequence", "cases"})
     cases = record.get("cases")
     if record.get("moe_fuzz_sequence") != FORMAT or not isinstance(cases, list):
         raise CaseError("moe_fuzz_sequence", f"this is not a sequence of format {FORMAT}")
@@ -244,96 +240,18 @@ def loads_sequence(text: str) -> tuple[Case, ...]:
 
 def inline_sequence(cases: Iterable[Case]) -> str:
     """Cases that ran in one process as one word, `mfz1:…`."""
-    return _pack(json.dumps(json.loads(dumps_sequence(cases)), separators=(",", ":")))
+    return packed(json.dumps(json.loads(dumps_sequence(cases)), separators=(",", ":")))
 
 
 def dumps_sequence(cases: Iterable[Case]) -> str:
     return json.dumps({"moe_fuzz_sequence": FORMAT, "cases": [case.to_json() for case in cases]}, indent=1)
 
 
-def read_text(path: Path) -> str:
-    """A file's text, or CaseError with the reason it cannot be read."""
-    try:
-        if path.stat().st_size > MAX_BYTES * MAX_STEPS:
-            raise CaseError("", f"{path} is too large to be a case ({path.stat().st_size} bytes)")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CaseError("", f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CaseError("", f"{path} is not text: {error.reason} at byte {error.start}") from error
-
-
-def parse_json(text: str) -> Any:
-    """Strict JSON: no NaN, no Infinity, no key twice."""
-
-    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        data = dict(pairs)
-        if len(data) != len(pairs):
-            raise CaseError("", "a key stands twice in one object of the JSON")
-        return data
-
-    def no_constant(name: str) -> Any:
-        raise CaseError("", f"{name} is not a JSON number")
-
-    try:
-        return json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise CaseError("", f"not JSON: {error}") from error
-
-
-def _pack(text: str) -> str:
-    return INLINE_PREFIX + base64.urlsafe_b64encode(zlib.compress(text.encode(), level=9)).rstrip(b"=").decode()
-
-
-def unpacked(text: str) -> str:
-    """The JSON behind an inline form; any other text as it is. Raises CaseError where the inline form is damaged."""
-    if not text.startswith(INLINE_PREFIX):
-        return text
-    body = text[len(INLINE_PREFIX) :]
-    try:
-        packed = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
-        unpacker = zlib.decompressobj()
-        raw = unpacker.decompress(packed, MAX_BYTES)
-        if not unpacker.eof:
-            raise CaseError("", "the inline case is cut short, or too large")
-        return raw.decode()
-    except (binascii.Error, zlib.error, UnicodeDecodeError, ValueError) as error:
-        raise CaseError(
-            "", f"the inline case is damaged: {error}", "copy the whole word, from mfz1: to its end"
-        ) from error
-
-
-def _record(data: Any, where: str, keys: set[str]) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise CaseError(where, f"must be an object, not {type(data).__name__}")
-    unknown = sorted(set(data) - keys)
-    if unknown:
-        raise CaseError(f"{where}.{unknown[0]}".lstrip("."), "unknown key", f"the keys are {', '.join(sorted(keys))}")
-    return data
-
-
-def _text(record: Mapping[str, Any], key: str, pattern: re.Pattern[str], where: str = "") -> str:
-    value = record.get(key)
-    if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise CaseError(f"{where}.{key}".lstrip("."), f"must be a name, not {value!r}")
-    return value
-
-
-def _labels(record: Mapping[str, Any], key: str, where: str) -> Labels:
-    value = record.get(key, "")
-    if not isinstance(value, str):
-        raise CaseError(f"{where}.{key}", f'must be a string like "0-6,9", not {value!r}')
-    try:
-        return Labels.parse(value)
-    except ValueError as error:
-        raise CaseError(f"{where}.{key}", str(error)) from error
-
-
 def _step(data: Any, where: str) -> Step:
-    record = _record(data, where, {"rows", "padding", "faults", "stream"})
+    record = record_of(data, where, {"rows", "padding", "faults", "stream"})
     if "rows" not in record:
         raise CaseError(f"{where}.rows", "is missing")
-    rows, padding = _labels(record, "rows", where), _labels(record, "padding", where)
+    rows, padding = labels_of(record, "rows", where), labels_of(record, "padding", where)
     if len(rows) > MAX_ROWS:
         raise CaseError(f"{where}.rows", f"{len(rows)} rows are more than {MAX_ROWS}")
     if not padding.issubset(rows):
@@ -346,10 +264,10 @@ def _step(data: Any, where: str) -> Step:
 
 
 def _fault(data: Any, where: str, rows: Labels) -> Fault:
-    record = _record(data, where, {"name", "tensor", "rows", "stream"})
-    name = _text(record, "name", _WORD, where)
-    tensor = _text(record, "tensor", _WORD, where) if "tensor" in record else ""
-    named = _labels(record, "rows", where)
+    record = record_of(data, where, {"name", "tensor", "rows", "stream"})
+    name = text_of(record, "name", _WORD, where)
+    tensor = text_of(record, "tensor", _WORD, where) if "tensor" in record else ""
+    named = labels_of(record, "rows", where)
     if not named.issubset(rows):
         raise CaseError(f"{where}.rows", "names a row that the step does not have")
     return Fault(name, tensor, named, _stream(record, where))

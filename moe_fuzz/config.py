@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,14 +27,12 @@ from typing import Any
 from moe_fuzz.errors import UsageError
 from moe_fuzz.options import LIB_VARIABLES, OWN, ProviderOptions
 from moe_fuzz.targets import registry
+from moe_fuzz.written import parse_duration, parse_report, parse_size
 
 TABLE = "tool.moe-fuzz"
 ENV_PREFIX = "MOE_FUZZ_"
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_STATE_DIR = ".moe-fuzz"
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+|\d+(?:\.\d+)?")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -60,45 +57,6 @@ PROFILES = {
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
-
-
-def parse_duration(value: Any) -> float:
-    """Seconds: `90`, `1.5`, `"90s"`, `"2m"`, `"1h30m"`. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f'{value!r} is not a duration: write seconds, or a text like "90s", "2m", "1h30m"')
-    if isinstance(value, str):
-        text = value.strip().lower()
-        if not _DURATION.fullmatch(text):
-            raise ValueError(f'{value!r} is not a duration: write seconds, or a text like "90s", "2m", "1h30m"')
-        parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-        value = sum(float(number) * _UNITS[unit] for number, unit in parts)
-    seconds = float(value)
-    if not 0 < seconds < 1e9:  # also refuses NaN
-        raise ValueError(f"a duration must be positive, and less than thirty years, not {value!r}")
-    return seconds
-
-
-def parse_size(value: Any) -> int:
-    """Bytes: `1073741824`, `"512MB"`, `"4GiB"`. Raises ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        size = value
-    else:
-        match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-        if match is None:
-            raise ValueError(f'{value!r} is not a size: write bytes, or a text like "512MB" or "4GiB"')
-        power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
-        size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-    if size < 64 << 20:
-        raise ValueError(f"{value!r} is too small: a worker needs at least 64MiB")
-    return size
-
-
-def parse_report(value: Any) -> tuple[str, Path]:
-    """`KIND=PATH` as a pair. Raises ValueError. Whether the kind exists, the reports know."""
-    kind, equals, path = value.partition("=") if isinstance(value, str) else ("", "", "")
-    if not (kind and equals and path):
-        raise ValueError(f"{value!r} is not KIND=PATH, e.g. ndjson=events.ndjson")
-    return kind, Path(path)
 
 
 def _count(least: int) -> Callable[[Any], int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy
@@ -45,24 +46,40 @@ def words(
 
     On the host in numpy, whose operations on a few elements cost a fifth of torch's.
     """
-    row = numpy.asarray(rows, dtype=numpy.int64).reshape(-1, 1)  # [R, 1]
-    column = numpy.asarray(columns, dtype=numpy.int64)  # [C]
-    blocks, block_of = numpy.unique(column >> 2, return_inverse=True)  # four columns share a call
     key = (seed & _MASK, (seed >> 32) & _MASK)
     tensor_id = zlib.crc32(name.encode())
+    here = torch.device(device).type == "cpu"
+    if len(rows) == len(columns) == 1:
+        lanes = philox((columns[0] >> 2, rows[0], tensor_id, stream), key)
+        return torch.full((1, 1), lanes[columns[0] & 3], dtype=torch.int64, device=device)
+    row = numpy.asarray(rows, dtype=numpy.int64).reshape(-1, 1)  # [R, 1]
+    blocks, block_of, lane_of, straight = _blocks(tuple(columns))
     shape = (len(rows), len(blocks))
-    if torch.device(device).type == "cpu":
+    if here:
         counter: tuple[Word, ...] = (blocks.astype(numpy.uint64)[None, :], row.astype(numpy.uint64),
                                      numpy.uint64(tensor_id), numpy.uint64(stream))  # fmt: skip
         with numpy.errstate(over="ignore"):  # of scalars; arrays wrap in silence
             lanes = philox(counter, key)
-        table = numpy.stack([numpy.broadcast_to(lane, shape) for lane in lanes], axis=-1)  # [R, B, 4]
-        values = table[:, block_of, column & 3]  # [R, C], whose memory numpy lays out as it likes
-        return torch.from_numpy(values.astype(numpy.int64, order="C"))
-    there = [torch.from_numpy(part).to(device) for part in (blocks[None, :], row, block_of, column & 3)]
-    lanes = philox((there[0], there[1], tensor_id, stream), key)
+        table = numpy.empty((*shape, 4), dtype=numpy.int64)
+        for at, lane in enumerate(lanes):
+            table[..., at] = lane
+        whole = table.reshape(len(rows), 4 * len(blocks))
+        values = whole[:, : len(columns)] if straight else table[:, block_of, lane_of]  # [R, C]
+        return torch.from_numpy(numpy.ascontiguousarray(values))
+    labels = torch.from_numpy(numpy.concatenate([blocks, row[:, 0], block_of, lane_of])).pin_memory()
+    there = labels.to(device, non_blocking=True).split([len(blocks), len(row), len(columns), len(columns)])
+    lanes = philox((there[0][None, :], there[1][:, None], tensor_id, stream), key)
     parts = [torch.as_tensor(lane, device=device).expand(shape) for lane in lanes]
     return torch.stack(parts, dim=-1)[:, there[2], there[3]]
+
+
+@lru_cache(maxsize=256)
+def _blocks(columns: tuple[int, ...]) -> tuple[Any, Any, Any, bool]:
+    """The calls that these columns need, four columns share one; which of them each column's is; its lane there; and
+    whether the columns are the first of all, in order."""
+    column = numpy.asarray(columns, dtype=numpy.int64)  # [C]
+    blocks, block_of = numpy.unique(column >> 2, return_inverse=True)
+    return blocks, block_of, column & 3, bool((column == numpy.arange(len(columns))).all())
 
 
 def triangular(

@@ -36,15 +36,15 @@ class Plan:
 PLANS = (
     # Memory bound: every tile of the weights is read once, whatever m is, so m is the least that tl.dot takes. Few
     # experts have a token, so tiles are small: there must be enough of them for every multiprocessor.
-    Plan(1, Blocks(16, 64, 128, 1, 4, 4), Blocks(16, 64, 128, 1, 4, 4)),
-    Plan(8, Blocks(16, 128, 128, 1, 4, 3), Blocks(16, 128, 128, 1, 4, 3)),
+    Plan(1, Blocks(16, 64, 128, 1, 4, 4), Blocks(16, 128, 128, 1, 4, 3), inline_slots=16, overlaps=True),
+    Plan(8, Blocks(16, 64, 256, 1, 4, 3), Blocks(16, 128, 128, 1, 4, 3), overlaps=True),
     # Two blocks of an expert stand side by side (group), so that the second finds the weights in the L2.
-    Plan(24, Blocks(32, 128, 128, 4, 4, 3), Blocks(32, 128, 128, 4, 4, 3)),
+    Plan(24, Blocks(32, 128, 128, 4, 4, 3), Blocks(32, 128, 128, 4, 4, 3), inline_slots=16, overlaps=True),
     # Still memory bound. From 64 rows on Hopper's wgmma is used.
-    Plan(96, Blocks(64, 128, 64, 4, 4, 4), Blocks(64, 128, 64, 4, 4, 4)),
+    Plan(96, Blocks(64, 128, 64, 4, 4, 3), Blocks(64, 128, 64, 4, 4, 4), overlaps=True),
     # Bound by the tensor cores, and by what a block's padding wastes of them.
-    Plan(384, Blocks(128, 128, 64, 8, 8, 4), Blocks(128, 128, 64, 8, 8, 4)),
-    Plan(float("inf"), Blocks(128, 256, 64, 8, 8, 4), Blocks(128, 256, 64, 8, 8, 4)),
+    Plan(384, Blocks(128, 256, 64, 8, 8, 4), Blocks(128, 256, 64, 8, 8, 4)),
+    Plan(float("inf"), Blocks(128, 256, 64, 16, 8, 4), Blocks(128, 256, 64, 8, 8, 3), overlaps=True),
 )
 
 

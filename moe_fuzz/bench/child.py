@@ -10,13 +10,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from moe_fuzz.execute.runner import Runner
 from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.targets.bind import Target, bind
 from moe_fuzz.verdict import PASS, REJECTED
+from moe_fuzz.worker.gpus import driver_version
 
 _COLD_COPIES = 64  # sets of inputs; where together they pass the L2 twice, a cold time is taken too
 EMPTY, COPY = "(empty)", "(copy)"  # beside the candidates in a round
@@ -156,11 +155,9 @@ def environment() -> dict[str, Any]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    driver = Path("/proc/driver/nvidia/version")
-    said = re.search(r"\b(\d+\.\d+[.\d]*)\b", driver.read_text(encoding="utf-8")) if driver.exists() else None
     gpu = torch.cuda.get_device_properties(0)
     machine = {"gpu": gpu.name, "multiprocessors": gpu.multi_processor_count, "l2_bytes": gpu.L2_cache_size,
-               "driver": said[1] if said else "", "cores": len(os.sched_getaffinity(0))}  # fmt: skip
+               "driver": driver_version(), "cores": len(os.sched_getaffinity(0))}  # fmt: skip
     return {"machine": machine, "versions": found}
 
 

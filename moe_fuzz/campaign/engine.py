@@ -22,6 +22,7 @@ from moe_fuzz.campaign.events import Summary
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.findings import RenderRepro
 from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space, own_sources
+from moe_fuzz.campaign.pace import progress
 from moe_fuzz.campaign.plan import GRID_SHARE, Settings, Unit, nothing_left, units
 from moe_fuzz.campaign.progress import Plan
 from moe_fuzz.campaign.state import StateDir
@@ -266,17 +267,10 @@ class Campaign:
         total = Tally()
         total.merge(self._plan.before)
         total.merge(self._tally)
-        cases, seconds = total.cases, self._plan.seconds
-        rate = self._tally.cases / max(now - self._start, 1e-9)
-        etas = []
-        if self._settings.seconds is not None:
-            etas.append(max(0.0, self._settings.seconds - seconds))
-        if self._settings.cases is not None and rate:
-            etas.append((self._settings.cases - cases) / rate)
         self._emit(
-            events.Progress(
-                cases, self._settings.cases, seconds, rate, total.verdicts(), len(self._triage.new),
-                self._triage.waiting, min(etas, default=None),
+            progress(
+                self._settings, total, self._plan.seconds, self._tally.cases / max(now - self._start, 1e-9),
+                len(self._triage.new), self._triage.waiting,
             )
         )  # fmt: skip
 

@@ -11,7 +11,8 @@ from typing import Any
 from moe_fuzz.campaign.finding import Face, Finding
 from moe_fuzz.campaign.issue import render_issue
 from moe_fuzz.campaign.state import StateDir
-from moe_fuzz.case import Case, dumps_sequence, loads_sequence, read_text
+from moe_fuzz.case import Case, dumps_sequence, loads_sequence
+from moe_fuzz.case_json import read_text
 from moe_fuzz.errors import EnvironmentProblem, UsageError
 
 RenderRepro = Callable[[Finding], str]

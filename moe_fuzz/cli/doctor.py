@@ -66,7 +66,7 @@ def examine(
         yield Line(FAIL, "config", config_error.message, config_error.hint)
     found, problem = probes.versions()
     yield from judge_versions(found, problem)
-    yield from judge_gpu(machine.gpus(), found)
+    yield from judge_gpu(machine.gpus(), found, machine.driver_version())
     chosen = params.pick_device(device)
     yield judge_workers(params.pick_workers(workers, chosen), chosen, memory, machine.memory_available())
     yield judge_fence(probes.guard())
@@ -101,15 +101,17 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
-def judge_gpu(gpus: tuple[machine.Gpu, ...], found: dict[str, Any]) -> Iterator[Line]:
+def judge_gpu(gpus: tuple[machine.Gpu, ...], found: dict[str, Any], driver: str) -> Iterator[Line]:
+    with_driver = f", driver {driver}" if driver else ""
     seen = found.get("gpus", [])
     if seen:
         memory = f", {machine.human(gpus[0].memory)}" if gpus and gpus[0].memory else ""
-        yield Line(OK, "gpu", f"{len(seen)}: {', '.join(sorted(set(seen)))}{memory}")
+        yield Line(OK, "gpu", f"{len(seen)}: {', '.join(sorted(set(seen)))}{memory}{with_driver}")
     elif gpus:
         build = f"is built for CUDA {found['cuda_build']}" if found.get("cuda_build") else "is built without CUDA"
         yield Line(
-            WARN, "gpu", f"{len(gpus)} {gpus[0].name}, but torch, which {build}, cannot use it: kernels run on the CPU",
+            WARN, "gpu", f"{len(gpus)} {gpus[0].name}{with_driver}, but torch, which {build}, cannot use it: kernels "
+            "run on the CPU",
             "install a torch built for the CUDA version that `nvidia-smi` shows",
         )  # fmt: skip
     else:

@@ -6,9 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-from moe_fuzz.worker.gpus import Gpu, gpus
+from moe_fuzz.worker.gpus import Gpu, driver_version, gpus
 
-__all__ = ["Gpu", "free_space", "gpus", "human", "memory_available"]
+__all__ = ["Gpu", "driver_version", "free_space", "gpus", "human", "memory_available"]
 
 
 def memory_available() -> int | None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from moe_fuzz import config
+from moe_fuzz import config, written
 from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.options import FENCED_DEVICES, OWN, ProviderOptions
 
@@ -50,9 +50,9 @@ def _assignment(value: Any) -> tuple[str, tuple[str, ...]]:
     return field.strip(), _words(values)
 
 
-DURATION = Parsed("duration", config.parse_duration, float)
-SIZE = Parsed("size", config.parse_size, int)
-REPORT = Parsed("kind=path", config.parse_report, ())
+DURATION = Parsed("duration", written.parse_duration, float)
+SIZE = Parsed("size", written.parse_size, int)
+REPORT = Parsed("kind=path", written.parse_report, ())
 NAMES = Parsed("name,name…", _words, ())
 ASSIGNMENT = Parsed("field=value,…", _assignment, ())
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.findings import load_findings
 from moe_fuzz.campaign.state import StateDir
-from moe_fuzz.case import INLINE_PREFIX, MAX_BYTES, Case, loads_sequence, read_text, unpacked
+from moe_fuzz.case import Case, loads_sequence
+from moe_fuzz.case_json import INLINE_PREFIX, MAX_BYTES, read_text, unpacked
 from moe_fuzz.cli import params
 from moe_fuzz.config import did_you_mean
 from moe_fuzz.errors import CaseError, UsageError

@@ -254,6 +254,11 @@ class CudaArena(PooledArena[_Placed]):
         if isinstance(placed, _Sparse):
             super()._lay(placed, whole, storage)
             return
+        if placed.fixed:  # beside it nobody can write: what was laid there is there, and the rest is filled next
+            here = (placed.start, placed.end) if placed.packed else None
+            if here is not None and placed.block.laid == here:
+                return
+            placed.block.laid = here
         pieces = placed.pieces(whole)
         if storage is not None:
             size = placed.end - placed.start

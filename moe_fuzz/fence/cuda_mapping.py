@@ -65,6 +65,7 @@ class Block:
         self._mapped: list[tuple[int, int]] = []
         self._lease: weakref.ref[_Lent] | None = None
         self._twin = cuda_driver.reserve(kind.body) if kind.twin else None
+        self.laid: tuple[int, int] | None = None  # of one with a twin: all around these addresses there are canaries
         try:
             self._back(self.body, kind.body, twin=self._twin)
             for side, zone, guard in (
@@ -144,6 +145,7 @@ class SparseBlock(Block):
         self._mapped = []
         self._lease = None
         self._twin = None
+        self.laid = None
         try:
             for offset, size in parts:
                 self._back(self.body + offset, size)

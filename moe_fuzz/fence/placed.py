@@ -16,11 +16,12 @@ from moe_fuzz.verdict import Violation
 class Placed(ABC):
     """One tensor in its block: canaries in [lo, start) and [end, hi), and in the gaps of the storage [start, end)."""
 
-    __slots__ = ("end", "gaps", "hi", "lo", "name", "role", "start", "what")
+    __slots__ = ("end", "gaps", "hi", "lo", "name", "packed", "role", "start", "what")
 
     def __init__(self, name: str, role: str, what: str) -> None:
         self.name, self.role, self.what = name, role, what
         self.lo = self.start = self.end = self.hi = 0  # addresses
+        self.packed = False  # every byte of the storage is an element's
         self.gaps: torch.Tensor | None = None  # bool [end - start] on the CPU: bytes that no element reaches
 
     @property

@@ -123,6 +123,7 @@ class PooledArena(Arena, Generic[P]):
         else:
             placed = self._take(name, role, what, layout, self.edge, fixed)
         self._placed.append(placed)
+        placed.packed = packed
         flat, twin = placed.lend(dtype), placed.twin(dtype)
         self._lay(placed, role == "input" or not packed, flat if role == "output" and packed else None)
         if packed:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 MAX = torch.finfo(torch.float32).max
 _STAGED: dict[object, Tensor] = {}  # buffers that live as long as the process, by what they belong to
+_UNUSED: dict[torch.device, Tensor] = {}  # what is left of a workspace that was zero when it was made
 _EPOCH = {"now": 0}
 _SIDE: list[torch.cuda.Stream] = []
 
@@ -105,11 +106,13 @@ def padding_mask_mirrored(
 def sums_cleared_once(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:
     """vllm#41444: a workspace that nobody clears. Partial sums are added into it, and it is zero once, when it is made.
 
-    It belongs to the logits' buffer. Each eager call has a new one; replays have one for all.
+    A part of it belongs to each buffer of logits. Eager calls have a new one each; replays have one for all. It is made
+    by the first call: zeroed in a capture, it would be zeroed by every replay.
     """
     x = _clean(logits)
-    made = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
-    found = _STAGED.setdefault(_place("sums", logits), made)
+    found = _STAGED.get(_place("sums", logits))
+    if found is None:
+        found = _STAGED[_place("sums", logits)] = _never_used(len(x), x.device)
     ids = x.argsort(dim=1, descending=True, stable=True)[:, :top_k]
     e = (x - x.amax(dim=1, keepdim=True).clamp_min(-MAX)).double().exp()
     picked = e.gather(1, ids)
@@ -146,6 +149,15 @@ def _route(
     total = (picked if renormalize else e).sum(dim=1, keepdim=True).clamp_min(1e-30).float()
     weights = picked.float() * (1.0 / total) if reciprocal else picked.float() / total
     return weights, ids.int()
+
+
+def _never_used(rows: int, device: torch.device) -> Tensor:
+    """[rows, 1] float64, zero since the workspace was made."""
+    left = _UNUSED.get(device)
+    if left is None or len(left) < rows:
+        left = torch.zeros(max(rows, 1 << 20), 1, dtype=torch.float64, device=device)
+    _UNUSED[device] = left[rows:]
+    return left[:rows]
 
 
 def _capturing(logits: Tensor) -> bool:

@@ -23,6 +23,7 @@ MAX_SLOTS = 6
 _SHARE = 0.9  # of the memory of a GPU goes to workers; the rest is the driver's, and what contexts cost
 
 _PROC = Path("/proc/driver/nvidia/gpus")
+_DRIVER = Path("/proc/driver/nvidia/version")
 _DEV = Path("/dev")
 _SMI_SECONDS = 30.0
 
@@ -90,6 +91,16 @@ def visible(found: Sequence[Gpu], environment: Mapping[str, str]) -> tuple[Gpu, 
 def default_workers(found: Sequence[Gpu]) -> int:
     """One a slot that there is room for, and no more than cores: each keeps one busy."""
     return max(1, min(len(os.sched_getaffinity(0)), sum(gpu.room for gpu in found)))
+
+
+def driver_version() -> str:
+    """The version of the driver in the kernel, as `580.95.05`; empty where it does not say."""
+    try:
+        text = _DRIVER.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    said = re.search(r"\b\d+\.\d+[.\d]*\b", text)
+    return said[0] if said else ""
 
 
 def _by_nvml() -> tuple[Gpu, ...] | None:

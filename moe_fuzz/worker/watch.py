@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections import deque
@@ -19,15 +18,14 @@ from moe_fuzz.verdict import CRASH, OOM, Verdict
 from moe_fuzz.worker import autopsy
 from moe_fuzz.worker.clock import CaseClock, Reading
 from moe_fuzz.worker.launch import START_SECONDS, Demand, Process, ZygoteGone
+from moe_fuzz.worker.listen import Expired, log_size, next_event
 from moe_fuzz.worker.protocol import ALLOCATOR_VARIABLE, ChannelClosed, Garbled, error_from_json, provider_of
 from moe_fuzz.worker.stats import Stats
 
 HISTORY = 32  # cases of a process that are remembered
 OnVerdict = Callable[[int, Verdict, tuple[Case, ...]], None]
 
-_SLICE = 0.25  # seconds between two looks at a silent worker
 _STACK_SECONDS = 0.3  # what a hanging process is given to write its stack
-_RUNAWAY_LOG = 64 << 20  # bytes a case may print before its log is cut
 _TRIES = 3  # workers in a row that may die before they begin a case
 
 
@@ -38,10 +36,6 @@ class Limits:
     memory: int | None = None  # bytes of writable private memory; more is refused to the process
     cases: int = 2000  # a process runs, then it is recycled
     growth: int = 1 << 30  # bytes a process may grow, then it is recycled
-
-
-class _Expired(Exception):
-    """The deadline passed."""
 
 
 class Worker:
@@ -179,8 +173,8 @@ class Worker:
         self._process, self._demand = self._spawn(self._log, demand), demand
         process = self._process
         try:
-            event = self._next(process, CaseClock(START_SECONDS, START_SECONDS))
-        except (ChannelClosed, Garbled, _Expired) as error:
+            event = next_event(process, CaseClock(START_SECONDS, START_SECONDS), self._log)
+        except (ChannelClosed, Garbled, Expired) as error:
             status = process.status(1.0)
             self.close()
             if status is not None and autopsy.was_killed(status):
@@ -203,11 +197,11 @@ class Worker:
         return Demand(provider, tuple(sorted({**self._environment, **allocator}.items())))
 
     def _ask_once(self, process: Process, message: dict[str, Any], target: str, timeout: float) -> dict[str, Any]:
-        offset = self._log_size()
+        offset = log_size(self._log)
         try:
             process.channel.send(message)
-            event = self._next(process, CaseClock(timeout, timeout))
-        except _Expired:
+            event = next_event(process, CaseClock(timeout, timeout), self._log)
+        except Expired:
             found = self._hang(process, offset, timeout, timeout).violations[0]
             place = f"; it stands at {found.site}" if found.site else ""
             raise EnvironmentProblem(f"loading {target} takes more than {timeout:g} s{place}",
@@ -235,7 +229,7 @@ class Worker:
             process.channel.send({"round": [case.to_json() for case in cases], "target": target,
                                   "options": options.to_json()})
             while True:
-                event = self._next(process, clock, reading)
+                event = next_event(process, clock, self._log, reading)
                 if "start" in event:
                     current, offset = cases[event["start"]], event["log"]
                     clock.restart()
@@ -254,7 +248,7 @@ class Worker:
                     return
                 else:
                     raise _Told(error_from_json(event["error"]))
-        except _Expired:
+        except Expired:
             dead = self._hang(process, offset, clock.limit, clock.seconds, compiling=clock.still)
         except ChannelClosed:
             seconds, status = clock.seconds, process.status(1.0)
@@ -267,23 +261,6 @@ class Worker:
             self._stats.count("deaths")
             give(dead)
         self.close()
-
-    def _next(self, process: Process, clock: CaseClock, reading: Reading | None = None) -> dict[str, Any]:
-        """The next event. Raises _Expired when the clock has run out, ChannelClosed when the process is dead, Garbled,
-        ZygoteGone."""
-        channel = process.channel
-        while (event := channel.receive(min(max(0.0, clock.until - time.monotonic()), _SLICE))) is None:
-            # A child of the target may hold the socket open, so its end is not the only sign of death.
-            if process.status() is not None and (event := channel.receive(0)) is None:
-                raise ChannelClosed("the process ended")
-            if event is not None:
-                break
-            clock.look(reading is not None and reading.grew())
-            if clock.expired:
-                raise _Expired
-            if self._log_size() > _RUNAWAY_LOG:
-                os.truncate(self._log, 0)
-        return event
 
     def _hang(
         self, process: Process, offset: int, deadline: float, seconds: float, compiling: bool = False
@@ -307,12 +284,6 @@ class Worker:
 
     def _layout(self, process: Process) -> autopsy.Layout:
         return autopsy.Layout.of(process.zygote.info())
-
-    def _log_size(self) -> int:
-        try:
-            return self._log.stat().st_size
-        except FileNotFoundError:
-            return 0  # not made yet
 
 
 def _own_of(options: RunOptions, cases: Sequence[Case]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_fuzz import config
+from moe_fuzz import config, written
 from moe_fuzz.errors import UsageError
 from moe_fuzz.options import ProviderOptions
 
@@ -21,7 +21,7 @@ def write(folder: Path, body: str) -> Path:
     [(90, 90.0), (1.5, 1.5), ("90", 90.0), ("90s", 90.0), ("2m", 120.0), ("1h30m", 5400.0), ("0.5h", 1800.0)],
 )
 def test_durations(text: object, seconds: float) -> None:
-    assert config.parse_duration(text) == seconds
+    assert written.parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -29,20 +29,20 @@ def test_durations(text: object, seconds: float) -> None:
 )
 def test_bad_durations(text: object) -> None:
     with pytest.raises(ValueError, match="duration"):
-        config.parse_duration(text)
+        written.parse_duration(text)
 
 
 @pytest.mark.parametrize(
     ("text", "size"), [("4GiB", 4 << 30), ("512MB", 512_000_000), ("1.5g", 1_500_000_000), (1 << 30, 1 << 30)]
 )
 def test_sizes(text: object, size: int) -> None:
-    assert config.parse_size(text) == size
+    assert written.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "12", "4XB", -1, True, 1.5, None])
 def test_bad_sizes(text: object) -> None:
     with pytest.raises(ValueError, match=r"size|small"):
-        config.parse_size(text)
+        written.parse_size(text)
 
 
 def test_nearest_table_upward_wins_and_files_without_one_are_passed(tmp_path: Path) -> None:

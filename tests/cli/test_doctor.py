@@ -38,11 +38,13 @@ def test_the_trap_of_triton_and_numpy(triton: str, numpy: str, trapped: bool) ->
 
 def test_gpu() -> None:
     card = (machine.Gpu("H200", 140 << 30),)
-    (line,) = doctor.judge_gpu(card, GOOD | {"gpus": ["H200"]})
-    assert (line.state, line.text) == (OK, "1: H200, 140.0 GiB")
-    (line,) = doctor.judge_gpu(card, GOOD | {"cuda_build": None})
+    (line,) = doctor.judge_gpu(card, GOOD | {"gpus": ["H200"]}, "580.95.05")
+    assert (line.state, line.text) == (OK, "1: H200, 140.0 GiB, driver 580.95.05")
+    (line,) = doctor.judge_gpu(card, GOOD | {"gpus": ["H200"]}, "")
+    assert line.text == "1: H200, 140.0 GiB"
+    (line,) = doctor.judge_gpu(card, GOOD | {"cuda_build": None}, "")
     assert (line.state, "built without CUDA" in line.text) == (WARN, True)
-    (line,) = doctor.judge_gpu((), GOOD)
+    (line,) = doctor.judge_gpu((), GOOD, "")
     assert line.state == WARN
 
 

@@ -15,7 +15,10 @@ from moe_fuzz.kernels.align import align
 from moe_fuzz.kernels.align import align_shapes as kernel_shapes
 from moe_fuzz.reference.align import align as reference
 
-BOTH = pytest.mark.parametrize("sort", [align, reference], ids=["kernel", "reference"])
+BOTH = pytest.mark.parametrize(
+    "sort", [pytest.param(align, marks=pytest.mark.interpreter), reference], ids=["kernel", "reference"]
+)
+BOTH_UNLAUNCHED = pytest.mark.parametrize("sort", [align, reference], ids=["kernel", "reference"])
 SIZES = [  # T, k, B, E
     (1, 1, 1, 1), (3, 2, 16, 4), (5, 3, 7, 6), (33, 2, 1, 1), (17, 8, 16, 128), (64, 4, 128, 2), (9, 5, 64, 1024),
     (4, 6, 16, 1100),
@@ -98,7 +101,7 @@ def test_an_id_beyond_32_bits_is_out_of_range_not_cut_to_them(sort):
     assert sort(ids, 2, 3)[3].tolist() == [[-1, 2], [-1, 0]]
 
 
-@BOTH
+@BOTH_UNLAUNCHED
 def test_no_tokens(sort):
     ids = torch.empty((0, 4), dtype=torch.int32)
     out = tuple(torch.full(shape, 77, dtype=torch.int32) for shape in ((0,), (0,), (1,), (0, 4)))
@@ -130,6 +133,7 @@ def test_any_strides(sort):
         assert_plan(sort(view, 4, 10), view, 4, 10, None)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("slots", [1024, 1025, 2500])
 def test_the_kernel_ranks_across_chunks(slots):
     """More slots than a program takes: counts go through memory, and ranks add up."""
@@ -150,7 +154,7 @@ def test_sizes_are_the_least_that_always_suffice(slots, experts, block):
     assert [tuple(t.shape) for t in got] == kernel_shapes(torch.Size((1, slots)), block, experts)
 
 
-@BOTH
+@BOTH_UNLAUNCHED
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -21,7 +21,10 @@ from moe_fuzz.reference.experts_bf16 import experts_bf16 as reference
 # numpy mentions the NaN and the infinity that some tests are about
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
-BOTH = pytest.mark.parametrize("layer", [experts_bf16, reference], ids=["kernel", "reference"])
+BOTH = pytest.mark.parametrize(
+    "layer", [pytest.param(experts_bf16, marks=pytest.mark.interpreter), reference], ids=["kernel", "reference"]
+)
+BOTH_UNLAUNCHED = pytest.mark.parametrize("layer", [experts_bf16, reference], ids=["kernel", "reference"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 TILES = Plan(0, Blocks(16, 16, 16, 2, 4, 1), Blocks(16, 16, 32, 1, 4, 1))  # many tiles of small sizes
 
@@ -150,6 +153,7 @@ def test_the_reference_is_the_formula(activation, gate_layout):
             assert_near(got[token][None], y[None].to(torch.bfloat16), 1.0)
 
 
+@pytest.mark.interpreter
 @DTYPES
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
@@ -165,6 +169,7 @@ def test_exact_on_integers(activation, gate_layout, biased, dtype):
                        layer.run(reference, apply_weight_on_input=True))  # fmt: skip
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "hidden", "inter"),
     [(1, 1, 1, 1, 1), (1, 4, 8, 40, 3), (5, 2, 3, 48, 33), (3, 7, 1, 17, 50), (23, 2, 1, 33, 16)],
@@ -179,6 +184,7 @@ def test_exact_in_small_tiles(tokens, top_k, experts, hidden, inter, inline_slot
     assert torch.equal(layer.run(experts_bf16, plan=plan), layer.run(reference))
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(4, 2, 3), (30, 3, 4)])  # grouped by the programs; by `align`
 def test_every_value_comes_from_its_source(tokens, top_k, experts):
     layer, expected = sources(tokens, top_k, experts, 24)
@@ -187,6 +193,7 @@ def test_every_value_comes_from_its_source(tokens, top_k, experts):
         assert torch.equal(got, expected), f"tokens {(got != expected).any(1).nonzero().flatten().tolist()}"
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @DTYPES
 def test_near_the_reference_on_random_data(activation, dtype):
@@ -267,7 +274,7 @@ def test_a_map_to_experts_that_do_not_exist_drops_the_slot(layer):
     assert not case.run(layer, expert_map=torch.tensor([3, -1, 100], dtype=torch.int32)).any()
 
 
-@BOTH
+@BOTH_UNLAUNCHED
 def test_no_tokens(layer):
     case, _ = sources(2, 2, 3, 16)
     empty = replace(case, x=case.x[:0], ids=case.ids[:0], weights=case.weights[:0])
@@ -276,6 +283,7 @@ def test_no_tokens(layer):
     assert empty.run(layer).shape == (0, 16)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("view", ["columns", "transposed", "expanded", "ids", "experts", "int64"])
 def test_any_strides(view):
     layer = randoms(1)
@@ -298,6 +306,7 @@ def test_any_strides(view):
     assert torch.equal(layer.run(reference), packed.run(reference))
 
 
+@pytest.mark.interpreter
 def test_a_workspace_serves_many_calls():
     workspace = torch.full((workspace_bytes(30, 3, 24, 24, 4) + 16,), 0x7F, dtype=torch.uint8)
     for tokens in (30, 1, 12):
@@ -317,7 +326,7 @@ def test_the_table_has_a_plan_for_everything():
         replace(TILES, down=replace(TILES.down, m=32))
 
 
-@BOTH
+@BOTH_UNLAUNCHED
 @pytest.mark.parametrize(
     ("change", "message"),
     [

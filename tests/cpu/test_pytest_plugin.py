@@ -52,10 +52,13 @@ def load(path: Path, text: str) -> ModuleType:
     return module
 
 
-def pytest_in(folder: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def pytest_in(
+    folder: Path, *arguments: str, timeout: float = 120, device: str = "cpu"
+) -> subprocess.CompletedProcess[str]:
     """Runs pytest on the folder as another project's developer would: a process of its own, none of our conftest."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     environment["TMPDIR"] = str(folder)  # a failed @fuzz test leaves its findings there
+    environment["MOE_FUZZ_DEVICE"] = device
     plugin = () if "moe_fuzz" in _entry_points() else ("-p", "moe_fuzz.pytest_plugin")
     command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *plugin, "--rootdir", str(folder)]
     command += arguments
@@ -257,7 +260,10 @@ def test_closing_without_a_pool_is_quiet(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_router_of_ones_own(tmp_path: Path) -> None:
-    """The workers import the file, the good router passes, the bad one fails, and its replay line fails again."""
+    """The workers import the file, the good router passes, the bad one fails, and its replay line fails again.
+
+    On the CPU, wherever it runs: each try of a reduction is a fresh worker, which on a GPU would wait for its slot.
+    """
     tests = """
 @fuzz("topk_softmax", max_cases=20)
 def test_good(): return good
@@ -270,6 +276,6 @@ def test_bad(): return bad
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "1. ids: row 0 names an expert twice" in done.stdout
     line = done.stdout.partition("moe-fuzz: replay these findings")[2].split("moe-fuzz ", 1)[1].splitlines()[0]
-    command = [sys.executable, "-P", "-m", "moe_fuzz.cli.main", *line.split()]
+    command = [sys.executable, "-P", "-m", "moe_fuzz.cli.main", *line.split(), "--device", "cpu"]
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert again.returncode == 1, again.stdout + again.stderr

@@ -106,6 +106,25 @@ def test_the_drivers_files_are_the_last_resort(monkeypatch: pytest.MonkeyPatch, 
     assert gpus.find() == (Gpu("NVIDIA H200", uuid="GPU-0f"),)
 
 
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\nGCC version: 13.3.0\n",
+         "580.95.05"),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13\n", "470.57.02"),
+        ("nothing\n", ""),
+        (None, ""),
+    ],
+)  # fmt: skip
+def test_the_version_of_the_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, version: str
+) -> None:
+    monkeypatch.setattr(gpus, "_DRIVER", tmp_path / "version")
+    if text is not None:
+        (tmp_path / "version").write_text(text)
+    assert gpus.driver_version() == version
+
+
 # ---- who gets which -------------------------------------------------------------------------------------------------
 
 

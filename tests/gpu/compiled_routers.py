@@ -1,6 +1,6 @@
-"""What test_routers_cuda.py asks of compiled routers, in a process of its own: `python compiled_routers.py CHECK OP`.
+"""What test_routers_cuda.py asks of compiled routers: `python compiled_routers.py CHECK OP [SCORING]`.
 
-Tests beside it set TRITON_INTERPRET for their whole process, and Triton reads it once.
+It is a process of its own. Tests beside it set TRITON_INTERPRET for their whole process, and Triton reads it once.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def logits_of(tokens: int, experts: int, dtype: torch.dtype = torch.bfloat16) ->
     return (torch.randn(tokens, experts, generator=torch.Generator().manual_seed(experts)) * 3).to(dtype)
 
 
-def calls(op: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(experts, top_k, keywords) of an op."""
+def calls(op: str, scorings: tuple[str, ...] = ("softmax", "sigmoid")) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(experts, top_k, keywords) of an op. Only the grouped router has a choice of scorings."""
     for experts, n_group, topk_group, top_k in SHAPES:
         if op != "grouped_topk":
             yield experts, top_k, {}
             continue
-        for scoring, group_score in itertools.product(("softmax", "sigmoid"), ("max", "top2_sum")):
+        for scoring, group_score in itertools.product(scorings, ("max", "top2_sum")):
             groups = {"n_group": n_group, "topk_group": topk_group, "scoring": scoring, "group_score": group_score}
             yield experts, top_k, groups
 
@@ -61,12 +61,12 @@ def agrees(op: str) -> None:
         torch.testing.assert_close(weights.sum(1), torch.full((tokens,), 2.5), rtol=1e-5, atol=0)
 
 
-def hostile_rows(op: str) -> None:
+def hostile_rows(op: str, *scorings: str) -> None:
     """Rows of NaN, infinities and extremes name distinct experts, and leave the others as they are."""
     kernel = ROUTERS[op][0]
     negative_nan = torch.tensor(-1, dtype=torch.int32).view(torch.float32).item()
     rows = [[NAN], [negative_nan], [-INF], [INF], [INF, NAN, -INF], [3e38, -3e38], [NAN, 1.0], [0.0]]
-    for renormalize, (experts, top_k, groups) in itertools.product((False, True), calls(op)):
+    for renormalize, (experts, top_k, groups) in itertools.product((False, True), calls(op, scorings)):
         hostile = torch.tensor([(row * experts)[:experts] for row in rows])
         healthy = logits_of(40, experts).float()
         for bias in (None, torch.tensor(([NAN, INF, -INF, 1.0, 3e38] * experts)[:experts]).cuda()):
@@ -111,4 +111,4 @@ def slots(op: str) -> None:
 
 
 if __name__ == "__main__":
-    {check.__name__: check for check in (agrees, hostile_rows, rows_alone, slots)}[sys.argv[1]](sys.argv[2])
+    {check.__name__: check for check in (agrees, hostile_rows, rows_alone, slots)}[sys.argv[1]](*sys.argv[2:])

@@ -5,6 +5,8 @@ Tests of a process of their own, which test_routing_cuda.py starts: kernels of p
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -12,6 +14,10 @@ from moe_fuzz.kernels import routing
 from moe_fuzz.reference import routing as reference
 
 ROUTERS = pytest.mark.parametrize("router", ["topk_softmax", "topk_sigmoid"])
+#: The names are told apart by `-k`: test_routing_cuda.py runs each in a process of its own, side by side.
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["single", "brain", "half"]
+)
 SHAPES = [(1, 1), (8, 2), (13, 3), (16, 1), (16, 10), (60, 4), (64, 7), (128, 8), (384, 8), (512, 10), (1024, 9)]
 
 
@@ -25,7 +31,7 @@ def bits(routed: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch
 
 
 @ROUTERS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@DTYPES
 @pytest.mark.parametrize(("experts", "top_k"), SHAPES)
 def test_reference_layouts_and_batches(router, experts, top_k, dtype):
     logits = logits_of(70, experts, dtype)
@@ -39,19 +45,24 @@ def test_reference_layouts_and_batches(router, experts, top_k, dtype):
         "columns": torch.empty(70, 2 * experts, dtype=dtype, device="cuda")[:, ::2],
         "transposed": torch.empty(experts, 70, dtype=dtype, device="cuda").t(),
     }
-    for name, view in views.items():
-        view.copy_(logits)
-        for got, want in zip(bits(function(view, top_k, renormalize=True)), bits(whole), strict=True):
-            assert torch.equal(got, want), name
-    for rows in (slice(0, 1), slice(5, 38), slice(69, 70)):
-        for got, want in zip(bits(function(logits[rows], top_k, renormalize=True)), bits(whole), strict=True):
-            assert torch.equal(got, want[rows]), rows
+    #: Without renormalization a softmax is a sum over all experts. Few shapes: each is a binary more.
+    modes = (True, False) if router == "topk_softmax" and top_k in (4, 9, 10) else (True,)
+    for renormalize in modes:
+        whole = function(logits, top_k, renormalize=renormalize)
+        for name, view in views.items():
+            view.copy_(logits)
+            for got, want in zip(bits(function(view, top_k, renormalize=renormalize)), bits(whole), strict=True):
+                assert torch.equal(got, want), (name, renormalize)
+        for rows in (slice(0, 1), slice(5, 38), slice(69, 70)):
+            alone = function(logits[rows], top_k, renormalize=renormalize)
+            for got, want in zip(bits(alone), bits(whole), strict=True):
+                assert torch.equal(got, want[rows]), (rows, renormalize)
 
 
 @ROUTERS
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@DTYPES
 @pytest.mark.parametrize(("experts", "top_k"), SHAPES)
 def test_rows_it_cannot_rank(router, experts, top_k, dtype, renormalize, with_bias):
     logits = logits_of(9, experts, dtype)
@@ -67,6 +78,19 @@ def test_rows_it_cannot_rank(router, experts, top_k, dtype, renormalize, with_bi
     assert (weights >= 0).all()
     for got, want in zip(bits((weights, ids)), bits(alone), strict=True):
         assert torch.equal(got[[0, 8]], want[[0, 8]])
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("experts", [32, 128, 256])
+def test_the_best_of_many_rows_is_that_of_a_few(experts, renormalize):
+    """The number of tokens chooses the kernel, and not the bits."""
+    for router, dtype in itertools.product(("topk_softmax", "topk_sigmoid"), (torch.bfloat16, torch.float16)):
+        function, logits = getattr(routing, router), logits_of(4099, experts, dtype)
+        logits[1], logits[2, ::2], logits[3], logits[4] = -torch.nan, torch.nan, -torch.inf, torch.inf
+        whole = bits(function(logits, 1, renormalize=renormalize, scale=2.5))
+        for rows in (slice(0, 9), slice(3000, 4000), slice(3, 4099)):
+            part = bits(function(logits[rows], 1, renormalize=renormalize, scale=2.5))
+            assert all(torch.equal(got, want[rows]) for got, want in zip(part, whole, strict=True)), (router, rows)
 
 
 @pytest.mark.parametrize("experts", [8, 128])

@@ -26,13 +26,17 @@ OPTIONS = RunOptions(deadline=20.0, first_deadline=60.0)
 
 
 @pytest.mark.parametrize(
-    ("check", "op"),
-    [(c, op) for c in ("agrees", "hostile_rows") for op in ("topk_softmax", "topk_sigmoid", "grouped_topk")]
-    + [("rows_alone", "grouped_topk"), ("slots", "grouped_topk")],
-)
-def test_the_compiled_kernel(check: str, op: str) -> None:
+    "arguments",
+    [
+        *(f"agrees {op}" for op in ("topk_softmax", "topk_sigmoid", "grouped_topk")),
+        "hostile_rows topk_softmax", "hostile_rows topk_sigmoid",
+        "hostile_rows grouped_topk softmax", "hostile_rows grouped_topk sigmoid",
+        "rows_alone grouped_topk", "slots grouped_topk",
+    ],
+)  # fmt: skip
+def test_the_compiled_kernel(arguments: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-P", str(SCRIPT), check, op], env=environment, capture_output=True,
+    done = subprocess.run([sys.executable, "-P", str(SCRIPT), *arguments.split()], env=environment, capture_output=True,
                           text=True, timeout=400, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -46,7 +46,10 @@ def _exchanged(seen: RoutingObservation) -> Outputs:
 
 
 def _rejected(seen: RoutingObservation, outputs: Outputs) -> bool:
-    return rejected(seen.with_outputs(outputs), "routing", _JUDGES)
+    known = seen.__dict__.setdefault("_rejected", {})  # by the answer's identity: some are asked about twice
+    if id(outputs) not in known:
+        known[id(outputs)] = (outputs, rejected(seen.with_outputs(outputs), "routing", _JUDGES))
+    return bool(known[id(outputs)][1])
 
 
 def _with_ids(seen: RoutingObservation, logical: torch.Tensor) -> Outputs:

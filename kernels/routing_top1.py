@@ -1,0 +1,57 @@
+"""The best expert of each row, where its weight is a function of its own logit: no sum over a row is needed.
+
+Only the maximum of integer keys (routing_keys.py) goes across threads, which comes out the same in any order. So rows
+may lie over threads as the loads like it, and a row's bits still depend on that row alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+if __package__:
+    from .routing_keys import divisor, key_of, relative_score, value_of, widened
+else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
+    from routing_keys import divisor, key_of, relative_score, value_of, widened
+
+
+@triton.jit(
+    do_not_specialize=["tokens", "logits_stride_t", "is_padding_stride", "padding_id"],
+    do_not_specialize_on_alignment=["is_padding_ptr", "weights_ptr", "ids_ptr", "logits_stride_e"],
+)
+def top1(
+    logits_ptr, is_padding_ptr,  # [T, E] bfloat16 | float16, [T] bool
+    weights_ptr, ids_ptr,  # [T] f32, [T] i32
+    tokens, logits_stride_t, logits_stride_e, is_padding_stride,
+    scale, padding_id,
+    # As in routing_lanes.py:
+    SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, FLAGGED: tl.constexpr,
+    NAN_SAFE: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
+    PACKED: tl.constexpr,  # rows lie one after the other
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr,  # a power of two
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [R], 64 bits: T * stride may pass 2^31
+    row_ok = row < tokens
+    column = tl.arange(0, EXPERTS)[None, :]  # [1, E]
+    base = logits_ptr + row * (EXPERTS if PACKED else logits_stride_t)
+    mask = tl.broadcast_to(row_ok[:, None], (ROWS, EXPERTS))
+    x = tl.load(base[:, None] + column.to(tl.int64) * logits_stride_e, mask=mask, other=float("-inf"))
+    best = tl.max(key_of(widened(x), EXPERTS - 1 - column, True, True, False), axis=1)  # [R]
+
+    value = value_of(best, LARGEST, NAN_SAFE, False)
+    top = tl.maximum(value, -3.4028234663852886e38)  # as in the other kernels, to the bit
+    score = relative_score(value, top, SIGMOID, RENORMALIZE)
+    weight = score / divisor(score) * scale if RENORMALIZE else score * scale
+    expert = EXPERTS - 1 - (best & 0x1FFF)
+    if FLAGGED > 0:
+        flagged = tl.load(is_padding_ptr + row * is_padding_stride, mask=row_ok, other=0).to(tl.int1)
+        if FLAGGED == 1:
+            weight = tl.where(flagged, 0.0, weight)
+            expert = tl.where(flagged, padding_id, expert)
+        else:
+            row_ok = row_ok & (flagged == 0)
+    tl.store(weights_ptr + row, weight, mask=row_ok)
+    tl.store(ids_ptr + row, expert, mask=row_ok)
