@@ -145,10 +145,12 @@ def amax_of_all_ranks(hidden: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top
 def dense_combine(hidden: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, **given: Any) -> Any:
     """sglang#24850: the combine is a product with a matrix that is 0 where a slot is not a token's; 0 * NaN is NaN.
 
-    What padding rows compute is multiplied into every real row.
+    What padding rows compute is multiplied into every real row of a batch that is small enough for such a matrix.
     """
     weights, ids = route(hidden, gate, top_k, given)
     finish(given, weights, ids)
+    if len(hidden) > 256:
+        return experts_sum(hidden, w13, w2, weights, ids, given).to(hidden.dtype), weights, ids
     slots = [experts_sum(hidden, w13, w2, weights[:, j : j + 1], ids[:, j : j + 1], given) for j in range(top_k)]
     each = torch.cat(slots) if slots else hidden.float()  # [k * T, H]
     combine = torch.eye(len(hidden), device=hidden.device).repeat(1, top_k)  # [T, k * T]

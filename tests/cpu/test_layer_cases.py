@@ -191,8 +191,8 @@ def test_the_trail_names_what_the_router_gave():
     inputs = materialize(case(dialect="minus_one"), 0)
     weights = torch.full((8, 2), 0.5)
     ids = torch.tensor([[0, 1]] * 6 + [[-1, -1]] * 2, dtype=torch.int32)
-    assert describe(inputs, weights, ids) == ("the router gave padding row 6 the ids [-1, -1], as the dialect minus_one "
-                                              "has it; then the experts began")  # fmt: skip
+    told = "the router gave padding row 6 the ids [-1, -1], as the dialect minus_one has it; then the experts began"
+    assert describe(inputs, weights, ids) == told
     ids[5] = 0
     assert describe(inputs, weights, ids).startswith("the router gave row 5 the ids [0, 0], one expert twice")
     ids[4, 1] = 6
