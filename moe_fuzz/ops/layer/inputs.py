@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 
 from moe_fuzz import generator
-from moe_fuzz.case import Case
+from moe_fuzz.case import Case, Scalar
 from moe_fuzz.faults import FAULTS, Canvas
+from moe_fuzz.labels import Labels
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 
 #: Of a config, what the target is given as plain arguments.
@@ -59,7 +61,7 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
 
     inputs = LayerInputs(options, {"hidden": canvases["hidden"].values}, rows=rows)
     inputs.lies["hidden"] = Lie(canvases["hidden"].stride_gap, canvases["hidden"].offset)
-    inputs.plain |= _weights(case, device)
+    inputs.plain |= _weights(case.seed, tuple(sorted(case.config.items())), str(device))
     if config["bias"]:
         inputs.plain["bias"] = canvases["bias"].values[0]
     if config["is_padding"]:
@@ -77,16 +79,19 @@ def fresh_rows(case: Case, rows: Sequence[int], stream: int, device: torch.devic
     return (values * 2.0**magnitude).to(getattr(torch, str(case.config["dtype"])))
 
 
-def _weights(case: Case, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """gate, w13, w2 and the experts' biases, sized so that logits, activations and results are of order 1."""
-    config, experts = case.config, list(case.experts)
+@lru_cache(maxsize=4)
+def _weights(seed: int, items: tuple[tuple[str, Scalar], ...], device: str) -> dict[str, torch.Tensor]:
+    """gate, w13, w2 and the experts' biases, sized so that logits, activations and results are of order 1. The steps of
+    a case, and what the reducer makes of it, share them."""
+    config = dict(items)
+    experts = list(Labels.parse(str(config["experts"])))
     hidden, inter = int(config["hidden"]), int(config["intermediate"])
     dtype = getattr(torch, str(config["dtype"]))
     rows = inter if config["activation"] == "relu2" else 2 * inter
 
     def draw(name: str, height: int, width: int, size: float, kind: torch.dtype = dtype) -> torch.Tensor:
         labels = [expert * _ROW + row for expert in experts for row in range(height)]
-        values = generator.triangular(case.seed, name, labels, range(width), device=device) * size
+        values = generator.triangular(seed, name, labels, range(width), device=device) * size
         return values.to(kind).view(len(experts), height, width)
 
     gate_dtype = torch.float32 if config["gate_dtype"] == "float32" else dtype
