@@ -31,6 +31,9 @@ class Contract:
     padding_weight: str = "dialect"  # weights of flagged rows: "dialect" (0 where there is no expert) | "any"
     # of experts alone; "dtype" is that of x
     accumulate: str = "float32"  # dtype in which the two products are summed up
+    gate_up: str = "float32"  # in which the product with w13 is stored, before its bias or behind it
+    activation: str = "float32"  # to which each operation of the activation is rounded
+    down: str = "float32"  # in which the product with w2 is stored, before its bias or behind it, and its weight
     intermediate: str = "dtype"  # in which the activation's result is stored: "dtype" | "float32"
     slot: str = "dtype"  # in which each weighted slot is stored: "dtype" | "float32" | "none": summed up in float32
     weight_dtype: str = "float32"  # "dtype": the router's weights are rounded to that of x first

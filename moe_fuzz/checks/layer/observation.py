@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from moe_fuzz.case import Case
-from moe_fuzz.checks.layer.bound import Bounded, bounded, gamma
+from moe_fuzz.checks.experts.rounding import depth, floor, gamma, unit
+from moe_fuzz.checks.layer.bound import Bounded, bounded
 from moe_fuzz.checks.layer.decision import Decision
 from moe_fuzz.checks.routing.observation import Outputs as Routed
 from moe_fuzz.contract import TargetInfo
@@ -75,10 +76,9 @@ class LayerObservation:
     def logit_error(self) -> torch.Tensor:
         """float64 [T, E]: how far a target's logits may be from these (docs/numerics.md)."""
         size = self.hidden.double().abs() @ self.inputs.plain["gate"].double().abs().t()
-        error = gamma(self.hidden.shape[1]) * size + 2.0**-126 * self.hidden.shape[1]
+        error = gamma(depth(self.hidden.shape[1])) * size + 2.0**-126 * self.hidden.shape[1]
         if self.info.contract.logits == "dtype":
-            unit = 2.0**-8 if self.hidden.dtype == torch.bfloat16 else 2.0**-11
-            error = error + unit * (self.logits.abs() + error) + (2.0**-25 if unit < 2.0**-8 else 2.0**-126)
+            error = error + unit(self.hidden.dtype) * (self.logits.abs() + error) + floor(self.hidden.dtype)
         return error
 
     @cached_property

@@ -1,0 +1,1 @@
+"""The checks of the ops that compute a layer's experts."""

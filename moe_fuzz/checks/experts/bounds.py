@@ -1,0 +1,210 @@
+"""The result in float64, and how far a target may be from it by its declared sums and stores: docs/numerics.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_fuzz.checks.experts.activations import CURVES, activated, halves
+from moe_fuzz.checks.experts.rounding import LARGEST, TINY, U, depth, dtype_of, floor, gamma, ulp, unit
+from moe_fuzz.checks.experts.slots import Batch, batches
+from moe_fuzz.contract import Contract
+from moe_fuzz.ops.experts.inputs import ExpertsInputs
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Of y [T, H], float64. Where the bound is infinite, nothing is claimed: x or a weight is not finite, or a number
+    on the way may be too large for its dtype."""
+
+    value: Tensor  # the exact result for these inputs; 0 where nothing is claimed
+    bound: Tensor
+    variance: Tensor  # of a target's error, where roundings are as of random numbers; empty unless asked for
+    spread: Tensor  # [T, 2]: Σ s and Σ s² over the roundings of h, weighted as they reach y; empty likewise
+    largest: Tensor  # [T]: the largest of these s
+
+    def take(self, rows: Tensor) -> Numbers:
+        """Those of these rows, int64 [R]."""
+        return Numbers(*(part[rows] if len(part) else part for part in vars(self).values()))
+
+
+def evaluate(inputs: ExpertsInputs, expert: Tensor, contract: Contract, random: bool = False) -> Numbers:
+    """Values and bounds of the slots of `expert`, int64 [T, k], where -1 drops one. random: variances too."""
+    return _Evaluation(inputs, contract, random).run(expert)
+
+
+class _Evaluation:
+    def __init__(self, inputs: ExpertsInputs, contract: Contract, random: bool) -> None:
+        self.plain, self.contract, self.random = inputs.plain, contract, random
+        self.activation = str(inputs.options["activation"])
+        self.layout = str(inputs.options["gate_layout"])
+        self.on_input = bool(inputs.options["apply_weight_on_input"])
+        self.dtype = self.plain["x"].dtype
+        self.most = torch.finfo(self.dtype).max
+        self.u = unit(self.dtype, contract.truncates)
+        self.floor = floor(self.dtype, contract.truncates)
+        self.u_sum = unit(dtype_of(contract.accumulate, self.dtype))
+
+    def run(self, expert: Tensor) -> Numbers:
+        x, w13 = self.plain["x"], self.plain["w13"]
+        tokens, hidden = x.shape
+        zeros = x.new_zeros((tokens, hidden), dtype=torch.float64)
+        value, error, size = zeros, zeros.clone(), zeros.clone()
+        variance = zeros.clone() if self.random else zeros[:0]
+        spread = x.new_zeros((tokens if self.random else 0, 2), dtype=torch.float64)
+        largest = x.new_zeros(tokens if self.random else 0, dtype=torch.float64)
+        for batch in batches(expert, w13[0].numel(), w13.shape[1] + hidden):
+            real = batch.real.flatten()
+            token = batch.token.flatten()[real]
+            v, e, var, s = self._slots(batch)
+            v, e = v.flatten(0, 1)[real], e.flatten(0, 1)[real]
+            value.index_add_(0, token, v)
+            error.index_add_(0, token, e)
+            size.index_add_(0, token, v.abs() + e)
+            if var is not None and s is not None:
+                s = s.flatten(0, 1)[real]
+                variance.index_add_(0, token, var.flatten(0, 1)[real])
+                spread.index_add_(0, token, torch.stack([s.sum(1), s.square().sum(1)], dim=1))
+                largest.index_reduce_(0, token, s.amax(1), "amax")
+        return self._sum(value, error, size, variance, spread, largest, expert)
+
+    # ---- a slot -----------------------------------------------------------------------------------------------------
+
+    def _slots(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Of each slot: its contribution to y [e, n, H], how far a target's may be off, and where asked for the
+        variance of that and the variances of h that it is made of, [e, n, I]."""
+        weight = self.plain["weights"][batch.token, batch.slot].double()[..., None]  # [e, n, 1]
+        e_weight = torch.zeros_like(weight)
+        if self.contract.weight_dtype == "dtype":
+            e_weight = self.u * weight.abs() + self.floor
+        a, e_a, sharp = self._first(batch, weight, e_weight)
+        h, e_h, s = self._activate(a, e_a, sharp)
+        lost = ~(h.abs() + e_h < (self.most if self.contract.intermediate == "dtype" else LARGEST))
+        wide = (a.abs() + e_a).amax(dim=-1, keepdim=True)  # NaN where there is one
+        nothing = lost.any(dim=-1, keepdim=True) | ~weight.isfinite()  # [e, n, 1]
+        nothing = nothing | ~(wide < (self.most if self.contract.gate_up == "dtype" else LARGEST))
+        h, e_h = h.masked_fill(nothing, 0.0), e_h.masked_fill(nothing, 0.0)
+        v, e, size = self._second(batch, h, e_h)
+        held = LARGEST
+        if "dtype" in (self.contract.down, self.contract.slot):
+            held = self.most
+        if not self.on_input:
+            e = (weight.abs() + e_weight) * e + e_weight * v.abs() + 2 * U * weight.abs() * (v.abs() + e) + TINY
+            v = v * weight
+            size = torch.maximum(size, size * weight.abs())
+        if self.contract.slot == "dtype":
+            e = e + self.u * (v.abs() + e) + self.floor
+        nothing = nothing | ~(size + e < held)
+        v, e = v.masked_fill(nothing, 0.0), e.masked_fill(nothing, torch.inf)
+        if s is None:
+            return v, e, None, None
+        return v, e, *self._variance(batch, v, h, s.masked_fill(nothing[..., :1], 0.0), weight)
+
+    def _first(self, batch: Batch, weight: Tensor, e_weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x @ w13.T, weighted and biased: [e, n, 2I], its error, and that of its sum on random data."""
+        x = self.plain["x"][batch.token].double()  # [e, n, H]
+        w = self.plain["w13"][batch.experts].double().transpose(1, 2)  # [e, H, 2I]
+        a = x @ w
+        w, x = w.abs_(), x.abs()
+        sizes = x @ w
+        below = w.shape[1] * TINY * (1 + w.amax())
+        e_a = torch.zeros_like(a)
+        if self.on_input:  # the weight may meet x, or the product
+            e_a = (e_weight * sizes).masked_fill(weight.abs() * x.amax(dim=-1, keepdim=True) >= LARGEST, torch.inf)
+            a = torch.where(weight == 0, 0.0, a * weight)
+            sizes = (weight.abs() + e_weight) * sizes
+            below = below * (1 + weight.abs())
+        if (b13 := self.plain.get("b13")) is not None:
+            bias = b13[batch.experts].double()[:, None]
+            a, sizes = a + bias, sizes + bias.abs()
+        e_a = (e_a + gamma(depth(w.shape[1]), self.u_sum) * sizes + below).masked_fill(sizes >= LARGEST, torch.inf)
+        sharp = _random_gamma(w.shape[1]) * sizes if self.random else None
+        if self.contract.gate_up == "dtype":
+            e_a += 2 * (self.u * (a.abs() + e_a) + self.floor)  # of the product, and with the bias
+            if b13 is not None:
+                e_a += self.u * sizes
+            if sharp is not None:
+                sharp = sharp + ulp(a, self.dtype)
+        return a, e_a, sharp
+
+    def _activate(self, a: Tensor, e_a: Tensor, sharp: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """h [e, n, I] as it is stored, its error, and the variance of that on random data."""
+        gate, up = halves(a, self.activation, self.layout)
+        e_gate, e_up = halves(e_a, self.activation, self.layout)
+        rounded = self.contract.activation == "dtype"
+        h, e_h = activated(
+            self.activation, gate, up, e_gate, e_up, self.u if rounded else 0.0, self.contract.sigmoid == "tanh"
+        )
+        if self.contract.intermediate == "dtype":
+            e_h = e_h + self.u * (h.abs() + e_h) + self.floor
+        if sharp is None:
+            return h, e_h, None
+        steps = self._steps(h) * (1 + 4 * rounded)
+        d_gate, d_up = halves(sharp, self.activation, self.layout)
+        if up is None or d_up is None:
+            passed = 2 * gate.clamp(min=0.0) * d_gate
+            return h, e_h, steps + passed.square()
+        f, factor = CURVES[self.activation].of(gate), up
+        if self.activation == "swiglu_oai":
+            factor = up.clamp(-7.0, 7.0) + 1.0
+        return h, e_h, steps + (1.13 * factor * d_gate).square() + (f * d_up).square()
+
+    def _second(self, batch: Batch, h: Tensor, e_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h @ w2.T, biased: [e, n, H], its error, and Σ|terms|."""
+        w = self.plain["w2"][batch.experts].double().transpose(1, 2)  # [e, I, H]
+        v = h @ w
+        w = w.abs_()
+        g = gamma(depth(h.shape[-1]), self.u_sum)
+        sizes = (h.abs() + e_h) @ w
+        e = e_h @ w
+        if (b2 := self.plain.get("b2")) is not None:
+            bias = b2[batch.experts].double()[:, None]
+            v, sizes = v + bias, sizes + bias.abs()
+        e = e + g * sizes + h.shape[-1] * TINY * (1 + w.amax())
+        if self.contract.down == "dtype":
+            e = e + 2 * (self.u * (v.abs() + e) + self.floor)
+            if b2 is not None:
+                e = e + self.u * sizes
+        return v, e, sizes
+
+    # ---- random data ------------------------------------------------------------------------------------------------
+
+    def _steps(self, values: Tensor) -> Tensor:
+        """The variance of one rounding of each value. Of a subnormal number the error is not random: there its square's
+        largest value."""
+        step = ulp(values, self.dtype).square()
+        return torch.where(values.abs() < torch.finfo(self.dtype).smallest_normal, step / 4, step / 12)
+
+    def _variance(self, batch: Batch, v: Tensor, h: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        s = s + (4 * _random_gamma(h.shape[-1]) * h).square()
+        scale = torch.ones_like(weight) if self.on_input else weight.square()
+        var = scale * (s @ self.plain["w2"][batch.experts].double().square().transpose(1, 2))
+        if self.contract.down == "dtype":
+            near = 2 * (v.abs() + 4 * var.sqrt()) / weight.abs().clamp(min=TINY)
+            var = var + weight.square() * 2 * self._steps(near)
+        if self.contract.slot == "dtype":
+            var = var + self._steps(v.abs() + 4 * var.sqrt())
+        return var, s * scale
+
+    # ---- a token ----------------------------------------------------------------------------------------------------
+
+    def _sum(self, value: Tensor, error: Tensor, size: Tensor, variance: Tensor, spread: Tensor, largest: Tensor,
+             expert: Tensor) -> Numbers:  # fmt: skip
+        """The sum over slots, and its store."""
+        top_k = expert.shape[1]
+        narrow = self.contract.reduce == "dtype"
+        bound = error + gamma(top_k + 2, self.u if narrow else U) * size
+        bound = bound + self.u * (value.abs() + bound) + self.floor + TINY
+        bound = bound.masked_fill(~(size < (self.most if narrow else LARGEST)), torch.inf)
+        if self.random:
+            if narrow:
+                variance = variance + top_k * self._steps(size)
+            variance = variance + self._steps(value.abs() + 4 * variance.sqrt())
+        return Numbers(value, torch.nan_to_num(bound, nan=torch.inf), variance, spread, largest)
+
+
+def _random_gamma(terms: int) -> float:
+    """What `gamma` is on random data, where errors do not all have one sign."""
+    return gamma(terms / 16 + 16)

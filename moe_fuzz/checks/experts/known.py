@@ -1,0 +1,105 @@
+"""The result where its bits are known: no sum on the way can be rounded, in any order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_fuzz.checks.experts.activations import CURVES, halves
+from moe_fuzz.checks.experts.rounding import PRECISION, dtype_of, store, unit_of
+from moe_fuzz.checks.experts.slots import Batch, batches
+from moe_fuzz.contract import Contract
+from moe_fuzz.ops.experts.inputs import ExpertsInputs
+
+
+def exact_answer(inputs: ExpertsInputs, expert: Tensor, contract: Contract) -> tuple[Tensor, Tensor]:
+    """The result [T, H] of the slots of `expert`, int64 [T, k] with -1 for none, after every store that the contract
+    declares; and where its bits are known for certain, bool.
+
+    They are where Σ|terms| of every sum is below 2^24 of the unit that all its terms are multiples of (2^8 in bfloat16,
+    2^11 in float16), where the gate is large enough to pass its activation unchanged, and where no store that may stand
+    before or behind a bias, or cut off or round, loses anything.
+    """
+    return _Exact(inputs, contract).run(expert)
+
+
+class _Exact:
+    def __init__(self, inputs: ExpertsInputs, contract: Contract) -> None:
+        self.plain, self.options, self.contract = inputs.plain, inputs.options, contract
+        self.dtype = self.plain["x"].dtype
+        self.room = 2.0 ** PRECISION[dtype_of(self.contract.accumulate, self.dtype)]
+
+    def run(self, expert: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.zeros(self.plain["x"].shape, dtype=torch.float64, device=expert.device)
+        size, unit = torch.zeros_like(total), torch.full_like(total, torch.inf)
+        unknown = torch.zeros_like(total)
+        for batch in batches(expert, self.plain["w13"][0].numel(), self.plain["w13"].shape[1] + total.shape[1]):
+            real, token = batch.real.flatten(), batch.token.flatten()[batch.real.flatten()]
+            v, known = (part.flatten(0, 1)[real] for part in self._slots(batch))
+            total.index_add_(0, token, v)
+            size.index_add_(0, token, v.abs())
+            unit.index_reduce_(0, token, unit_of(v), "amin")
+            unknown.index_add_(0, token, (~known).double())
+        room = 2.0 ** PRECISION[dtype_of(self.contract.reduce, self.dtype)]
+        known = (expert >= 0).any(dim=1)[:, None] & (unknown == 0) & (size < room * unit)
+        y, whole = store(total, self.dtype)
+        return y, known & y.isfinite() & (whole | (not self.contract.truncates))
+
+    def _slots(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The contribution of each slot [e, n, H], as it is stored, and where its bits are known."""
+        on_input = bool(self.options["apply_weight_on_input"])
+        weight = self.plain["weights"][batch.token, batch.slot].double()[..., None]  # [e, n, 1]
+        x = self.plain["x"][batch.token].double()
+        w = self.plain["w13"][batch.experts].double().transpose(1, 2)
+        bias = self.plain["b13"][batch.experts].double()[:, None] if "b13" in self.plain else None
+        a, sums = self._product(x, w, bias, weight if on_input else None)
+        sums = sums & self._kept(a, self.contract.gate_up)  # [e, n, 2I]
+        h, stores = self._activated(a)  # [e, n, I]
+        known = sums.all(dim=-1, keepdim=True) & stores.all(dim=-1, keepdim=True)  # [e, n, 1]
+        h = h.masked_fill(~known, 0.0)
+        bias = self.plain["b2"][batch.experts].double()[:, None] if "b2" in self.plain else None
+        v, sums = self._product(h, self.plain["w2"][batch.experts].double().transpose(1, 2), bias, None)
+        known = known & sums & self._kept(v, self.contract.down)
+        if not on_input:
+            if self.contract.weight_dtype == "dtype":
+                known = known & store(weight, self.dtype)[1]
+            v = v * weight
+            known = known & store(v, torch.float32)[1]
+        if self.contract.slot == "dtype":
+            v, whole = store(v, self.dtype)
+            known = known & (whole | (not self.contract.truncates))
+        return v, known & v.isfinite()
+
+    def _product(self, x: Tensor, w: Tensor, bias: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x @ w, weighted and biased, and where no sum on the way can be rounded."""
+        result, size, unit = x @ w, x.abs() @ w.abs(), _least(x) * _least(w)
+        if weight is not None:
+            result, size, unit = result * weight, size * torch.maximum(weight.abs(), torch.ones_like(weight)), (
+                unit * _least(weight).clamp(max=1.0))  # fmt: skip
+        if bias is not None:
+            result, size, unit = result + bias, size + bias.abs(), torch.minimum(unit, _least(bias))
+        return result, size < self.room * unit
+
+    def _kept(self, values: Tensor, declared: str) -> Tensor:
+        """Where a store loses nothing: it may stand before a bias, or behind it."""
+        return store(values, dtype_of(declared, self.dtype))[1]
+
+    def _activated(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """h [e, n, I] as it is stored, and where its bits are known: the gate is large enough to pass unchanged."""
+        activation = str(self.options["activation"])
+        gate, up = halves(a, activation, str(self.options["gate_layout"]))
+        f = CURVES[activation].of(gate)
+        if up is None:
+            h, known = f, store(f, torch.float32)[1]
+        else:
+            passed = store(f, torch.float32)[0]
+            h, known = gate * up, (passed == gate) & store(gate * up, torch.float32)[1]
+        if self.contract.intermediate == "dtype":
+            h, whole = store(h, self.dtype)
+            known = known & (whole | (not self.contract.truncates))
+        return h, known & h.isfinite()
+
+
+def _least(values: Tensor) -> Tensor:
+    """The unit of all values of each of e matrices [e, ., .], as [e, 1, 1]."""
+    return unit_of(values).amin(dim=(1, 2), keepdim=True)

@@ -1,0 +1,138 @@
+"""Relations between two calls: padding changes nothing, a row stands alone, names of experts mean nothing, shards sum
+to the whole, and a factor of two is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moe_fuzz.checks import check
+from moe_fuzz.checks.coordinates import first
+from moe_fuzz.checks.experts.bounds import evaluate
+from moe_fuzz.checks.experts.determinism import other_bits
+from moe_fuzz.checks.experts.observation import ExpertsObservation
+from moe_fuzz.checks.experts.others import RANKS, SCALE
+from moe_fuzz.checks.relations import differs, pick, steady
+from moe_fuzz.ops.inputs import Inputs, element_bits
+from moe_fuzz.verdict import Violation
+
+
+def _off(check_name: str, message: str, other: torch.Tensor, low: torch.Tensor, high: torch.Tensor,
+         claimed: torch.Tensor) -> list[Violation]:  # fmt: skip
+    """Of the first claimed value outside [low, high]; NaN is outside. All [T, H]."""
+    wrong = claimed & ~((low <= other) & (other <= high))
+    if not wrong.any():
+        return []
+    where = first(wrong)
+    expected = f"{float(low[where]):.9g} to {float(high[where]):.9g}"
+    return [Violation(check_name, "off", f"token {where[0]}: {message}", "y", where, expected,
+                      f"{float(other[where]):.9g}")]  # fmt: skip
+
+
+def _well(seen: ExpertsObservation) -> torch.Tensor:
+    """bool [T, H]: what was judged, and found right, in the call itself. What is wrong there is another check's."""
+    low, high = seen.limits
+    return seen.judged & (low <= seen.y) & (seen.y <= high)
+
+
+@check("experts", "isolation", relation=True)
+def isolation(seen: ExpertsObservation) -> list[Violation]:
+    """Other contents in padding rows, in undefined rows and in the weights of dropped slots, the same real rows: bit
+    for bit where the target is deterministic, else within their bounds."""
+    other_inputs = seen.healed_inputs
+    rows = seen.real.nonzero().flatten()
+    if other_inputs is seen.inputs or not len(rows):
+        return []
+    message = "other contents in padding rows or dropped slots changed this real row"
+    other = seen.healed[1]
+    found = _off("isolation", message, other.y.double(), *seen.limits, _well(seen) & seen.real[:, None])
+    if found or not seen.info.contract.deterministic:
+        return found
+    if not differs(seen.outputs, other)[rows].any() or not steady(seen, seen.inputs, other_inputs, rows, rows):
+        return []
+    return other_bits("isolation", message, seen.outputs.y[rows], other.y[rows], rows)
+
+
+@check("experts", "batch_invariance", relation=True)
+def batch_invariance(seen: ExpertsObservation) -> list[Violation]:
+    """Fewer rows in another order, the same bits in each. Padding is healed first: what it does, `isolation` says."""
+    if not seen.info.contract.batch_invariant or seen.tokens < 2 or not seen.real.any():
+        return []
+    rows, other_inputs = seen.fewer
+    base_inputs, base = seen.healed
+    one, other = pick(base, rows), seen.call(other_inputs)
+    everyone = torch.arange(len(rows), device=rows.device)
+    if not differs(one, other).any() or not steady(seen, base_inputs, other_inputs, rows, everyone):
+        return []
+    return other_bits("batch_invariance", "alone with fewer rows, this row has other bits", one.y, other.y, rows)
+
+
+@check("experts", "relabel", relation=True)
+def relabel(seen: ExpertsObservation) -> list[Violation]:
+    """The experts in another order, the ids with them: the same result within its bounds."""
+    inputs = seen.relabelled
+    if inputs is None:
+        return []
+    other = seen.call(inputs).y.double()
+    return _off("relabel", "with the experts in another order, y is another", other, *seen.limits, _well(seen))
+
+
+@check("experts", "shards", relation=True)
+def shards(seen: ExpertsObservation) -> list[Violation]:
+    """The experts shared by two ranks, each with a map: the partial results sum to the whole within their bounds."""
+    parts = seen.sharded
+    if not parts:
+        return []
+    total, bound = torch.zeros_like(seen.y), torch.zeros_like(seen.y)
+    for rank, inputs in enumerate(parts):
+        local = torch.where(seen.expert % RANKS == rank, seen.expert, -1)
+        numbers = evaluate(seen.inputs, local, seen.info.contract)
+        total += (seen.eager or seen.call)(inputs).y.double()  # a graph has the experts of its capture
+        bound += torch.where((local >= 0).any(dim=1)[:, None], numbers.bound, 0.0)
+    most = torch.finfo(seen.x.dtype).max
+    claimed = _well(seen) & (seen.numbers.value.abs() + bound < most)  # else a part may be infinite
+    value = seen.numbers.value
+    return _off("shards", "partial results of two ranks do not sum to the whole", total, value - bound, value + bound,
+                claimed)  # fmt: skip
+
+
+@check("experts", "scaling", relation=True)
+def scaling(seen: ExpertsObservation) -> list[Violation]:
+    """Twice the routing weights, twice the result: bit for bit in bfloat16 where deterministic, as nothing comes near
+    the ends of its exponents; else within the bounds."""
+    inputs = seen.scaled
+    if inputs is None:
+        return []
+    message, other = "with twice the weights, y is not twice what it was", seen.call(inputs).y
+    low, high = seen.limits
+    inside = _well(seen) & (seen.y.abs() < torch.finfo(seen.x.dtype).max / 4) & low.isfinite() & high.isfinite()
+    if not seen.info.contract.deterministic or seen.x.dtype == torch.float16:
+        return _off("scaling", message, other.double(), SCALE * low, SCALE * high, inside)
+    twice = (seen.outputs.y.double() * SCALE).to(other.dtype)
+    moderate = inside & (seen.y.abs() > 2.0**-60)  # nor do its slots, but for what cancels
+    wrong = moderate & (element_bits(twice) != element_bits(other))
+    rows = torch.arange(seen.tokens, device=wrong.device)
+    if not wrong.any() or not steady(seen, seen.inputs, inputs, rows, rows):
+        return []
+    return other_bits("scaling", message, torch.where(moderate, twice, 0.0), torch.where(moderate, other, 0.0), rows)
+
+
+def ahead(seen: ExpertsObservation) -> Sequence[Inputs]:
+    """What the relations will call, as far as they can know before there are outputs."""
+    contract = seen.info.contract
+    calls: list[Inputs] = []
+    if not seen.tokens:
+        return calls
+    some = bool(seen.real.any())
+    invariant = contract.batch_invariant and seen.tokens > 1 and some
+    if contract.deterministic:
+        calls.append(seen.inputs)
+    if some and seen.healed_inputs is not seen.inputs:
+        calls.append(seen.healed_inputs)
+    if invariant:
+        calls.append(seen.fewer[1])
+    parts = seen.sharded if seen.eager is None else []
+    calls += [inputs for inputs in (seen.relabelled, *parts, seen.scaled) if inputs is not None]
+    return calls
+

@@ -1,0 +1,223 @@
+"""What the checks of experts see of one call: inputs, outputs, the float64 result with its bound, a way to call again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+from moe_fuzz.case import Case
+from moe_fuzz.checks.experts import others
+from moe_fuzz.checks.experts.bounds import Numbers, evaluate
+from moe_fuzz.checks.experts.known import exact_answer
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.fence import unwritten
+from moe_fuzz.ops.experts.inputs import ExpertsInputs, benign_rows
+from moe_fuzz.reference.align import expert_of_slot
+
+_RANDOM_WIDTH = 16  # from which on no two rows of x are alike, nor two rows of a projection
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the experts returned, as it was returned."""
+
+    y: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ExpertsObservation:
+    """One call of experts under test. All tensors are on one device, that of the inputs; T, k, H, I, E as in the op."""
+
+    case: Case
+    step_index: int
+    info: TargetInfo
+    inputs: ExpertsInputs
+    outputs: Outputs
+    call: Callable[[ExpertsInputs], Outputs]  # runs the target again, in fences, on other inputs; a graph is replayed
+    eager: Callable[[ExpertsInputs], Outputs] | None = None  # runs it without a graph, where `call` is a replay
+    budget: dict[str, float] = field(default_factory=dict)  # largest accepted error over bound, by check
+    rows: list[int] | None = None  # positions in the step of the rows that are seen; None: all of them
+
+    def with_outputs(self, y: torch.Tensor) -> ExpertsObservation:
+        """The same inputs and another answer; what is known of the inputs is not computed again."""
+        other = replace(self, outputs=Outputs(y), budget={})
+        other.__dict__.update({name: self.__dict__[name] for name in _OF_INPUTS if name in self.__dict__})
+        return other
+
+    def take(self, rows: torch.Tensor) -> ExpertsObservation:
+        """The call as seen on these rows alone, int64 [R]; what is known of them is not computed again."""
+        positions = rows.tolist()
+        part = replace(self, inputs=self.rows_of(self.inputs, rows), outputs=Outputs(self.outputs.y[rows]), budget={},
+                       rows=positions if self.rows is None else [self.rows[at] for at in positions])  # fmt: skip
+        for name in ("expert", "kept", "sound", "real", "random", "claimed"):
+            part.__dict__[name] = getattr(self, name)[rows]
+        part.__dict__["numbers"] = self.numbers.take(rows)
+        return part
+
+    def benign(self, rows: torch.Tensor) -> torch.Tensor:
+        """Ordinary x for these rows: what could have stood there instead."""
+        positions = rows.tolist() if self.rows is None else [self.rows[row] for row in rows.tolist()]
+        return benign_rows(self.case, self.step_index, positions, self.x.device)
+
+    # ---- inputs -----------------------------------------------------------------------------------------------------
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self.inputs.plain["x"]
+
+    @property
+    def weights(self) -> torch.Tensor:
+        return self.inputs.plain["weights"]
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def experts(self) -> int:
+        """How many are here."""
+        return self.inputs.plain["w13"].shape[0]
+
+    @property
+    def on_input(self) -> bool:
+        return bool(self.inputs.options["apply_weight_on_input"])
+
+    @cached_property
+    def expert(self) -> torch.Tensor:
+        """int64 [T, k]: the expert of each slot, -1 where it is dropped."""
+        return expert_of_slot(self.inputs.plain["ids"], self.experts, self.inputs.plain.get("expert_map"))
+
+    @cached_property
+    def kept(self) -> torch.Tensor:
+        """bool [T, k]: slots that have an expert here."""
+        return self.expert >= 0
+
+    @cached_property
+    def sound(self) -> torch.Tensor:
+        """bool [T]: x is finite, and so are the weights of the kept slots."""
+        return self.x.isfinite().all(dim=1) & (self.weights.isfinite() | ~self.kept).all(dim=1)
+
+    @cached_property
+    def real(self) -> torch.Tensor:
+        """bool [T]: rows that are not padding, and whose values are determined."""
+        return self.sound & ~self.inputs.padding
+
+    @cached_property
+    def random(self) -> torch.Tensor:
+        """bool [T]: rows on which errors are those of random numbers: iid data, no expert twice, roundings to nearest.
+        """
+        contract = self.info.contract
+        valid = (
+            self.inputs.recipe == "dense"
+            and contract.intermediate == "dtype"
+            and contract.accumulate == "float32"
+            and contract.weight_dtype == "float32"
+            and not contract.truncates
+            and min(self.x.shape[1], self.inputs.plain["w2"].shape[2]) >= _RANDOM_WIDTH
+        )
+        if not valid:
+            return torch.zeros_like(self.inputs.ordinary)
+        ordered = self.expert.sort(dim=1).values
+        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=1)
+        return self.inputs.ordinary & self.kept.any(dim=1) & ~twice
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """The float64 result of each token, with its bound."""
+        return evaluate(self.inputs, self.expert, self.info.contract, random=bool(self.random.any()))
+
+    @cached_property
+    def claimed(self) -> torch.Tensor:
+        """bool [T, H]: values that the contract determines, of sound tokens with an expert here."""
+        return self.numbers.bound.isfinite() & (self.kept.any(dim=1) & self.sound)[:, None]
+
+    @cached_property
+    def limits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The lowest and the highest value that y may have [T, H]: where it may be too large for its dtype, anything
+        of its sign that is large enough, infinity too."""
+        value, bound, most = self.numbers.value, self.numbers.bound, torch.finfo(self.x.dtype).max
+        low, high = value - bound, value + bound
+        over, under = high >= most, low <= -most
+        high, low = high.masked_fill(over, torch.inf), low.masked_fill(under, -torch.inf)
+        return torch.where(over, low.clamp(max=most), low), torch.where(under, high.clamp(min=-most), high)
+
+    @cached_property
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result [T, H], float64, and where its bits are known for certain, bool."""
+        usable = self.inputs.ordinary & self.sound & self.kept.any(dim=1)
+        return exact_answer(self.inputs, torch.where(usable[:, None], self.expert, -1), self.info.contract)
+
+    # ---- other calls ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def healed_inputs(self) -> ExpertsInputs:
+        """The same inputs with ordinary x in the rows that are not real, and other weights in dropped slots and in
+        those rows; the very same where there is nothing to change."""
+        rows = (~self.real).nonzero().flatten()
+        spare = ~self.kept | ~self.real[:, None]
+        if not bool(spare.any()):
+            return self.inputs
+        weights = torch.where(spare, self.weights.nan_to_num(0.5, 0.25, 2.0).neg() + 1.0, self.weights)
+        if not len(rows):
+            return self.inputs.replace(weights=weights)
+        x = self.x.clone()
+        x[rows] = self.benign(rows)
+        return self.inputs.replace(x=x, weights=weights)
+
+    @cached_property
+    def healed(self) -> tuple[ExpertsInputs, Outputs]:
+        """The call on `healed_inputs`; the call itself where nothing is to be healed."""
+        inputs = self.healed_inputs
+        return inputs, self.outputs if inputs is self.inputs else self.call(inputs)
+
+    @cached_property
+    def fewer(self) -> tuple[torch.Tensor, ExpertsInputs]:
+        """Every second real row from the last, int64 [R], and the healed inputs of these rows alone."""
+        rows = self.real.nonzero().flatten().flip(0)[::2]
+        return rows, self.rows_of(self.healed_inputs, rows)
+
+    @cached_property
+    def relabelled(self) -> ExpertsInputs | None:
+        return others.relabelled(self.inputs)
+
+    @cached_property
+    def sharded(self) -> list[ExpertsInputs]:
+        return others.sharded(self.inputs) if self.info.capabilities.expert_map else []
+
+    @cached_property
+    def scaled(self) -> ExpertsInputs | None:
+        return others.scaled(self.inputs)
+
+    def rows_of(self, inputs: ExpertsInputs, rows: torch.Tensor) -> ExpertsInputs:
+        """The call with these rows alone, int64 [R]."""
+        part = inputs.replace(**{name: inputs.plain[name][rows] for name in inputs.fluid})
+        return replace(part, padding=inputs.padding[rows], ordinary=inputs.ordinary[rows])
+
+    # ---- outputs ----------------------------------------------------------------------------------------------------
+
+    @property
+    def shaped(self) -> bool:
+        """Whether the output has the contract's shape; without it nothing else can be judged."""
+        return self.outputs.y.shape == self.x.shape
+
+    @cached_property
+    def y(self) -> torch.Tensor:
+        """float64 [T, H]: the output."""
+        return self.outputs.y.double()
+
+    @cached_property
+    def missing(self) -> torch.Tensor:
+        """bool [T, H]: elements that still hold the poison of their buffer, and were never written."""
+        return unwritten(self.outputs.y)
+
+    @cached_property
+    def judged(self) -> torch.Tensor:
+        """bool [T, H]: what the parity checks judge: claimed, written, finite. `finite` speaks of the others."""
+        return self.claimed & ~self.missing & self.outputs.y.isfinite()
+
+
+_OF_INPUTS = ("expert", "kept", "sound", "real", "random", "numbers", "claimed", "limits", "exact")

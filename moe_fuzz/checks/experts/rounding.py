@@ -1,0 +1,61 @@
+"""Roundings: how much one may change a number, and what a number becomes when it is stored. In float64 throughout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+U = 2.0**-24  # unit roundoff of float32
+LARGEST = 2.0**127  # what float32 holds for certain
+TINY = 2.0**-126  # the smallest normal number of float32 and of bfloat16: below it a result may be flushed to 0
+#: Bits of the significand, the hidden one included: integers up to 2^that are exact.
+PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+_LEAST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}  # the smallest subnormal
+
+
+def dtype_of(declared: str, stored: torch.dtype) -> torch.dtype:
+    """The dtype that a contract names; "dtype" is that of x."""
+    return stored if declared == "dtype" else getattr(torch, declared)
+
+
+def unit(dtype: torch.dtype, truncates: bool = False) -> float:
+    """The largest relative error of a store: half a step, a whole one where what does not fit is cut off."""
+    return 2.0 ** -(PRECISION[dtype] - truncates)
+
+
+def floor(dtype: torch.dtype, truncates: bool = False) -> float:
+    """The largest absolute error of a store below the normal numbers. bfloat16 may be flushed to 0 there: it shares
+    float32's exponents. float16 is not."""
+    return TINY if dtype != torch.float16 else _LEAST[dtype] / (1 if truncates else 2)
+
+
+def gamma(count: float, u: float = U) -> float:
+    """The relative error of n operations one after another, each of which may cut off instead of rounding."""
+    share = 2 * u * count
+    return share / (1 - share) if share < 1 else torch.inf
+
+
+def depth(terms: int) -> float:
+    """Through how many operations a term of a sum goes at most, in any order, tensor cores' own alignment included:
+    one a term, one a group of 16, and at the ends the weight, the bias and the store of the sum."""
+    return terms + -(-terms // 16) + 3
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of `dtype` at |values|, float64."""
+    exponent = torch.frexp(values).exponent - PRECISION[dtype]
+    return torch.ldexp(torch.ones_like(values), exponent).clamp(min=_LEAST[dtype])
+
+
+def store(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """float64 values rounded to nearest even as `dtype` has them, and whether nothing was lost, bool."""
+    rounded = values.to(dtype).double()
+    return rounded, rounded == values
+
+
+def unit_of(values: Tensor) -> Tensor:
+    """The largest power of two of which each value is a whole multiple; infinity for 0. Finite values of 53 bits."""
+    mantissa, exponent = torch.frexp(values)
+    whole = torch.ldexp(mantissa, torch.full_like(exponent, 53)).long()
+    lowest = (whole & -whole).double()
+    return torch.ldexp(lowest, exponent - 53).masked_fill(values == 0, torch.inf)

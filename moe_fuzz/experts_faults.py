@@ -1,0 +1,40 @@
+"""Faults on the routing weights of an experts case, and what stands in the slots of padding rows. Worker side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moe_fuzz.align_faults import IdsCanvas
+from moe_fuzz.faults import Canvas, Fault, register
+
+
+@register
+class ExtremeWeights(Fault):
+    """Half of a row's routing weights are ±0, negative, tiny or huge: what a router leaves that does not renormalize,
+    or scales."""
+
+    name = "extreme_weights"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        table = canvas.table([0.0, -0.0, -1.0, -0.375, 2.0**-100, -(2.0**-24), 2.0**10, -(2.0**7)], torch.float32)
+        pick = canvas.choose(positions, 2 * len(table), self.name)
+        row = canvas.values[positions]
+        canvas.values[positions] = torch.where(pick < len(table), table[pick.clamp(max=len(table) - 1)], row)
+
+
+def write_padding(dialect: str, ids: IdsCanvas, weights: Canvas, positions: Sequence[int]) -> None:
+    """The ids and weights of flagged rows, as a router that speaks this dialect writes them."""
+    if dialect == "distinct" or not positions:
+        return
+    if dialect == "garbage":
+        count, limits = len(ids.experts), torch.iinfo(torch.int32)
+        odd = ids.table([-1, -2, count, count + 1, 2 * count, limits.max, limits.min], torch.int32)
+        pick = ids.choose(positions, 2 * len(odd), dialect)
+        ids.values[positions] = torch.where(pick < len(odd), odd[pick.clamp(max=len(odd) - 1)], ids.values[positions])
+        left = weights.table([torch.nan, torch.inf, -1.0, 0.0, 2.0**100, -torch.inf, 1.0, 0.5], torch.float32)
+        weights.values[positions] = left[weights.choose(positions, len(left), dialect)]
+        return
+    ids.values[positions] = {"minus_one": -1, "num_experts": len(ids.experts), "zero_weight": 0}[dialect]
+    weights.values[positions] = 0.0

@@ -1,0 +1,64 @@
+"""What an experts case costs, and configs cut down to what can be afforded. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from moe_fuzz.case import Case, Scalar
+from moe_fuzz.labels import Labels
+
+MAX_ELEMENTS = 1 << 27
+#: Elements of the projections of a case. A GPU makes and multiplies far more in a millisecond, but they are also laid
+#: into fences, and judged in float64.
+BUDGET = 1 << 21
+#: Seconds that an interpreted case may take. A tile of a product takes 12 ms however small it is, one expert is two,
+#: and the relations call again: two tokens with two experts each are a second already.
+CPU_BUDGET = 1.2
+CPU_CALLS = 4
+CUDA_BUDGET = 1 << 22  # x, and the outputs of the slots
+
+
+def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]]) -> dict[str, Scalar]:
+    """The config with hidden and intermediate cut down until its projections are within the budget: the larger of the
+    two first, to the next smaller size that can be had."""
+    whole = dict(config)
+    count = len(Labels.parse(str(whole["experts"])))
+    while 3 * count * int(whole["hidden"]) * int(whole["intermediate"]) > BUDGET:
+        for name in sorted(sizes, key=lambda name: -int(whole[name])):
+            smaller = [size for size in sizes[name] if size < int(whole[name])]
+            if smaller:
+                whole[name] = max(smaller)
+                break
+        else:
+            break
+    return whole
+
+
+def affordable_tokens(tokens: int, config: Mapping[str, Scalar], device: str) -> bool:
+    if device == "cpu":
+        return tokens <= 1 or CPU_CALLS * call_seconds(tokens, config) <= CPU_BUDGET
+    return tokens * int(config["hidden"]) * (1 + int(config["top_k"])) <= CUDA_BUDGET
+
+
+def call_seconds(tokens: int, config: Mapping[str, Scalar]) -> float:
+    """An interpreted call of our kernel, fitted to measurements."""
+    slots, count = tokens * int(config["top_k"]), len(Labels.parse(str(config["experts"])))
+    blocks = min(slots, count) + slots // 16
+    weights = 3 * blocks * max(16, int(config["hidden"])) * max(16, int(config["intermediate"]))
+    grouping = 0.01 * slots if slots <= 16 else 0.1  # each slot looks for its fellows, or `align` runs
+    return 0.008 + 0.025 * blocks + grouping + 2.5e-7 * weights
+
+
+def seconds(case: Case, device: str) -> float:
+    """Estimated seconds of a case in a worker."""
+    graph = case.mode != "eager"
+    config = case.config
+    if device != "cpu":
+        weights = 3 * len(case.experts) * int(config["hidden"]) * int(config["intermediate"])
+        each = sum(0.004 + 2e-9 * (weights + step.tokens * int(config["hidden"])) for step in case.steps)
+        return each + (0.02 * len(case.buckets) if graph else 0.0)
+    calls = [call_seconds(step.tokens, config) for step in case.steps]
+    if not graph:
+        return CPU_CALLS * sum(calls)
+    # One to warm up a bucket, two a step, and the relations of the last.
+    return sum(call_seconds(tokens, config) for tokens in case.buckets) + 2 * sum(calls) + CPU_CALLS * calls[-1]

@@ -1,0 +1,46 @@
+"""Large tensors of a case, cheaply: one word a row and one a column by the generator, mixed for each element.
+
+As in generator.py a value is a function of (seed, name, row label, column label, stream) and of nothing else, and has
+the same bits on every device. A weight costs eight integer operations of 32 bits instead of the generator's hundred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moe_fuzz import generator
+from moe_fuzz.generator import Device
+
+_M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of the integer hash "lowbias32" by C. Wellons; the second wraps
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 26}  # elements that are mixed at once: what fits into a cache, or into memory
+SIZE = 1 << 16  # of a table: as many values as a draw tells apart
+
+
+def keys(
+    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: Device = "cpu"
+) -> torch.Tensor:
+    """int32 [R, C]: a word of the generator for each place. Made on the host, where few words cost least."""
+    return generator.words(seed, name, rows, columns, stream).to(torch.int32).to(device)
+
+
+def mixed(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """int32 [R, C] in [0, 2^16): the words of a row and of a column, int32 [R] and [C], mixed."""
+    word = rows[:, None] ^ columns
+    word *= _M1
+    word ^= (word >> 15) & 0x1FFFF
+    word *= _M2
+    word >>= 16
+    word &= 0xFFFF
+    return word
+
+
+def looked_up(table: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """table's dtype [R, C]: of its 2^16 values the one that each place draws."""
+    out = table.new_empty((len(rows), len(columns)))
+    step = max(1, _CHUNK[table.device.type] // max(1, len(columns)))
+    for first in range(0, len(rows), step):
+        part = mixed(rows[first : first + step], columns)
+        torch.index_select(table, 0, part.flatten(), out=out[first : first + step].view(-1))
+    return out

@@ -1,0 +1,78 @@
+"""The fields of an experts config: what each may be, what a target takes of it, and whether a case has them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from moe_fuzz.case import Case, Scalar
+from moe_fuzz.contract import PADDING_DIALECTS, TargetInfo
+from moe_fuzz.errors import CaseError
+from moe_fuzz.labels import Labels
+
+SIZES = ("hidden", "intermediate")
+MAX_SIZE = 1 << 16
+RECIPES = ("dense", "integer", "one_hot", "ladder")
+
+#: The simplest value first. experts is a labels string, top_k and the sizes are numbers; they stand apart.
+FIELDS: Mapping[str, tuple[Scalar, ...]] = {
+    "dtype": ("bfloat16", "float16"),
+    "activation": ("silu", "gelu", "relu2", "swiglu_oai"),
+    "gate_layout": ("first", "up_first", "interleaved"),
+    "bias": ("none", "dtype", "float32"),
+    "weight_on_input": (False, True),
+    "expert_map": ("none", "permuted", "shard"),
+    "recipe": RECIPES,
+    "dialect": PADDING_DIALECTS,  # how a router has written the slots of rows that are flagged as padding
+    "edge": ("right", "left"),
+    "out": (False, True),
+    "magnitude": (0, 2, -4, 4, 7, 10, 14, -14),  # of the dense recipe: |x| < 2^magnitude,
+    "weight_scale": (-3, 0, -6, 2, -10, 7, -14),  # and each weight of a projection < 2^weight_scale
+}
+
+
+def limits_of(info: TargetInfo) -> dict[str, tuple[Scalar, ...]]:
+    """Of each field, the values that the target takes."""
+    can = info.capabilities
+    taken: dict[str, bool] = {"bias": can.biases, "weight_on_input": can.weight_on_input, "expert_map": can.expert_map,
+                              "out": can.out}  # fmt: skip
+    limits = {name: values if taken.get(name, True) else values[:1] for name, values in FIELDS.items()}
+    limits |= {
+        "dtype": tuple(v for v in FIELDS["dtype"] if v in can.dtypes),
+        "activation": tuple(v for v in FIELDS["activation"] if v in can.activations),
+        "gate_layout": tuple(v for v in FIELDS["gate_layout"] if v in can.gate_layouts),
+        "dialect": tuple(v for v in FIELDS["dialect"] if v in info.contract.accepts),
+    }
+    return limits
+
+
+def config_of(case: Case, most_experts: int, most_k: int) -> None:
+    """Raises CaseError unless the config has every field, each with a value that it may have."""
+    config = case.config
+    expected = {"experts", "top_k", *SIZES, *FIELDS}
+    for key in sorted(set(config) ^ expected):
+        raise CaseError(
+            f"config.{key}",
+            "is missing" if key in expected else "unknown field",
+            f"the fields of {case.op} are {', '.join(sorted(expected))}",
+        )
+    experts = config["experts"]
+    try:
+        labels = Labels.parse(experts) if isinstance(experts, str) else Labels()
+    except ValueError as error:
+        raise CaseError("config.experts", str(error)) from error
+    if not 1 <= len(labels) <= most_experts:
+        raise CaseError("config.experts", f'must name 1 to {most_experts} experts as a string like "0-59", '
+                                          f"not {experts!r}")  # fmt: skip
+    for key, most in (("top_k", min(most_k, len(labels))), *((name, MAX_SIZE) for name in SIZES)):
+        value = config[key]
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise CaseError(f"config.{key}", f"must be an integer from 1 to {most}, not {value!r}")
+    for key, values in FIELDS.items():
+        if not _among(config[key], values):
+            raise CaseError(f"config.{key}", f"must be one of {', '.join(map(repr, values))}, not {config[key]!r}")
+    if config["recipe"] == "integer" and config["activation"] == "swiglu_oai":
+        raise CaseError("config.recipe", "no gate makes swiglu_oai exact", "use one_hot, which its bound judges")
+
+
+def _among(value: Scalar, values: Sequence[Scalar]) -> bool:
+    return any(value == other and type(value) is type(other) for other in values)

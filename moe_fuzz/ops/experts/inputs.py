@@ -1,0 +1,161 @@
+"""The tensors of an experts case: made by a recipe, faults laid, then placed inside memory fences. Worker side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from moe_fuzz.align_faults import IdsCanvas
+from moe_fuzz.case import Case, Scalar
+from moe_fuzz.contract import Capabilities
+from moe_fuzz.experts_faults import write_padding
+from moe_fuzz.faults import FAULTS, Canvas
+from moe_fuzz.fence import Arena
+from moe_fuzz.ops.experts import recipes
+from moe_fuzz.ops.inputs import Inputs, Lie, Result
+
+_STALE = 62  # the stream of rows that no step of the case has had
+_BENIGN = 61  # of what rows could have held instead
+_LAYOUT = ("noncontiguous", "int32_boundary", "transposed", "misaligned")
+
+
+def _no_rows() -> torch.Tensor:
+    return torch.zeros(0, dtype=torch.bool)
+
+
+@dataclass
+class ExpertsInputs(Inputs):
+    """activation, gate_layout, apply_weight_on_input; x [T, H], w13 [E, 2I, H], w2 [E, H, I], weights and ids [T, k]
+    and, where the config has them, expert_map [G], b13, b2."""
+
+    recipe: str = "dense"
+    padding: torch.Tensor = field(default_factory=_no_rows)  # bool [T]: rows that are flagged as padding
+    ordinary: torch.Tensor = field(default_factory=_no_rows)  # bool [T]: x and weights are as the recipe makes them
+    folds: dict[str, int] = field(default_factory=dict)  # of the weights that are not packed: rows between the gaps
+
+    fluid: ClassVar[tuple[str, ...]] = ("x", "weights", "ids")
+
+    @property
+    def results(self) -> dict[str, Result]:
+        return {"y": (tuple(self.plain["x"].shape), self.plain["x"].dtype)}
+
+    @property
+    def exact(self) -> bool:
+        """Whether the bits of an ordinary row are known."""
+        oai = self.options["activation"] == "swiglu_oai"
+        return self.recipe == "integer" or (self.recipe == "one_hot" and not oai)
+
+    def blank(self) -> ExpertsInputs:
+        """Zeros, and distinct experts, which any target takes."""
+        ids = self.plain["ids"]
+        distinct = torch.arange(ids.shape[1], dtype=ids.dtype, device=ids.device).expand(ids.shape).contiguous()
+        zeros = {name: torch.zeros_like(self.plain[name]) for name in ("x", "weights")}
+        return self.replace(ids=distinct, **zeros)
+
+    def _place(self, name: str, plain: torch.Tensor, arena: Arena, capabilities: Capabilities) -> torch.Tensor:
+        """Fences know gaps between the rows of a matrix. Weights are one of E rows, or of as many as the experts have
+        rows together."""
+        rows = self.folds.get(name)
+        if rows is None:
+            return super()._place(name, plain, arena, capabilities)
+        placed = super()._place(name, plain.reshape(rows, -1), arena, capabilities)
+        if rows == plain.shape[0]:
+            return placed.unflatten(1, plain.shape[1:])
+        return placed.unflatten(0, plain.shape[:2])
+
+
+def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> ExpertsInputs:
+    """The inputs of one step of a case, a function of the case alone; the same bits on every device."""
+    config, step = case.config, case.steps[step_index]
+    rows, top_k = list(step.rows), int(config["top_k"])
+    options = {"activation": config["activation"], "gate_layout": config["gate_layout"],
+               "apply_weight_on_input": config["weight_on_input"]}  # fmt: skip
+    plain = dict(_fixed(case.op, case.seed, tuple(config.items()), str(device)))
+    stream = case.stream(step_index)
+    x = Canvas("x", recipes.tokens(case, rows, stream, device), rows, range(int(config["hidden"])), case.seed)
+    weights = Canvas("weights", recipes.routing_weights(case, rows, stream, device), rows, range(top_k), case.seed)
+    ids = IdsCanvas("ids", recipes.expert_ids(case, rows, stream, device), rows, range(top_k), case.seed,
+                    experts=case.experts)  # fmt: skip
+    canvases: dict[str, Canvas] = {"x": x, "weights": weights, "ids": ids}
+    for name in ("w13", "w2"):  # only their layout can be a fault
+        canvases[name] = Canvas(name, plain[name], range(len(plain[name])), [0], case.seed)
+
+    padding = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    flagged = step.padding.positions(step.rows)
+    padding[flagged] = True
+    write_padding(str(config["dialect"]), ids, weights, flagged)
+    ordinary = torch.ones_like(padding)
+    dropped: list[int] = []
+    for fault in step.faults:
+        positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
+        if fault.name in _LAYOUT:
+            FAULTS[fault.name].lay(canvases[fault.tensor], positions)
+        elif fault.name == "stale_rows":
+            source = _STALE if fault.stream is None else fault.stream
+            x.values[positions] = recipes.tokens(case, [rows[p] for p in positions], source, device)
+        elif fault.name == "nan_dropped":
+            dropped += positions
+        elif fault.rows and rows:
+            FAULTS[fault.name].lay(canvases[fault.tensor], positions)
+            if fault.tensor != "ids":
+                ordinary[positions] = False
+
+    wide = any(fault.name == "int64_ids" for fault in step.faults)
+    plain |= {"x": x.values, "weights": weights.values, "ids": ids.values.long() if wide else ids.values}
+    inputs = ExpertsInputs(options, plain, recipe=str(config["recipe"]), padding=padding, ordinary=ordinary)
+    if dropped:
+        _lay_nan(inputs, dropped)
+    for name, canvas in canvases.items():
+        _lay_out(inputs, name, canvas)
+    return inputs
+
+
+@lru_cache(maxsize=1)  # steps share their weights, and where these are the same tensors nobody copies them again
+def _fixed(op: str, seed: int, config: tuple[tuple[str, Scalar], ...], device: str) -> dict[str, torch.Tensor]:
+    case = Case(op, dict(config), (), seed)
+    labels, expert_map = recipes.shard(case)
+    found = recipes.projections(case, labels, device)
+    if expert_map is not None:
+        found["expert_map"] = expert_map.to(device)
+    return found
+
+
+def _lay_nan(inputs: ExpertsInputs, positions: Sequence[int]) -> None:
+    """NaN in the weights of slots that have no expert here."""
+    weights, ids, expert_map = inputs.plain["weights"], inputs.plain["ids"].long(), inputs.plain.get("expert_map")
+    count = inputs.plain["w13"].shape[0] if expert_map is None else len(expert_map)
+    gone = (ids < 0) | (ids >= count)
+    if expert_map is not None:
+        gone |= expert_map.long()[ids.clamp(0, count - 1)] < 0
+    weights[positions] = weights[positions].masked_fill(gone[positions], torch.nan)
+
+
+def _lay_out(inputs: ExpertsInputs, name: str, canvas: Canvas) -> None:
+    if not (canvas.stride_gap or canvas.transposed or canvas.offset):
+        return
+    tensor = inputs.plain[name]
+    # The stride is that of the whole step, also where a check takes fewer rows: they are rows of the same view.
+    column_stride = max(1, len(canvas.rows) + canvas.stride_gap) if canvas.transposed else 0
+    inputs.lies[name] = Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
+    if tensor.dim() == 3:
+        far = canvas.stride_gap > 1 << 16
+        inputs.folds[name] = tensor.shape[0] if far else tensor.shape[0] * tensor.shape[1]
+
+
+def elements(case: Case, step_index: int) -> int:
+    """What is drawn, and what a reference multiplies."""
+    config = case.config
+    each = 3 * int(config["hidden"]) * int(config["intermediate"])
+    return len(case.experts) * each + case.steps[step_index].tokens * int(config["hidden"])
+
+
+def benign_rows(
+    case: Case, step_index: int, positions: list[int], device: torch.device | str = "cpu"
+) -> torch.Tensor:  # fmt: skip
+    """Ordinary x [len(positions), H] for the rows at these positions: what padding could have held instead."""
+    rows = list(case.steps[step_index].rows)
+    return recipes.tokens(case, [rows[p] for p in positions], _BENIGN, device)

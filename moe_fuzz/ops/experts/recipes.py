@@ -1,0 +1,259 @@
+"""How the values of an experts case are made. Worker side; free of Triton.
+
+dense: iid, the density of a tent. ladder: a geometric ladder of magnitudes of both signs: what cancels, and what is
+lost beside it. integer: every partial sum is an integer times a power of two, far below 2^24 of them, so any order of
+summation gives the same bits. one_hot: each row of a projection reads one column, so each result names its source.
+
+The last two are exact because column 0 of x is a constant and a gate row reads it alone: the gate is 32 (or 64 with its
+bias), where silu(g) = gelu(g) = g in float32. No gate makes swiglu_oai exact: there one_hot is judged within its bound.
+
+Each value hangs on the labels of its expert and its row, of its column, and on nothing else. What a projection of
+one_hot reads also hangs on the number of columns, where the column would be past the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+
+from moe_fuzz import generator
+from moe_fuzz.case import Case
+from moe_fuzz.ops.experts import draw
+
+Device = torch.device | str
+Tensors = dict[str, torch.Tensor]
+
+EXACT = ("integer", "one_hot")
+_GATE = 32.0
+_E2M1 = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_NONZERO = {"relu2": 8}  # about how many of the first columns a row of an integer projection reads; each later column
+_NONZERO_DEFAULT = 64  # c is read with the probability of that over c: what is summed up stays small for any width
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _table(kind: str, exponent: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The 2^16 values that a draw takes one of, times 2^exponent."""
+    at = torch.arange(draw.SIZE, dtype=torch.float64)
+    values = _KINDS[kind](at) * 2.0**exponent
+    return values.to(dtype).to(device)
+
+
+def _tent(at: torch.Tensor) -> torch.Tensor:
+    """In (-1, 1): the quantiles of the density 1 - |v|. Square roots are rounded correctly everywhere."""
+    u = (at + 0.5) / draw.SIZE
+    return torch.where(u < 0.5, (2 * u).sqrt() - 1, 1 - (2 - 2 * u).sqrt())
+
+
+def _rungs(least: int, most: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Both signs, every power of two from 2^least to 2^most, eight mantissas."""
+
+    def values(at: torch.Tensor) -> torch.Tensor:
+        index = at.long()
+        sign, mantissa, power = 1 - 2 * (index & 1), (index >> 1) & 7, (index >> 4) % (most - least + 1) + least
+        return sign * (1 + mantissa / 8) * torch.exp2(power.double())
+
+    return values
+
+
+def _among(*values: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda at: torch.tensor(values, dtype=torch.float64)[(at * len(values) / draw.SIZE).long()]
+
+
+_KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "tent": _tent,
+    "share": lambda at: (at + 1) / draw.SIZE,  # (0, 1]
+    "x_ladder": _rungs(-14, 14),
+    "w_ladder": _rungs(-14, 6),
+    "narrow_ladder": _rungs(-9, 0),  # of float16, whose exponents are few
+    "unit": _among(-1, 0, 1),
+    "fives": _among(*(v / 32 for v in (-2, -1, 0, 1, 2))),
+    "small": _among(-1, 0, 1, 2),
+    "eights": _among(*range(-8, 9)),
+    "gate": _among(0, _GATE),
+    "e2m1": _among(*(sign * v for v in _E2M1 for sign in (1, -1))),
+    "halves": _among(-0.5, 0, 0.5, 1),
+    "powers": _among(*(2.0**power for power in range(-3, 4)), -1.0),
+    "narrow_powers": _among(*(2.0**power for power in range(-3, 1)), -0.5),
+    "input_powers": _among(1, 2, 4),
+    "narrow_input_powers": _among(1, 2),
+}
+
+
+def _look_up(
+    kind: str, exponent: int, dtype: torch.dtype, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    return draw.looked_up(_table(kind, exponent, dtype, rows.device), rows, columns)
+
+
+# ---- what changes from step to step ---------------------------------------------------------------------------------
+
+
+def tokens(case: Case, rows: Sequence[int], stream: int, device: Device) -> torch.Tensor:
+    """x [R, H] of these row labels, before any fault."""
+    recipe, dtype, hidden = str(case.config["recipe"]), _dtype(case), int(case.config["hidden"])
+    row = draw.keys(case.seed, "x", rows, [0], stream, device)[:, 0]
+    column = draw.keys(case.seed, "x/columns", [0], range(hidden), 0, device)[0]
+    if recipe == "dense":
+        return _look_up("tent", int(case.config["magnitude"]), dtype, row, column)
+    if recipe == "ladder":
+        return _look_up("x_ladder" if dtype == torch.bfloat16 else "narrow_ladder", 0, dtype, row, column)
+    if recipe == "integer":
+        x = _look_up("unit", 0, dtype, row, column)
+        x[:, 0] = 1.0
+        return x
+    x = _look_up("e2m1", 0, dtype, row, column)
+    at = torch.arange(hidden, device=x.device)
+    largest = torch.where(at < 16, 1 + (row[:, None] & 0xFFFF) % 15, (row[:, None] >> 16) & 15)  # of each 16 columns
+    x = torch.where(at % 16 == largest, x.sign() * 6, x)
+    x[:, 0] = 4.0
+    return x
+
+
+def routing_weights(case: Case, rows: Sequence[int], stream: int, device: Device) -> torch.Tensor:
+    """weights float32 [R, k] of these row labels, before any fault."""
+    recipe, narrow = str(case.config["recipe"]), _dtype(case) == torch.float16
+    row = draw.keys(case.seed, "weights", rows, [0], stream, device)[:, 0]
+    column = draw.keys(case.seed, "weights/columns", [0], range(int(case.config["top_k"])), 0, device)[0]
+    kind = "share"
+    if recipe in EXACT:
+        kind = ("narrow_" if narrow else "") + ("input_powers" if case.config["weight_on_input"] else "powers")
+    return _look_up(kind, 0, torch.float32, row, column)
+
+
+def expert_ids(case: Case, rows: Sequence[int], stream: int, device: Device) -> torch.Tensor:
+    """ids int32 [R, k]: k distinct experts a row, those with the largest keys.
+
+    So a row goes on naming the same experts when others, which it did not name, are taken away.
+    """
+    labels, top_k = list(case.experts), int(case.config["top_k"])
+    row = draw.keys(case.seed, "ids", rows, [0], stream, device)[:, 0]
+    column = draw.keys(case.seed, "ids/columns", [0], labels, 0, device)[0]
+    key = draw.mixed(row, column).long() << 16 | torch.arange(len(labels), device=row.device)  # no two are equal
+    return key.topk(top_k, dim=1).indices.int()
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def projections(case: Case, labels: Sequence[int], device: Device) -> Tensors:
+    """w13 [E, 2I, H] (relu2: [E, I, H]), w2 [E, H, I] and, where there are, b13 and b2 of the experts of these labels,
+    in this order."""
+    maker = _Maker(case, labels, device)
+    gated = case.config["activation"] != "relu2"
+    up = maker.up()
+    found = {"w13": maker.arranged(maker.gate(), up) if gated else up, "w2": maker.down()}
+    if case.config["bias"] != "none":
+        gate, up, down = maker.biases()
+        found |= {"b13": maker.arranged(gate, up) if gated else up, "b2": down}
+    return found
+
+
+class _Maker:
+    """The projections of one case."""
+
+    def __init__(self, case: Case, labels: Sequence[int], device: Device) -> None:
+        self.case, self.labels, self.device = case, list(labels), device
+        self.recipe, self.dtype = str(case.config["recipe"]), _dtype(case)
+        self.hidden, self.inter = int(case.config["hidden"]), int(case.config["intermediate"])
+        self.scale = int(case.config["weight_scale"]) if self.recipe == "dense" else 0
+
+    def gate(self) -> torch.Tensor:  # [E, I, H]
+        if self.recipe not in EXACT:
+            return self._free("w13/gate", self.inter, self.hidden)
+        gate = torch.zeros((len(self.labels), self.inter, self.hidden), dtype=self.dtype, device=self.device)
+        gate[:, :, 0] = _GATE if self.recipe == "integer" else _GATE / 4  # x there: 1, and 4
+        return gate
+
+    def up(self) -> torch.Tensor:  # [E, I, H]
+        if self.recipe not in EXACT:
+            return self._free("w13/up", self.inter, self.hidden)
+        if self.recipe == "one_hot":
+            power = torch.tensor([2.0 ** (label * 5 % 4 - 1) for label in self.labels], device=self.device)
+            return self._one_hot("w13/up", self.inter, self.hidden, power)
+        row, column = self._words("w13/up", self.inter, self.hidden)
+        word = draw.mixed(row, column)
+        reads = _NONZERO.get(str(self.case.config["activation"]), _NONZERO_DEFAULT)
+        odds = (reads << 15) // torch.arange(1, self.hidden + 1, device=word.device)
+        return self._shaped(((word >> 1) < odds) * (1 - 2 * (word & 1)), self.inter).to(self.dtype)
+
+    def down(self) -> torch.Tensor:  # [E, H, I]
+        if self.recipe == "integer":
+            return self._table("w2", "fives", self.hidden, self.inter)
+        if self.recipe == "one_hot":
+            return self._one_hot("w2", self.hidden, self.inter, torch.full((len(self.labels),), 1 / 32,
+                                                                            device=self.device))  # fmt: skip
+        return self._free("w2", self.hidden, self.inter)
+
+    def biases(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # gate and up [E, I], down [E, H]
+        sizes = {"b13/gate": self.inter, "b13/up": self.inter, "b2": self.hidden}
+        kinds = {"integer": ("gate", "small", "eights"), "one_hot": ("gate", "halves", "halves")}
+        dtype = torch.float32 if self.case.config["bias"] == "float32" else self.dtype
+        found = []
+        for (name, size), kind in zip(sizes.items(), kinds.get(self.recipe, ("tent",) * 3), strict=True):
+            # Of the size of what they are added to, or so: lost beside it, no check would see them.
+            exponent = int(self.case.config["magnitude"]) + self.scale if self.recipe == "dense" else 0
+            row = draw.keys(self.case.seed, name, self.labels, [0], 0, self.device)[:, 0]
+            column = draw.keys(self.case.seed, name + "/columns", [0], range(size), 0, self.device)[0]
+            found.append(_look_up(kind, exponent, dtype, row, column))
+        return found[0], found[1], found[2]
+
+    def arranged(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Both halves as `gate_layout` has them: [E, 2I, …]."""
+        layout = self.case.config["gate_layout"]
+        if layout == "interleaved":
+            return torch.stack([gate, up], dim=2).flatten(1, 2)
+        return torch.cat([gate, up] if layout == "first" else [up, gate], dim=1)
+
+    def _free(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        if self.recipe == "dense":
+            return self._table(name, "tent", rows, columns)
+        return self._table(name, "w_ladder" if self.dtype == torch.bfloat16 else "narrow_ladder", rows, columns)
+
+    def _table(self, name: str, kind: str, rows: int, columns: int) -> torch.Tensor:
+        return self._shaped(_look_up(kind, self.scale, self.dtype, *self._words(name, rows, columns)), rows)
+
+    def _one_hot(self, name: str, rows: int, columns: int, power: torch.Tensor) -> torch.Tensor:
+        """One column a row: power of the expert, of either sign. A column past the last is cut down to one before."""
+        word = draw.keys(self.case.seed, name, self.labels, range(rows), 0, self.device).long()  # [E, rows]
+        room = 1 << max(0, columns - 1).bit_length()
+        column = (word >> 1) & (room - 1)
+        column = torch.where(column < columns, column, column & (room // 2 - 1))
+        value = ((1 - 2 * (word & 1)) * power[:, None]).to(self.dtype)
+        out = torch.zeros((len(self.labels), rows, columns), dtype=self.dtype, device=self.device)
+        return out.scatter_(2, column[:, :, None], value[:, :, None])
+
+    def _words(self, name: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        row = draw.keys(self.case.seed, name, self.labels, range(rows), 0, self.device).flatten()
+        return row, draw.keys(self.case.seed, name + "/columns", [0], range(columns), 0, self.device)[0]
+
+    def _shaped(self, values: torch.Tensor, rows: int) -> torch.Tensor:
+        return values.view(len(self.labels), rows, values.shape[-1])
+
+
+def _dtype(case: Case) -> torch.dtype:
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}[str(case.config["dtype"])]
+
+
+def shard(case: Case) -> tuple[list[int], torch.Tensor | None]:
+    """The labels of the experts that are here, in the order of their weights, and the map int32 [G] from ids to these.
+
+    shard: those of one rank of several, in ascending order; the others are at -1. permuted: all of them in any order.
+    """
+    labels, kind = list(case.experts), str(case.config["expert_map"])
+    if kind == "none":
+        return labels, None
+    order = generator.words(case.seed, "expert_map", [0], labels)[0]  # [G]
+    if kind == "permuted":
+        placed = order.argsort(stable=True)
+        return [labels[at] for at in placed.tolist()], placed.argsort(stable=True).int()
+    ranks = (2, 4, 8, 16)[int(generator.choice(case.seed, "expert_map/ranks", [0], [0], 4))]
+    here = generator.choice(case.seed, "expert_map/rank", [0], labels, ranks)[0] == 0
+    here[0] |= not here.any()  # a rank has one at least
+    return [label for label, kept in zip(labels, here.tolist(), strict=True) if kept], torch.where(
+        here, here.cumsum(0) - 1, -1
+    ).int()

@@ -1,0 +1,187 @@
+"""The space of the experts ops: configs, dictionary, faults and limits. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe_fuzz.case import MODES, Case, Scalar
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.errors import CaseError
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops.experts import cost, moves, text
+from moe_fuzz.ops.experts.fields import FIELDS, SIZES, config_of, limits_of
+from moe_fuzz.ops.experts.presets import MODELS
+from moe_fuzz.ops.space import Axis, FaultPlace
+
+#: Never uniform random sizes: blocks, vectors and warps end at each of these, or right before or after.
+EXPERTS = (1, 2, 3, 5, 7, 8, 10, 13, 16, 17, 33, 60, 64, 67, 96, 127, 128, 129, 160, 192, 256, 257, 320, 512)
+TOP_K = (1, 2, 3, 4, 5, 6, 8, 9, 10, 16, 22, 32)
+HIDDEN = (16, 32, 64, 128, 1, 2, 3, 7, 8, 15, 17, 24, 31, 33, 40, 48, 63, 65, 72, 96, 100, 127, 129, 144, 176, 192, 255,
+          256, 257, 320, 360, 384, 512, 513, 720, 1024, 1440, 2048, 2688, 2880, 3584, 4096, 5120, 7168)  # fmt: skip
+INTERMEDIATE = (16, 32, 64, 128, 1, 2, 3, 7, 8, 15, 17, 24, 31, 33, 40, 48, 63, 65, 72, 90, 96, 127, 129, 168, 192, 256,
+                257, 336, 384, 512, 704, 768, 1024, 1408, 2048, 2560, 2688, 2816, 2880, 8192, 14336)  # fmt: skip
+TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
+          1023, 1025, 2049, 4097)  # fmt: skip
+TOP_K_LIMIT, EXPERTS_LIMIT = 64, 4096
+
+#: What may break one row. On x, the plainest first.
+X_FAULTS = ("zero_rows", "nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "huge_rows", "ladder",
+            "stale_rows")  # fmt: skip
+IDS_FAULTS = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts", "sentinel_ids")
+_DUPLICATES = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts")
+_STRIDED = ("noncontiguous", "transposed", "int32_boundary")
+_NO_PIECES = ("eager", "graph")  # a producer's graph would need real memory for all that lies between rows
+PLACES = (
+    *(FaultPlace(name, "x", on_rows=True) for name in X_FAULTS),
+    *(FaultPlace(name, "ids", on_rows=True) for name in IDS_FAULTS),
+    FaultPlace("extreme_weights", "weights", on_rows=True),
+    FaultPlace("nan_dropped", "weights", on_rows=True),
+    FaultPlace("int64_ids", "ids", on_rows=False),
+    *(FaultPlace("noncontiguous", name, on_rows=False) for name in ("x", "w13", "w2", "weights", "ids")),
+    *(FaultPlace("misaligned", name, on_rows=False) for name in ("x", "w13", "w2", "weights", "ids")),
+    *(FaultPlace("transposed", name, on_rows=False) for name in ("x", "weights", "ids")),
+    *(FaultPlace("int32_boundary", name, on_rows=False, max_rows=64, modes=_NO_PIECES) for name in ("x", "w13", "w2")),
+)
+
+
+@dataclass(frozen=True)
+class ExpertsSpace:
+    """Grouped gate and up-projection, activation, down-projection, weighted sum. See ops/space.py for each member."""
+
+    op: str = "experts_bf16"
+    description: str = "the experts of a layer: two grouped products, an activation between them, and a weighted sum"
+
+    family: ClassVar[str] = "experts"
+    checks: ClassVar[Mapping[str, str]] = text.CHECKS
+    faults: ClassVar[Mapping[str, str]] = text.FAULTS
+    places: ClassVar[tuple[FaultPlace, ...]] = PLACES
+    sizes: ClassVar[tuple[str, ...]] = ("experts", "top_k", *SIZES)
+    presets: ClassVar[Mapping[str, Mapping[str, Scalar]]] = MODELS
+    tensors: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("x", "w13", "w2", "weights", "ids", "expert_map", "b13", "b2"), "input"), "y": "output",
+    }  # fmt: skip
+
+    # ---- what to draw -----------------------------------------------------------------------------------------------
+
+    def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
+        can = info.capabilities
+        return (
+            Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts]),
+            Axis("top_k", [k for k in TOP_K if k <= can.max_top_k]),
+            Axis("hidden", _taken(HIDDEN, can.max_hidden, can.min_multiple_h)),
+            Axis("intermediate", _taken(INTERMEDIATE, can.max_intermediate, can.min_multiple_i)),
+            *(Axis(name, values) for name, values in limits_of(info).items()),
+        )
+
+    def modes(self, info: TargetInfo) -> tuple[str, ...]:
+        return MODES if info.contract.graph else MODES[:1]
+
+    def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
+        whole = moves.mended({**config, "experts": str(Labels.range(int(config["experts"])))})
+        allowed = {axis.name: axis.values for axis in self.axes(info)}
+        return cost.shrunk(whole, {name: [int(value) for value in allowed[name]] for name in SIZES})
+
+    def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
+        return tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device))
+
+    def affordable(self, case: Case, device: str) -> bool:
+        return device != "cpu" or self.cost(case, device) <= cost.CPU_BUDGET
+
+    def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
+        far = len(Labels.parse(str(config["experts"]))) > 64  # each has pages of its own
+        return tuple(p for p in self.places if not self._refused(p.fault, p.tensor, info)
+                     and not (p.fault == "int32_boundary" and p.tensor != "x" and far))  # fmt: skip
+
+    def _refused(self, fault: str, tensor: str, info: TargetInfo) -> str:
+        """Why the target does not take the fault; empty if it does."""
+        can, contract = info.capabilities, info.contract
+        if fault == "sentinel_ids" and "garbage" not in contract.accepts:
+            return "ids of no expert"
+        if fault == "int64_ids" and not can.int64_ids:
+            return "int64 ids"
+        if fault in _DUPLICATES and not can.duplicate_ids:
+            return "an expert twice in a row"
+        if fault in _STRIDED and not can.strided:
+            return f"strided {tensor}"
+        return f"misaligned {tensor}" if fault == "misaligned" and can.alignment > 1 else ""
+
+    # ---- what is valid ----------------------------------------------------------------------------------------------
+
+    def validate(self, case: Case) -> None:
+        config_of(case, EXPERTS_LIMIT, TOP_K_LIMIT)
+        for index, step in enumerate(case.steps):
+            if step.tokens * int(case.config["hidden"]) > cost.MAX_ELEMENTS:
+                raise CaseError(f"steps[{index}].rows", f"{step.tokens} rows of {case.config['hidden']} are too many")
+            for number, fault in enumerate(step.faults):
+                where = f"steps[{index}].faults[{number}]"
+                place = next((p for p in self.places if (p.fault, p.tensor) == (fault.name, fault.tensor)), None)
+                if place is None:
+                    raise CaseError(
+                        where,
+                        f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
+                        f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
+                    )
+                if case.mode not in place.modes:
+                    hint = f"use mode {' or '.join(place.modes)}"
+                    raise CaseError(where, f"{fault.name} cannot be laid in mode {case.mode}", hint)
+                if place.max_rows is not None and max(step.tokens, len(case.experts) * (place.tensor != "x")) > 64:
+                    raise CaseError(where, f"{fault.name} is for 64 rows or experts at most")
+                if place.on_rows != bool(fault.rows):
+                    raise CaseError(f"{where}.rows", "must name rows" if place.on_rows else "must name no rows")
+                if fault.stream is not None and fault.name != "stale_rows":
+                    raise CaseError(f"{where}.stream", "only stale_rows hold what another step had")
+
+    def refusal(self, case: Case, info: TargetInfo) -> str:
+        refused = [what for hit, what in self._refusals(case, info) if hit]
+        for tensor, name in sorted({(fault.tensor, fault.name) for step in case.steps for fault in step.faults}):
+            refused += [why] if (why := self._refused(name, tensor, info)) else []
+        return f"{info.name} does not take {', '.join(refused)}" if refused else ""
+
+    def _refusals(self, case: Case, info: TargetInfo) -> Iterator[tuple[object, str]]:
+        can, config = info.capabilities, case.config
+        count, limits = len(case.experts), limits_of(info)
+        yield not can.min_experts <= count <= can.max_experts, f"{count} experts"
+        yield int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"
+        for name, most, multiple in (("hidden", can.max_hidden, can.min_multiple_h),
+                                     ("intermediate", can.max_intermediate, can.min_multiple_i)):  # fmt: skip
+            yield int(config[name]) > most or int(config[name]) % multiple, f"{name} {config[name]}"
+        padded = any(step.padding for step in case.steps)
+        for name in FIELDS:
+            plain = name == "dialect" and not padded  # it is that of padding rows, and there are none
+            yield name in limits and config[name] not in limits[name] and not plain, f"{name}={config[name]}"
+        yield not can.zero_tokens and not all(step.tokens for step in case.steps), "no tokens"
+
+    # ---- what it is like --------------------------------------------------------------------------------------------
+
+    def features(self, case: Case) -> frozenset[str]:
+        return moves.features(case)
+
+    def simplify(self, case: Case) -> Iterator[Case]:
+        yield from moves.simplify(case, EXPERTS, TOP_K, {"hidden": HIDDEN, "intermediate": INTERMEDIATE}, X_FAULTS,
+                                  IDS_FAULTS)  # fmt: skip
+
+    def sharpen(self, case: Case) -> Iterator[Case]:
+        if case.config["edge"] == "right":  # an access before a tensor is seen at any size only if it lies flush left
+            yield case.with_config(edge="left")
+
+    def label_axes(self, case: Case) -> Mapping[str, Labels]:
+        return {"experts": case.experts}
+
+    def keep(self, case: Case, axis: str, labels: Labels) -> Case:
+        return moves.keep(case, axis, labels)
+
+    def cost(self, case: Case, device: str) -> float:
+        return cost.seconds(case, device)
+
+    def label(self, case: Case) -> str:
+        return text.label(case)
+
+
+def _taken(values: tuple[int, ...], most: int, multiple: int) -> list[int]:
+    """Those of the sizes that a target takes; the least that it takes, where it takes none of them."""
+    return [value for value in values if value <= most and value % multiple == 0] or [multiple]
+
+
+SPACES = (ExpertsSpace(),)

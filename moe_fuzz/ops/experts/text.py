@@ -1,0 +1,87 @@
+"""What the experts ops say to a person: one line for each check and fault, and the label of a case."""
+
+from __future__ import annotations
+
+from moe_fuzz.case import Case, Fault, Step
+from moe_fuzz.labels import Labels
+
+#: Their order is that of attribution.
+CHECKS = {
+    "error": "a valid input is taken: no exception inside the declared capabilities",
+    "capture": "it can be captured into a CUDA graph, where declared: nothing waits for the device",
+    "structure": "the result has the contract's shape, dtype and device",
+    "written": "every element of the result is written",
+    "finite": "what the contract determines is a number, and a NaN in a token's x is one in its result",
+    "dropped": "a token none of whose experts are here gets exactly 0",
+    "exact": "where the recipe makes every sum exact, the result has the known bits",
+    "bound": "the result is within the rounding error that the declared stores and sums can make",
+    "statistical": "errors of random data are as large as roundings make them, and no larger",
+    "fence": "no read or write outside a tensor, no write into an input",
+    "canary": "the slack bytes beside a tensor keep their pattern",
+    "isolation": "what stands in padding rows and dropped slots does not change another row, bit for bit",
+    "batch_invariance": "a row's bits do not depend on its position or on the number of rows, where declared",
+    "relabel": "with the experts in another order, and the ids with them, the result is the same within its bounds",
+    "shards": "the partial results of ranks that share the experts sum to the whole",
+    "scaling": "twice the routing weights give twice the result",
+    "replay": "a graph's replay gives what an eager call gives, bit for bit where deterministic",
+    "determinism": "the same input gives the same bits, where declared; a graph is replayed",
+}
+
+FAULTS = {
+    "nan_rows": "whole rows of NaN, of one bit pattern or of several, both signs",
+    "inf_rows": "whole rows of +Inf",
+    "neg_inf_rows": "whole rows of -Inf",
+    "partial_nan": "a third of a row is NaN",
+    "partial_inf": "a quarter of a row is +Inf, a quarter -Inf",
+    "huge_rows": "the dtype's largest numbers of both signs",
+    "ladder": "zeros, subnormals, a ladder of magnitudes",
+    "zero_rows": "rows of zeros, as in a buffer that nobody has written yet",
+    "stale_rows": "rows hold an earlier step's data",
+    "extreme_weights": "half of the routing weights are zero, negative, tiny or huge",
+    "nan_dropped": "the weights of slots without an expert here are NaN",
+    "duplicate_experts": "rows name an expert several times",
+    "all_to_one": "all slots of the rows go to one expert",
+    "hot_expert": "one slot of each row goes to the same expert",
+    "empty_experts": "the rows name an eighth of the experts only",
+    "sentinel_ids": "ids of no expert: -1, -2, E, E + 1, the largest and smallest int32",
+    "int64_ids": "ids are int64",
+    "noncontiguous": "rows stand apart in a wider buffer",
+    "int32_boundary": "rows of x, or experts of a projection, so far apart that offsets pass 2^31 elements",
+    "transposed": "columns are packed, and rows are not",
+    "misaligned": "the first element is not aligned for vector loads",
+}
+
+
+def label(case: Case) -> str:
+    """`experts_bf16 T=7 (2 padding: minus_one) E=8 k=2 H=64 I=32 bfloat16 silu first dense; nan_rows on x rows 5-6`.
+
+    Rows stand by position, as the target sees them.
+    """
+    config = case.config
+    parts = [case.op] + ([case.mode] if case.mode != "eager" else [])
+    for step in case.steps:
+        padding = f" ({len(step.padding)} padding: {config['dialect']})" if step.padding else ""
+        parts.append(f"T={step.tokens}{padding}")
+    parts += [f"E={len(case.experts)}", f"k={config['top_k']}", f"H={config['hidden']}", f"I={config['intermediate']}"]
+    parts += [str(config[name]) for name in ("dtype", "activation", "gate_layout", "recipe")]
+    if config["recipe"] == "dense":
+        parts += [f"|x|<2^{config['magnitude']}", f"|w|<2^{config['weight_scale']}"]
+    parts += [f"bias={config['bias']}"] if config["bias"] != "none" else []
+    parts += ["weight_on_input"] if config["weight_on_input"] else []
+    parts += [f"expert_map={config['expert_map']}"] if config["expert_map"] != "none" else []
+    parts += ["out"] if config["out"] else []
+    parts += [f"fenced {config['edge']}"] if config["edge"] != "right" else []
+    faults = [
+        (f"step {index}: " if len(case.steps) > 1 else "") + _fault(case, step, fault)
+        for index, step in enumerate(case.steps)
+        for fault in step.faults
+    ]
+    return " ".join(parts) + ("; " + ", ".join(faults) if faults else "")
+
+
+def _fault(case: Case, step: Step, fault: Fault) -> str:
+    rows = str(Labels.of(fault.rows.positions(step.rows)))
+    streams = [case.stream(index) for index in range(len(case.steps))]
+    source = f" of step {streams.index(fault.stream)}" if fault.stream in streams else ""
+    shown = f" rows {rows}" if len(rows) <= 24 else f" ({len(fault.rows)} rows)"
+    return f"{fault.name} on {fault.tensor}{shown if rows else ''}{source}"

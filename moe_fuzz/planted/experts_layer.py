@@ -1,0 +1,117 @@
+"""A right layer of experts in plain torch, in pieces that a planted bug replaces one of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fuzz.reference.align import expert_of_slot
+from moe_fuzz.reference.experts_bf16 import activate
+
+
+class Layer:
+    """Contract and shapes: `reference/experts_bf16.py`. Sums are those of torch in float32."""
+
+    def __init__(
+        self, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, *, expert_map: Tensor | None = None,
+        activation: str = "silu", gate_layout: str = "first", b13: Tensor | None = None, b2: Tensor | None = None,
+        apply_weight_on_input: bool = False, out: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.x, self.w13, self.w2, self.weights, self.ids = x, w13, w2, weights, ids
+        self.expert_map, self.activation, self.gate_layout = expert_map, activation, gate_layout
+        self.b13, self.b2, self.on_input, self.out = b13, b2, apply_weight_on_input, out
+        self.experts, self.hidden, self.inter = w2.shape
+        self.top_k = ids.shape[1]
+
+    @classmethod
+    def run(cls, *tensors: Tensor, **options: Any) -> Tensor:
+        layer = cls(*tensors, **options)
+        expert = layer.expert_of_slots()  # [T, k], below 0: none
+        return layer.given(layer.combine(layer.slots(expert), expert))
+
+    def expert_of_slots(self) -> Tensor:
+        return expert_of_slot(self.ids, self.experts, self.expert_map)
+
+    def slots(self, expert: Tensor) -> Tensor:
+        """The weighted outputs of the slots, dtype of x [T, k, H]; those of dropped slots are unset."""
+        slots = self.x.new_empty((*expert.shape, self.hidden))
+        for e in self.present(expert):
+            token, slot = (expert == e).nonzero(as_tuple=True)
+            slots[token, slot] = self.of_expert(e, token, slot)
+        return slots
+
+    def present(self, expert: Tensor) -> list[int]:
+        return [int(e) for e in expert.unique().tolist() if e >= 0]
+
+    def of_expert(self, e: int, token: Tensor, slot: Tensor) -> Tensor:
+        """[n, H] for the n slots of one expert."""
+        weight = self.weight(token, slot)[:, None]
+        return self.down(e, self.gate_up(e, token, weight), weight)
+
+    def weight(self, token: Tensor, slot: Tensor) -> Tensor:
+        return self.weights[token, slot]
+
+    def gate_up(self, e: int, token: Tensor, weight: Tensor) -> Tensor:
+        """The activation's result, dtype of x [n, I]."""
+        a = self.first(self.x[token], self.w13[e])
+        if self.on_input:
+            a = scaled(a, weight)
+        if self.b13 is not None:
+            a = a + self.b13[e].float()
+        return self.activate(a).to(self.x.dtype)
+
+    def down(self, e: int, h: Tensor, weight: Tensor) -> Tensor:
+        y = self.second(h, self.w2[e])
+        if self.b2 is not None:
+            y = y + self.bias(e)
+        return (y if self.on_input else scaled(y, weight)).to(self.x.dtype)
+
+    def first(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.product(x, w)
+
+    def second(self, h: Tensor, w: Tensor) -> Tensor:
+        return self.product(h, w)
+
+    def product(self, a: Tensor, w: Tensor) -> Tensor:
+        return a.float() @ w.float().t()
+
+    def activate(self, a: Tensor) -> Tensor:
+        return activate(a, self.activation, self.gate_layout)
+
+    def bias(self, e: int) -> Tensor:
+        assert self.b2 is not None
+        return self.b2[e].float()
+
+    def combine(self, slots: Tensor, expert: Tensor) -> Tensor:
+        """The sum over the slots of each token, dtype of x [T, H]."""
+        return slots.masked_fill((expert < 0)[:, :, None], 0.0).float().sum(dim=1).to(self.x.dtype)
+
+    def given(self, y: Tensor) -> Tensor:
+        return y if self.out is None else self.out.copy_(y)
+
+
+class Capturable(Layer):
+    """Every expert on every token, so that no shape hangs on the ids: a graph can be captured. For few experts."""
+
+    def slots(self, expert: Tensor) -> Tensor:
+        tokens = torch.arange(len(expert), device=self.x.device)
+        slots = torch.zeros((*expert.shape, self.hidden), dtype=self.x.dtype, device=self.x.device)
+        for j in range(self.top_k):
+            weight = self.weights[:, j, None]
+            for e in range(self.experts):
+                y = self.down(e, self.gate_up(e, tokens, weight), weight)
+                slots[:, j] = torch.where((expert[:, j] == e)[:, None], y, slots[:, j])
+        return slots
+
+
+def scaled(values: Tensor, weight: Tensor) -> Tensor:
+    return (values * weight).masked_fill(weight == 0.0, 0.0)
+
+
+def halves(a: Tensor, w: Tensor) -> Tensor:
+    """The same product, summed up in two parts: other bits."""
+    middle = max(1, a.shape[1] // 3)
+    a, w = a.float(), w.float()
+    return a[:, middle:] @ w[:, middle:].t() + a[:, :middle] @ w[:, :middle].t()

@@ -1,0 +1,204 @@
+"""Planted bugs of experts: memory read, written or left unwritten where it should not be, and what outlives a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_fuzz.planted.experts_layer import Capturable, Layer
+
+
+class _Clobbered(Layer):
+    def slots(self, expert: Tensor) -> Tensor:
+        slots = expert.numel()
+        cache = self.x.new_empty(slots * max(self.inter, self.hidden))  # of both products
+        h = cache[: slots * self.inter].view(slots, self.inter)
+        y = cache[: slots * self.hidden].view(slots, self.hidden)
+        members = {e: (expert.flatten() == e).nonzero().flatten() for e in self.present(expert)}
+        weight = {e: self.weights.reshape(-1)[at][:, None] for e, at in members.items()}
+        for e, at in members.items():
+            h[at] = self.gate_up(e, at // self.top_k, weight[e])
+        for e, at in members.items():
+            y[at] = self.down(e, h[at], weight[e])
+        return y.view(*expert.shape, self.hidden)
+
+
+def workspace_clobbered(*tensors: Tensor, **options: Any) -> Tensor:
+    """vllm#29219: the second product writes its result over the first one's, which it still has to read."""
+    return _Clobbered.run(*tensors, **options)
+
+
+class _Unwritten(Layer):
+    def combine(self, slots: Tensor, expert: Tensor) -> Tensor:
+        y = self.x.new_empty((len(expert), self.hidden)) if self.out is None else self.out
+        busy = (expert >= 0).any(dim=1)
+        y[busy] = super().combine(slots, expert)[busy]
+        return y
+
+    def given(self, y: Tensor) -> Tensor:
+        return y
+
+
+def idle_tokens_unwritten(*tensors: Tensor, **options: Any) -> Tensor:
+    """sglang#24850: a token none of whose experts is here has no one who writes its row."""
+    return _Unwritten.run(*tensors, **options)
+
+
+def result_in_hidden_states(*tensors: Tensor, **options: Any) -> Tensor:
+    """sglang#31870: the result goes where the hidden states were, which others still read."""
+    y = Layer.run(*tensors, **options)
+    tensors[0].copy_(y)
+    return y
+
+
+class _Vectors(Layer):
+    def down(self, e: int, h: Tensor, weight: Tensor) -> Tensor:
+        w, padded = self.w2[e], -(-self.inter // 8) * 8
+        copy = w.new_empty((self.hidden, padded))
+        size = triton.next_power_of_2(padded)
+        rows = triton.next_power_of_2(triton.cdiv(self.hidden, 4))
+        if w.is_cuda:
+            rows = max(1, min(rows, 4096 // size))
+        _copy_kernel[(triton.cdiv(self.hidden, rows),)](
+            w, copy, self.hidden, self.inter, padded, *w.stride(), ROWS=rows, SIZE=size
+        )  # fmt: skip
+        kept, self.w2 = self.w2, copy[None, :, : self.inter].expand(self.experts, -1, -1)
+        try:
+            return super().down(e, h, weight)
+        finally:
+            self.w2 = kept
+
+
+def tail_read_in_vectors(*tensors: Tensor, **options: Any) -> Tensor:
+    """flashinfer#4237: weights are read eight at a time where 8 does not divide I. What is too much is thrown away, so
+    every result is right; behind the last row of the last expert it is another's memory."""
+    return _Vectors.run(*tensors, **options)
+
+
+class _Bulk(Layer):
+    def given(self, y: Tensor) -> Tensor:
+        out = torch.empty_like(y) if self.out is None else self.out
+        if y.numel():
+            blocks = min(triton.cdiv(y.numel(), 64), 4)
+            each = triton.next_power_of_2(triton.cdiv(y.numel(), 64 * blocks)) * 64
+            if y.is_cuda:
+                each = 64
+            _bulk_kernel[(triton.cdiv(y.numel(), each),)](y, out, y.numel(), BLOCK=each)
+        return out
+
+
+def bulk_store_past_the_end(*tensors: Tensor, **options: Any) -> Tensor:
+    """flashinfer#3957: the last bulk store of the result runs past its end. Seven oracles passed meanwhile."""
+    return _Bulk.run(*tensors, **options)
+
+
+class _Memset(Layer):
+    def given(self, y: Tensor) -> Tensor:
+        if self.out is None or not y.numel():
+            return y if self.out is None else self.out.copy_(y)
+        steps = triton.cdiv(y.numel() * y.element_size(), 16)
+        _clear_kernel[(triton.cdiv(steps, 1 << 14),)](self.out.view(-1).view(torch.uint8), steps, BLOCK=1 << 14)
+        return self.out.copy_(y)
+
+
+def result_cleared_in_vectors(*tensors: Tensor, **options: Any) -> Tensor:
+    """flashinfer#3957: the result is cleared in steps of 16 bytes: into what lies behind it."""
+    return _Memset.run(*tensors, **options)
+
+
+class _NarrowOffset(Layer):
+    def slots(self, expert: Tensor) -> Tensor:
+        if self.x.numel():
+            gathered = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
+            rows = 1 if self.x.is_cuda else triton.next_power_of_2(triton.cdiv(len(self.x), 4))
+            _gather_kernel[(triton.cdiv(len(self.x), rows),)](
+                self.x, gathered, len(self.x), self.hidden, *self.x.stride(),
+                ROWS=rows, SIZE=triton.next_power_of_2(self.hidden),
+            )  # fmt: skip
+            self.x = gathered
+        return super().slots(expert)
+
+
+def hidden_offset_of_32_bits(*tensors: Tensor, **options: Any) -> Tensor:
+    """vllm#34279: token times stride wraps in 32 bits where a row of x begins past 2^31 elements."""
+    return _NarrowOffset.run(*tensors, **options)
+
+
+# ---- what outlives a call -------------------------------------------------------------------------------------------
+
+_SUMS: dict[tuple[object, ...], Tensor] = {}
+
+
+class _ClearedOnce(Capturable):
+    def combine(self, slots: Tensor, expert: Tensor) -> Tensor:
+        key = (tuple(self.x.shape), self.x.dtype, self.x.device)
+        if key not in _SUMS:
+            _SUMS[key] = torch.zeros(self.x.shape, dtype=torch.float32, device=self.x.device)
+        total = _SUMS[key]
+        total += slots.masked_fill((expert < 0)[:, :, None], 0.0).float().sum(dim=1)
+        return total.to(self.x.dtype)
+
+
+def sums_cleared_once(*tensors: Tensor, **options: Any) -> Tensor:
+    """vllm#41444: slots are added into a workspace that is cleared when it is made, and never again."""
+    return _ClearedOnce.run(*tensors, **options)
+
+
+_STAGED: dict[tuple[object, ...], Tensor] = {}
+
+
+class _Frozen(Capturable):
+    def slots(self, expert: Tensor) -> Tensor:
+        key = (tuple(self.x.shape), self.x.dtype)
+        if not torch.cuda.is_current_stream_capturing():
+            _STAGED[key] = self.x.clone()
+        self.x = _STAGED.get(key, self.x)
+        return super().slots(expert)
+
+
+def frozen_hidden_states(*tensors: Tensor, **options: Any) -> Tensor:
+    """vllm#52308: what pads x is not in the graph: each replay computes with the copy that the warm-up made."""
+    return _Frozen.run(*tensors, **options)
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _copy_kernel(  # type: ignore[no-untyped-def]
+    w_ptr, out_ptr, rows, columns, padded, stride_r, stride_c, ROWS: tl.constexpr, SIZE: tl.constexpr
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, SIZE)[None, :]
+    whole = (row < rows) & (column < padded)
+    w = tl.load(w_ptr + row.to(tl.int64) * stride_r + column * stride_c, mask=whole)
+    tl.store(out_ptr + row * padded + column, tl.where(column < columns, w, 0.0), mask=whole)
+
+
+@triton.jit
+def _bulk_kernel(y_ptr, out_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(y_ptr + at, mask=at < size, other=0.0)
+    tl.store(out_ptr + at, y, mask=at < (size + 63) // 64 * 64)
+
+
+@triton.jit
+def _clear_kernel(out_ptr, steps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    step = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    where = step[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out_ptr + where, tl.zeros((BLOCK, 16), tl.uint8), mask=(step < steps)[:, None])
+
+
+@triton.jit
+def _gather_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, out_ptr, rows, columns, stride_r, stride_c, ROWS: tl.constexpr, SIZE: tl.constexpr
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, SIZE)[None, :]
+    ok = (row < rows) & (column < columns)
+    x = tl.load(x_ptr + row * stride_r + column * stride_c, mask=ok)
+    tl.store(out_ptr + row * columns + column, x, mask=ok)
