@@ -131,7 +131,7 @@ class LayerSpace(routing.RoutingSpace):
 
     def affordable(self, case: Case, device: str) -> bool:
         # A step costs more calls in a graph mode; with no more time, no case of several shards would have one.
-        most = CPU_BUDGET if case.mode == "eager" else 3 * CPU_BUDGET
+        most = CPU_BUDGET if case.mode == "eager" else 2 * CPU_BUDGET
         return device != "cpu" or self.cost(case, device) <= most
 
     # ---- what is valid ----------------------------------------------------------------------------------------------
@@ -222,8 +222,8 @@ class LayerSpace(routing.RoutingSpace):
         hidden, inter, shards = int(config["hidden"]), int(config["intermediate"]), int(config["ep"])
         slots = tokens * min(top_k, count)
         blocks = min(slots, min(slots, -(-count // shards)) + slots // 16)
-        tiles = 0.006 * blocks * (1 + hidden * inter / 16384)
-        call = 0.03 + 1e-4 * tokens + shards * (0.02 + tiles + 1e-3 * min(slots, 16)) if tokens else 0.002
+        tiles = 0.012 * blocks * (1 + hidden * inter / 16384)
+        call = 0.03 + 1e-4 * tokens + shards * (0.03 + tiles + 1e-3 * min(slots, 16)) if tokens else 0.002
         return 0.02 + 3 * call + 4e-8 * _weights(count, config) + 1e-7 * slots * hidden * inter / 16
 
     def label(self, case: Case) -> str:
