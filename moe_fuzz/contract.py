@@ -23,6 +23,7 @@ class Contract:
     sigmoid: str = "exp"  # "exp": relative accuracy | "tanh": 0.5 * tanh(x / 2) + 0.5, which has an absolute one only
     deterministic: bool = False  # same input, same bits
     batch_invariant: bool = False  # a row's bits depend on that row alone: not on its position, on T, on other rows
+    isolated: bool = False  # of experts and layers: at the same T, a row's bits depend on that row alone
     ties: str = "any"  # "any" | "lowest_index_first"
     ordered: bool = False  # the slots of a row stand in descending order of biased score
     padding: tuple[str, ...] = ("distinct",)  # the dialects it can speak; only asked for where `is_padding` is taken
@@ -38,6 +39,8 @@ class Contract:
     weight_dtype: str = "float32"  # "dtype": the router's weights are rounded to that of x first
     reduce: str = "float32"  # dtype in which the slots of a token are added up
     truncates: bool = False  # stores cut off instead of rounding: Triton's interpreter
+    logits: str = "float32"  # of a layer: "dtype": its logits are rounded to that of hidden
+    combine: str = "float32"  # of a layer: in which the shards' results are added up: "float32" | "dtype"
     accepts: tuple[str, ...] = ("distinct",)  # the padding dialects whose slots it takes; of align too
     # of align alone, where `ordered` says that blocks stand in ascending order of expert
     stable: bool = False  # the slots of an expert ascend
@@ -88,6 +91,9 @@ class Capabilities:
     activations: tuple[str, ...] = ("silu", "gelu", "relu2", "swiglu_oai")
     gate_layouts: tuple[str, ...] = ("first", "up_first", "interleaved")
     biases: bool = True
+    # of layers
+    max_ranks: int = 64  # data-parallel ranks whose batch it takes
+    max_shards: int = 64
     weight_on_input: bool = True
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from moe_fuzz.planted.align_catalog import ALIGN
 from moe_fuzz.planted.entry import Planted
 from moe_fuzz.planted.experts_catalog import EXPERTS
+from moe_fuzz.planted.layer_catalog import LAYER
 
 
 def _router(name: str, module: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
@@ -183,7 +184,7 @@ _ROUTERS: tuple[Planted, ...] = (
             capabilities=_CUDA, fence="all"),
 )  # fmt: skip
 
-PLANTED: tuple[Planted, ...] = (*_ROUTERS, *ALIGN, *EXPERTS)
+PLANTED: tuple[Planted, ...] = (*_ROUTERS, *ALIGN, *EXPERTS, *LAYER)
 
 
 def get_planted(name: str) -> Planted | None:
