@@ -22,7 +22,7 @@ _VLLM = ("vllm.model_executor.layers.fused_moe.fused_moe:fused_experts",
 _SGLANG = ("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts",
            "sglang.srt.layers.moe.fused_moe_triton.fused_moe:fused_experts")  # fmt: skip
 #: The product with w13 is rounded to the dtype of x before the activation; the kernels check no id.
-_CONTRACT = Contract(reduce="dtype")
+_CONTRACT = Contract(gate_up="dtype", reduce="dtype")  # the first product goes through a cache in the dtype of x
 _CAPABILITIES = Capabilities(
     dtypes=("bfloat16", "float16"), activations=("silu",), gate_layouts=("first",), biases=False, devices=("cuda",)
 )

@@ -46,7 +46,7 @@ def experts_bf16(
 
 
 @declares(
-    contract=Contract(reduce="dtype", weight_dtype="dtype"),
+    contract=Contract(gate_up="dtype", activation="dtype", down="dtype", reduce="dtype", weight_dtype="dtype"),
     capabilities=Capabilities(dtypes=("bfloat16",), weight_on_input=False, min_multiple_h=8, min_multiple_i=8),
 )
 def grouped(
