@@ -204,9 +204,9 @@ def _e2m1_codes(value, size, encode):
 @triton.jit
 def _rounded(value, DTYPE: tl.constexpr):
     """float32 rounded to the dtype and back. To bfloat16 in integers: the interpreter's cast cuts off."""
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         return value
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         bits = value.to(tl.uint32, bitcast=True)
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return tl.where(value == value, even.to(tl.float32, bitcast=True), value)

@@ -9,6 +9,8 @@ from fractions import Fraction
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
+import itertools
+
 import pytest
 import torch
 
@@ -83,7 +85,7 @@ def test_every_product_of_a_code_and_a_scale_is_exact_in_bfloat16_and_float16():
 def test_nearest_of_every_tie_and_of_its_neighbours(table):
     """By fractions, which have no rounding."""
     exact = [Fraction(float(v)) for v in table]
-    for at, (low, high) in enumerate(zip(exact[:-1], exact[1:], strict=True)):
+    for at, (low, high) in enumerate(itertools.pairwise(exact)):
         middle = torch.tensor([float((low + high) / 2)])
         assert Fraction(float(middle)) == (low + high) / 2
         assert int(nearest(middle, table)) == at + at % 2
