@@ -130,16 +130,16 @@ def _quantize_kernel(
     if BY_EXPERT:
         which = tl.load(expert_ptr + wide * stride_expert, mask=known, other=-1).to(tl.int64)
         known = known & (which >= 0) & (which < num_scales)  # before it is an index
-    scale = tl.load(global_ptr + which * stride_scale, mask=known, other=0.0).to(tl.float32)  # [R]
+    scale = _widened(tl.load(global_ptr + which * stride_scale, mask=known, other=0.0))  # [R]
     usable = (scale >= 1.1754943508222875e-38) & (scale < float("inf"))  # NaN is neither
     scale = tl.where(usable, scale, 1.0)
 
     column = (block[:, None] * 16 + tl.arange(0, 16)[None, :]).to(tl.int64)  # [B, 16]
     where = x_ptr + wide[:, None, None] * stride_m + column[None, :, :] * stride_k
-    value = tl.load(where, mask=real[:, :, None], other=0.0).to(tl.float32)  # [R, B, 16]
+    value = _widened(tl.load(where, mask=real[:, :, None], other=0.0))  # [R, B, 16]
     if SILU:
         half = blocks.to(tl.int64) * 16 * stride_k
-        up = tl.load(where + half, mask=real[:, :, None], other=0.0).to(tl.float32)
+        up = _widened(tl.load(where + half, mask=real[:, :, None], other=0.0))
         value = _rounded(tl.div_rn(value, 1.0 + tl.exp(-value)) * up, x_ptr.dtype.element_ty)
 
     size = tl.where(value == value, tl.abs(value), 0.0)  # a NaN has no part
@@ -199,6 +199,14 @@ def _e2m1_codes(value, size, encode):
     code += (scaled > 5.0).to(tl.int32)
     sign = (value.to(tl.int32, bitcast=True) >> 28) & 8
     return tl.where(value == value, code | sign, 0)
+
+
+@triton.jit
+def _widened(value):
+    """float32 of any float. bfloat16 by its bits: the interpreter's cast makes other numbers of subnormals."""
+    if value.dtype == tl.bfloat16:
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
 
 
 @triton.jit

@@ -262,6 +262,17 @@ def test_the_kernel_is_the_reference(rows, columns, dtype, layout, scale):
 
 
 @pytest.mark.interpreter
+@DTYPES
+def test_the_kernel_reads_subnormals(dtype):
+    """Triton's interpreter widens those of bfloat16 to other numbers."""
+    tiny = torch.finfo(dtype).smallest_normal
+    x = torch.arange(-96, 96).mul(tiny / 128).to(dtype).view(12, 16)
+    assert x.count_nonzero() == 191
+    for scale in (1024 / tiny if tiny > 1e-10 else 2.0**127, 2.0**100):
+        assert same(nvfp4_quantize(x, scale_of(scale)), reference(x, scale_of(scale)))
+
+
+@pytest.mark.interpreter
 @LAYOUTS
 def test_the_kernel_writes_every_byte_and_takes_any_strides(layout):
     wide = data(70, 200)
