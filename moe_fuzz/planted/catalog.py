@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_fuzz.planted.align_catalog import ALIGN
 from moe_fuzz.planted.entry import Planted
+from moe_fuzz.planted.nvfp4_catalog import NVFP4
 
 
 def _router(name: str, module: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
@@ -176,7 +177,7 @@ _ROUTERS: tuple[Planted, ...] = (
             capabilities=_CUDA, fence="all"),
 )  # fmt: skip
 
-PLANTED: tuple[Planted, ...] = (*_ROUTERS, *ALIGN)
+PLANTED: tuple[Planted, ...] = (*_ROUTERS, *ALIGN, *NVFP4)
 
 
 def get_planted(name: str) -> Planted | None:
