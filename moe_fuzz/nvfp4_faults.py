@@ -30,9 +30,10 @@ class BlockCanvas(Canvas):
         return self.values[positions].float().view(len(positions), -1, BLOCK)
 
     def put(self, positions: Sequence[int], blocks: torch.Tensor) -> None:
-        """Stores blocks, at most the largest number of the dtype."""
+        """Stores blocks; finite numbers as such, at most the largest of the dtype."""
         limit = torch.finfo(self.values.dtype).max
-        self.values[positions] = blocks.clamp(-limit, limit).flatten(1).to(self.values.dtype)
+        held = torch.where(blocks.isfinite(), blocks.clamp(-limit, limit), blocks)
+        self.values[positions] = held.flatten(1).to(self.values.dtype)
 
     def by_block(self, positions: Sequence[int], count: int, fault: str) -> torch.Tensor:
         """int64 [P, B] in [0, count)"""
@@ -164,6 +165,19 @@ class LoneNumber(BlockFault):
         there = canvas.by_block(positions, BLOCK, self.name)[..., None]
         place = torch.arange(BLOCK, device=canvas.device)
         return torch.where(place == there, canvas.blocks(positions), 0.0)
+
+
+@register
+class NonfiniteBlock(BlockFault):
+    """One block in three has one NaN, of either sign, or one Inf, of either sign. Its neighbours have none."""
+
+    name = "nonfinite_block"
+
+    def changed(self, canvas: BlockCanvas, positions: Sequence[int]) -> torch.Tensor:
+        hit = canvas.by_block(positions, 3 * BLOCK, self.name)[..., None]
+        table = canvas.table([torch.nan, -torch.nan, torch.inf, -torch.inf])
+        number = table[canvas.by_block(positions, len(table), self.name + "/number")][..., None]
+        return torch.where(torch.arange(BLOCK, device=canvas.device) == hit, number, canvas.blocks(positions))
 
 
 def _codes(canvas: BlockCanvas, positions: Sequence[int], table: torch.Tensor, fault: str) -> torch.Tensor:

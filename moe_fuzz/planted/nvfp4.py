@@ -38,7 +38,7 @@ def zero_block_is_nan(
 def infinite_scale_times_zero(
     x: Tensor, global_scale: Tensor, layout: str = "linear", *, expert_ids: Tensor | None = None
 ) -> Result:
-    """compressed-tensors#595: an expert that saw zeros alone has an infinite global scale, and zero times that is NaN."""
+    """compressed-tensors#595: an expert that saw zeros has an infinite global scale, and zero times that is NaN."""
     blocks, scale = _blocks(x), _row_scale(global_scale, x, expert_ids)
     held = _bytes(_amax(blocks) * (scale / 6)).masked_fill(scale == 0, 0)
     given = global_scale.float() if expert_ids is None else _of(global_scale.float(), expert_ids)

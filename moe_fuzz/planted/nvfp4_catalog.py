@@ -68,7 +68,7 @@ NVFP4: tuple[Planted, ...] = (
            "loads the global scales of experts in fours: past the last where 4 does not divide E"),
     _state("clears_whole_vectors", "canary", "flashinfer#3957", "clears scales 16 bytes at a time, past the end",
            capabilities={"out": True}),
-    _state("row_offset_of_32_bits", "crash", "vllm#34279", "row times stride wraps in 32 bits"),
+    _state("offset_in_32_bits", "crash", "vllm#34279", "row times stride wraps in 32 bits"),
     # other arithmetic than last time
     _state("tile_with_nan_by_reciprocals", "isolation", "vllm#37758",
            "one NaN, and the 16 rows of its tile are computed by another arithmetic"),

@@ -34,7 +34,7 @@ def clears_whole_vectors(x: Tensor, global_scale: Tensor, *, out: Result | None 
     return out
 
 
-def row_offset_of_32_bits(x: Tensor, global_scale: Tensor) -> Result:
+def offset_in_32_bits(x: Tensor, global_scale: Tensor) -> Result:
     """vllm#34279: row times stride in 32 bits. Beyond 2^31 elements it wraps, to before the rows."""
     copied = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if len(x):

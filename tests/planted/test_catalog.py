@@ -27,6 +27,7 @@ CHECKS = {
     "weights", "fence", "canary", "isolation", "batch_invariance", "determinism", "capture", "replay",
     "crash", "hang", "oom",
     "count", "slots", "experts", "fill", "tail", "inverse", "stable",
+    "scale", "codes",
 }  # fmt: skip
 REFERENCES = {"topk_softmax": reference, "topk_sigmoid": topk_sigmoid, "grouped_topk": grouped_topk}
 #: Those that launch a Triton kernel whatever the input; the others compute with torch, or launch none on a CPU.

@@ -79,8 +79,10 @@ def scale(seen: QuantizeObservation) -> list[Violation]:
 
 @check(_FAMILY, "codes", parity=True)
 def codes(seen: QuantizeObservation) -> list[Violation]:
-    """A code is the nearest under its scale."""
-    judged = (seen.lawful & seen.promised)[..., None].expand_as(seen.codes).clone()
+    """A code is the nearest under its scale. Where the scale is to be exact and is not, `scale` has said so."""
+    fit = seen.lawful & seen.promised
+    fit = fit & (seen.bytes == seen.expected) if seen.exact else fit
+    judged = fit[..., None].expand_as(seen.codes).clone()
     left = seen.unwritten["codes"].repeat_interleave(2, dim=1).view_as(judged)
     judged &= ~left
     wrong = judged & (seen.codes != seen.right_codes if seen.exact else _not_nearest(seen))

@@ -117,8 +117,9 @@ class QuantizeObservation:
 
     @cached_property
     def fewer(self) -> tuple[torch.Tensor, QuantizeInputs]:
-        """Every second row from the last, int64 [R], and the inputs of these rows alone."""
-        rows = torch.arange(self.rows, device=self.values.device).flip(0)[::2]
+        """Every second row from the last, or some eight of them, int64 [R], and the inputs of these rows alone."""
+        apart = 2 if self.case.seed % 2 else max(2, self.rows // 8)
+        rows = torch.arange(self.rows, device=self.values.device).flip(0)[::apart]
         held = {name: self.inputs.plain[name] for name in self.inputs.fluid if name in self.inputs.plain}
         return rows, self.inputs.replace(**{name: tensor[rows] for name, tensor in held.items()})
 
@@ -162,15 +163,17 @@ class QuantizeObservation:
 
     @cached_property
     def unwritten(self) -> dict[str, torch.Tensor]:
-        """Which bytes of each result still hold their poison. The poison of codes is a pair of codes as well: where
-        that is the right one, nobody can tell."""
-        codes = unwritten(self.outputs.codes)
-        right = self.right_codes.flatten(1)
-        codes &= self.outputs.codes != (right[:, ::2] | right[:, 1::2] << 4)
-        codes &= self.promised.repeat_interleave(BLOCK // 2, dim=1)
-        if not self.exact:  # a code is judged by its value there, and -0 is 0
-            codes &= codes.view(self.rows, self.blocks, BLOCK // 2).all(dim=2).repeat_interleave(BLOCK // 2, dim=1)
-        return {"codes": codes, "scales": unwritten(self.outputs.scales)}
+        """Which bytes of each result still hold their poison. That of codes is a pair of codes as well, so a block of
+        them counts where all of it is poison and should not be; that of scales is no number, unless they were allocated
+        as integers, which shows in the padding."""
+        wrong = (self.codes != self.right_codes).any(dim=2) & self.promised
+        left = unwritten(self.outputs.codes).view(self.rows, self.blocks, BLOCK // 2).all(dim=2) & wrong
+        scales = unwritten(self.outputs.scales)
+        if self.info.contract.scale_padding == "zero":
+            scales |= self.padding & unwritten(self.outputs.scales.view(torch.uint8))
+        else:
+            scales &= ~self.padding
+        return {"codes": left.repeat_interleave(BLOCK // 2, dim=1), "scales": scales}
 
     @cached_property
     def _scale_left(self) -> torch.Tensor:

@@ -43,8 +43,8 @@ FIELDS: Mapping[str, tuple[Scalar, ...]] = {
 
 #: On rows of x, the plainest first.
 ROW_FAULTS = ("zero_rows", "code_grid", "zero_block", "lone_number", "scale_saturation", "tiny_block", "code_ties",
-              "scale_ties", "nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "huge_rows", "ladder",
-              "stale_rows")  # fmt: skip
+              "scale_ties", "nonfinite_block", "nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf",
+              "huge_rows", "ladder", "stale_rows")  # fmt: skip
 ID_FAULTS = ("all_to_one", "minus_one_ids", "num_experts_ids", "sentinel_ids")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
 PLACES = (

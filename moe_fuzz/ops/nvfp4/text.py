@@ -40,6 +40,7 @@ FAULTS = {
     "scale_saturation": "one block in two is beyond 448 times its global scale, by a little or by far",
     "scale_ties": "each block's maximum lies where its scale is halfway between two, or a bit beside that",
     "code_ties": "values lie halfway between two codes, or a bit beside that",
+    "nonfinite_block": "one block in three has one NaN or Inf in it",
     "code_grid": "values that codes hold exactly",
     "lone_number": "one number in a block of zeros, anywhere in it",
     "minus_one_ids": "rows of no expert: id -1",
