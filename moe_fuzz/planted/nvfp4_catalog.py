@@ -67,7 +67,7 @@ NVFP4: tuple[Planted, ...] = (
     _state("reads_scales_in_fours", "fence", "vllm#40351",
            "loads the global scales of experts in fours: past the last where 4 does not divide E"),
     _state("clears_whole_vectors", "canary", "flashinfer#3957", "clears scales 16 bytes at a time, past the end",
-           capabilities={"out": True}),
+           capabilities={"out": True, "alignment": 16}),  # of that alignment, it stays in the slack
     _state("offset_in_32_bits", "crash", "vllm#34279", "row times stride wraps in 32 bits"),
     # other arithmetic than last time
     _state("tile_with_nan_by_reciprocals", "isolation", "vllm#37758",
