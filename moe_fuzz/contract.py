@@ -46,6 +46,10 @@ class Contract:
     stable: bool = False  # the slots of an expert ascend
     tail: str = "minus_one"  # expert_ids past the blocks in use: "minus_one" | "any": nobody reads them
     dropped: str = "absent"  # slots of no expert: "absent" from sorted_token_ids | "first", in blocks of the expert -1
+    # of nvfp4_quantize alone
+    rounding: str = "near"  # "exact": the contract's bytes | "near": a step off where float32 in another order may be
+    nonfinite: str = "any"  # bytes of a block with NaN or Inf: "reference": as the contract says | "any"
+    scale_padding: str = "any"  # of swizzled scales: "zero" | "any"
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,12 @@ class Capabilities:
     max_ranks: int = 64  # data-parallel ranks whose batch it takes
     max_shards: int = 64
     weight_on_input: bool = True
+    # of nvfp4_quantize alone
+    max_blocks: int = 1 << 12  # of 16 columns
+    layouts: tuple[str, ...] = ("linear", "swizzled")  # of scales
+    global_scales: tuple[str, ...] = ("power", "six", "fitted", "small", "large")  # see ops/nvfp4/space.py
+    scale_dtypes: tuple[str, ...] = ("float32",)  # of global scales
+    expert_scales: bool = True  # takes a global scale for each expert
 
 
 @dataclass(frozen=True)

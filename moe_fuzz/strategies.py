@@ -34,8 +34,8 @@ def configs(draw: st.DrawFn, space: Space, info: TargetInfo) -> dict[str, Scalar
         whole = draw(st.booleans())  # or its sizes alone: a branch for one shape may be wrong in one flag only
         config |= {n: v for n, v in preset.items() if v in allowed[n] and (whole or n in space.sizes)}
     elif shape == 2:  # every expert is taken
-        small = [e for e in next(a for a in axes if a.name == "experts").values if int(e) <= 32]
-        if small:
+        small = [e for axis in axes if axis.name == "experts" for e in axis.values if int(e) <= 32]
+        if small and "top_k" in config:
             config["experts"] = config["top_k"] = draw(st.sampled_from(small))
             config["top_k"] = min(int(config["top_k"]), info.capabilities.max_top_k)
     return space.complete(config, info)

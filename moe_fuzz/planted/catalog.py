@@ -12,6 +12,7 @@ from moe_fuzz.planted.align_catalog import ALIGN
 from moe_fuzz.planted.entry import Planted
 from moe_fuzz.planted.experts_catalog import EXPERTS
 from moe_fuzz.planted.layer_catalog import LAYER
+from moe_fuzz.planted.nvfp4_catalog import NVFP4
 
 
 def _router(name: str, module: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
@@ -184,7 +185,7 @@ _ROUTERS: tuple[Planted, ...] = (
             capabilities=_CUDA, fence="all"),
 )  # fmt: skip
 
-PLANTED: tuple[Planted, ...] = (*_ROUTERS, *ALIGN, *EXPERTS, *LAYER)
+PLANTED: tuple[Planted, ...] = (*_ROUTERS, *ALIGN, *EXPERTS, *LAYER, *NVFP4)
 
 
 def get_planted(name: str) -> Planted | None:

@@ -9,7 +9,9 @@ from moe_fuzz.kernels import align as sorting
 from moe_fuzz.kernels import experts_bf16 as experts
 from moe_fuzz.kernels import grouped_topk as grouped
 from moe_fuzz.kernels import moe_layer as layer
+from moe_fuzz.kernels import nvfp4 as fp4
 from moe_fuzz.kernels import routing
+from moe_fuzz.ops.nvfp4.space import GLOBAL_SCALES
 
 _CONTRACT = Contract(
     deterministic=True, batch_invariant=True, ties="lowest_index_first", ordered=True, padding=PADDING_DIALECTS
@@ -30,6 +32,18 @@ topk_softmax = declares(**_promises("routing"))(routing.topk_softmax)
 topk_sigmoid = declares(**_promises("routing"))(routing.topk_sigmoid)
 grouped_topk = declares(**_promises("grouped_topk"))(grouped.grouped_topk)
 align = declares(**_promises("align", _SORTED, _BLOCKS))(sorting.align)
+nvfp4_quantize = declares(
+    **_promises(
+        "nvfp4",
+        Contract(
+            deterministic=True, batch_invariant=True, rounding="exact", nonfinite="reference", scale_padding="zero",
+            accepts=PADDING_DIALECTS,
+        ),
+        Capabilities(
+            out=True, alignment=1, global_scales=GLOBAL_SCALES, scale_dtypes=("float32", "bfloat16"),
+        ),
+    )
+)(fp4.nvfp4_quantize)
 experts_bf16 = declares(
     # not batch-invariant: block shapes follow the number of slots, and with them the order of a sum
     contract=Contract(deterministic=True, accepts=PADDING_DIALECTS),

@@ -31,6 +31,8 @@ _LIBRARIES = {
     "grouped_topk@sglang.triton": "moe_fuzz.targets.sglang_triton:grouped_topk()",
     "grouped_topk@vllm": "moe_fuzz.targets.vllm:grouped_topk()",
     "grouped_topk@vllm.fused_grouped_topk": "moe_fuzz.targets.vllm:grouped_topk_function()",
+    "nvfp4_quantize@flashinfer": "moe_fuzz.targets.library_nvfp4:flashinfer()",
+    "nvfp4_quantize@vllm": "moe_fuzz.targets.library_nvfp4:vllm()",
     "topk_softmax@vllm": "moe_fuzz.targets.vllm:topk_softmax()",
     "topk_softmax@vllm.fused_topk": "moe_fuzz.targets.vllm:topk_softmax_fused_topk()",
     "topk_softmax@vllm.fused_topk_bias": "moe_fuzz.targets.vllm:topk_softmax_fused_topk_bias()",

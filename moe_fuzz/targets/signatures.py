@@ -65,6 +65,14 @@ def _cut_layer(can: Capabilities, takes: Collection[str]) -> Capabilities:
     )
 
 
+def _cut_quantize(can: Capabilities, takes: Collection[str]) -> Capabilities:
+    return replace(
+        _cut_common(can, takes),
+        layouts=can.layouts if "layout" in takes else can.layouts[:1],
+        expert_scales=can.expert_scales and "expert_ids" in takes,
+    )
+
+
 _ROUTER: Mapping[str, tuple[str, ...]] = {
     "renormalize": ("renormalize", "norm_topk_prob"),
     "bias": ("bias", "correction_bias", "e_score_correction_bias"),
@@ -101,6 +109,12 @@ SIGNATURES: Mapping[str, Signature] = {
     "moe_layer": Signature(
         ("hidden", "gate", "w13", "w2", "top_k"), _LAYER, ("is_padding", "bias", "b13", "b2", "observe", "out"),
         _cut_layer,
+    ),
+    "nvfp4_quantize": Signature(
+        ("x", "global_scale"),
+        {"layout": ("layout",), "expert_ids": ("expert_ids",), "out": ("out",)},
+        ("expert_ids", "out"),
+        _cut_quantize,
     ),
     "experts_bf16": Signature(
         ("x", "w13", "w2", "weights", "ids"), _EXPERTS, ("expert_map", "b13", "b2", "out"), _cut_experts

@@ -401,7 +401,8 @@ def test_the_library_may_be_given_to_the_workers_of_its_provider_alone(tmp_path:
 def test_all_libraries_are_listed() -> None:
     names = {target.name for target in registry.known()}
     for op in OPS:
-        assert {f"{op}@vllm", f"{op}@sglang"} <= names
+        assert f"{op}@vllm" in names
+        assert (f"{op}@sglang" in names) == (op != "nvfp4_quantize")  # its FP4 operators left with 0.5.10
 
 
 def test_a_list_says_from_what_a_target_would_be_bound() -> None:

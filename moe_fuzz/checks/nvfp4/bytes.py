@@ -1,0 +1,143 @@
+"""What bytes must be. Exactly the contract's where the target promises that; else, what another order of the same
+float32 operations may give: a scale is a step off only beside a tie of E4M3, and a code is judged under the target's
+own scale, a step off only beside a tie of E2M1. Below the least scale libraries differ, and values count.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moe_fuzz.checks import check
+from moe_fuzz.checks.coordinates import first, row_text
+from moe_fuzz.checks.nvfp4.observation import TINY, ULPS, QuantizeObservation, level, scale_range, value_of
+from moe_fuzz.reference.nvfp4 import E2M1, E4M3, nearest
+from moe_fuzz.verdict import Violation
+
+_FAMILY = "nvfp4"
+
+
+@check(_FAMILY, "structure")
+def structure(seen: QuantizeObservation) -> list[Violation]:
+    """Shapes and dtypes; scales of another dtype than float8_e4m3fn are a type that nobody reads right."""
+    found = []
+    for name, (shape, dtype) in seen.inputs.results.items():
+        tensor = getattr(seen.outputs, name)
+        for what, wanted, got in (("shape", shape, tuple(tensor.shape)), ("dtype", dtype, tensor.dtype)):
+            if wanted != got:
+                message = f"{name} has the wrong {what}"
+                found.append(Violation("structure", f"{name}:{what}", message, name, (), str(wanted), str(got)))
+                break
+    return found
+
+
+@check(_FAMILY, "written")
+def written(seen: QuantizeObservation) -> list[Violation]:
+    """No byte still holds the poison it had before the call (vllm#42988)."""
+    found = []
+    for name, left in seen.unwritten.items():
+        if left.any():
+            where = " (of the padding)" if name == "scales" and not (left & ~seen.padding).any() else ""
+            message = f"{int(left.sum())} of {left.numel()} bytes of {name} were never written{where}"
+            symptom = "scales:padding" if where else f"{name}:unwritten"
+            found.append(Violation("written", symptom, message, name, first(left), "a value", "poison"))
+    return found
+
+
+@check(_FAMILY, "finite")
+def finite(seen: QuantizeObservation) -> list[Violation]:
+    """A scale byte of 0x7F or 0xFF is a NaN that a GEMM spreads over a whole row (Model-Optimizer#1397)."""
+    wrong = (seen.bytes > 126) & ~seen._scale_left & seen.promised
+    if not wrong.any():
+        return []
+    row, block = first(wrong)
+    got = int(seen.bytes[row, block])
+    kind = "NaN" if got in (0x7F, 0xFF) else "negative"
+    message = f"the scale of block {block} of row {row} is {kind}; {_about(seen, row, block)}"
+    return [Violation("finite", kind, message, "scales", (row, block), f"{int(seen.expected[row, block]):#04x}",
+                      f"{got:#04x}")]  # fmt: skip
+
+
+@check(_FAMILY, "scale", parity=True)
+def scale(seen: QuantizeObservation) -> list[Violation]:
+    """A scale byte rounds its block's maximum."""
+    judged = seen.lawful & seen.promised
+    if seen.exact:
+        wrong = judged & (seen.bytes != seen.expected)
+    else:
+        low, high = scale_range(seen.ideal)
+        judged &= (seen.ideal >= TINY) & (seen.row_scales > 0)
+        wrong = judged & ((seen.bytes < low) | (seen.bytes > high))
+    if not wrong.any():
+        return []
+    row, block = first(wrong)
+    got, expected = int(seen.bytes[row, block]), int(seen.expected[row, block])
+    symptom = "large" if got > expected else "small"
+    message = f"the scale of block {block} of row {row} is too {symptom}; {_about(seen, row, block)}"
+    return [Violation("scale", symptom, message, "scales", (row, block), f"{expected:#04x} = {float(E4M3[expected]):g}",
+                      f"{got:#04x} = {float(E4M3[got]):g}")]  # fmt: skip
+
+
+@check(_FAMILY, "codes", parity=True)
+def codes(seen: QuantizeObservation) -> list[Violation]:
+    """A code is the nearest under its scale. Where the scale is to be exact and is not, `scale` has said so."""
+    fit = seen.lawful & seen.promised
+    fit = fit & (seen.bytes == seen.expected) if seen.exact else fit
+    judged = fit[..., None].expand_as(seen.codes).clone()
+    left = seen.unwritten["codes"].repeat_interleave(2, dim=1).view_as(judged)
+    judged &= ~left
+    wrong = judged & (seen.codes != seen.right_codes if seen.exact else _not_nearest(seen))
+    if not wrong.any():
+        return []
+    row, block, at = first(wrong)
+    got, expected = int(seen.codes[row, block, at]), int(seen.right_codes[row, block, at])
+    there = seen.codes[row, block]
+    pairs = seen.right_codes[row, block].view(-1, 2)
+    symptom = "swapped" if torch.equal(there, pairs.flip(1).flatten()) else "value"
+    column, value = 16 * block + at, float(seen.values[row, block, at])
+    message = (f"the code of column {column} of row {row} is not that of {value:g} "
+               f"under the scale {float(E4M3[int(seen.bytes[row, block])]):g}; {_about(seen, row, block)}")  # fmt: skip
+    if symptom == "swapped":
+        message += "; the two nibbles of each byte are exchanged"
+    return [Violation("codes", symptom, message, "codes", (row, column // 2), _code(expected), _code(got))]
+
+
+def _not_nearest(seen: QuantizeObservation) -> torch.Tensor:
+    """bool [M, B, 16]: codes that no order of float32 operations gives under the target's own scales. Under a scale of
+    0 every code is 0; what is tiny is allowed to be 0, or anything that is as near."""
+    scale = E4M3.double().to(seen.bytes.device)[seen.bytes.clamp(max=126).long()][..., None]  # [M, B, 1]
+    exact = seen.values.double() * seen.row_scales.double()[..., None]  # to be code * scale
+    scaled = torch.where(scale > 0, exact.abs() / torch.where(scale > 0, scale, 1.0), 0.0)
+    table = E2M1.double()
+    low, high = (nearest((scaled * factor).nan_to_num(0.0).clamp(max=6.0), table).int()
+                 for factor in (1 - ULPS, 1 + ULPS))  # fmt: skip
+    place = level(seen.codes)
+    wrong = (place.abs() < low) | (place.abs() > high) | ((place != 0) & (place.sign() != exact.sign()))
+    tiny = (seen.ideal < TINY)[..., None]
+    error = (value_of(seen.codes) * scale - exact).abs()
+    wrong = torch.where(tiny, error > exact.abs() * (1 + ULPS), wrong)
+    return wrong & (scale > 0) & (seen.row_scales > 0)[..., None]
+
+
+@check(_FAMILY, "padding", parity=False)
+def padding(seen: QuantizeObservation) -> list[Violation]:
+    """The padding of swizzled scales is zero: its consumers multiply by it (vllm#38148, vllm#31097)."""
+    if seen.info.contract.scale_padding != "zero":
+        return []
+    wrong = seen.padding & (seen.outputs.scales.view(torch.uint8) != 0) & ~seen.unwritten["scales"]
+    if not wrong.any():
+        return []
+    place = first(wrong)
+    got = int(seen.outputs.scales.view(torch.uint8)[place])
+    symptom = "nan" if got in (0x7F, 0xFF) else "stale"
+    message = f"{int(wrong.sum())} of {int(seen.padding.sum())} bytes of the padding of the scales are not zero"
+    return [Violation("padding", symptom, message, "scales", place, "0x00", f"{got:#04x}")]
+
+
+def _about(seen: QuantizeObservation, row: int, block: int) -> str:
+    """The block, for a person."""
+    return (f"the block {row_text(seen.values[row, block], 16)}, global scale {float(seen.row_scales[row, 0]):g}, "
+            f"amax * global_scale / 6 = {float(seen.ideal[row, block]):.9g}")  # fmt: skip
+
+
+def _code(code: int) -> str:
+    return f"{code:#x} = {'-' if code > 7 else ''}{float(E2M1[code % 8]):g}"

@@ -1,0 +1,125 @@
+"""The tensors of an nvfp4_quantize case: rows by the generator, faults laid, global scales for them. Worker side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from moe_fuzz import generator
+from moe_fuzz.align_faults import IdsCanvas
+from moe_fuzz.case import Case
+from moe_fuzz.faults import FAULTS
+from moe_fuzz.labels import Labels
+from moe_fuzz.nvfp4_faults import BlockCanvas
+from moe_fuzz.ops.inputs import Inputs, Lie, Result
+from moe_fuzz.reference.nvfp4 import BLOCK, row_scale
+
+_STALE = 62  # the stream of rows that no step of the case has had
+_EXPERTS = (1, 2, 3, 4, 5, 6, 8, 10, 16, 17, 40, 128)  # 4 and 16 divide some (vllm#40351)
+_SENSELESS = {"zero": 0.0, "infinite": torch.inf, "nan": torch.nan}
+
+
+@dataclass
+class QuantizeInputs(Inputs):
+    """layout; x [M, K] float32, bfloat16 or float16, global_scale [1] or [E] float32 or bfloat16, expert_ids [M]."""
+
+    fluid: ClassVar[tuple[str, ...]] = ("x", "expert_ids")
+
+    @property
+    def layout(self) -> str:
+        return str(self.options["layout"])
+
+    @property
+    def results(self) -> dict[str, Result]:
+        rows, columns = self.plain["x"].shape
+        blocks = columns // BLOCK
+        scales = (-(-rows // 128) * 128, -(-blocks // 4) * 4) if self.layout == "swizzled" else (rows, blocks)
+        return {"codes": ((rows, columns // 2), torch.uint8), "scales": (scales, torch.float8_e4m3fn)}
+
+
+def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> QuantizeInputs:
+    """The inputs of one step of a case, a function of the case alone; the same bits on every device."""
+    config, step = case.config, case.steps[step_index]
+    rows, stream = list(step.rows), case.stream(step_index)
+    inputs = QuantizeInputs({"layout": str(config["layout"])})
+    inputs.plain["x"] = fresh(case, rows, stream, device)
+    inputs.plain["global_scale"] = _global_scale(case, device)
+    ids = None
+    if config["expert_ids"] != "none":
+        ids = _ids(case, step_index, device)
+        inputs.plain["expert_ids"] = ids
+    canvas = BlockCanvas("x", inputs.plain["x"], rows, _columns(case), case.seed,
+                         scales=_usable(inputs.plain["global_scale"], len(rows), ids))  # fmt: skip
+    for fault in step.faults:
+        if fault.tensor != "x":
+            continue
+        positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
+        if fault.name == "stale_rows":
+            old = _STALE if fault.stream is None else fault.stream
+            canvas.values[positions] = fresh(case, [rows[p] for p in positions], old, device)
+        elif canvas.values.numel():
+            FAULTS[fault.name].lay(canvas, positions)
+    column_stride = max(1, len(rows) + canvas.stride_gap) if canvas.transposed else 0
+    inputs.lies["x"] = Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
+    return inputs
+
+
+def elements(case: Case, step_index: int) -> int:
+    return case.steps[step_index].tokens * BLOCK * len(Labels.parse(str(case.config["blocks"])))
+
+
+def fresh(case: Case, rows: Sequence[int], stream: int, device: torch.device | str) -> torch.Tensor:
+    """Rows [R, K] of these labels before any fault."""
+    dtype, size = getattr(torch, str(case.config["dtype"])), 2.0 ** int(case.config["magnitude"])
+    if not rows:
+        return torch.empty((0, len(_columns(case))), dtype=dtype, device=device)
+    return (generator.triangular(case.seed, "x", rows, _columns(case), stream, device) * size).to(dtype)
+
+
+def _columns(case: Case) -> list[int]:
+    return [BLOCK * block + at for block in Labels.parse(str(case.config["blocks"])) for at in range(BLOCK)]
+
+
+def _global_scale(case: Case, device: torch.device | str) -> torch.Tensor:
+    """[1] or [E]. |x| is below 2^magnitude, and comes near it."""
+    kind, size = str(case.config["global_scale"]), 2.0 ** -int(case.config["magnitude"])
+    dtype = getattr(torch, str(case.config["scale_dtype"]))
+    seed, by_expert = case.seed, case.config["expert_ids"] != "none"
+    count = _EXPERTS[int(generator.choice(seed, "experts", [0], [0], len(_EXPERTS)))] if by_expert else 1
+    word = generator.words(seed, "global_scale", [0], list(range(count)), device=device)[0]  # [E]
+    odd = (0.75 + (word & 0xFFFFF).float() * 2.0**-21) * (2688 * size)  # 0.75 to 1.25 times what fits
+    power = (1 << (word >> 20) % 4).float() if by_expert else torch.ones_like(odd)  # 1 to 8
+    limits = torch.finfo(dtype)
+    scale = {
+        "power": power * (2048 * size),
+        "six": power * (6 * 256 * size),
+        "small": odd * 2.0**-8,
+        "large": odd * 2.0**8,
+        "least": torch.full_like(odd, limits.smallest_normal),
+        "greatest": torch.full_like(odd, limits.max),
+    }.get(kind, odd)
+    if kind in _SENSELESS:
+        hit = (word >> 24) % 2 == 0 if by_expert else torch.ones_like(odd, dtype=torch.bool)
+        scale = scale.masked_fill(hit, _SENSELESS[kind])
+    return scale.to(dtype)
+
+
+def _ids(case: Case, step_index: int, device: torch.device | str) -> torch.Tensor:
+    """[M]: the expert of each row."""
+    step, rows = case.steps[step_index], list(case.steps[step_index].rows)
+    count = len(_global_scale(case, "cpu"))
+    fresh_ids = generator.choice(case.seed, "expert_ids", rows or [0], [0], count, case.stream(step_index), device)
+    values = fresh_ids[: len(rows)].to(getattr(torch, str(case.config["expert_ids"])))
+    canvas = IdsCanvas("expert_ids", values, rows, [0], case.seed, experts=Labels.range(count))
+    for fault in step.faults:
+        if fault.tensor == "expert_ids" and rows:
+            FAULTS[fault.name].lay(canvas, fault.rows.positions(step.rows))
+    return canvas.values[:, 0].contiguous()
+
+
+def _usable(global_scale: torch.Tensor, rows: int, ids: torch.Tensor | None) -> torch.Tensor:
+    scale = row_scale(global_scale, rows, ids)[:, 0]
+    return torch.where(scale > 0, scale, 1.0)

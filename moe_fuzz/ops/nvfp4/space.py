@@ -1,0 +1,268 @@
+"""The space of `nvfp4_quantize`: configs, dictionary, faults, limits and the reducer's moves. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from moe_fuzz.case import MODES, Case, Fault, Scalar
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.errors import CaseError
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops.nvfp4 import text
+from moe_fuzz.ops.nvfp4.presets import MODELS
+from moe_fuzz.ops.space import Axis, FaultPlace
+
+#: Of 16 columns: on both sides of whole tiles of 4 scales, of a warp's and a block's loads.
+BLOCKS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 29, 31, 32, 33, 63, 64, 65, 96, 128, 168, 180, 256, 320, 448, 1025)
+#: Tiles of swizzled scales are of 128 rows.
+ROWS = (1, 2, 3, 0, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 384, 511, 513, 1024,
+        4095, 4096, 4097)  # fmt: skip
+
+MAX_BLOCKS = 1 << 12
+MAX_ELEMENTS = 1 << 26
+CPU_BUDGET = 0.2  # seconds an interpreted case may take
+CUDA_ELEMENTS = 1 << 22
+
+#: How the global scale is chosen for the data, simplest first: what makes steps exact, what calibration gives, a
+#: calibration on data 2^8 times larger or smaller, the least and greatest normal float32, and what has no sense.
+GLOBAL_SCALES = ("power", "six", "fitted", "small", "large", "least", "greatest", "zero", "infinite", "nan")
+
+#: What each field of a config may be; `blocks` is a labels string, and stands apart.
+FIELDS: Mapping[str, tuple[Scalar, ...]] = {
+    "layout": ("linear", "swizzled"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "global_scale": GLOBAL_SCALES,
+    "scale_dtype": ("float32", "bfloat16"),
+    "expert_ids": ("none", "int32", "int64"),
+    "magnitude": (0, -6, 6, -12, 12),
+    "edge": ("right", "left"),
+    "out": (False, True),
+}
+
+#: On rows of x, the plainest first.
+ROW_FAULTS = ("zero_rows", "code_grid", "zero_block", "lone_number", "scale_saturation", "tiny_block", "code_ties",
+              "scale_ties", "nonfinite_block", "nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf",
+              "huge_rows", "ladder", "stale_rows")  # fmt: skip
+ID_FAULTS = ("all_to_one", "minus_one_ids", "num_experts_ids", "sentinel_ids")
+_STRIDED = ("noncontiguous", "transposed", "int32_boundary")
+PLACES = (
+    *(FaultPlace(name, "x", on_rows=True) for name in ROW_FAULTS),
+    FaultPlace("noncontiguous", "x", on_rows=False),
+    FaultPlace("transposed", "x", on_rows=False),
+    # Not piecewise: the producer's graph would need real memory for all that lies between the rows.
+    FaultPlace("int32_boundary", "x", on_rows=False, max_rows=64, modes=("eager", "graph")),
+    FaultPlace("misaligned", "x", on_rows=False),
+    *(FaultPlace(name, "expert_ids", on_rows=True, needs="expert_ids") for name in ID_FAULTS),
+)
+
+
+@dataclass(frozen=True)
+class QuantizeSpace:
+    """Rows quantized to NVFP4. See ops/space.py for what each member is."""
+
+    op: str = "nvfp4_quantize"
+    description: str = "rows as 4-bit codes in blocks of 16 under an 8-bit scale each, and a global scale"
+
+    family: ClassVar[str] = "nvfp4"
+    checks: ClassVar[Mapping[str, str]] = text.CHECKS
+    faults: ClassVar[Mapping[str, str]] = text.FAULTS
+    places: ClassVar[tuple[FaultPlace, ...]] = PLACES
+    sizes: ClassVar[tuple[str, ...]] = ("blocks",)
+    presets: ClassVar[Mapping[str, Mapping[str, Scalar]]] = MODELS
+    tensors: ClassVar[Mapping[str, str]] = {
+        "x": "input", "global_scale": "input", "expert_ids": "input", "codes": "output", "scales": "output",
+    }  # fmt: skip
+    simplest: ClassVar[Mapping[str, Scalar]] = {name: values[0] for name, values in FIELDS.items()}
+
+    # ---- what to draw -----------------------------------------------------------------------------------------------
+
+    def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
+        return (
+            Axis("blocks", [b for b in BLOCKS if b <= info.capabilities.max_blocks]),
+            *(Axis(name, [v for v in values if not self._without(name, v, info)]) for name, values in FIELDS.items()),
+        )
+
+    def _without(self, name: str, value: Scalar, info: TargetInfo) -> bool:
+        """Whether the target does not take this value of a field."""
+        can = info.capabilities
+        return {
+            "layout": value not in can.layouts,
+            "dtype": value not in can.dtypes,
+            "global_scale": value not in can.global_scales,
+            "scale_dtype": value not in can.scale_dtypes,
+            "expert_ids": value != "none" and (not can.expert_scales or (value == "int64" and not can.int64_ids)),
+            "out": bool(value) and not can.out,
+        }.get(name, False)
+
+    def modes(self, info: TargetInfo) -> tuple[str, ...]:
+        return MODES if info.contract.graph else MODES[:1]
+
+    def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
+        return {**config, "blocks": str(Labels.range(int(config["blocks"])))}
+
+    def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
+        if device == "cpu":
+            return tuple(t for t in ROWS if self.cpu_seconds(t, config) <= CPU_BUDGET) or ROWS[:1]
+        return tuple(t for t in ROWS if t * 16 * self._count(config) <= CUDA_ELEMENTS)
+
+    def affordable(self, case: Case, device: str) -> bool:
+        return device != "cpu" or self.cost(case, device) <= CPU_BUDGET
+
+    def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
+        return tuple(p for p in self.places if not self._refused(p.fault, info)
+                     and (not p.needs or config[p.needs] != "none"))  # fmt: skip
+
+    def _refused(self, fault: str, info: TargetInfo) -> str:
+        """Why the target does not take the fault; empty if it does."""
+        can, contract = info.capabilities, info.contract
+        if fault in ID_FAULTS[1:] and {"minus_one_ids": "minus_one", "num_experts_ids": "num_experts"}.get(
+            fault, "garbage") not in contract.accepts:  # fmt: skip
+            return f"rows of no expert ({fault})"
+        if fault in _STRIDED and not can.strided:
+            return "strided x"
+        return "misaligned x" if fault == "misaligned" and can.alignment > 1 else ""
+
+    # ---- what is valid ----------------------------------------------------------------------------------------------
+
+    def validate(self, case: Case) -> None:
+        config, expected = case.config, {"blocks", *FIELDS}
+        for key in sorted(set(config) ^ expected):
+            raise CaseError(
+                f"config.{key}",
+                "is missing" if key in expected else "unknown field",
+                f"the fields of {self.op} are {', '.join(sorted(expected))}",
+            )
+        try:
+            blocks = Labels.parse(config["blocks"]) if isinstance(config["blocks"], str) else Labels()
+        except ValueError as error:
+            raise CaseError("config.blocks", str(error)) from error
+        if not 1 <= len(blocks) <= MAX_BLOCKS:
+            raise CaseError("config.blocks", f'must name 1 to {MAX_BLOCKS} blocks of 16 columns as a string like "0-5"')
+        for key, values in FIELDS.items():
+            value = config[key]
+            if not any(value == v and type(value) is type(v) for v in values):
+                raise CaseError(f"config.{key}", f"must be one of {', '.join(map(repr, values))}, not {value!r}")
+        for index, step in enumerate(case.steps):
+            if step.tokens * 16 * len(blocks) > MAX_ELEMENTS:
+                raise CaseError(f"steps[{index}].rows", f"{step.tokens} rows of {len(blocks)} blocks are too many")
+            for number, fault in enumerate(step.faults):
+                self._validate_fault(case, step.tokens, fault, f"steps[{index}].faults[{number}]")
+
+    def _validate_fault(self, case: Case, tokens: int, fault: Fault, where: str) -> None:
+        place = next((p for p in self.places if (p.fault, p.tensor) == (fault.name, fault.tensor)), None)
+        if place is None:
+            raise CaseError(
+                where,
+                f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
+                f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
+            )
+        if case.mode not in place.modes:
+            hint = f"use mode {' or '.join(place.modes)}"
+            raise CaseError(where, f"{fault.name} cannot be laid in mode {case.mode}", hint)
+        if place.max_rows is not None and tokens > place.max_rows:
+            raise CaseError(where, f"{fault.name} is for {place.max_rows} rows at most, not {tokens}")
+        if place.on_rows != bool(fault.rows):
+            raise CaseError(f"{where}.rows", "must name rows" if place.on_rows else "must name no rows")
+        if place.needs and case.config[place.needs] == "none":
+            raise CaseError(where, f"{fault.name} needs config.{place.needs}")
+        if fault.stream is not None and fault.name != "stale_rows":
+            raise CaseError(f"{where}.stream", "only stale_rows hold what another step had")
+
+    def refusal(self, case: Case, info: TargetInfo) -> str:
+        refused = [f"{name}={case.config[name]}" for name in FIELDS if self._without(name, case.config[name], info)]
+        if self._count(case.config) > info.capabilities.max_blocks:
+            refused.append(f"{self._count(case.config)} blocks")
+        if not info.capabilities.zero_tokens and not all(step.tokens for step in case.steps):
+            refused.append("no rows")
+        refused += [why for name in case.fault_names if (why := self._refused(name, info))]
+        return f"{info.name} does not take {', '.join(refused)}" if refused else ""
+
+    # ---- what it is like --------------------------------------------------------------------------------------------
+
+    def features(self, case: Case) -> frozenset[str]:
+        config, count, most = case.config, self._count(case.config), max(step.tokens for step in case.steps)
+        found = {f"K>{16 * limit}" for limit in (1, 4, 32, 128) if count > limit}
+        found |= {f"T>{limit}" for limit in (1, 16, 32, 128, 512) if most > limit}
+        found |= {"K % 64"} if count % 4 else set()
+        found |= {"T % 128"} if any(step.tokens % 128 for step in case.steps) else set()
+        found |= {"T=0"} if any(step.tokens == 0 for step in case.steps) else set()
+        found |= {f"{name}={config[name]}" for name in FIELDS if name != "out" and config[name] != FIELDS[name][0]}
+        found |= {"out"} if config["out"] else set()
+        found |= {f"fault:{name}" for name in case.fault_names}
+        found |= {"several steps"} if len(case.steps) > 1 else set()
+        found |= {"several buckets"} if case.mode != "eager" and len(case.buckets) > 1 else set()
+        return frozenset(found)
+
+    def simplify(self, case: Case) -> Iterator[Case]:
+        for mode in MODES[: MODES.index(case.mode)]:
+            yield replace(case, mode=mode)
+        if any(step.stream is not None for step in case.steps):  # numbered anew, where nothing hangs on old values
+            yield replace(case, steps=tuple(replace(step, stream=None) for step in case.steps))
+        labels = self.label_axes(case)["blocks"]
+        for fewer in (count for count in BLOCKS if count < len(labels)):
+            yield self.keep(case, "blocks", labels.first(fewer))
+        for name, values in FIELDS.items():
+            for value in values[: values.index(case.config[name])]:
+                yield self._without_orphans(case.with_config(**{name: value}))
+        for index, step in enumerate(case.steps):
+            for number, fault in enumerate(step.faults):
+                for other in self._plainer(fault):
+                    faults = (*step.faults[:number], other, *step.faults[number + 1 :])
+                    yield case.with_step(index, replace(step, faults=faults))
+
+    def _plainer(self, fault: Fault) -> list[Fault]:
+        """A fault on rows replaced by those listed before it: one bug, seen through many faults, is one finding."""
+        kinds = next((kinds for kinds in (ROW_FAULTS, ID_FAULTS) if fault.name in kinds), ())
+        found = [replace(fault, name=name, stream=None) for name in kinds[: kinds.index(fault.name) if kinds else 0]]
+        return found + ([replace(fault, stream=None)] if fault.stream is not None else [])
+
+    def sharpen(self, case: Case) -> Iterator[Case]:
+        if case.config["edge"] == "right":  # an access before a tensor is seen at any size only if it lies flush left
+            yield case.with_config(edge="left")
+
+    def label_axes(self, case: Case) -> Mapping[str, Labels]:
+        return {"blocks": Labels.parse(str(case.config["blocks"]))}
+
+    def keep(self, case: Case, axis: str, labels: Labels) -> Case:
+        return case.with_config(**{axis: str(labels)})
+
+    def cost(self, case: Case, device: str) -> float:
+        graph = case.mode != "eager"
+        if device != "cpu":
+            drawn = sum(0.002 + 2e-8 * step.tokens * 16 * self._count(case.config) for step in case.steps)
+            return drawn + (0.02 * len(case.buckets) if graph else 0.0)
+        seconds = {t: self.cpu_seconds(t, case.config) for t in case.buckets}
+        each = [seconds[step.tokens] for step in case.steps]
+        if not graph:
+            return sum(each)
+        # A call is half of an eager step. Here: one to warm up a bucket, two a step, and one more for the last.
+        return (sum(seconds.values()) + 2 * sum(each) + each[-1]) / 2
+
+    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
+        """An interpreted case, called twice, fitted to measurements: a kernel's time is that of the padded tile."""
+        blocks = self._count(config)
+        elements = 16 * tokens * blocks
+        if config["layout"] == "swizzled":
+            elements = 16 * (-(-tokens // 128) * 128) * (-(-blocks // 4) * 4)
+        return 2 * (0.015 + 2.5e-7 * elements) + 5e-7 * tokens * 16 * blocks
+
+    def label(self, case: Case) -> str:
+        return text.label(case)
+
+    def _count(self, config: Mapping[str, Scalar]) -> int:
+        return len(Labels.parse(str(config["blocks"])))
+
+    def _without_orphans(self, case: Case) -> Case:
+        """Without the faults that the config no longer has room for."""
+        if case.config["expert_ids"] != "none":
+            return case
+        for index, step in enumerate(case.steps):
+            kept = tuple(fault for fault in step.faults if fault.tensor != "expert_ids")
+            if kept != step.faults:
+                case = case.with_step(index, replace(step, faults=kept))
+        return case
+
+
+SPACES = (QuantizeSpace(),)
