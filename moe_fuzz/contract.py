@@ -35,7 +35,11 @@ class Contract:
     weight_dtype: str = "float32"  # "dtype": the router's weights are rounded to that of x first
     reduce: str = "float32"  # dtype in which the slots of a token are added up
     truncates: bool = False  # stores cut off instead of rounding: Triton's interpreter
-    accepts: tuple[str, ...] = ("distinct",)  # the padding dialects whose slots it takes
+    accepts: tuple[str, ...] = ("distinct",)  # the padding dialects whose slots it takes; of align too
+    # of align alone, where `ordered` says that blocks stand in ascending order of expert
+    stable: bool = False  # the slots of an expert ascend
+    tail: str = "minus_one"  # expert_ids past the blocks in use: "minus_one" | "any": nobody reads them
+    dropped: str = "absent"  # slots of no expert: "absent" from sorted_token_ids | "first", in blocks of the expert -1
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Capabilities:
     expert_map: bool = True
     absent: tuple[str, ...] = ()  # results of the op that it does not give
     # of align and of experts
-    block_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)  # of align
+    block_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)  # of align; none named: any
+    fewer_than_map: bool = True  # align's num_experts may be less than the number of ids in expert_map
     int64_ids: bool = True
     duplicate_ids: bool = True  # a row may name an expert twice
     zero_tokens: bool = True

@@ -10,7 +10,7 @@ reducer takes a step away, the tails of the others hold what they held.
 from __future__ import annotations
 
 import random
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe_fuzz.case import MODES, Case, Fault, Scalar, Step
@@ -111,14 +111,17 @@ def random_plan(tokens: Sequence[int], faults: Sequence[LaidFault], padding: int
 
 
 def make(
-    space: Space, config: Mapping[str, Scalar], run: str, plan: Plan, seed: int, target: str, device: str
-) -> Case:
-    """The case of a plan; as many of its steps as the device can afford."""
+    space: Space, config: Mapping[str, Scalar], run: str, plan: Plan, seed: int, target: str, device: str,
+    places: Sequence[FaultPlace] | None = None,
+) -> Case:  # fmt: skip
+    """The case of a plan; as many of its steps as the device can afford. places: the faults that may be in a tail, if
+    not all of the space's."""
     chosen = random.Random(seed)  # positions only; the values come from the case's generator
     if run == SEQUENCE:
         steps = [make_step(_size(plan, move), move.padding, move.faults, chosen) for move in plan.moves]
     else:
-        steps = _replays(plan, chosen, {place.fault for place in space.places})
+        known = {place.fault: place.tensor for place in reversed(space.places if places is None else places)}
+        steps = _replays(plan, chosen, known, getattr(space, "tails", TAILS))
     case = Case(space.op, config, tuple(steps), seed, mode(run), target)
     while len(case.steps) > 1 and not space.affordable(case, device):
         case = replace(case, steps=case.steps[:-1])
@@ -170,8 +173,11 @@ class _Content:
     faults: tuple[str, ...] = ("zero_rows",)
 
 
-def _replays(plan: Plan, chosen: random.Random, known: Container[str]) -> list[Step]:
-    """known: the faults that may be drawn. What none of them can bring into a tail is not in it."""
+def _replays(
+    plan: Plan, chosen: random.Random, known: Mapping[str, str], tails: Sequence[str] = TAILS
+) -> list[Step]:  # fmt: skip
+    """known: the faults that may be drawn, and the tensor that each lies on. What none of them can bring into a tail is
+    not in it. tails: what may be there, as many as there are TAILS."""
     whole = {place.fault: Fault(place.fault, place.tensor)  # a layout is the buffer's, a bias is a weight: they stay
              for move in plan.moves for place, _ in move.faults
              if not place.on_rows and (place.max_rows is None or max(plan.sizes) <= place.max_rows)}  # fmt: skip
@@ -181,7 +187,7 @@ def _replays(plan: Plan, chosen: random.Random, known: Container[str]) -> list[S
         rows = Labels.range(_size(plan, move))
         padded = padding_rows(rows, move.padding, chosen)
         buffer = buffers.setdefault(len(rows), {row: _Content() for row in rows})
-        tail = TAILS[move.tail] if TAILS[move.tail] in known else ""
+        tail = tails[move.tail] if tails[move.tail] in known else ""
         for row in padded:
             if tail:
                 buffer[row] = _Content(stream, (tail,))
@@ -192,19 +198,19 @@ def _replays(plan: Plan, chosen: random.Random, known: Container[str]) -> list[S
             if place.on_rows and real:
                 for row in fault_rows(real, Labels(), where, chosen) & real:
                     buffer[row] = replace(buffer[row], faults=(*buffer[row].faults, place.fault))
-        held = [fault for fault in _faults(stream, buffer) if fault.name in known]
+        held = _faults(stream, buffer, known)
         steps.append(Step(rows, padded, (*held, *whole.values())))
     return steps
 
 
-def _faults(stream: int, buffer: Mapping[int, _Content]) -> list[Fault]:
+def _faults(stream: int, buffer: Mapping[int, _Content], known: Mapping[str, str]) -> list[Fault]:
     """The faults that make the rows of this step hold what the buffer does."""
     found: list[Fault] = []
     for content in dict.fromkeys(buffer.values()):
         rows = Labels.of(row for row, held in buffer.items() if held == content)
-        if content.stream not in (None, stream):
-            found.append(Fault("stale_rows", "logits", rows, content.stream))
-        found += [Fault(name, "logits", rows) for name in content.faults]
+        if content.stream not in (None, stream) and "stale_rows" in known:
+            found.append(Fault("stale_rows", known["stale_rows"], rows, content.stream))
+        found += [Fault(name, known[name], rows) for name in content.faults if name in known]
     return found
 
 

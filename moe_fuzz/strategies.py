@@ -52,7 +52,8 @@ def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tupl
     config = draw(configs(space, info))
     kinds = sequences.runs(space.modes(info), device)
     run, tokens = sequences.afforded(space, config, draw(st.sampled_from(kinds)), kinds, device)
-    places = [place for place in space.places_for(config, info) if sequences.mode(run) in place.modes]
+    taken = space.places_for(config, info)
+    places = [place for place in taken if sequences.mode(run) in place.modes]
     # The tensor first, then the fault: else a tensor with few faults of its own would hardly ever have one.
     by_tensor = [[p for p in places if p.tensor == tensor] for tensor in dict.fromkeys(p.tensor for p in places)]
     one = st.sampled_from(by_tensor).flatmap(st.sampled_from)
@@ -62,7 +63,8 @@ def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tupl
     if run != sequences.SINGLE:
         plans = [sequences.plan(run, tokens, swarm, chosen) for _ in range(chosen.randint(1, MAX_ROUND // 4))]
         return tuple(
-            sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device) for plan in plans
+            sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device, taken)
+            for plan in plans
         )
     return tuple(
         make_case(
@@ -100,12 +102,13 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     for row in pairwise(axes, chosen):
         config = space.complete({axis.name: row[axis.name] for axis in axes[:-4]}, info)
         run, tokens = sequences.afforded(space, config, str(row["run"]), runs, device)
-        fitting = [place for place in space.places_for(config, info) if sequences.mode(run) in place.modes]
+        taken = space.places_for(config, info)
+        fitting = [place for place in taken if sequences.mode(run) in place.modes]
         place = next((p for p in fitting if f"{p.fault}@{p.tensor}" == row["fault"]), None)
         faults = [(place, int(row["where"]))] if place else []
         if run != sequences.SINGLE:
             plan = sequences.random_plan(tokens, faults, int(row["padding rows"]), chosen)
-            yield sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device)
+            yield sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device, taken)
             continue
         count = sequences.some_size(tokens, chosen)
         yield make_case(space, config, count, int(row["padding rows"]), faults, chosen.getrandbits(62), info.name)

@@ -77,8 +77,8 @@ def locate(
 
 
 def _is_there(case: Case, tensor: str) -> bool:
-    """An optional tensor bears the name of the flag of the config that asks for it."""
-    return case.config.get(tensor, True) is not False
+    """An optional tensor bears the name of the field of the config that asks for it."""
+    return case.config.get(tensor, True) not in (False, "none")
 
 
 def _located(crash: Violation, tensor: str, side: str, access: str) -> Violation:

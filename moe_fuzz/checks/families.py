@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from moe_fuzz.checks.align.family import FAMILY as ALIGN
 from moe_fuzz.checks.family import Family
 from moe_fuzz.checks.routing.family import FAMILY as ROUTING
 from moe_fuzz.ops import OPS, get_space
 
-_BY_NAME = {family.name: family for family in (ROUTING,)}
+_BY_NAME = {family.name: family for family in (ROUTING, ALIGN)}
 
 #: op -> its family
 FAMILIES: Mapping[str, Family] = {op: _BY_NAME[get_space(op).family] for op in OPS}

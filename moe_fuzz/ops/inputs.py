@@ -53,6 +53,10 @@ class Inputs(ABC):
     def results(self) -> dict[str, Result]:
         """What a call returns, in order; `out` buffers are made like that."""
 
+    def fits(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the result of this name may have this shape."""
+        return shape == self.results[name][0]
+
     @property
     def tokens(self) -> int:
         return self.plain[self.fluid[0]].shape[0]

@@ -53,6 +53,9 @@ class Space(Protocol):
     @property
     def presets(self) -> Mapping[str, Mapping[str, Scalar]]: ...  # model -> the part of a config it fixes
 
+    # A space may also have `tails`: what a layer before may leave in the rows of a static buffer that are no tokens, in
+    # the places of moe_fuzz.sequences.TAILS.
+
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         """The axes of a config inside the target's capabilities; `experts` holds counts."""
         ...

@@ -6,38 +6,10 @@ The target of a planted bug is `OP@planted.NAME`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Planted:
-    """One planted bug. Its docstring tells the same story, for whoever reads the code."""
-
-    name: str  # also the name of the function
-    op: str
-    module: str  # beside this file
-    check: str  # the check that must find it; "crash", "hang" and "oom" for those that take their process
-    upstream: str  # the issue it stands for, as OWNER#NUMBER
-    story: str  # the flaw, and the input that shows it
-    symptom: str = ""  # the symptom of the finding, where it is one only
-    only: bool = False  # no other check can find it
-    fence: str = "torch"  # FenceOptions.own that it takes to see it
-    contract: Mapping[str, Any] = field(default_factory=lambda: {"deterministic": True})
-    capabilities: Mapping[str, Any] = field(default_factory=dict)  # beyond what the signature tells
-
-    @property
-    def function(self) -> str:
-        return self.name
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """Where it is a bug: memory of the host is eaten on the host."""
-        return tuple(self.capabilities.get("devices", ("cpu", "cuda")))
-
-    @property
-    def target(self) -> str:
-        return f"{self.op}@planted.{self.name}"
+from moe_fuzz.planted.align_catalog import ALIGN
+from moe_fuzz.planted.entry import Planted
 
 
 def _router(name: str, module: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
@@ -60,7 +32,7 @@ def _slots(name: str, check: str, upstream: str, story: str, **more: Any) -> Pla
     return _grouped(name, check, upstream, story, module="grouped_slots", **more)
 
 
-PLANTED: tuple[Planted, ...] = (
+_ROUTERS: tuple[Planted, ...] = (
     # what a NaN does
     _router("nan_argmax", "routing_nan", "ids", "vllm#39391", "on a row of NaN `>` is never true: expert 0, k times"),
     _router("nan_sentinel", "routing_nan", "ids", "sglang#30079", "on a row with NaN `==` is never true: id E"),
@@ -203,6 +175,8 @@ PLANTED: tuple[Planted, ...] = (
             "stores past a workspace from a helper thread where E is odd", symptom="own:right:write", only=True,
             capabilities=_CUDA, fence="all"),
 )  # fmt: skip
+
+PLANTED: tuple[Planted, ...] = (*_ROUTERS, *ALIGN)
 
 
 def get_planted(name: str) -> Planted | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, declares
+from moe_fuzz.kernels import align as sorting
 from moe_fuzz.kernels import experts_bf16 as experts
 from moe_fuzz.kernels import grouped_topk as grouped
 from moe_fuzz.kernels import routing
@@ -13,16 +14,21 @@ _CONTRACT = Contract(
     deterministic=True, batch_invariant=True, ties="lowest_index_first", ordered=True, padding=PADDING_DIALECTS
 )
 _CAPABILITIES = Capabilities(out=True, alignment=1)
+_SORTED = Contract(deterministic=True, ordered=True, stable=True, accepts=PADDING_DIALECTS)
+_BLOCKS = Capabilities(max_experts=8192, out=True, alignment=1, block_sizes=())
 
 
-def _promises(module: str) -> dict[str, Any]:
+def _promises(
+    module: str, contract: Contract = _CONTRACT, capabilities: Capabilities = _CAPABILITIES
+) -> dict[str, Any]:
     clause = f"the contract in the docstring of moe_fuzz.reference.{module}"
-    return {"contract": _CONTRACT, "capabilities": _CAPABILITIES, "clauses": {"*": clause}}
+    return {"contract": contract, "capabilities": capabilities, "clauses": {"*": clause}}
 
 
 topk_softmax = declares(**_promises("routing"))(routing.topk_softmax)
 topk_sigmoid = declares(**_promises("routing"))(routing.topk_sigmoid)
 grouped_topk = declares(**_promises("grouped_topk"))(grouped.grouped_topk)
+align = declares(**_promises("align", _SORTED, _BLOCKS))(sorting.align)
 experts_bf16 = declares(
     # not batch-invariant: block shapes follow the number of slots, and with them the order of a sum
     contract=Contract(deterministic=True, accepts=PADDING_DIALECTS),

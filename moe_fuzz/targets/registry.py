@@ -25,6 +25,8 @@ ENTRY_POINTS = "moe_fuzz.targets"
 _OWN = {f"{op}@{module}": f"moe_fuzz.targets.{module}:{op}" for op in OPS for module in ("builtin", "torch")}
 #: Of serving libraries, which need not be installed: factories, since what a release takes is known once it is loaded.
 _LIBRARIES = {
+    "align@sglang": "moe_fuzz.targets.sglang_align:align()",
+    "align@vllm": "moe_fuzz.targets.vllm_align:align()",
     "grouped_topk@sglang": "moe_fuzz.targets.sglang:grouped_topk()",
     "grouped_topk@sglang.triton": "moe_fuzz.targets.sglang_triton:grouped_topk()",
     "grouped_topk@vllm": "moe_fuzz.targets.vllm:grouped_topk()",

@@ -1,0 +1,313 @@
+"""The space of `align`: configs, dictionary, faults, limits and the reducer's moves. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from moe_fuzz.case import MODES, Case, Fault, Scalar
+from moe_fuzz.contract import Capabilities, TargetInfo
+from moe_fuzz.errors import CaseError
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops.align import text
+from moe_fuzz.ops.align.presets import MODELS
+from moe_fuzz.ops.space import Axis, FaultPlace
+
+#: Never uniform random sizes: a warp, a block of threads and a scan end at each of these, or right before or after.
+EXPERTS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 60, 63, 64, 65, 67, 96, 127, 128, 129, 160, 192, 255, 256, 257,
+           288, 384, 512, 575, 576, 992, 1023, 1024, 1025, 1100, 2048)  # fmt: skip
+TOP_K = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 17, 22, 31, 32)
+BLOCK_SIZES = (16, 8, 4, 2, 1, 32, 64, 128, 256, 3, 7, 12, 48, 100)
+#: With the dictionary of top_k, tokens times top_k stands on both sides of 64, 256, 1024 and 65536 slots.
+TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
+          1023, 1024, 1025, 2048, 4095, 4096, 4097, 8191, 16385, 65537)  # fmt: skip
+MAPS = ("none", "shard", "permuted", "local")
+
+MAX_EXPERTS = 8192
+MAX_BLOCK = 1024
+MAX_ELEMENTS = 1 << 27
+CPU_BUDGET = 0.2  # seconds an interpreted case may take
+#: T x E on a device: the ids of a row are drawn among all experts.
+CUDA_ELEMENTS = 1 << 23
+
+#: What each field of a config may be; `experts` is a labels string, top_k and block_size are numbers, and stand apart.
+FIELDS: Mapping[str, tuple[Scalar, ...]] = {
+    "expert_map": MAPS,
+    "ids_dtype": ("int32", "int64"),
+    "edge": ("right", "left"),
+    "out": (False, True),
+}
+
+#: On rows of ids, the plainest first.
+ROW_FAULTS = ("zero_rows", "all_to_one", "hot_expert", "duplicate_experts", "empty_experts", "minus_one_ids",
+              "num_experts_ids", "sentinel_ids", "wide_ids", "stale_rows")  # fmt: skip
+#: Fault -> the dialect that a target must take, see Contract.accepts.
+_DIALECTS = {"minus_one_ids": "minus_one", "num_experts_ids": "num_experts", "sentinel_ids": "garbage",
+             "wide_ids": "garbage"}  # fmt: skip
+_DUPLICATES = ("zero_rows", "all_to_one", "hot_expert", "duplicate_experts")  # a row may name an expert twice
+#: What stands in the rows of a static buffer past the tokens, where it is not what was there: see moe_fuzz.sequences.
+TAILS = ("", "", "", "minus_one_ids", "minus_one_ids", "num_experts_ids", "sentinel_ids", "zero_rows")
+_STRIDED = ("noncontiguous", "transposed", "int32_boundary")
+_LOCAL = "local"  # the map that makes num_experts smaller than the number of ids
+PLACES = (
+    *(FaultPlace(name, "ids", on_rows=True) for name in ROW_FAULTS),
+    FaultPlace("noncontiguous", "ids", on_rows=False),
+    FaultPlace("transposed", "ids", on_rows=False),
+    # Not piecewise: the producer's graph would need real memory for all that lies between the rows.
+    FaultPlace("int32_boundary", "ids", on_rows=False, max_rows=64, modes=("eager", "graph")),
+    FaultPlace("misaligned", "ids", on_rows=False),
+)
+
+
+@dataclass(frozen=True)
+class AlignSpace:
+    """The slots of a routing decision sorted by expert into whole blocks. See ops/space.py for what each member is."""
+
+    op: str = "align"
+    description: str = "the slots of a routing decision sorted by expert, each padded to whole blocks"
+
+    family: ClassVar[str] = "align"
+    checks: ClassVar[Mapping[str, str]] = text.CHECKS
+    faults: ClassVar[Mapping[str, str]] = text.FAULTS
+    places: ClassVar[tuple[FaultPlace, ...]] = PLACES
+    sizes: ClassVar[tuple[str, ...]] = ("experts", "top_k", "block_size")
+    presets: ClassVar[Mapping[str, Mapping[str, Scalar]]] = MODELS
+    tails: ClassVar[tuple[str, ...]] = TAILS
+    tensors: ClassVar[Mapping[str, str]] = {
+        "ids": "input", "expert_map": "input", "sorted_token_ids": "output", "expert_ids": "output",
+        "num_tokens_post_padded": "output", "inverse": "output",
+    }  # fmt: skip
+    simplest: ClassVar[Mapping[str, Scalar]] = {
+        "block_size": BLOCK_SIZES[0], **{name: values[0] for name, values in FIELDS.items()}
+    }  # fmt: skip
+
+    # ---- what to draw -----------------------------------------------------------------------------------------------
+
+    def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
+        can = info.capabilities
+        return (
+            Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts]),
+            Axis("top_k", [k for k in TOP_K if k <= can.max_top_k]),
+            Axis("block_size", [b for b in BLOCK_SIZES if _takes_block(can, b)] or can.block_sizes),
+            Axis("expert_map", _maps(can)),
+            Axis("ids_dtype", ("int32", "int64") if can.int64_ids else ("int32",)),
+            Axis("edge", FIELDS["edge"]),
+            Axis("out", (False, True) if can.out else (False,)),
+        )
+
+    def modes(self, info: TargetInfo) -> tuple[str, ...]:
+        return MODES if info.contract.graph else MODES[:1]
+
+    def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
+        return self.mended({**config, "experts": str(Labels.range(int(config["experts"])))})
+
+    def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
+        if device == "cpu":
+            return tuple(t for t in TOKENS if self.cpu_seconds(t, config) <= CPU_BUDGET)
+        count = len(Labels.parse(str(config["experts"])))
+        return tuple(t for t in TOKENS if t * count <= CUDA_ELEMENTS)
+
+    def affordable(self, case: Case, device: str) -> bool:
+        return device != "cpu" or self.cost(case, device) <= CPU_BUDGET
+
+    def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
+        return tuple(p for p in self.places if not self._refused(p.fault, info)
+                     and (p.fault != "wide_ids" or config["ids_dtype"] == "int64"))  # fmt: skip
+
+    def _refused(self, fault: str, info: TargetInfo) -> str:
+        """Why the target does not take the fault; empty if it does."""
+        can, contract = info.capabilities, info.contract
+        if fault in _DIALECTS and _DIALECTS[fault] not in contract.accepts:
+            return f"ids of no expert ({fault})"
+        if fault in _DUPLICATES and not can.duplicate_ids:
+            return "an expert twice in a row"
+        if fault in _STRIDED and not can.strided:
+            return "strided ids"
+        return "misaligned ids" if fault == "misaligned" and can.alignment > 1 else ""
+
+    # ---- what is valid ----------------------------------------------------------------------------------------------
+
+    def validate(self, case: Case) -> None:
+        config = case.config
+        expected = {"experts", "top_k", "block_size", *FIELDS}
+        for key in sorted(set(config) ^ expected):
+            raise CaseError(
+                f"config.{key}",
+                "is missing" if key in expected else "unknown field",
+                f"the fields of {self.op} are {', '.join(sorted(expected))}",
+            )
+        experts = config["experts"]
+        try:
+            labels = Labels.parse(experts) if isinstance(experts, str) else Labels()
+        except ValueError as error:
+            raise CaseError("config.experts", str(error)) from error
+        if not 1 <= len(labels) <= MAX_EXPERTS:
+            raise CaseError("config.experts", f'must name 1 to {MAX_EXPERTS} experts as a string like "0-59", '
+                                              f"not {experts!r}")  # fmt: skip
+        for key, most in (("top_k", min(64, len(labels))), ("block_size", MAX_BLOCK)):
+            value = config[key]
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise CaseError(f"config.{key}", f"must be an integer from 1 to {most}, not {value!r}")
+        for key, values in FIELDS.items():
+            value = config[key]
+            if not any(value == v and type(value) is type(v) for v in values):
+                raise CaseError(f"config.{key}", f"must be one of {', '.join(map(repr, values))}, not {value!r}")
+        for index, step in enumerate(case.steps):
+            if step.tokens * len(labels) > MAX_ELEMENTS:
+                raise CaseError(f"steps[{index}].rows", f"{step.tokens} rows x {len(labels)} experts are too many")
+            for number, fault in enumerate(step.faults):
+                self._validate_fault(case, step.tokens, fault, f"steps[{index}].faults[{number}]")
+
+    def _validate_fault(self, case: Case, tokens: int, fault: Fault, where: str) -> None:
+        place = next((p for p in self.places if (p.fault, p.tensor) == (fault.name, fault.tensor)), None)
+        if place is None:
+            raise CaseError(
+                where,
+                f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
+                f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
+            )
+        if case.mode not in place.modes:
+            hint = f"use mode {' or '.join(place.modes)}"
+            raise CaseError(where, f"{fault.name} cannot be laid in mode {case.mode}", hint)
+        if place.max_rows is not None and tokens > place.max_rows:
+            raise CaseError(where, f"{fault.name} is for {place.max_rows} rows at most, not {tokens}")
+        if place.on_rows != bool(fault.rows):
+            raise CaseError(f"{where}.rows", "must name rows" if place.on_rows else "must name no rows")
+        if fault.name == "wide_ids" and case.config["ids_dtype"] != "int64":
+            raise CaseError(where, "wide_ids needs config.ids_dtype int64")
+        if fault.stream is not None and fault.name != "stale_rows":
+            raise CaseError(f"{where}.stream", "only stale_rows hold what another step had")
+
+    def refusal(self, case: Case, info: TargetInfo) -> str:
+        refused = [what for hit, what in self._refusals(case, info) if hit]
+        refused += [why for name in case.fault_names if (why := self._refused(name, info))]
+        return f"{info.name} does not take {', '.join(refused)}" if refused else ""
+
+    def _refusals(self, case: Case, info: TargetInfo) -> Iterator[tuple[object, str]]:
+        can, config = info.capabilities, case.config
+        count = len(case.experts)
+        yield not can.min_experts <= count <= can.max_experts, f"{count} experts"
+        yield int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"
+        yield not _takes_block(can, int(config["block_size"])), f"block_size {config['block_size']}"
+        yield config["expert_map"] not in _maps(can), f"expert_map={config['expert_map']}"
+        yield config["ids_dtype"] == "int64" and not can.int64_ids, "int64 ids"
+        yield config["out"] and not can.out, "out"
+        yield not can.zero_tokens and not all(step.tokens for step in case.steps), "no tokens"
+
+    # ---- what it is like --------------------------------------------------------------------------------------------
+
+    def features(self, case: Case) -> frozenset[str]:
+        config, count, top_k, block = case.config, len(case.experts), int(case.config["top_k"]), self._block(case)
+        most = max(step.tokens for step in case.steps)
+        found = {f"E>{limit}" for limit in (1, 8, 32, 64, 128, 512, 1023) if count > limit}
+        found |= {f"k>{limit}" for limit in (1, 4, 8, 16) if top_k > limit}
+        found |= {f"T>{limit}" for limit in (1, 8, 32, 128, 512) if most > limit}
+        found |= {f"slots>{limit}" for limit in (256, 1023, 32767, 65535) if most * top_k > limit}
+        found |= {"slots<E"} if most * top_k < count else set()
+        found |= {"T=0"} if any(step.tokens == 0 for step in case.steps) else set()
+        found |= {"E not a power of two"} if count & (count - 1) else set()
+        found |= {"block=1"} if block == 1 else {"block not a power of two"} if block & (block - 1) else set()
+        found |= {f"{name}={config[name]}" for name in ("expert_map", "ids_dtype", "edge")
+                  if config[name] != FIELDS[name][0]}  # fmt: skip
+        found |= {"out"} if config["out"] else set()
+        found |= {f"fault:{name}" for name in case.fault_names}
+        found |= {"several steps"} if len(case.steps) > 1 else set()
+        found |= {"several buckets"} if case.mode != "eager" and len(case.buckets) > 1 else set()
+        return frozenset(found)
+
+    def simplify(self, case: Case) -> Iterator[Case]:
+        for mode in MODES[: MODES.index(case.mode)]:
+            yield replace(case, mode=mode)
+        if any(step.stream is not None for step in case.steps):  # numbered anew, where nothing hangs on old values
+            yield replace(case, steps=tuple(replace(step, stream=None) for step in case.steps))
+        top_k, block = int(case.config["top_k"]), self._block(case)
+        for smaller in (k for k in TOP_K if k < top_k):
+            yield case.with_config(top_k=smaller)
+        for fewer in (e for e in EXPERTS if e < len(case.experts)):
+            yield self.keep(case, "experts", case.experts.first(fewer))
+        for plainer in BLOCK_SIZES[: BLOCK_SIZES.index(block) if block in BLOCK_SIZES else None]:
+            yield case.with_config(block_size=plainer)
+        for name, values in FIELDS.items():
+            for value in values[: values.index(case.config[name])]:
+                yield self._without_orphans(case.with_config(**{name: value}))
+        yield from self._plainer_faults(case)
+
+    def sharpen(self, case: Case) -> Iterator[Case]:
+        if case.config["edge"] == "right":  # an access before a tensor is seen at any size only if it lies flush left
+            yield case.with_config(edge="left")
+
+    def label_axes(self, case: Case) -> Mapping[str, Labels]:
+        return {"experts": case.experts}
+
+    def keep(self, case: Case, axis: str, labels: Labels) -> Case:
+        return replace(case, config=self.mended({**case.config, axis: str(labels)}))
+
+    def mended(self, config: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """The config with what depends on the number of experts cut down to it."""
+        count = len(Labels.parse(str(config["experts"])))
+        return {**config, "top_k": min(int(config["top_k"]), count)}
+
+    def cost(self, case: Case, device: str) -> float:
+        graph = case.mode != "eager"
+        if device != "cpu":
+            drawn = sum(0.002 + 1e-7 * step.tokens * len(case.experts) for step in case.steps)
+            return drawn + (0.02 * len(case.buckets) if graph else 0.0)
+        seconds = {t: self.cpu_seconds(t, case.config) for t in case.buckets}
+        each = [seconds[step.tokens] for step in case.steps]
+        if not graph:
+            return sum(each)
+        # A call is half of an eager step. Here: one to warm up a bucket, two a step, and one more for the last.
+        return (sum(seconds.values()) + 2 * sum(each) + each[-1]) / 2
+
+    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
+        """An interpreted case, called twice, fitted to measurements: programs of 1024 slots, then what each program's
+        loops go over: the room for sorted ids, and the blocks of the fullest expert, which may have all slots."""
+        count, block = len(Labels.parse(str(config["experts"]))), int(config["block_size"])
+        slots = tokens * int(config["top_k"])
+        room = min(slots, count) * block + max(0, slots - count)
+        programs = -(-slots // 1024)
+        call = 0.018 + 0.025 * (programs if programs > 1 else 0) + 8e-7 * room + 2.5e-4 * slots / block
+        return 2 * call + 2e-7 * tokens * count
+
+    def label(self, case: Case) -> str:
+        return text.label(case)
+
+    def _block(self, case: Case) -> int:
+        return int(case.config["block_size"])
+
+    def _plainer_faults(self, case: Case) -> Iterator[Case]:
+        """Each fault on rows replaced by those listed before it: one bug, seen through many faults, is one finding."""
+        for index, step in enumerate(case.steps):
+            for number, fault in enumerate(step.faults):
+                if fault.name not in ROW_FAULTS:
+                    continue
+                plainer = [replace(fault, name=name, stream=None) for name in ROW_FAULTS[: ROW_FAULTS.index(fault.name)]
+                           if name != "wide_ids" or case.config["ids_dtype"] == "int64"]  # fmt: skip
+                plainer += [replace(fault, stream=None)] if fault.stream is not None else []
+                for other in plainer:
+                    faults = (*step.faults[:number], other, *step.faults[number + 1 :])
+                    yield case.with_step(index, replace(step, faults=faults))
+
+    def _without_orphans(self, case: Case) -> Case:
+        """Without the faults that the config no longer has room for."""
+        if case.config["ids_dtype"] == "int64":
+            return case
+        for index, step in enumerate(case.steps):
+            kept = tuple(fault for fault in step.faults if fault.name != "wide_ids")
+            if kept != step.faults:
+                case = case.with_step(index, replace(step, faults=kept))
+        return case
+
+
+def _takes_block(can: Capabilities, size: int) -> bool:
+    return not can.block_sizes or size in can.block_sizes
+
+
+def _maps(can: Capabilities) -> tuple[str, ...]:
+    if not can.expert_map:
+        return MAPS[:1]
+    return MAPS if can.fewer_than_map else tuple(name for name in MAPS if name != _LOCAL)
+
+
+SPACES = (AlignSpace(),)
