@@ -1,7 +1,7 @@
 """NVFP4 to numbers on the device, and the order of columns in which that is cheap.
 
-A block of 16 codes is one int64, nibble n of it column n. Four bits of a code become a bfloat16 by shifts and masks: the
-sign at the top, two bits of exponent and one of mantissa where bfloat16 has its own, which is the code times 2^-126
+A block of 16 codes is one int64, nibble n of it column n. Shifts and masks make a bfloat16 of the four bits of a code:
+the sign at the top, two bits of exponent and one of mantissa where bfloat16 has its own, which is the code times 2^-126
 (a code of 0.5 is a subnormal there, as in E2M1). One product with the block's scale times 2^118 makes it normal again:
 code * scale * 2^-8, exact, as no product of a code and a scale has more than six significant bits.
 

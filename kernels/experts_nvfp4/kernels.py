@@ -1,4 +1,4 @@
-"""What runs on the device where weights are decoded inside of the product: as they come, from registers to tensor cores."""
+"""The product that decodes its weights as they come, in registers, from which the tensor cores take them."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from moe_fuzz.kernels.experts_bf16.kernels import _activate, _group, _rounded
 from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, place, shift_back
+from moe_fuzz.kernels.experts_nvfp4.prepare import scale_offset, usable
 
 
 @triton.jit(
@@ -75,18 +76,13 @@ def fp4_product_kernel(
             # 64 bits throughout: E * 2I * H and T * H pass 2^31
             stride = units.to(tl.int64) * UNIT
             w = w_ptr + expert.to(tl.int64) * rows * stride + row.to(tl.int64)[:, None] * stride + b[None, :]  # [N, B]
-            if SWIZZLED:  # [R/128, D/64] tiles of 32 x 4 x 4 bytes
-                tiles_k = tl.cdiv(units * UNIT, 4)
-                across = (expert.to(tl.int64) * tl.cdiv(rows, 128) + row // 128) * tiles_k * 512  # [N]
-                s = (scale_ptr + (across + row % 32 * 16 + row // 32 % 4 * 4)[:, None]
-                     + (b // 4 * 512 + b % 4)[None, :])  # fmt: skip
-            else:
-                s = scale_ptr + expert.to(tl.int64) * rows * stride + row.to(tl.int64)[:, None] * stride + b[None, :]
+            s = scale_ptr + scale_offset(expert, row, b, rows, units * UNIT, SWIZZLED)
             a = a_ptr + (slot // per_row).to(tl.int64)[None, :] * pitch + p[:, None]  # [D', M]
             # Of the epilogue, but read here, where nobody waits for it.
             factor = tl.load(alpha_ptr + expert) * shift_back(DTYPE)
             if HAS_GLOBAL:
-                factor = factor / tl.load(global_ptr)
+                given = usable(tl.load(global_ptr))
+                factor = tl.where(given > 0.0, factor / given, factor)
             if WEIGHT != "none":
                 at = (slot // top_k).to(tl.int64) * weights_stride_t + (slot % top_k) * weights_stride_k
                 weight = tl.load(weights_ptr + at, mask=ok, other=0.0)[None, :]  # [1, M]

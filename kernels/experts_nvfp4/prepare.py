@@ -1,4 +1,4 @@
-"""What runs before the products: activations into their order, quantized first if asked for; weights decoded as a whole."""
+"""What runs before the products: activations are quantized, if asked for, and reordered; or all weights decoded."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from moe_fuzz.kernels.experts_bf16.kernels import _rounded
-from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, place
+from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, place, plain_code
+from moe_fuzz.kernels.nvfp4 import _e2m1_codes, _e4m3_bytes, _e4m3_values
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -26,8 +27,9 @@ def reorder_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_stride_r + column.to(tl.int64)[None, :] * x_stride_c, mask=inside, other=0.0)
+    x = x.to(tl.float32)
     if QUANTIZE:
-        blocks = tl.reshape(x.to(tl.float32), (ROWS, COLUMNS // 16, 16))
+        blocks = tl.reshape(x, (ROWS, COLUMNS // 16, 16))
         x = tl.reshape(_quantized(blocks, tl.load(global_ptr)), (ROWS, COLUMNS))
     tl.store(
         out_ptr + row[:, None] * pitch + place(column)[None, :], _rounded(x, out_ptr.dtype.element_ty, INTERPRETED),
@@ -44,40 +46,18 @@ def usable(global_scale):
 
 @triton.jit
 def _quantized(blocks, global_scale):
-    """code * scale of each number of [.., 16], by `reference/nvfp4.py::nvfp4_quantize`, operation by operation."""
-    given = usable(global_scale)
-    safe = tl.where(given > 0.0, given, 1.0)
-    nan = blocks != blocks
-    size = tl.where(nan, 0.0, tl.abs(blocks))
-    amax = tl.max(size, axis=2, keep_dims=True)
-    ideal = tl.where(given > 0.0, amax * tl.div_rn(safe, 6.0), 0.0)
-    scale = _nearest_e4m3(tl.minimum(ideal, 448.0))
-    decode = scale * tl.div_rn(1.0, safe)
-    factor = tl.minimum(tl.div_rn(1.0, tl.where(decode > 0.0, decode, 1.0)), 3.4028234663852886e38)
-    factor = tl.where(decode > 0.0, factor, 3.4028234663852886e38)  # the scale over the global one underflowed
-    code = tl.minimum(size * factor, 6.0)
-    code = tl.where(size == float("inf"), 6.0, code)
-    code = _nearest_e2m1(code)
-    value = tl.where(scale > 0.0, code * scale, 0.0)
-    return tl.where(blocks < 0.0, -value, value)
-
-
-@triton.jit
-def _nearest_e4m3(value):
-    """0 to 448, ties to even."""
-    bits = value.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-    tiny = (value + 24576.0) - 24576.0  # to a multiple of 2^-9: float32 has no finer step there
-    return tl.where(value < 0.015625, tiny, bits.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def _nearest_e2m1(value):
-    """0 to 6, ties to even: by the step of each range."""
-    half = (value + 6291456.0) - 6291456.0
-    whole = (value + 12582912.0) - 12582912.0
-    two = (value + 25165824.0) - 25165824.0
-    return tl.where(value < 2.0, half, tl.where(value < 4.0, whole, two))
+    """code * scale of each number of [R, B, 16], as `nvfp4_quantize` makes them."""
+    scale = usable(global_scale)
+    real = scale > 0.0
+    scale = tl.where(real, scale, 1.0)
+    size = tl.where(blocks == blocks, tl.abs(blocks), 0.0)  # a NaN has no part
+    byte = _e4m3_bytes(tl.minimum(tl.max(size, axis=2) * tl.div_rn(scale, 6.0), 448.0))  # [R, B]
+    byte = tl.where(real, byte, 0)
+    of_block = _e4m3_values(byte)
+    decode = tl.where(byte == 0, 1.0, of_block * tl.div_rn(1.0, scale))
+    encode = tl.minimum(tl.div_rn(tl.full(decode.shape, 1.0, tl.float32), decode), 3.4028234663852886e38)
+    code = _e2m1_codes(blocks, size, encode[:, :, None])
+    return plain_code(code) * of_block[:, :, None]
 
 
 @triton.jit(do_not_specialize=["rows_13", "rows_2", "tiles_13", "experts"])
