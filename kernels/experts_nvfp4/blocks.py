@@ -18,10 +18,15 @@ LARGE_FROM = 512
 
 
 @dataclass(frozen=True)
+class Tile(Blocks):
+    registers: int = 0  # of a thread at most, so that more programs fit a multiprocessor; 0: what the compiler takes
+
+
+@dataclass(frozen=True)
 class Plan:
     up_to: float  # slots an expert has on average
-    gate_up: Blocks
-    down: Blocks  # the same m
+    gate_up: Tile
+    down: Tile  # the same m
     inline_slots: int = 128  # up to so many slots, 128 at most, each program groups them itself: a launch less
 
     def __post_init__(self) -> None:
@@ -34,12 +39,12 @@ class Plan:
 #: By the slots that an expert has on average. Rows of the weights are the rows of the tensor cores' tile: 64 or more.
 PLANS = (
     # Memory bound; the fewer instructions for each weight, the better.
-    Plan(1, Blocks(16, 64, 256, 1, 4, 3), Blocks(16, 64, 128, 1, 4, 4), inline_slots=16),
-    Plan(8, Blocks(16, 64, 256, 1, 4, 3), Blocks(16, 64, 128, 1, 4, 4)),
-    Plan(24, Blocks(32, 64, 256, 2, 4, 3), Blocks(32, 64, 128, 2, 4, 4), inline_slots=16),
-    Plan(96, Blocks(64, 128, 128, 4, 8, 3), Blocks(64, 128, 128, 4, 8, 3)),
+    Plan(1, Tile(16, 64, 256, 1, 4, 3), Tile(16, 64, 128, 1, 4, 4), inline_slots=16),
+    Plan(8, Tile(16, 64, 256, 1, 4, 3), Tile(16, 64, 128, 1, 4, 4)),
+    Plan(24, Tile(32, 64, 256, 2, 4, 3), Tile(32, 64, 128, 2, 4, 4), inline_slots=16),
+    Plan(96, Tile(64, 128, 128, 4, 8, 3), Tile(64, 128, 128, 4, 8, 3)),
     # Bound by the tensor cores: every decoded weight is multiplied with as many slots as registers allow.
-    Plan(float("inf"), Blocks(128, 128, 128, 8, 8, 3), Blocks(128, 128, 128, 8, 8, 3)),
+    Plan(float("inf"), Tile(128, 128, 128, 8, 8, 3), Tile(128, 128, 128, 8, 8, 3)),
 )
 
 
@@ -51,9 +56,9 @@ def choose(slots: int, num_ids: int) -> Plan:
 def interpreted(hidden: int, inter: int) -> Plan:
     """In the interpreter a step costs the same whatever its size, so there are few."""
 
-    def blocks(rows: int, depth: int) -> Blocks:
+    def blocks(rows: int, depth: int) -> Tile:
         d = min(max(triton.next_power_of_2(depth), 128), 1024)
-        return Blocks(16, max(min(triton.next_power_of_2(rows), (1 << 18) // d), 16), d, 2, 4, 1)
+        return Tile(16, max(min(triton.next_power_of_2(rows), (1 << 18) // d), 16), d, 2, 4, 1)
 
     return Plan(0, blocks(2 * inter, hidden), blocks(hidden, inter), inline_slots=16)
 

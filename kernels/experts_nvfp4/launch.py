@@ -9,10 +9,9 @@ import triton
 from torch import Tensor
 
 from moe_fuzz.kernels.align import align, align_shapes
-from moe_fuzz.kernels.experts_bf16.blocks import Blocks
 from moe_fuzz.kernels.experts_bf16.kernels import sum_slots_kernel
 from moe_fuzz.kernels.experts_bf16.launch import _EARLY, _PROGRAMS, _multiprocessors
-from moe_fuzz.kernels.experts_nvfp4.blocks import PLANS, Plan, choose, choose_backend, interpreted
+from moe_fuzz.kernels.experts_nvfp4.blocks import PLANS, Plan, Tile, choose, choose_backend, interpreted
 from moe_fuzz.kernels.experts_nvfp4.decode import GROUP
 from moe_fuzz.kernels.experts_nvfp4.kernels import fp4_product_kernel
 from moe_fuzz.kernels.experts_nvfp4.large import large, large_bytes
@@ -111,7 +110,7 @@ def experts_nvfp4(
         )  # fmt: skip
 
     def product(a: Tensor, per_row: int, w: Tensor, scales: Tensor, alpha: Tensor, global_scale: Tensor | None,
-                bias: Tensor | None, result: Tensor, width: int, blocks: Blocks, rows: tuple[int, int, int],
+                bias: Tensor | None, result: Tensor, width: int, blocks: Tile, rows: tuple[int, int, int],
                 activation: str, weight: str, reorders: bool) -> None:  # fmt: skip
         columns = blocks.n // 2 if activation in ("silu", "gelu", "swiglu_oai") else blocks.n
         tiles_n = triton.cdiv(result.shape[1] if reorders else width, columns)
@@ -131,6 +130,7 @@ def experts_nvfp4(
             BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_D=blocks.d, GROUP_M=blocks.group,
             OVERLAPS=overlaps, INTERPRETED=_INTERPRETED,
             num_warps=blocks.warps, num_stages=blocks.stages, **_EARLY[overlaps],
+            **({"maxnreg": blocks.registers} if blocks.registers else {}),
         )  # fmt: skip
 
     # the first row of the gate, that of the up-projection, and the step to the next of either

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_fuzz.kernels.experts_bf16.blocks import Blocks
 from moe_fuzz.kernels.experts_nvfp4 import BACKENDS, choose_backend, experts_nvfp4, workspace_bytes
-from moe_fuzz.kernels.experts_nvfp4.blocks import LARGE_FROM, PLANS, VARIABLE, Plan, choose
+from moe_fuzz.kernels.experts_nvfp4.blocks import LARGE_FROM, PLANS, VARIABLE, Plan, Tile, choose
 from moe_fuzz.reference.experts_bf16 import experts_bf16 as reference_bf16
 from moe_fuzz.reference.experts_nvfp4 import experts_nvfp4 as reference
 from moe_fuzz.reference.experts_nvfp4 import values
@@ -30,7 +29,7 @@ ALL = pytest.mark.parametrize(
     ids=["small", "large", "reference"],
 )
 EACH = pytest.mark.parametrize("backend", BACKENDS)
-TILES = Plan(0, Blocks(16, 16, 128, 2, 4, 1), Blocks(16, 32, 128, 1, 4, 1))  # many tiles of small sizes
+TILES = Plan(0, Tile(16, 16, 128, 2, 4, 1), Tile(16, 32, 128, 1, 4, 1))  # many tiles of small sizes
 
 
 @dataclass
