@@ -52,7 +52,7 @@ _BFLOAT16: tl.constexpr = tl.constexpr(_machine_code(
 ))  # fmt: skip
 #: It ends at bit 10: 11..9, the code times 2^-14.
 _FLOAT16: tl.constexpr = tl.constexpr(_machine_code(
-    "mov.b32 sc, {s, s}; mul.f16x2 sc, sc, 0x58005800;", 9, 0x0E00, "f16"  # 2^7
+    "mov.b32 sc, {s, s}; mov.b32 p, 0x58005800; mul.f16x2 sc, sc, p;", 9, 0x0E00, "f16"  # 2^7
 ))  # fmt: skip
 _REGISTERS: tl.constexpr = tl.constexpr(",".join(["=h"] * 16 + ["l", "r"]))
 
