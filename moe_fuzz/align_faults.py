@@ -12,17 +12,26 @@ from moe_fuzz.faults import Canvas, Fault, register
 from moe_fuzz.labels import Labels
 
 
+def keys(
+    seed: int, name: str, rows: Sequence[int], experts: Labels, stream: int = 0, device: generator.Device = "cpu"
+) -> torch.Tensor:
+    """int64 [len(rows), E]: a random key for each row and expert, a function of their labels, which are below 2^31.
+    No two of a row are equal, so that no device's sort has a choice."""
+    labels = list(experts)
+    words = generator.words(seed, name, rows, labels, stream, device)
+    return (words << 31) + torch.tensor(labels, device=device)
+
+
 @dataclass
 class IdsCanvas(Canvas):
     """Ids while their faults are laid."""
 
     experts: Labels = field(default_factory=Labels)  # an id is a position in these
 
-    def chosen(self, fault: str, positions: Sequence[int] | None = None) -> torch.Tensor:
-        """An expert, [1, 1], or one for each of these rows, [P, 1]. It stays the same when others are taken away."""
-        rows = [0] if positions is None else [self.rows[p] for p in positions]
-        keys = generator.words(self.seed, f"{self.name}/{fault}", rows, list(self.experts), device=self.device)
-        return keys.argmax(dim=1, keepdim=True)
+    def chosen(self, fault: str) -> torch.Tensor:
+        """An expert, int64 [1, 1]. It stays the same when others are taken away."""
+        found = keys(self.seed, f"{self.name}/{fault}", [0], self.experts, device=self.device)
+        return found.argmax(dim=1, keepdim=True)
 
 
 class IdsFault(Fault):

@@ -99,13 +99,13 @@ class TargetInfo:
     contract: Contract = field(default_factory=Contract)
     capabilities: Capabilities = field(default_factory=Capabilities)
     clauses: Mapping[str, str] = field(default_factory=dict)  # "check", "check:symptom" or "*" -> where it is promised
-    unpromised: Mapping[str, str] = field(default_factory=dict)  # the same, " @ " and a feature -> why not with that
+    unpromised: Mapping[str, str] = field(default_factory=dict)  # the same, or " @ " and a feature behind it -> why not
 
     def classify(self, check: str, symptom: str = "", features: Iterable[str] = ()) -> tuple[str, str]:
         """(class, clause) of a finding: `contract` where the target's own project promises what the check asks.
 
         features: what the smallest case still needs. A finding that needs what `unpromised` names is of class
-        `robustness`, and the clause says why the project cannot be held to it.
+        `robustness`, and the clause says why the project cannot be held to it; so is one that nothing promises.
         """
         keys = (f"{check}:{symptom}", check, "*")
         for feature in features:
@@ -113,7 +113,9 @@ class TargetInfo:
                 if why := self.unpromised.get(f"{key} @ {feature}"):
                     return "robustness", why
         clause = next((self.clauses[key] for key in keys if key in self.clauses), None)
-        return ("robustness", "") if clause is None else ("contract", clause)
+        if clause is not None:
+            return "contract", clause
+        return "robustness", next((self.unpromised[key] for key in keys if key in self.unpromised), "")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -151,7 +153,8 @@ def declares(
     (`"*"` for all checks, `"check:symptom"` for one way to break it). A finding of such a check is of class `contract`,
     any other of class `robustness`.
     unpromised: what the project never promised to take, `"ids @ fault:extreme_bias"`: a check, the feature of a case
-    that it needs, and why. Such a finding is of class `robustness` whatever the clauses say.
+    that it needs, and why. Such a finding is of class `robustness` whatever the clauses say. Without a feature
+    (`"weights"`), it is the reason given where no clause promises what the check asks.
     origin: where the code behind an adapter is from: package and version, or a library's file.
     """
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_fuzz import faults, group_faults, strategies  # noqa: F401 - they register
+from moe_fuzz import align_faults, faults, group_faults, strategies  # noqa: F401 - they register
 from moe_fuzz.case import Case, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.labels import Labels
-from moe_fuzz.ops import get_space
+from moe_fuzz.ops import OPS, get_space
 from moe_fuzz.ops.routing.space import CPU_BUDGET, CUDA_ELEMENTS
 from moe_fuzz.ops.space import Axis
 from moe_fuzz.restriction import RestrictedSpace, Restriction
@@ -114,9 +114,10 @@ def test_pairwise_covers_every_pair():
 
 
 def test_every_fault_of_a_space_exists_and_is_described():
-    for space in (SPACE, GROUPED):
-        assert {place.fault for place in space.places} == set(space.faults)
-    assert set(faults.FAULTS) == set(GROUPED.faults) > set(SPACE.faults)
+    for op in OPS:
+        assert {place.fault for place in get_space(op).places} == set(get_space(op).faults)
+    described = {fault for op in OPS for fault in get_space(op).faults}
+    assert set(faults.FAULTS) == described > set(GROUPED.faults) > set(SPACE.faults)
 
 
 def test_every_preset_of_a_space_is_valid():

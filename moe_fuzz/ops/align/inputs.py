@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 
 from moe_fuzz import generator
-from moe_fuzz.align_faults import IdsCanvas
+from moe_fuzz.align_faults import IdsCanvas, keys
 from moe_fuzz.case import Case
 from moe_fuzz.faults import FAULTS
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
@@ -84,11 +84,11 @@ def _fresh(case: Case, rows: list[int], stream: int, device: torch.device | str)
     A key hangs on the labels of its row and its expert. So a row goes on naming the same experts when others, which it
     did not name, are taken away.
     """
-    labels, top_k = list(case.experts), int(case.config["top_k"])
+    top_k = int(case.config["top_k"])
     dtype = getattr(torch, str(case.config["ids_dtype"]))
-    at_once = max(1, _CHUNK // len(labels))
+    at_once = max(1, _CHUNK // len(case.experts))
     parts = [
-        generator.words(case.seed, "ids", rows[first : first + at_once], labels, stream, device)
+        keys(case.seed, "ids", rows[first : first + at_once], case.experts, stream, device)
         .topk(top_k, dim=1).indices.to(dtype)
         for first in range(0, len(rows), at_once)
     ]  # fmt: skip
@@ -106,13 +106,13 @@ def _map(case: Case, device: torch.device | str) -> tuple[torch.Tensor | None, i
     if kind == "none":
         return None, count
     labels = list(case.experts)
-    order = generator.words(case.seed, "expert_map", [0], labels, device=device)[0]  # [G]
+    order = keys(case.seed, "expert_map", [0], case.experts, device=device)[0]  # [G]
     if kind == "permuted":
         return order.argsort(stable=True).argsort(stable=True).int(), count
     ranks = (2, 4, 8, 16)[int(generator.choice(case.seed, "expert_map/ranks", [0], [0], 4))]
     here = generator.choice(case.seed, "expert_map/rank", [0], labels, ranks, device=device)[0] == 0
     here[0] |= not here.any()  # a rank has one at least
-    among = order.masked_fill(~here, 1 << 40) if kind == "local" else (~here).long()
+    among = order.masked_fill(~here, torch.iinfo(torch.int64).max) if kind == "local" else (~here).long()
     numbers = among.argsort(stable=True).argsort(stable=True)
     found = numbers.masked_fill(~here, -1).int()
     return found, int(here.sum()) if kind == "local" else count

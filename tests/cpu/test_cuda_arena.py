@@ -1,0 +1,96 @@
+"""Arenas of CUDA with a stand-in for the driver: what a step waits for, and that nothing is lost by waiting once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.interpreter
+
+#: Prints {name: [kind, symptoms, waits]} for targets that write one canary over, at one of the calls of a case.
+SCRIPT = """
+import ctypes, json
+from tests.cpu import test_waits as cases
+from tests.cpu.driver_stand_in import pretend
+from moe_fuzz.execute.capture import GraphPool
+from moe_fuzz.fence import FenceOptions
+from moe_fuzz.options import RunOptions
+from moe_fuzz.reference.routing import topk_softmax
+
+waits, found, kept = [], {}, []
+pretend(lambda: waits.append(0))
+GraphPool.of_process = cases.Pool
+SOFT = FenceOptions(hard=(), readonly=())
+
+def damaging(at, behind=True, calls=None):
+    calls = []
+    def router(logits, top_k, out=None, **more):
+        weights, ids = topk_softmax(logits, top_k, out=out, **more)
+        calls.append(0)
+        if len(calls) == at:
+            ctypes.memset(weights.data_ptr() + (4 * weights.numel() if behind else -2), 0, 2)
+        return weights, ids
+    return router
+
+def keeping(logits, top_k, out=None, **more):
+    result = topk_softmax(logits, top_k, out=out, **more)
+    kept.append(result[0])
+    if len(kept) == 8:
+        ctypes.memset(kept[0].data_ptr() - 4, 0, 2)
+    return result
+
+def run(name, function, mode="eager", count=1, fence=SOFT):
+    waits.clear()
+    verdict = cases.run(function, mode, cases.NAN, count=count, out=True, options=RunOptions(fence=fence))
+    found[name] = [verdict.kind, [v.symptom for v in verdict.violations], len(waits)]
+
+for at in (1, 2, 3, 4):
+    run(f"call {at}", damaging(at))
+run("left", damaging(1, behind=False))
+run("second step", damaging(5), count=2)
+run("replay", damaging(3), "graph", 3)
+for fence in (SOFT, FenceOptions()):
+    for mode in ("eager", "graph", "piecewise"):
+        run(f"clean {mode} {fence.hard}", damaging(0), mode, 3, fence)
+for turn in ("first", "second", "third"):
+    run(f"kept, {turn}", keeping)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=root, env=environment, capture_output=True, text=True,
+                          timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_damage_is_found_whichever_call_of_a_step_does_it(found: dict[str, Any]) -> None:
+    for at in (1, 2, 3, 4):
+        assert found[f"call {at}"] == ["violation", ["weights:right"], 1]
+    assert found["left"] == ["violation", ["weights:left"], 1]
+    assert found["second step"] == ["violation", ["weights:right"], 2]
+    assert found["replay"] == ["violation", ["weights:right"], 2]
+
+
+def test_a_step_waits_once_and_a_bucket_once(found: dict[str, Any]) -> None:
+    clean = {name: what for name, what in found.items() if name.startswith("clean")}
+    assert len(clean) == 6
+    for name, what in clean.items():
+        assert what == ["pass", [], 3 if "eager" in name else 4], name
+
+
+def test_damage_around_a_tensor_that_is_kept_is_told_once(found: dict[str, Any]) -> None:
+    assert found["kept, first"] == ["pass", [], 1]
+    assert found["kept, second"] == ["violation", ["weights:left:stale"], 1]
+    assert found["kept, third"] == ["pass", [], 1]
