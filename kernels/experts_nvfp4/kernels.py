@@ -138,4 +138,6 @@ def fp4_product_kernel(
                 out_ptr + slot.to(tl.int64)[None, :] * out_pitch + at[:, None],
                 _rounded(result, out_ptr.dtype.element_ty, INTERPRETED), mask=ok[None, :] & (column < last)[:, None],
             )  # fmt: skip
-
+    if OVERLAPS:
+        # Also where no tile did: else this launch might end before the one before it, and with it the whole call.
+        tl.extra.cuda.gdc_wait()
