@@ -32,7 +32,8 @@ from typing import Any
 import torch
 
 from moe_fuzz.bench import timing
-from moe_fuzz.bench.layer_child import cost, make_sets, make_weights, verify
+from moe_fuzz.bench.layer_child import cost, make_sets, verify
+from moe_fuzz.bench.layer_weights import make_weights
 from moe_fuzz.bench.layers import MODELS, OP, points
 from moe_fuzz.bench.points import Point
 from moe_fuzz.kernels.experts_bf16 import blocks as table
@@ -250,7 +251,7 @@ def write(plans: list[Plan]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default=",".join(MODELS[OP]))
     parser.add_argument("--tokens", default="1,8,64,512,4096")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true", help="rewrite the table with what was found")

@@ -15,6 +15,7 @@ from moe_fuzz.kernels.align import local_experts
 )
 def grouped_product_kernel(
     a_ptr, w_ptr, bias_ptr, weights_ptr, out_ptr,  # [slots / per_row, D], [E, R, D], [E, R], [T, k], [slots, width]
+    alpha_ptr,  # [E]: what the product of each expert is multiplied by, at once
     ids_ptr, map_ptr,  # [T, k], [G]: where the program groups the slots itself
     sorted_ptr, expert_ids_ptr, padded_ptr,  # where `align` has done it
     slots, most_blocks, top_k, per_row, num_ids, num_experts, depth, width,
@@ -23,7 +24,7 @@ def grouped_product_kernel(
     weights_stride_t, weights_stride_k, ids_stride_t, ids_stride_k, map_stride,
     ACTIVATION: tl.constexpr,  # of a gate and an up-projection in neighbouring columns; relu2 and none have no gate
     WEIGHT: tl.constexpr,  # "none" | "input": on the product, before the bias | "output": on the result
-    HAS_BIAS: tl.constexpr, HAS_MAP: tl.constexpr,
+    HAS_ALPHA: tl.constexpr, ALPHA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MAP: tl.constexpr,
     GROUPED: tl.constexpr, SLOT_PAD: tl.constexpr,  # whether `align` has run; else the slots, padded
     EVEN: tl.constexpr,  # D is a multiple of BLOCK_D
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
@@ -77,6 +78,8 @@ def grouped_product_kernel(
             if HAS_BIAS:
                 at = expert.to(tl.int64) * bias_stride_e + row.to(tl.int64) * bias_stride_r
                 bias = tl.load(bias_ptr + at).to(tl.float32)[None, :]  # [1, N]
+            if HAS_ALPHA:
+                alpha = tl.load(alpha_ptr + expert) * ALPHA
             if OVERLAPS:
                 tl.extra.cuda.gdc_wait()  # `a` is what the kernel before writes; all read so far is older
             sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -94,6 +97,8 @@ def grouped_product_kernel(
                 a += BLOCK_D * a_stride_d
                 w += BLOCK_D * w_stride_d
 
+            if HAS_ALPHA:
+                sums *= alpha
             if WEIGHT == "input":
                 sums = tl.where(weight == 0.0, 0.0, sums * weight)
             if HAS_BIAS:

@@ -49,6 +49,17 @@ def experts_bf16(
     Raises ValueError for anything outside these shapes, dtypes and names.
     """
     check(x, w13, w2, weights, ids, expert_map, activation, gate_layout, b13, b2, out)
+    return run(x, w13, w2, weights, ids, expert_map, activation, gate_layout, b13, b2, apply_weight_on_input, out,
+               workspace, plan)  # fmt: skip
+
+
+def run(
+    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None, activation: str,
+    gate_layout: str, b13: Tensor | None, b2: Tensor | None, apply_weight_on_input: bool, out: Tensor | None,
+    workspace: Tensor | None, plan: Plan | None, alphas: tuple[Tensor, Tensor] | None = None, alpha: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """`experts_bf16` of checked arguments. alphas: [E] float32 each, contiguous, which times `alpha` multiply the
+    product with w13 and that with w2 before anything else."""
     (tokens, hidden), (experts, _, inter), top_k = x.shape, w2.shape, ids.shape[1]
     if experts > 8192:
         raise ValueError(f"at most 8192 experts, not {experts}")
@@ -72,18 +83,20 @@ def experts_bf16(
     most_blocks = alone + (slots - alone) // plan.gate_up.m
     programs = 8 if _INTERPRETED else _PROGRAMS * _multiprocessors(x.device)  # a program's launch is what costs there
 
-    def product(a: Tensor, per_row: int, w: Tensor, bias: Tensor | None, result: Tensor, blocks: Blocks,
-                rows: tuple[int, int, int], activation: str, weight: str, early: bool) -> None:  # fmt: skip
+    def product(a: Tensor, per_row: int, w: Tensor, factor: Tensor | None, bias: Tensor | None, result: Tensor,
+                blocks: Blocks, rows: tuple[int, int, int], activation: str, weight: str,
+                early: bool) -> None:  # fmt: skip
         depth, width = a.shape[1], result.shape[1]
         columns = blocks.n // 2 if activation in ("silu", "gelu", "swiglu_oai") else blocks.n
         grouped_product_kernel[(min(most_blocks * triton.cdiv(width, columns), programs),)](
-            a, w, bias, weights, result,  # operands
+            a, w, bias, weights, result, factor,  # operands
             ids, expert_map, sorted_ids, expert_ids, padded,  # grouping
             slots, most_blocks, top_k, per_row, num_ids, experts, depth, width,  # sizes
             *rows,
             *a.stride(), *w.stride(), *(bias.stride() if bias is not None else (0, 0)),  # strides, in elements
             *weights.stride(), *ids.stride(), expert_map.stride(0) if expert_map is not None else 0,
-            ACTIVATION=activation, WEIGHT=weight, HAS_BIAS=bias is not None,
+            ACTIVATION=activation, WEIGHT=weight,
+            HAS_ALPHA=factor is not None, ALPHA=alpha, HAS_BIAS=bias is not None,
             HAS_MAP=expert_map is not None and not grouped,
             # not the power of two above: two sizes are enough, and each is a binary
             GROUPED=grouped, SLOT_PAD=16 if grouped or slots <= 16 else 128,
@@ -95,9 +108,10 @@ def experts_bf16(
     # the first row of the gate, that of the up-projection, and the step to the next of either
     rows = {"first": (0, inter, 1), "up_first": (inter, 0, 1), "interleaved": (0, 1, 2)}[gate_layout]
     on_input = "input" if apply_weight_on_input else "none"
-    product(x, top_k, w13, b13, h, plan.gate_up, (0, 0, 1) if activation == "relu2" else rows, activation, on_input,
-            False)  # fmt: skip
-    product(h, 1, w2, b2, y, plan.down, (0, 0, 1), "none", "none" if apply_weight_on_input else "output",
+    alpha13, alpha2 = alphas or (None, None)
+    product(x, top_k, w13, alpha13, b13, h, plan.gate_up, (0, 0, 1) if activation == "relu2" else rows, activation,
+            on_input, False)  # fmt: skip
+    product(h, 1, w2, alpha2, b2, y, plan.down, (0, 0, 1), "none", "none" if apply_weight_on_input else "output",
             plan.overlaps)
 
     # One row a program, and more programs for few tokens; a sum's bits do not depend on it.

@@ -183,7 +183,7 @@ def serve() -> int:
 def _answer(bench: Bench, of_layers: Layers, request: Mapping[str, Any]) -> None:
     point = Point.from_json(request["point"])
     candidates = [Candidate(**candidate) for candidate in request["candidates"]]
-    if point.op == layers.OP:
+    if point.op in layers.OPS:
         of_layers.measure(point, candidates, request["rounds"])
     else:
         bench.measure(point, candidates, request["rounds"], request["launches"])

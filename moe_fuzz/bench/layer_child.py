@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from moe_fuzz.bench import timing
-from moe_fuzz.bench.layers import OP
+from moe_fuzz.bench.layer_weights import make_weights, weight_bytes
+from moe_fuzz.bench.layers import OP_NVFP4, bound_as
 from moe_fuzz.bench.points import Candidate, Point
 from moe_fuzz.errors import MoeFuzzError
-from moe_fuzz.reference.experts_bf16 import experts_bf16 as reference
+from moe_fuzz.reference.experts_bf16 import experts_bf16
+from moe_fuzz.reference.experts_nvfp4 import experts_nvfp4
 from moe_fuzz.targets.bind import Target, bind_at
 
 _SAMPLE = 48  # tokens whose outputs are held against the reference
@@ -32,16 +34,16 @@ class Layers:
 
     def __init__(self, say: Callable[..., None]) -> None:
         self._say = say
-        self._weights: tuple[str, dict[str, Tensor]] = "", {}
+        self._weights: tuple[tuple[str, str], dict[str, Tensor]] = ("", ""), {}
         self._ceilings: tuple[float, float] | None = None  # bytes and operations a microsecond
 
     def measure(self, point: Point, candidates: list[Candidate], rounds: int) -> None:
         self._say("doing", label="", what="weights")
         if self._ceilings is None:
             self._ceilings = timing.copy_bandwidth("cuda"), timing.product_rate("cuda")
-        if self._weights[0] != point.name:
-            self._weights = "", {}  # two models' are never there together
-            self._weights = point.name, make_weights(point)
+        if self._weights[0] != (point.op, point.name):
+            self._weights = ("", ""), {}  # two models' are never there together
+            self._weights = (point.op, point.name), make_weights(point)
         sets = make_sets(point, self._weights[1])
         moved, worked = cost(point, sets)
         graphs: dict[str, torch.cuda.CUDAGraph] = {}
@@ -50,7 +52,7 @@ class Layers:
         for candidate in candidates:
             self._say("doing", label=candidate.label, what="verification")
             try:
-                target = bind_at(OP, candidate.label, candidate.target)
+                target = bind_at(bound_as(candidate, point.op), candidate.label, candidate.target)
                 if refusal := refuses(target, point):
                     self._left_out(candidate, "rejected", refusal)
                     continue
@@ -64,7 +66,10 @@ class Layers:
             if not error <= _TOLERANCE:
                 self._left_out(candidate, "wrong", f"relative error {error:.2e} on {_SAMPLE} tokens or fewer")
                 continue
-            facts[candidate.label] = {"error": error, "origin": target.info.origin}
+            facts[candidate.label] = {
+                "error": error, "origin": target.info.origin, "workspace_bytes": workspace(_call(target, sets[0])),
+                "weight_bytes": weight_bytes(_given(target, sets[0])),
+            }  # fmt: skip
             calls = [_call(target, arguments) for arguments in sets]
             if not target.info.contract.graph:
                 eager[candidate.label] = calls[0]
@@ -94,26 +99,6 @@ class Layers:
             raise SystemExit(f"the device is lost: {error}") from error
 
 
-def make_weights(point: Point, device: str = "cuda") -> dict[str, Tensor]:
-    """w13, w2 and, where the model has them, b13, b2 and the map of a rank that is not the first."""
-    c = point.config
-    experts, local, hidden, inter = (int(c[name]) for name in ("experts", "local", "hidden", "inter"))
-    generator = torch.Generator(device).manual_seed(1)
-
-    def draw(scale: float, *shape: int) -> Tensor:
-        made = torch.empty(shape, device=device, dtype=torch.bfloat16).normal_(generator=generator)
-        return made.mul_(scale)
-
-    made = {"w13": draw(hidden**-0.5, local, 2 * inter, hidden), "w2": draw(inter**-0.5, local, hidden, inter)}
-    if c["bias"]:
-        made |= {"b13": draw(0.1, local, 2 * inter), "b2": draw(0.1, local, hidden)}
-    if local < experts:
-        expert_map = torch.full((experts,), -1, dtype=torch.int32, device=device)
-        expert_map[local : 2 * local] = torch.arange(local, dtype=torch.int32, device=device)
-        made["expert_map"] = expert_map
-    return made
-
-
 def make_sets(point: Point, weights: dict[str, Tensor]) -> list[dict[str, Any]]:
     """The arguments of several calls. Tokens choose experts evenly on average, as load balancing wants them to."""
     c, device = point.config, weights["w13"].device
@@ -136,14 +121,15 @@ def cost(point: Point, sets: list[dict[str, Any]]) -> tuple[float, float]:
     The weights of every expert that has a token, once, and x and y once. What is written and read between the two
     products is an implementation's own affair.
     """
-    c, moved, worked = point.config, 0, 0
-    of_expert = 3 * int(c["hidden"]) * int(c["inter"])
+    c, moved, worked = point.config, 0.0, 0
+    of_expert = (2 if c["activation"] == "relu2" else 3) * int(c["hidden"]) * int(c["inter"])
+    each = 0.5 + 1 / 16 if point.op == OP_NVFP4 else 2.0  # bytes of a weight, with its share of a scale
     for arguments in sets:
         experts = arguments["ids"].long()
         if "expert_map" in arguments:
             experts = arguments["expert_map"][experts]
         experts = experts[experts >= 0]
-        moved += 2 * of_expert * experts.unique().numel() + 2 * 2 * arguments["x"].numel()
+        moved += each * of_expert * experts.unique().numel() + 2 * 2 * arguments["x"].numel()
         worked += 2 * of_expert * experts.numel()
     return moved / len(sets), worked / len(sets)
 
@@ -166,15 +152,40 @@ def verify(target: Target, arguments: dict[str, Any]) -> float:
     if found.shape != arguments["x"].shape or not bool(found.isfinite().all()):
         return math.inf
     rows = torch.linspace(0, tokens - 1, min(tokens, _SAMPLE), device=found.device).long()
-    sample = {**arguments, **{name: arguments[name][rows] for name in ("x", "weights", "ids")}, "out": None}
+    given = {**_given(target, arguments), "out": None}
+    sample = {**given, **{name: arguments[name][rows] for name in ("x", "weights", "ids")}}
+    reference = experts_nvfp4 if target.info.op == OP_NVFP4 else experts_bf16
     expected = reference(**sample).double()
     difference, size = (found[rows].double() - expected).norm(), expected.norm()
     return float(difference / size) if size > 0 else float(difference)
 
 
 def _call(target: Target, arguments: dict[str, Any]) -> timing.Call:
-    given = arguments if target.info.capabilities.out else {k: v for k, v in arguments.items() if k != "out"}
-    return partial(target, given)
+    given = _given(target, arguments)
+    return partial(target, given if target.info.capabilities.out else {k: v for k, v in given.items() if k != "out"})
+
+
+def _given(target: Target, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the op that the target is bound as: NVFP4 weights, or the same decoded."""
+    if "decoded" not in arguments:
+        return arguments
+    rest = {name: value for name, value in arguments.items() if name != "decoded"}
+    if target.info.op == OP_NVFP4:
+        return rest
+    packed = ("w13_scales", "w2_scales", "w13_alpha", "w2_alpha")
+    return {name: value for name, value in rest.items() if name not in packed} | arguments["decoded"]
+
+
+def workspace(call: timing.Call) -> int:
+    """Bytes that a call allocates at once; 0 on a machine without a GPU, where nobody counts them."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _warm(calls: list[timing.Call]) -> torch.cuda.CUDAGraph:

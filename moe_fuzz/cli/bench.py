@@ -42,7 +42,7 @@ COUNTS = params.Parsed("n,n…", _counts, tuple)
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @click.option("--preset", "presets", multiple=True, metavar="NAME", help="This model only. May be given several times.")
 @click.option("--tokens", type=COUNTS, metavar="N,…", help="Numbers of tokens.  [default: "
-              f"{_written(TOKENS)}; of {layers.OP}: {_written(layers.TOKENS)}]")  # fmt: skip
+              f"{_written(TOKENS)}; of experts: {_written(layers.TOKENS)}]")  # fmt: skip
 @click.option("--ab", nargs=2, metavar="A B", help="Compare two of the candidates: A's time over B's, with interval.")
 @click.option("--rounds", type=click.IntRange(6, 10_000), default=60, show_default=True, help="Samples a candidate.")
 @click.option("--launches", type=click.IntRange(1, 1000), default=100, show_default=True, help="Launches a sample.")
@@ -62,14 +62,14 @@ def command(
     """Time implementations of OP side by side: in CUDA graphs, interleaved, each verified before it is timed.
 
     Without TARGET: all known ones, and beside the routers ours without NaN safety and torch with nan_to_num in front.
-    A candidate that cannot be timed (not installed, wrong, crashed, hung) is a line that says so. `experts_bf16` is
-    timed at the sizes of real models, several calls a graph in place of --launches.
+    A candidate that cannot be timed (not installed, wrong, crashed, hung) is a line that says so. The ops
+    experts_bf16 and experts_nvfp4 are timed at the sizes of real models, several calls a graph in place of --launches.
 
     Exit code 3 without a GPU, or where nothing could be timed.
     """
-    of_layers = op == layers.OP
+    of_layers = op in layers.OPS
     if of_layers:
-        chosen, wanted = layers.candidates(targets), layers.points(presets, tokens or layers.TOKENS)
+        chosen, wanted = layers.candidates(targets, op), layers.points(presets, tokens or layers.TOKENS, op)
     else:
         get_space(op)
         chosen, wanted = candidates(op, targets), points(op, presets, tokens or TOKENS)

@@ -23,7 +23,7 @@ from moe_fuzz.planted.catalog import get_planted
 from moe_fuzz.targets import registry
 from moe_fuzz.targets.signatures import SIGNATURES, Signature
 
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 @dataclass(frozen=True)
 class Target:

@@ -119,4 +119,9 @@ SIGNATURES: Mapping[str, Signature] = {
     "experts_bf16": Signature(
         ("x", "w13", "w2", "weights", "ids"), _EXPERTS, ("expert_map", "b13", "b2", "out"), _cut_experts
     ),
+    "experts_nvfp4": Signature(
+        ("x", "w13", "w2", "weights", "ids", "w13_scales", "w2_scales", "w13_alpha", "w2_alpha"),
+        {**_EXPERTS, **{name: (name,) for name in ("scale_layout", "activations", "x_global", "h_global")}},
+        ("expert_map", "b13", "b2", "out", "x_global", "h_global"), _cut_experts,
+    ),
 }

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from moe_fuzz.bench import layer_table
 from moe_fuzz.bench.drive import Result, Timer
-from moe_fuzz.bench.layer_child import cost, make_sets, make_weights, refuses, verify
-from moe_fuzz.bench.layers import MODELS, OP, TOKENS, candidates, points
+from moe_fuzz.bench.layer_child import cost, make_sets, refuses, verify
+from moe_fuzz.bench.layer_weights import make_weights
+from moe_fuzz.bench.layers import MODELS, OP, OP_NVFP4, TOKENS, bound_as, candidates, points
 from moe_fuzz.bench.points import Candidate, Point
 from moe_fuzz.errors import EnvironmentProblem, UsageError
 from moe_fuzz.reference.experts_bf16 import experts_bf16 as reference
@@ -28,16 +29,16 @@ FAKE = str(Path(__file__).with_name("bench_child.py"))
 SIZES = {"experts": 8, "local": 8, "top_k": 3, "hidden": 64, "inter": 40}
 
 
-def small(tokens: int, model: str = "qwen3-30b-a3b", **more: object) -> Point:
-    return Point(OP, "small", tokens, {**MODELS[model], **SIZES, **more})  # type: ignore[dict-item]
+def small(tokens: int, model: str = "qwen3-30b-a3b", op: str = OP, **more: object) -> Point:
+    return Point(op, "small", tokens, {**MODELS[op][model], **SIZES, **more})  # type: ignore[dict-item]
 
 
-def bound(candidate: Candidate):
-    return bind_at(OP, candidate.label, candidate.target)
+def bound(candidate: Candidate, op: str = OP):
+    return bind_at(bound_as(candidate, op), candidate.label, candidate.target)
 
 
 def test_points_and_candidates() -> None:
-    assert [(p.name, p.tokens) for p in points()] == [(name, count) for name in MODELS for count in TOKENS]
+    assert [(p.name, p.tokens) for p in points()] == [(name, count) for name in MODELS[OP] for count in TOKENS]
     assert [c.label for c in candidates() if not c.upstream] == ["builtin"]
     (own,) = candidates(("somewhere.py:experts",))
     assert own.target == "somewhere.py:experts"
@@ -57,6 +58,19 @@ def test_what_is_right_is_found_right(point: Point) -> None:
     (arguments, *_) = make_sets(point, make_weights(point, "cpu"))
     for candidate in candidates(("builtin", "torch, grouped_mm", "torch, loop")):
         assert verify(bound(candidate), arguments) < 2**-6, candidate.label
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("point", [
+    small(9, op=OP_NVFP4, inter=48), small(5, "nemotron-3-super", op=OP_NVFP4, inter=48, local=4),
+])  # fmt: skip
+def test_nvfp4_beside_the_same_weights_decoded(point: Point) -> None:
+    (arguments, *_) = make_sets(point, make_weights(point, "cpu"))
+    for candidate in candidates(op=OP_NVFP4):
+        assert verify(bound(candidate, OP_NVFP4), arguments) < 2**-6, candidate.label
+    dense = {**point.config, "experts": 8, "local": 8}
+    moved = [cost(Point(op, "", 9, dense), make_sets(point, make_weights(point, "cpu")))[0] for op in (OP, OP_NVFP4)]
+    assert 2 < moved[0] / moved[1] < 2 / 0.5625
 
 
 WRONG = """

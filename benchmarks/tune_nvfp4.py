@@ -1,0 +1,173 @@
+"""Finds block shapes for `kernels/experts_nvfp4/blocks.py` on this GPU, and prints what it measured.
+
+    PYTHONPATH=. python benchmarks/tune_nvfp4.py [--models a,b] [--tokens 1,8,64,512,4096] [--json FILE]
+
+Everything that is to be timed is compiled first, in a process for each core. For each number of slots to a block, each
+shape of the first product is timed beside one shape of the second, and the other way round: their times add up. Beside
+them stands the backend `large`. Points, inputs and floors are those of `moe-fuzz bench experts_nvfp4`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tune_experts import replayed
+
+from moe_fuzz.bench import timing
+from moe_fuzz.bench.layer_child import cost, make_sets
+from moe_fuzz.bench.layer_weights import make_weights
+from moe_fuzz.bench.layers import MODELS, OP_NVFP4, points
+from moe_fuzz.bench.points import Point
+from moe_fuzz.kernels.experts_nvfp4 import experts_nvfp4
+from moe_fuzz.kernels.experts_nvfp4.blocks import PLANS, Plan, Tile, choose
+
+#: What is tried for each plan of the table, by its place. Of each m the first is what the others are timed beside.
+_FEW = [(16, 64, 128, 1, 4, 4, 128), (16, 64, 256, 1, 4, 3, 160), (16, 64, 256, 1, 4, 3), (16, 64, 128, 1, 4, 4),
+        (16, 64, 128, 1, 4, 6, 128), (16, 64, 256, 1, 4, 2, 160), (16, 128, 128, 1, 8, 3, 128),
+        (16, 128, 256, 1, 8, 3)]  # fmt: skip
+CANDIDATES = (
+    _FEW,
+    _FEW,
+    [(16, 64, 128, 4, 4, 4, 128), (16, 64, 256, 4, 4, 3, 160), (32, 64, 128, 2, 4, 4, 128), (32, 64, 256, 2, 4, 3, 160),
+     (32, 128, 128, 2, 8, 3), (32, 64, 128, 4, 4, 3, 160)],
+    [(32, 64, 128, 4, 4, 4, 128), (32, 128, 128, 4, 8, 3), (64, 128, 128, 4, 8, 3), (64, 128, 128, 4, 8, 4),
+     (64, 64, 128, 4, 4, 3), (64, 64, 128, 4, 4, 4, 160)],
+    [(128, 128, 128, 8, 8, 3), (128, 128, 128, 16, 8, 4), (128, 64, 128, 8, 4, 3), (256, 128, 128, 8, 8, 3),
+     (256, 128, 128, 8, 8, 2)],
+)  # fmt: skip
+_INFINITE = 1e9  # µs: of a shape that does not work
+STARTED = time.monotonic()
+
+
+def call(arguments: dict[str, Any], **more: Any) -> torch.Tensor:
+    return experts_nvfp4(**{name: value for name, value in arguments.items() if name != "decoded"}, **more)
+
+
+def compile_one(job: tuple[Point, Plan | None]) -> str:
+    """Every kernel of a point and a plan into Triton's cache, by a layer so small that it takes no time of its own."""
+    point, plan = job
+    c = point.config
+    sizes = {name: 512 if int(c[name]) % 256 == 0 else 384 for name in ("hidden", "inter")}
+    experts = {"experts": 16, "local": 16 if c["local"] == c["experts"] else 8, "top_k": min(int(c["top_k"]), 8)}
+    small = replace(point, tokens=min(point.tokens, 160), config={**c, **sizes, **experts})
+    try:
+        call(make_sets(small, make_weights(small))[0], **_forced(plan))
+        torch.cuda.synchronize()
+    except Exception as problem:  # noqa: BLE001 -- told; the plan is told again when it is to be timed
+        return f"{plan}: {type(problem).__name__}: {problem}"[:300]
+    return ""
+
+
+def timed(sets: list[dict[str, Any]], plan: Plan | None, expected: torch.Tensor) -> float:
+    """µs of a call; `_INFINITE` where the answer is wrong or the plan does not fit the machine."""
+    try:
+        calls: list[Callable[[], torch.Tensor]] = [partial(call, arguments, **_forced(plan)) for arguments in sets]
+        for one in calls:
+            one()
+        error = float((calls[0]().double() - expected).norm() / expected.norm())
+        if not error <= 2.0**-7:
+            print(f"WRONG: relative error {error:.2e} with {plan}", flush=True)
+            return _INFINITE
+        return replayed(timing.capture(calls, len(calls))) / len(calls)
+    except Exception as problem:  # noqa: BLE001 -- a shape too large for the machine, told and passed over
+        print(f"{plan}: {type(problem).__name__}: {problem}"[:300], flush=True)
+        return _INFINITE
+
+
+def _forced(plan: Plan | None) -> dict[str, Any]:
+    return {"backend": "small", "plan": plan} if plan else {"backend": "large"}
+
+
+def plans_of(point: Point) -> dict[str, Plan]:
+    """What is timed: each candidate as either product, beside the first of its m."""
+    slots = point.tokens * int(point.config["top_k"])
+    nth = PLANS.index(choose(slots, int(point.config["experts"])))
+    found = {}
+    for _, of_m in itertools.groupby((Tile(*c) for c in CANDIDATES[nth]), key=lambda tile: tile.m):
+        first, *others = of_m
+        base = Plan(0, first, first, inline_slots=PLANS[nth].inline_slots)
+        pairs = [(first, first), *((tile, first) for tile in others), *((first, tile) for tile in others)]
+        found |= {f"{_short(up)} {_short(down)}": replace(base, gate_up=up, down=down) for up, down in pairs}
+    return found
+
+
+def sums(times: dict[str, float]) -> dict[str, float]:
+    """µs of every pair of one m, by its parts' gains over the pair that they were timed in."""
+    found = {}
+    parts = [(*key.split(), us) for key, us in times.items() if key != "large"]
+    for base in {up for up, down, _ in parts if up == down}:
+        ups = {up: us for up, down, us in parts if down == base}
+        downs = {down: us for up, down, us in parts if up == base}
+        for up, down in itertools.product(ups, downs):
+            found[f"{up} {down}"] = max(ups[up] + downs[down] - ups[base], 1e-3)
+    return found
+
+
+def _short(t: Tile) -> str:
+    return f"{t.m}x{t.n}x{t.d}g{t.group}w{t.warps}s{t.stages}r{t.registers}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", default=",".join(MODELS[OP_NVFP4]))
+    parser.add_argument("--tokens", default="1,8,64,512,4096")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    wanted = points(options.models.split(","), [int(count) for count in options.tokens.split(",")], OP_NVFP4)
+    jobs: dict[str, tuple[Point, Plan | None]] = {}
+    for point in wanted:
+        for plan in (*plans_of(point).values(), None):
+            flavour = [int(point.config[name]) % 256 == 0 for name in ("hidden", "inter")]
+            slots = point.tokens * int(point.config["top_k"])
+            jobs.setdefault(str((point.config["activation"], point.config["local"] == point.config["experts"], flavour,
+                                 (slots > 16) + (slots > 128), plan)), (point, plan))  # fmt: skip
+    # The processes are forked before this one touches the GPU: later they could not use it.
+    with multiprocessing.get_context("fork").Pool(min(len(os.sched_getaffinity(0)), 16)) as pool:
+        problems = [said for said in pool.imap_unordered(compile_one, jobs.values()) if said]
+    print(f"compiled {len(jobs)} plans after {time.monotonic() - STARTED:.0f} s", *problems, sep="\n", flush=True)
+    bandwidth, rate = timing.copy_bandwidth("cuda"), timing.product_rate("cuda")
+    rows = []
+    for name, of_model in itertools.groupby(wanted, key=lambda point: point.name):
+        weights: dict[str, Any] = {}
+        for point in of_model:
+            weights = weights or make_weights(point)
+            sets = make_sets(point, weights)
+            moved, worked = cost(point, sets)
+            floor = max(moved / bandwidth, worked / rate)
+            expected = call(sets[0], backend="large").double()
+            times = {text: timed(sets, plan, expected) for text, plan in plans_of(point).items()}
+            times["large"] = timed(sets, None, expected)
+            pair, us = min(sums(times).items(), key=lambda item: item[1])
+            rows.append({"model": name, "tokens": point.tokens, "floor": floor, "times": times, "best": [us, pair]})
+            ordered = sorted((us, text) for text, us in times.items())[:4]
+            shown = "  ".join(f"{text} {us:.1f}" for us, text in ordered)
+            print(f"{name} T {point.tokens} floor {floor:.1f} best {us:.1f} ({floor / us:.0%}) {pair} "
+                  f"large {times['large']:.1f} | {shown}", flush=True)  # fmt: skip
+            if options.json:
+                options.json.write_text(json.dumps({"copy": bandwidth, "product": rate, "points": rows}))
+    for nth in range(len(PLANS)):
+        served = [row for row, point in zip(rows, wanted, strict=True)
+                  if choose(point.tokens * int(point.config["top_k"]), int(point.config["experts"])) is PLANS[nth]]
+        if served:
+            tables = [sums(row["times"]) for row in served]
+            scores = {pair: sum(math.log(table[pair]) for table in tables) for pair in tables[0]}
+            print(f"plan {nth} (up to {PLANS[nth].up_to}): {min(scores, key=lambda pair: scores[pair])}")
+    print(f"{time.monotonic() - STARTED:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The product that decodes its weights as they come, in registers, from which the tensor cores take them."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moe_fuzz.kernels.experts_bf16.kernels import _activate, _group, _rounded
+from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, place, shift_back
+from moe_fuzz.kernels.experts_nvfp4.prepare import scale_offset, usable
+
+
+@triton.jit(
+    do_not_specialize=["slots", "most_blocks", "top_k", "per_row", "num_ids", "num_experts", "width", "rows",
+                       "row_even", "row_odd", "row_step"]
+)  # fmt: skip
+def fp4_product_kernel(
+    a_ptr, w_ptr, scale_ptr,  # [slots / per_row, pitch] in the order of `place`, [E, R, D/16] int64, scales
+    alpha_ptr, global_ptr, bias_ptr, weights_ptr, out_ptr,  # [E], [1], [E, R], [T, k], [slots, out_pitch]
+    ids_ptr, map_ptr,  # [T, k], [G]: where the program groups the slots itself
+    sorted_ptr, expert_ids_ptr, padded_ptr,  # where `align` has done it
+    slots, most_blocks, top_k, per_row, num_ids, num_experts,
+    rows, units, pitch, width, out_pitch,  # rows of an expert, D / 16 / UNIT, columns of the output and its rows
+    row_even, row_odd, row_step,  # the row of w of a gate and of an up-projection: + row_step * output column
+    bias_stride_e, bias_stride_r, weights_stride_t, weights_stride_k, ids_stride_t, ids_stride_k, map_stride,
+    ACTIVATION: tl.constexpr,  # of gates and up-projections; relu2 and none have no gate
+    WEIGHT: tl.constexpr,  # "none" | "input": on the product, before the bias | "output": on the result
+    HAS_BIAS: tl.constexpr, HAS_MAP: tl.constexpr, HAS_GLOBAL: tl.constexpr, SWIZZLED: tl.constexpr,
+    REORDERS: tl.constexpr,  # `out` is the next product's `a`: in its order, and 0 beyond the width
+    GROUPED: tl.constexpr, SLOT_PAD: tl.constexpr,  # whether `align` has run; else the slots, padded
+    EVEN: tl.constexpr, UNIT: tl.constexpr,  # D is a multiple of BLOCK_D; its blocks of 16 are multiples of UNIT
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # launched while the kernel before it still runs, and lets the next one be
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """out[slot] = epilogue(alpha * w[expert of slot] @ a[slot // per_row]), for the slots that have an expert.
+
+    A tile is BLOCK_N rows of w times BLOCK_M slots of one expert: rows of w are the rows of the product, so that the
+    tensor cores take them from registers. Rows of `out` of dropped slots stay unwritten.
+    """
+    GATED: tl.constexpr = ACTIVATION == "silu" or ACTIVATION == "gelu" or ACTIVATION == "swiglu_oai"
+    COLUMNS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # of the output, in a tile
+    BLOCKS: tl.constexpr = BLOCK_D // 16
+    DTYPE: tl.constexpr = a_ptr.dtype.element_ty
+    tiles_n = tl.cdiv(out_pitch if REORDERS else width, COLUMNS)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()  # they start once every program of this launch has
+    blocks = tl.load(padded_ptr) // BLOCK_M if GROUPED else most_blocks
+    for tile in range(tl.program_id(0), blocks * tiles_n, tl.num_programs(0)):
+        # GROUP_M blocks take the same tile of w one after another, so that it is read from memory once, then from L2.
+        first = tile // (GROUP_M * tiles_n) * GROUP_M
+        beside = min(blocks - first, GROUP_M)
+        block = first + tile % (GROUP_M * tiles_n) % beside
+        tile_n = tile % (GROUP_M * tiles_n) // beside
+        if GROUPED:
+            expert = tl.load(expert_ids_ptr + block)
+            slot = tl.load(sorted_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))  # [M], N where there is none
+        else:
+            expert, slot = _group(
+                block, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
+                HAS_MAP, SLOT_PAD, BLOCK_M,
+            )  # fmt: skip
+        if expert >= 0:
+            ok = slot < slots  # [M]
+            n = tl.arange(0, BLOCK_N)
+            if GATED:
+                # Eight gates, then their up-projections: both lie in the registers of one thread at the end.
+                column = tl.minimum(tile_n * COLUMNS + n // 16 * 8 + n % 8, width - 1)  # [N]; past the end: any row
+                row = tl.where(n % 16 < 8, row_even, row_odd) + column * row_step
+            else:
+                row = row_even + tl.minimum(tile_n * COLUMNS + n, width - 1) * row_step
+            b = tl.arange(0, BLOCKS)
+            p = tl.arange(0, BLOCK_D)
+            # 64 bits throughout: E * 2I * H and T * H pass 2^31
+            stride = units.to(tl.int64) * UNIT
+            w = w_ptr + expert.to(tl.int64) * rows * stride + row.to(tl.int64)[:, None] * stride + b[None, :]  # [N, B]
+            s = scale_ptr + scale_offset(expert, row, b, rows, units * UNIT, SWIZZLED)
+            a = a_ptr + (slot // per_row).to(tl.int64)[None, :] * pitch + p[:, None]  # [D', M]
+            # Of the epilogue, but read here, where nobody waits for it.
+            factor = tl.load(alpha_ptr + expert) * shift_back(DTYPE)
+            if HAS_GLOBAL:
+                given = usable(tl.load(global_ptr))
+                factor = tl.where(given > 0.0, factor / given, factor)
+            if WEIGHT != "none":
+                at = (slot // top_k).to(tl.int64) * weights_stride_t + (slot % top_k) * weights_stride_k
+                weight = tl.load(weights_ptr + at, mask=ok, other=0.0)[None, :]  # [1, M]
+            if HAS_BIAS:
+                at = expert.to(tl.int64) * bias_stride_e + row.to(tl.int64) * bias_stride_r
+                bias = tl.load(bias_ptr + at).to(tl.float32)[:, None]  # [N, 1]
+            if OVERLAPS:
+                tl.extra.cuda.gdc_wait()  # `a` is what the kernel before writes; all read so far is older
+            sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            depth = tl.where(tile_n * COLUMNS < width, units * UNIT, 0)  # beyond the width: zeros alone
+            for done in range(0, depth, BLOCKS):
+                if EVEN:
+                    here = ok[None, :]
+                    codes = tl.load(w)
+                    scales = tl.load(s)
+                else:
+                    here = ok[None, :] & (p + done * 16 < pitch)[:, None]
+                    inside = (b < depth - done)[None, :]
+                    codes = tl.load(w, mask=inside, other=0)
+                    scales = tl.load(s, mask=inside, other=0)
+                left = decode_blocks(codes, scales, DTYPE, INTERPRETED)  # [N, D']
+                right = tl.load(a, mask=here, other=0.0)  # [D', M]
+                if INTERPRETED:  # its dot takes the bits of bfloat16 for integers
+                    right = right.to(tl.float32)
+                sums = tl.dot(left, right, sums)
+                a += BLOCK_D
+                w += BLOCKS
+                s += BLOCKS * 128 if SWIZZLED else BLOCKS
+
+            sums *= factor
+            if WEIGHT == "input":
+                sums = tl.where(weight == 0.0, 0.0, sums * weight)
+            if HAS_BIAS:
+                sums += bias
+            if GATED:
+                pairs = tl.permute(tl.reshape(sums, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
+                gate, up = tl.split(pairs)
+                result = tl.reshape(_activate(gate, up, ACTIVATION), (COLUMNS, BLOCK_M))
+            elif ACTIVATION == "relu2":
+                sums = tl.where(sums < 0.0, 0.0, sums)  # keeps a NaN, as tl.maximum does not
+                result = sums * sums
+            else:
+                result = sums
+            if WEIGHT == "output":
+                result = tl.where(weight == 0.0, 0.0, result * weight)
+            column = tile_n * COLUMNS + tl.arange(0, COLUMNS)
+            if REORDERS:
+                result = tl.where((column < width)[:, None], result, 0.0)
+                at, last = place(column), out_pitch
+            else:
+                at, last = column, width
+            tl.store(
+                out_ptr + slot.to(tl.int64)[None, :] * out_pitch + at[:, None],
+                _rounded(result, out_ptr.dtype.element_ty, INTERPRETED), mask=ok[None, :] & (column < last)[:, None],
+            )  # fmt: skip
+    if OVERLAPS:
+        # Also where no tile did: else this launch might end before the one before it, and with it the whole call.
+        tl.extra.cuda.gdc_wait()
