@@ -118,6 +118,9 @@ def grouped_product_kernel(
                 out_ptr + slot.to(tl.int64)[:, None] * width + column[None, :],
                 _rounded(result, out_ptr.dtype.element_ty, INTERPRETED), mask=ok[:, None] & (column < width)[None, :],
             )  # fmt: skip
+    if OVERLAPS:
+        # Programs without a tile too: whoever waits for this launch takes the one before it for done as well.
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
