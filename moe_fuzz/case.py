@@ -29,6 +29,10 @@ FORMAT = 1
 #: captured in one pool, the largest first, then replayed in order. piecewise: the same, with what produces the logits
 #: and what consumes the result in graphs of their own, and eager work between them.
 MODES = ("eager", "graph", "piecewise")
+#: Of layers alone. As graph, over a batch that several data-parallel ranks (`dp` of the config) have padded to the
+#: largest of them and gathered.
+RANKS = "ranks"
+ALL_MODES = (*MODES, RANKS)
 MAX_STEPS = 64
 MAX_ROWS = 1 << 20
 MAX_SEED = 2**63 - 1
@@ -36,6 +40,12 @@ MAX_SEED = 2**63 - 1
 Scalar = bool | int | float | str
 _WORD = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _TARGET = re.compile(r"[a-z][a-z0-9_]{0,63}@\S.{0,1000}")
+
+
+def in_mode(config: Mapping[str, Scalar], mode: str) -> dict[str, Scalar]:
+    """The config of a case in this mode: there are several data-parallel ranks in `ranks`, and nowhere else."""
+    ranks = {"dp": max(2, int(config["dp"])) if mode == RANKS else 1} if "dp" in config else {}
+    return {**config, **ranks}
 
 
 @dataclass(frozen=True)
@@ -183,8 +193,8 @@ class Case:
         op = text_of(record, "op", _WORD)
         target = text_of(record, "target", _TARGET) if "target" in record else ""
         mode = text_of({"mode": "eager"} | record, "mode", _WORD)
-        if mode not in MODES:
-            raise CaseError("mode", f"{mode!r} is not one of {', '.join(MODES)}")
+        if mode not in ALL_MODES:
+            raise CaseError("mode", f"{mode!r} is not one of {', '.join(ALL_MODES)}")
         seed = record.get("seed")
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
             raise CaseError("seed", f"must be an integer from 0 to 2^63-1, not {seed!r}")
@@ -194,6 +204,8 @@ class Case:
         for key, value in config.items():
             if not isinstance(value, bool | int | float | str):
                 raise CaseError(f"config.{key}", f"must be a number, a string or a boolean, not {value!r}")
+        if mode == RANKS and "dp" not in config:
+            raise CaseError("mode", f"{op} has no data-parallel ranks", f"use one of {', '.join(MODES)}")
         steps = record.get("steps")
         if not isinstance(steps, list) or not 1 <= len(steps) <= MAX_STEPS:
             raise CaseError("steps", f"must be a list of 1 to {MAX_STEPS} steps")

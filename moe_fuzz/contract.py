@@ -23,6 +23,7 @@ class Contract:
     sigmoid: str = "exp"  # "exp": relative accuracy | "tanh": 0.5 * tanh(x / 2) + 0.5, which has an absolute one only
     deterministic: bool = False  # same input, same bits
     batch_invariant: bool = False  # a row's bits depend on that row alone: not on its position, on T, on other rows
+    isolated: bool = False  # of experts and layers: at the same T, a row's bits depend on that row alone
     ties: str = "any"  # "any" | "lowest_index_first"
     ordered: bool = False  # the slots of a row stand in descending order of biased score
     padding: tuple[str, ...] = ("distinct",)  # the dialects it can speak; only asked for where `is_padding` is taken
@@ -38,6 +39,8 @@ class Contract:
     weight_dtype: str = "float32"  # "dtype": the router's weights are rounded to that of x first
     reduce: str = "float32"  # dtype in which the slots of a token are added up
     truncates: bool = False  # stores cut off instead of rounding: Triton's interpreter
+    logits: str = "float32"  # of a layer: "dtype": its logits are rounded to that of hidden
+    combine: str = "float32"  # of a layer: in which the shards' results are added up: "float32" | "dtype"
     accepts: tuple[str, ...] = ("distinct",)  # the padding dialects whose slots it takes; of align too
     # of align alone, where `ordered` says that blocks stand in ascending order of expert
     stable: bool = False  # the slots of an expert ascend
@@ -88,6 +91,9 @@ class Capabilities:
     activations: tuple[str, ...] = ("silu", "gelu", "relu2", "swiglu_oai")
     gate_layouts: tuple[str, ...] = ("first", "up_first", "interleaved")
     biases: bool = True
+    # of layers
+    max_ranks: int = 64  # data-parallel ranks whose batch it takes
+    max_shards: int = 64
     weight_on_input: bool = True
 
 
@@ -102,13 +108,13 @@ class TargetInfo:
     contract: Contract = field(default_factory=Contract)
     capabilities: Capabilities = field(default_factory=Capabilities)
     clauses: Mapping[str, str] = field(default_factory=dict)  # "check", "check:symptom" or "*" -> where it is promised
-    unpromised: Mapping[str, str] = field(default_factory=dict)  # the same, " @ " and a feature -> why not with that
+    unpromised: Mapping[str, str] = field(default_factory=dict)  # the same, or " @ " and a feature behind it -> why not
 
     def classify(self, check: str, symptom: str = "", features: Iterable[str] = ()) -> tuple[str, str]:
         """(class, clause) of a finding: `contract` where the target's own project promises what the check asks.
 
         features: what the smallest case still needs. A finding that needs what `unpromised` names is of class
-        `robustness`, and the clause says why the project cannot be held to it.
+        `robustness`, and the clause says why the project cannot be held to it; so is one that nothing promises.
         """
         keys = (f"{check}:{symptom}", check, "*")
         for feature in features:
@@ -116,7 +122,9 @@ class TargetInfo:
                 if why := self.unpromised.get(f"{key} @ {feature}"):
                     return "robustness", why
         clause = next((self.clauses[key] for key in keys if key in self.clauses), None)
-        return ("robustness", "") if clause is None else ("contract", clause)
+        if clause is not None:
+            return "contract", clause
+        return "robustness", next((self.unpromised[key] for key in keys if key in self.unpromised), "")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -154,7 +162,8 @@ def declares(
     (`"*"` for all checks, `"check:symptom"` for one way to break it). A finding of such a check is of class `contract`,
     any other of class `robustness`.
     unpromised: what the project never promised to take, `"ids @ fault:extreme_bias"`: a check, the feature of a case
-    that it needs, and why. Such a finding is of class `robustness` whatever the clauses say.
+    that it needs, and why. Such a finding is of class `robustness` whatever the clauses say. Without a feature
+    (`"weights"`), it is the reason given where no clause promises what the check asks.
     origin: where the code behind an adapter is from: package and version, or a library's file.
     """
 

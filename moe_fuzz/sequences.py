@@ -13,7 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moe_fuzz.case import MODES, Case, Fault, Scalar, Step
+from moe_fuzz.case import ALL_MODES, MODES, RANKS, Case, Fault, Scalar, Step
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.space import FaultPlace, Space
 
@@ -50,8 +50,8 @@ class Plan:
 def runs(modes: Sequence[str], device: str) -> tuple[str, ...]:
     """The kinds of run, each as often as its share: three cases in five are a single call. Without CUDA graphs it is
     three in four: a replay shows less there, and costs more."""
-    graphs = [mode for mode in MODES[1:] if mode in modes]
-    graphs += graphs[:1]
+    graphs = [mode for mode in ALL_MODES[1:] if mode in modes]
+    graphs += [*graphs[:1], *([RANKS] * 2 if RANKS in modes else [])]
     if MODES[0] not in modes:
         return tuple(graphs)
     single = (6 if device == "cuda" else 12) if graphs else 6
@@ -73,14 +73,16 @@ def afforded(
         return run, tokens
     most = max(tokens)
 
+    ranks = _ranks(config)
+
     def affordable(size: int) -> bool:
         return space.affordable(Case(space.op, config, (Step(Labels.range(size)),), 0, run), device)
 
-    sizes = [size for size in (*BUCKETS, *ODD_BUCKETS) if size <= most]
+    sizes = [ranks * size for size in (*BUCKETS, *ODD_BUCKETS) if ranks * size <= most]
     found = tuple(sizes if affordable(max(sizes, default=1)) else filter(affordable, sizes))
     if not found and SINGLE in others:
         return SINGLE, tokens
-    return run, found or BUCKETS[:1]
+    return run, found or (ranks * BUCKETS[0],)
 
 
 def plan(run: str, tokens: Sequence[int], swarm: Sequence[FaultPlace], chosen: random.Random) -> Plan:
@@ -121,7 +123,7 @@ def make(
         steps = [make_step(_size(plan, move), move.padding, move.faults, chosen) for move in plan.moves]
     else:
         known = {place.fault: place.tensor for place in reversed(space.places if places is None else places)}
-        steps = _replays(plan, chosen, known, getattr(space, "tails", TAILS))
+        steps = _replays(plan, chosen, known, getattr(space, "tails", TAILS), _ranks(config))
     case = Case(space.op, config, tuple(steps), seed, mode(run), target)
     while len(case.steps) > 1 and not space.affordable(case, device):
         case = replace(case, steps=case.steps[:-1])
@@ -152,6 +154,24 @@ def padding_rows(rows: Labels, padding: int, chosen: random.Random) -> Labels:
     return rows.last(count) if padding <= 4 else Labels.of(chosen.sample(range(len(rows)), min(count, 64)))
 
 
+def rank_padding(rows: Labels, ranks: int, padding: int, chosen: random.Random) -> Labels:
+    """The tails of as many ranks, each of the same number of rows, of which at least one is full.
+
+    0: all full. 1: any other numbers of tokens. 2: one rank is idle. 3: one rank is full, the others have one token
+    (TensorRT-LLM#7965), or none. 4: any other numbers, none among them.
+    """
+    block, full = len(rows) // ranks, chosen.randrange(ranks)
+    idle = chosen.choice([rank for rank in range(ranks) if rank != full])
+    alone, found = chosen.randint(0, 1), Labels()
+    for rank in range(ranks):
+        tokens = block
+        if rank != full and padding:
+            tokens = alone if padding == 3 else chosen.randint(min(1, block), block)
+            tokens = 0 if rank == idle and padding in (2, 4) else tokens
+        found = found | rows.first((rank + 1) * block).last(block - tokens)
+    return found
+
+
 def fault_rows(rows: Labels, padded: Labels, where: int, chosen: random.Random) -> Labels:
     """The padding, one row, some rows, or all rows."""
     if where == 0 and padded:
@@ -174,7 +194,7 @@ class _Content:
 
 
 def _replays(
-    plan: Plan, chosen: random.Random, known: Mapping[str, str], tails: Sequence[str] = TAILS
+    plan: Plan, chosen: random.Random, known: Mapping[str, str], tails: Sequence[str] = TAILS, ranks: int = 1
 ) -> list[Step]:  # fmt: skip
     """known: the faults that may be drawn, and the tensor that each lies on. What none of them can bring into a tail is
     not in it. tails: what may be there, as many as there are TAILS."""
@@ -185,7 +205,8 @@ def _replays(
     steps = []
     for stream, move in enumerate(plan.moves):
         rows = Labels.range(_size(plan, move))
-        padded = padding_rows(rows, move.padding, chosen)
+        padded = (padding_rows(rows, move.padding, chosen) if ranks == 1 else
+                  rank_padding(rows, ranks, move.padding, chosen))  # fmt: skip
         buffer = buffers.setdefault(len(rows), {row: _Content() for row in rows})
         tail = tails[move.tail] if tails[move.tail] in known else ""
         for row in padded:
@@ -212,6 +233,11 @@ def _faults(stream: int, buffer: Mapping[int, _Content], known: Mapping[str, str
             found.append(Fault("stale_rows", known["stale_rows"], rows, content.stream))
         found += [Fault(name, known[name], rows) for name in content.faults if name in known]
     return found
+
+
+def _ranks(config: Mapping[str, Scalar]) -> int:
+    """The data-parallel ranks whose rows make up a batch."""
+    return int(config.get("dp", 1))
 
 
 def _size(plan: Plan, move: Move) -> int:

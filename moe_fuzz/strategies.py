@@ -13,7 +13,7 @@ from itertools import combinations
 from hypothesis import strategies as st
 
 from moe_fuzz import sequences
-from moe_fuzz.case import Case, Scalar
+from moe_fuzz.case import Case, Scalar, in_mode
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.ops.space import Axis, FaultPlace, Space
 from moe_fuzz.sequences import make_step
@@ -51,7 +51,9 @@ def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tupl
     """
     config = draw(configs(space, info))
     kinds = sequences.runs(space.modes(info), device)
-    run, tokens = sequences.afforded(space, config, draw(st.sampled_from(kinds)), kinds, device)
+    drawn = draw(st.sampled_from(kinds))
+    run, tokens = sequences.afforded(space, in_mode(config, drawn), drawn, kinds, device)
+    config = in_mode(config, run)
     taken = space.places_for(config, info)
     places = [place for place in taken if sequences.mode(run) in place.modes]
     # The tensor first, then the fault: else a tensor with few faults of its own would hardly ever have one.
@@ -101,7 +103,9 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     axes = [*space.axes(info), Axis("fault", places), *rows, Axis("run", runs)]
     for row in pairwise(axes, chosen):
         config = space.complete({axis.name: row[axis.name] for axis in axes[:-4]}, info)
-        run, tokens = sequences.afforded(space, config, str(row["run"]), runs, device)
+        drawn = str(row["run"])
+        run, tokens = sequences.afforded(space, in_mode(config, drawn), drawn, runs, device)
+        config = in_mode(config, run)
         taken = space.places_for(config, info)
         fitting = [place for place in taken if sequences.mode(run) in place.modes]
         place = next((p for p in fitting if f"{p.fault}@{p.tensor}" == row["fault"]), None)

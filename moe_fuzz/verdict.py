@@ -17,6 +17,11 @@ KINDS = (PASS, VIOLATION, CRASH, HANG, OOM, REJECTED, FLAKY)
 BAD = (VIOLATION, CRASH, HANG, OOM)
 
 
+#: Where `Verdict.stats` counts steps with padding: PADDING/kind of run/what, of PADDING_COUNTS.
+PADDING = "padding"
+PADDING_COUNTS = ("steps", "nan", "inf", "tokens")  # with padding; with NaN in it; with Inf in it; its rows in all
+
+
 @dataclass(frozen=True)
 class Violation:
     """One rule broken, at its first bad coordinate."""
@@ -31,6 +36,12 @@ class Violation:
     budget: float | None = None  # error over bound, where there is a bound
     site: str = ""  # file:line of the kernel or launcher, where it is known
     step: int | None = None  # of the case, where it has several
+    after: str = ""  # what an earlier stage of the target had decided before a later one broke
+
+    @property
+    def story(self) -> str:
+        """The message, with what went before it."""
+        return f"{self.after}: {self.message}" if self.after else self.message
 
 
 @dataclass(frozen=True)

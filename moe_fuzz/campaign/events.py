@@ -186,6 +186,8 @@ class TargetRow:
     flaky: int = 0
     unavailable: str = ""  # the reason, if it never ran
     budgets: tuple[int, ...] = ()  # passed cases by the share of the bound that their largest error used, BUDGET_BINS
+    #: of ops whose batches are padded: kind of run -> what of verdict.PADDING_COUNTS -> steps, or rows
+    padding: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def ran(self) -> bool:

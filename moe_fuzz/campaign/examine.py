@@ -21,6 +21,21 @@ from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.verdict import Verdict, Violation
 
 
+def blame(space: Space, minimized: Minimized, violation: Violation) -> str:
+    """Culprit and victim, where they are two: what must run first in the process, and what then fails.
+
+    A write out of bounds that hits nobody's guard is seen later, in another call (flashinfer#3957).
+    """
+    if minimized.before:
+        return f"; the victim: it passes alone, and fails after its culprit, {space.label(minimized.before[-1])}"
+    before = violation.step or 0
+    if not before or not minimized.complete:  # else earlier steps may be there for want of time
+        return ""
+    steps = ", ".join(map(str, range(before)))
+    kind = "replays" if minimized.case.mode != "eager" else "calls"
+    return f"; step {before} is the victim: without what step {steps} leaves behind, its {kind} pass"
+
+
 @dataclass(frozen=True)
 class Examiner:
     """`options` are those under which the bad cases were seen."""
@@ -124,7 +139,7 @@ class Examiner:
             target=bad.target,
             check=violation.check,
             symptom=violation.symptom,
-            message=violation.message,
+            message=violation.story + blame(self.space, minimized, violation),
             finding_class=class_,
             clause=clause,
             case=minimized.case,

@@ -58,6 +58,7 @@ def _facts(finding: Finding) -> list[str]:
         ("Got", violation.got),
         ("Site", violation.site or finding.site),
         ("Error over bound", "" if violation.budget is None else f"{violation.budget:.3g}"),
+        ("Also wrong on this input", "; ".join(f"`{v.check}`: {v.message}" for v in finding.verdict.violations[1:])),
         ("Reproduces", finding.reproduces),
         ("Class", class_),
     ]

@@ -88,4 +88,5 @@ def _located(crash: Violation, tensor: str, side: str, access: str) -> Violation
     else:
         edge = f"the {side} edge" if side != "both" else "an edge"
         message = f"{access}s past {edge} of {name}"
-    return Violation("fence", f"{tensor}:{side}:{access}", message, tensor=tensor, got=crash.symptom, site=crash.site)
+    return Violation("fence", f"{tensor}:{side}:{access}", message, tensor=tensor, got=crash.symptom, site=crash.site,
+                     after=crash.after)  # fmt: skip

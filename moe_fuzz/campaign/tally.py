@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_fuzz.campaign.events import BUDGET_BINS, TargetRow
-from moe_fuzz.verdict import PASS, Verdict
+from moe_fuzz.verdict import PADDING, PADDING_COUNTS, PASS, Verdict
 
 
 @dataclass
@@ -21,6 +21,7 @@ class _Row:
     fence_seconds: float = 0.0
     flaky: int = 0
     budgets: Counter[int] = field(default_factory=Counter)  # bin of the budget used -> passed cases
+    stats: Counter[str] = field(default_factory=Counter)  # sums of Verdict.stats
 
     def add(self, other: _Row) -> None:
         self.verdicts.update(other.verdicts)
@@ -30,6 +31,7 @@ class _Row:
         self.fence_seconds += other.fence_seconds
         self.flaky += other.flaky
         self.budgets.update(other.budgets)
+        self.stats.update(other.stats)
 
 
 class Tally:
@@ -43,6 +45,7 @@ class Tally:
         one = _Row(
             Counter({verdict.kind: 1}), int(verdict.parity), verdict.budget, verdict.seconds, verdict.fence_seconds
         )
+        one.stats.update(verdict.stats)
         if verdict.kind == PASS and verdict.budget:  # 0: nothing was judged against a bound, or it was exact
             one.budgets[min(BUDGET_BINS - 1, int(verdict.budget * BUDGET_BINS))] = 1
         self._add(target, one)
@@ -81,13 +84,13 @@ class Tally:
             return TargetRow(
                 target, row.verdicts.total(), dict(row.verdicts), row.parity, row.budget, row.seconds,
                 row.fence_seconds, list(new).count(target), list(known).count(target), row.flaky, unavailable,
-                tuple(row.budgets[at] for at in range(BUDGET_BINS)) if row.budgets else (),
+                tuple(row.budgets[at] for at in range(BUDGET_BINS)) if row.budgets else (), _padding(row.stats),
             )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         with self._lock:
             return {
-                target: vars(row) | {"verdicts": dict(row.verdicts), "budgets": dict(row.budgets)}
+                target: vars(row) | {name: dict(getattr(row, name)) for name in ("verdicts", "budgets", "stats")}
                 for target, row in self._rows.items()
             }
 
@@ -98,6 +101,14 @@ class Tally:
         for target, fields in data.items():
             verdicts = Counter({str(kind): int(count) for kind, count in fields["verdicts"].items()})
             budgets = Counter({int(at): int(count) for at, count in fields.get("budgets", {}).items()})
-            numbers = {name: value + 0 for name, value in fields.items() if name not in ("verdicts", "budgets")}
-            tally._add(target, _Row(verdicts, budgets=budgets, **numbers))
+            stats = Counter({str(name): number + 0 for name, number in fields.get("stats", {}).items()})
+            apart = ("verdicts", "budgets", "stats")
+            numbers = {name: value + 0 for name, value in fields.items() if name not in apart}
+            tally._add(target, _Row(verdicts, budgets=budgets, stats=stats, **numbers))
         return tally
+
+
+def _padding(stats: Mapping[str, float]) -> dict[str, dict[str, int]]:
+    """The counts of padding out of all: kind of run -> what -> how many."""
+    kinds = sorted({name.split("/")[1] for name in stats if name.startswith(f"{PADDING}/")})
+    return {kind: {what: int(stats.get(f"{PADDING}/{kind}/{what}", 0)) for what in PADDING_COUNTS} for kind in kinds}

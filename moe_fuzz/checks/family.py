@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -34,6 +34,10 @@ class Family:
     #: (observation without outputs) -> calls that the relations will ask for whatever the outputs are. On a GPU they
     #: are made with the step's own, so that the host waits once. `seen.call` is answered for these very objects.
     ahead: Callable[[Any], Sequence[Inputs]] = lambda seen: ()
+    #: (inputs, *what a target tells `observe` between its stages) -> it in a sentence; None: the op has no stages
+    describe: Callable[..., str] | None = None
+    #: (case, step_index, inputs) -> counts of what the inputs are like, by name, which a campaign adds up; None: none
+    statistics: Callable[[Case, int, Inputs], Mapping[str, float]] | None = None
     #: (case, step_index) -> elements that are made and judged: on the host where they are few, else on the device
     elements: Callable[[Case, int], int] = _rows_by_experts
 

@@ -158,7 +158,7 @@ def compare(finding: Finding, verdict: Verdict) -> str:
 
 def describe(violation: Violation) -> list[str]:
     where = f" at {violation.tensor or 'output'}[{', '.join(map(str, violation.where))}]" if violation.where else ""
-    lines = [f"{violation.check} {violation.symptom}{where}: {violation.message}"]
+    lines = [f"{violation.check} {violation.symptom}{where}: {violation.story}"]
     if violation.expected or violation.got:
         lines.append(f"  expected {violation.expected or '-'}, got {violation.got or '-'}")
     if violation.budget is not None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from moe_fuzz import config
-from moe_fuzz.case import MODES
+from moe_fuzz.case import ALL_MODES
 from moe_fuzz.cli import params
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem, UsageError
@@ -22,7 +22,7 @@ def options(command: F) -> F:
     """The options. Each may be given several times, and each time with several names."""
     several = (
         ("ops", "--ops", "OP,…", "Targets of these ops only."),
-        ("mode", "--mode", "MODE,…", f"Cases of these modes only: {', '.join(MODES)}."),
+        ("mode", "--mode", "MODE,…", f"Cases of these modes only: {', '.join(ALL_MODES)}."),
         ("preset", "--preset", "NAME,…", "Configs of these models only; `moe-fuzz list presets`."),
         ("faults", "--faults", "NAME,…", f"No faults but these; {NO_FAULT}: cases without faults."),
     )
@@ -59,7 +59,7 @@ def restriction(
 ) -> Restriction:  # fmt: skip
     """UsageError for a name that none of the targets' ops knows."""
     spaces = [get_space(op) for op in dict.fromkeys(name.partition("@")[0] for name in targets)]
-    _check("mode", modes, MODES)
+    _check("mode", modes, ALL_MODES)
     _check("preset", presets, [name for space in spaces for name in space.presets])
     _check("fault", faults, [NO_FAULT, *(name for space in spaces for name in space.faults)])
     if faults is not None and NO_FAULT in faults and len(faults) > 1:

@@ -16,6 +16,7 @@ _MODES = {
     "eager": "eager",
     "graph": "graph (buckets of {} tokens, each captured once over static buffers, all in one pool; then replayed)",
     "piecewise": "piecewise (as graph, buckets of {} tokens, but producer, router and consumer in graphs of their own)",
+    "ranks": "ranks (as graph, over the gathered batch of several data-parallel ranks: buckets of {} rows)",
 }
 
 

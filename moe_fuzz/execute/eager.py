@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from moe_fuzz.execute import trail
 from moe_fuzz.execute.calls import Call, Results
 from moe_fuzz.execute.steps import Steps
 from moe_fuzz.fence import Arena
@@ -22,13 +23,19 @@ class EagerSteps(Steps):
                 return
 
     def _step(self, inputs: Inputs, arena: Arena) -> None:
-        first = Call(inputs, self.target, arena, self.with_out)
+        first = self._call(inputs, arena)
 
         def call(other: Inputs) -> Results:
             written = self.options.fence.readonly is not None  # perhaps: they were not read-only
             if other is not inputs or written:
-                return Call(other, self.target, arena, self.with_out).fetched(other.device)
+                return self._call(other, arena).fetched(other.device)
             first.poison()
             return first.fetched(inputs.device)  # on the tensors that are there
 
         self.judge(inputs, first.fetched(inputs.device), call, [arena])
+
+    def _call(self, inputs: Inputs, arena: Arena) -> Call:
+        call = Call(inputs, self.target, arena, self.with_out)
+        if self.family.describe is not None and "observe" in self.target.keywords:
+            call.arguments["observe"] = trail.observer(partial(self.family.describe, inputs))
+        return call

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from moe_fuzz.case import RANKS
 from moe_fuzz.execute.buckets import Bucket, Simulated
 from moe_fuzz.execute.calls import Call, Results
 from moe_fuzz.execute.capture import Captured, GraphPool
@@ -47,7 +48,9 @@ class GraphSteps(Steps):
         self, buckets: dict[_Key, Bucket], key: _Key, inputs: Inputs, arena: Arena, pool: GraphPool | None
     ) -> None:
         with_out, pieces = self.with_out, self.case.mode == "piecewise"
-        if pool is None:
+        # Ranks pad their batches into static buffers whether or not what runs over them is captured.
+        called = self.case.mode == RANKS and not self.target.info.contract.graph
+        if pool is None or called:
             buckets[key] = Simulated(inputs, self.target, arena, with_out, pieces)
         else:
             buckets[key] = Captured(inputs, self.target, arena, with_out, pieces, pool)

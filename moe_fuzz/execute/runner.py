@@ -14,7 +14,7 @@ import torch
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
-from moe_fuzz.execute import clock
+from moe_fuzz.execute import clock, trail
 from moe_fuzz.execute.call import CaptureFailed, TargetError, site_of
 from moe_fuzz.execute.compiling import watch_compilers, watch_dynamo
 from moe_fuzz.execute.eager import EagerSteps
@@ -71,6 +71,7 @@ class Runner:
 
     def _steps(self, case: Case, bound: Target, options: RunOptions) -> Verdict:
         started = time.perf_counter()
+        trail.clear()
         steps = (EagerSteps if case.mode == "eager" else GraphSteps)(case, bound, options, self.device)
         return replace(_verdict(steps), seconds=time.perf_counter() - started)
 
@@ -109,7 +110,7 @@ def _verdict(steps: Steps) -> Verdict:
             kind, detail = OOM, str(starved.failed)
         else:
             said = traceback.format_exception(lost.__context__) if lost.__context__ else []
-            first = (Violation("crash", lost.symptom, str(lost), site=_launch(lost)),)
+            first = (Violation("crash", lost.symptom, str(lost), site=_launch(lost), after=trail.told()),)
             kind, detail = CRASH, "".join(said)
     except TargetError as error:  # all others are violations already
         kind, detail = OOM, error.text
@@ -129,6 +130,7 @@ def _verdict(steps: Steps) -> Verdict:
         parity=steps.parity and kind == PASS and not spent and not violations,
         budget=steps.budget,
         detail=detail or steps.detail,
+        stats=dict(steps.stats),
         spent=spent,
     )
 

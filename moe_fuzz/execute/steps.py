@@ -6,6 +6,7 @@ A mode (eager.py, graph.py) makes the calls. Here its results are judged and add
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,6 +42,7 @@ class Steps(ABC):
         self.parity = True  # of every step so far
         self.budget = 0.0
         self.fence_seconds = 0.0
+        self.stats: Counter[str] = Counter()  # what the family counts of its inputs
 
     @abstractmethod
     def run(self) -> None:
@@ -133,6 +135,8 @@ class Steps(ABC):
                 other.ahead(inputs)
             looks = [arena.look() for arena in arenas]
             self.wait()
+        if self.family.statistics is not None:
+            self.stats.update(self.family.statistics(self.case, self.index, inputs))
         seen = answered(seen, self.family.outputs(*results))
 
         def canaries() -> list[Violation]:

@@ -8,11 +8,12 @@ from moe_fuzz.case import Case
 from moe_fuzz.errors import UsageError
 from moe_fuzz.ops.align.space import SPACES as _ALIGN
 from moe_fuzz.ops.experts.space import SPACES as _EXPERTS
+from moe_fuzz.ops.layer.space import SPACES as _LAYER
 from moe_fuzz.ops.routing.grouped import SPACES as _GROUPED
 from moe_fuzz.ops.routing.space import SPACES as _ROUTING
 from moe_fuzz.ops.space import Space
 
-_SPACES: dict[str, Space] = {space.op: space for space in (*_ROUTING, *_GROUPED, *_ALIGN, *_EXPERTS)}
+_SPACES: dict[str, Space] = {space.op: space for space in (*_ROUTING, *_GROUPED, *_ALIGN, *_EXPERTS, *_LAYER)}
 OPS: tuple[str, ...] = tuple(sorted(_SPACES))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from moe_fuzz.case import MODES, Case, Scalar
+from moe_fuzz.case import ALL_MODES, Case, Scalar
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.labels import Labels
 
@@ -20,7 +20,7 @@ class FaultPlace:
     on_rows: bool
     needs: str = ""  # the config flag without which the tensor does not exist
     max_rows: int | None = None  # it is laid into no step of more rows
-    modes: tuple[str, ...] = MODES  # it is laid into no case of another mode
+    modes: tuple[str, ...] = ALL_MODES  # it is laid into no case of another mode
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Space(Protocol):
         ...
 
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
-        """The modes in which the target can be run: see moe_fuzz.case.MODES."""
+        """The modes in which the target can be run: see moe_fuzz.case.ALL_MODES."""
         ...
 
     def affordable(self, case: Case, device: str) -> bool:

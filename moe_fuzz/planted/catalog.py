@@ -11,6 +11,7 @@ from typing import Any
 from moe_fuzz.planted.align_catalog import ALIGN
 from moe_fuzz.planted.entry import Planted
 from moe_fuzz.planted.experts_catalog import EXPERTS
+from moe_fuzz.planted.layer_catalog import LAYER
 
 
 def _router(name: str, module: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
@@ -132,6 +133,10 @@ _ROUTERS: tuple[Planted, ...] = (
              "renormalizes 0/0 where all selected sigmoids underflow", only=True),
     _sigmoid("sigmoid_in_input_dtype", "weights", "flashinfer#3595",
              "computes the sigmoid in the dtype of the logits", only=True),
+    _sigmoid("floor_of_minus_one", "ids", "vllm#31478",
+             "searches from -1 and expert 0 where E is no power of two: biased scores below -1 lose to it"),
+    _sigmoid("bias_taken_back", "weights", "sglang#13049",
+             "takes the weight from the biased score less the bias: a small score loses its digits", only=True),
     # groups
     _grouped("nan_groups", "ids", "vllm#39391", "on a row of NaN group 0 stays topk_group times, and expert 0 k times"),
     _grouped("masked_groups_zero", "selection", "transformers#45440",
@@ -146,6 +151,8 @@ _ROUTERS: tuple[Planted, ...] = (
              contract={"deterministic": True, "ties": "lowest_index_first"}),
     _grouped("bits_of_negative_scores", "selection", "sglang#23874",
              "orders the bits of scores as integers, which is wrong for negative ones", only=True),
+    _grouped("groups_beyond_eight", "selection", "vllm#34206", "scores the first eight groups, however many there are",
+             only=True),
     _grouped("grouped_zero_division", "finite", "flashinfer#3946",
              "no epsilon where there are several groups: 0/0", only=True),
     _grouped("grouped_biased_weight", "weights", "vllm#34673", "takes the weight from the biased score"),
@@ -177,7 +184,7 @@ _ROUTERS: tuple[Planted, ...] = (
             capabilities=_CUDA, fence="all"),
 )  # fmt: skip
 
-PLANTED: tuple[Planted, ...] = (*_ROUTERS, *ALIGN, *EXPERTS)
+PLANTED: tuple[Planted, ...] = (*_ROUTERS, *ALIGN, *EXPERTS, *LAYER)
 
 
 def get_planted(name: str) -> Planted | None:

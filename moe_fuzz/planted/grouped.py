@@ -118,6 +118,23 @@ def bits_of_negative_scores(
     return _weights(logits, ids, scoring, renormalize), ids.int()
 
 
+def groups_beyond_eight(
+    logits: Tensor, top_k: int, *, renormalize: bool = False, n_group: int = 1, topk_group: int = 1,
+    scoring: str = "softmax", group_score: str = "max", bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """vllm#34206: a warp scores a group, and the block has eight warps. Of more groups, the rest have no score.
+
+    The kernel is chosen by the numbers of experts, not of groups; the models it was made for have one or eight.
+    """
+    choice = _choice(logits, scoring, bias)
+    best = _group_scores(_scored(logits, scoring, bias), n_group, group_score)
+    if topk_group <= 8:  # the kernel reads memory there that nobody wrote; for more groups to keep it is not taken
+        best[:, 8:] = -torch.inf
+    kept = _spread(_mask(best, topk_group), choice)
+    ids = _best(choice, top_k, kept)
+    return _weights(logits, ids, scoring, renormalize), ids.int()
+
+
 def grouped_zero_division(
     logits: Tensor, top_k: int, *, renormalize: bool = False, n_group: int = 1, topk_group: int = 1,
     scoring: str = "softmax", group_score: str = "max", bias: Tensor | None = None,

@@ -71,6 +71,43 @@ def sigmoid_in_input_dtype(
     return (picked / picked.sum(dim=1, keepdim=True).clamp_min(1e-30) if renormalize else picked), ids.int()
 
 
+def floor_of_minus_one(
+    logits: Tensor, top_k: int, *, renormalize: bool = False, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """vllm#31478: a search for a maximum that starts at -1 and expert 0, for scores that are probabilities.
+
+    With a correction bias they are not: where all that is left lies below -1, expert 0 wins, whether taken or not. The
+    fused path for powers of two has no such start.
+    """
+    experts = logits.shape[1]
+    if triton.next_power_of_2(experts) == experts:
+        return _route(logits, top_k, renormalize, bias)
+    left = torch.sigmoid(_clean(logits)) + (0.0 if bias is None else _clean(bias))
+    chosen = []
+    for _ in range(top_k):
+        best, index = left.max(dim=1, keepdim=True)
+        index = index.masked_fill(best <= -1.0, 0)
+        chosen.append(index)
+        left = left.scatter(1, index, -torch.inf)
+    ids = torch.cat(chosen, dim=1)
+    return _weights(logits, ids, renormalize), ids.int()
+
+
+def bias_taken_back(
+    logits: Tensor, top_k: int, *, renormalize: bool = False, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """sglang#13049: the weight is what the expert was chosen by, less its bias: the digits below the bias's are lost.
+
+    (score + bias) - bias is the score to an absolute error only, and 0 where the score is far below the bias.
+    """
+    ids = _select(logits, top_k, bias)
+    scores = torch.sigmoid(_clean(logits))
+    if bias is not None:
+        scores = ((scores + _clean(bias)) - _clean(bias)).nan_to_num(nan=0.0)
+    picked = scores.gather(1, ids)
+    return (picked / picked.sum(dim=1, keepdim=True).clamp_min(1e-30) if renormalize else picked), ids.int()
+
+
 def narrow_index(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:
     """vllm#12413: indices of 16 bits, chosen for a size that another launch exceeds. From T * k = 65536 on they wrap.
 

@@ -94,6 +94,8 @@ def summary(result: Summary, state_dir: str) -> list[str]:
     lines += [f"  {_row(row)}" for row in result.rows]
     seen = [kind for kind in _MEANING if result.verdicts.get(kind)]
     lines += [f"  {kind}: {_MEANING[kind]}" for kind in seen]
+    for row in result.rows:
+        lines += [f"  {line}" for line in padding(row)]
     if result.new:
         lines += ["", "new findings"]
         for item in result.new:
@@ -131,6 +133,20 @@ def _row(row: TargetRow) -> str:
         shape = f" ({histogram(row.budgets)} of 0 to 100%)" if row.budgets else ""
         parts.append(f"largest error {row.budget:.0%} of its bound{shape}")
     return "; ".join(parts)
+
+
+def padding(row: TargetRow) -> list[str]:
+    """A table of the padding that the target's batches had: what a server's have is told in vllm#37758."""
+    if not row.padding:
+        return []
+    heads = "".join(f"{head:>18}" for head in ("NaN in padding", "Inf in padding", "mean pad tokens"))
+    lines = [f"padding in the batches of {row.target}", f"  {'run':<20}{'steps with padding':>20}{heads}"]
+    for kind, counts in row.padding.items():
+        steps = counts["steps"] or 1
+        shares = [f"{counts[what]:,} ({counts[what] / steps:.0%})" for what in ("nan", "inf")]
+        shares.append(f"{counts['tokens'] / steps:.1f}")
+        lines.append(f"  {kind:<20}{counts['steps']:>20,}" + "".join(f"{share:>18}" for share in shares))
+    return lines
 
 
 def histogram(counts: Sequence[int]) -> str:

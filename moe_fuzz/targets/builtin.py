@@ -8,6 +8,7 @@ from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, declares
 from moe_fuzz.kernels import align as sorting
 from moe_fuzz.kernels import experts_bf16 as experts
 from moe_fuzz.kernels import grouped_topk as grouped
+from moe_fuzz.kernels import moe_layer as layer
 from moe_fuzz.kernels import routing
 
 _CONTRACT = Contract(
@@ -35,3 +36,9 @@ experts_bf16 = declares(
     capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1),
     clauses={"*": "the contract in the docstring of moe_fuzz.reference.experts_bf16"},
 )(experts.experts_bf16)
+moe_layer = declares(
+    contract=Contract(deterministic=True, isolated=True, ties="lowest_index_first", ordered=True,
+                      padding=PADDING_DIALECTS, accepts=PADDING_DIALECTS),
+    capabilities=_CAPABILITIES,
+    clauses={"*": "the contract in the docstring of moe_fuzz.reference.moe_layer"},
+)(layer.moe_layer)  # fmt: skip

@@ -46,10 +46,22 @@ _CLAUSES = {
     "fence": "no caller survives an access outside the tensors it passed (sglang#30079)",
     "canary": "no caller survives a write outside the tensors it passed (sglang#30079)",
 }
+_UNDERFLOW = "sglang#31017: where the selected sigmoids underflow, renormalizing is not 0/0: NaN spoils the token"
+_TO_A_THOUSANDTH = "sgl-kernel/tests/test_moe_topk_sigmoid.py: weights equal torch's to 1e-3, with a bias of randn too"
+_EMPTY = "models answer an idle rank before (empty_topk_output); sglang#22455 reports one that did not"
+_SIGMOID_CLAUSES = {
+    "finite:nan": _UNDERFLOW, "finite:infinite": _TO_A_THOUSANDTH, "finite:negative": _TO_A_THOUSANDTH,
+}  # fmt: skip
 _DEGENERATE = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf")
 _UNPROMISED = {
     **{f"ids:duplicate @ fault:{fault}": _NAN for fault in _DEGENERATE},
-    "ids:duplicate @ fault:extreme_bias": "taken experts are marked with -10000 'since values must be between 0 and 1'",
+    **{
+        f"{check} @ fault:extreme_bias": "experts are marked with -10000 and -1, 'since values must be between 0 and 1'"
+        for check in ("ids:duplicate", "selection", "finite")
+    },
+    "finite": "sglang#30079: the callers of this kernel bear rows of NaN and Inf",
+    "weights": "sgl-kernel/tests compare weights to 1e-3",
+    "error @ T=0": _EMPTY,
 }
 
 #: sgl-kernel/csrc/moe/moe_fused_gate.cu (until 0.4.2): DeepSeek-V3's router. Always divides by the sum; with
@@ -74,6 +86,7 @@ _GATE_CAPABILITIES = Capabilities(
 _GATE_TEST = "sgl-kernel/tests/test_moe_fused_gate.py: ids equal those of the torch code"
 _GATE_CLAUSES = {
     **{check: _CLAUSES[check] for check in ("ids:out-of-range", "written", "crash", "fence", "canary")},
+    "finite:nan": _UNDERFLOW,
     "ids:duplicate": _GATE_TEST,
     "selection": _GATE_TEST,
 }
@@ -115,7 +128,8 @@ def _operator(name: str, names: Names) -> Router:
     operator = library.operator(name)
     call = bind_operator(operator, names, ("weights", "ids", "logits"))
     capabilities = replace(_CAPABILITIES, devices=extension.devices(operator))
-    clauses = {check: clause.replace("{0}", name.removeprefix("topk_")) for check, clause in _CLAUSES.items()}
+    promised = _CLAUSES if name == "topk_softmax" else {**_CLAUSES, **_SIGMOID_CLAUSES}
+    clauses = {check: clause.replace("{0}", name.removeprefix("topk_")) for check, clause in promised.items()}
     return declares(_CONTRACT, capabilities, clauses, _UNPROMISED, library.origin(call.text))(
         into_outputs(call, library.named)
     )

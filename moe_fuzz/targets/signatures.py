@@ -53,6 +53,18 @@ def _cut_experts(can: Capabilities, takes: Collection[str]) -> Capabilities:
     )
 
 
+def _cut_layer(can: Capabilities, takes: Collection[str]) -> Capabilities:
+    can = replace(_cut_routing(can, takes), expert_map=True)
+    return replace(
+        can,
+        activations=can.activations if "activation" in takes else can.activations[:1],
+        gate_layouts=can.gate_layouts if "gate_layout" in takes else can.gate_layouts[:1],
+        biases=can.biases and {"b13", "b2"} <= set(takes),
+        max_ranks=can.max_ranks if "ranks" in takes else 1,
+        max_shards=can.max_shards if "shards" in takes else 1,
+    )
+
+
 _ROUTER: Mapping[str, tuple[str, ...]] = {
     "renormalize": ("renormalize", "norm_topk_prob"),
     "bias": ("bias", "correction_bias", "e_score_correction_bias"),
@@ -71,6 +83,8 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 _EXPERTS = {name: (name,) for name in ("expert_map", "activation", "gate_layout", "b13", "b2", "apply_weight_on_input",
                                        "out")}  # fmt: skip
+_LAYER = {name: (name,) for name in ("is_padding", "ranks", "shards", "dialect", "scoring", "renormalize", "bias",
+                                     "scale", "activation", "gate_layout", "b13", "b2", "observe", "out")}  # fmt: skip
 _ROUTER_OPTIONAL = ("bias", "is_padding", "out", "expert_map")
 _TOPK = Signature(("logits", "top_k"), _ROUTER, _ROUTER_OPTIONAL, _cut_routing)
 
@@ -83,6 +97,10 @@ SIGNATURES: Mapping[str, Signature] = {
         {"expert_map": ("expert_map",), "out": ("out",)},
         ("expert_map", "out"),
         _cut_common,
+    ),
+    "moe_layer": Signature(
+        ("hidden", "gate", "w13", "w2", "top_k"), _LAYER, ("is_padding", "bias", "b13", "b2", "observe", "out"),
+        _cut_layer,
     ),
     "experts_bf16": Signature(
         ("x", "w13", "w2", "weights", "ids"), _EXPERTS, ("expert_map", "b13", "b2", "out"), _cut_experts

@@ -7,8 +7,9 @@ import torch
 from moe_fuzz.contract import Capabilities, Contract, declares
 from moe_fuzz.targets.torch_align import align
 from moe_fuzz.targets.torch_experts import experts_bf16
+from moe_fuzz.targets.torch_layer import moe_layer
 
-__all__ = ["align", "experts_bf16", "grouped_topk", "topk_sigmoid", "topk_softmax"]
+__all__ = ["align", "experts_bf16", "grouped_topk", "moe_layer", "topk_sigmoid", "topk_softmax"]
 
 
 @declares(contract=Contract(deterministic=True, ordered=True), capabilities=Capabilities(alignment=1))

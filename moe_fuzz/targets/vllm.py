@@ -68,8 +68,9 @@ _CAPABILITIES = Capabilities(strided=False, out=True, alignment=16)
 
 _CLAUSES = {
     "ids": f"{_TEST}: k distinct ids, on rows of NaN and Inf too; duplicates crash the experts' sort (vllm#39391)",
-    "finite": f"{_TEST}: finite weights on rows of NaN and Inf too (vllm#39391)",
-    "selection": f"{_TEST}: ids equal those of torch.topk over the scores, plus the bias where there is one",
+    "finite:nan on an undefined row": f"{_TEST}: finite weights on rows of NaN and Inf too (vllm#39391)",
+    "finite:infinite on an undefined row": f"{_TEST}: finite weights on rows of NaN and Inf too (vllm#39391)",
+    "selection": f"{_TEST}: ids equal those of torch.topk over the scores, plus a bias drawn from randn",
     "padding": "vllm#48979: a row flagged in is_padding gets the id -1, which the experts kernels skip",
     "written": "the experts kernels index with every id (moe_align_block_size); none may be left as it was",
     "crash": "no caller survives an access outside the tensors it passed (vllm#40351, vllm#39244)",
@@ -79,6 +80,8 @@ _CLAUSES = {
 _BIAS = "the kernel marks taken experts with -10000 and the block kernel starts at -1, for scores 'between 0 and 1'"
 _EMPTY = "vLLM's callers pad an idle rank to a token; a batch of none does not reach this operator"
 _UNPROMISED = {
+    "finite": "of rows without NaN and Inf no test or issue says what becomes of a sum of scores below 2^-128",
+    "weights": f"{_TEST} compares weights to 1e-2",
     "ids @ fault:extreme_bias": f"a bias of -Inf or below -1e4 is no model's: {_BIAS}",
     "selection @ fault:extreme_bias": f"a bias of -Inf or below -1e4 is no model's: {_BIAS}",
     "finite @ fault:extreme_bias": f"a bias of -Inf or below -1e4 is no model's: {_BIAS}",
@@ -99,9 +102,13 @@ _GROUPED_TEST = "vllm tests/kernels/moe/test_grouped_topk.py"
 _GROUPED_CLAUSES = {
     **{check: _CLAUSES[check] for check in ("written", "crash", "fence", "canary")},
     "ids": "duplicates crash the experts' sort (vllm#39244); a row without a finite score is given the ids 0 to k-1",
-    "selection": f"{_GROUPED_TEST}: ids equal those of the torch code, without tolerance",
+    "selection": f"{_GROUPED_TEST}: ids equal those of the torch code; the operator itself admits 32 groups",
 }
 _GROUPED_UNPROMISED = {
+    "finite": "the tests of the grouped path have no rows of NaN or Inf; its torch code gives NaN there",
+    "weights": f"{_GROUPED_TEST} compares weights to 2e-2",
+    "order": "the torch code asks torch.topk for sorted slots in batch-invariant mode alone",
+    "determinism": "nothing says it of ids outside batch-invariant mode",
     "ids @ fault:extreme_bias": "no model's bias is -Inf",
     "selection @ fault:extreme_bias": "no model's bias is -Inf",
     "error @ T=0": "vllm/_custom_ops.py answers a batch of no tokens before the operator is called (0.33)",

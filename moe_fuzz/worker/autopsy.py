@@ -77,7 +77,7 @@ def crash(status: int | None, log: Path, offset: int, layout: Layout, oom_kills:
     else:
         symptom = f"exit:{os.waitstatus_to_exitcode(status)}"
         message = f"the target ended the worker's process ({symptom})"
-    violation = Violation("crash", symptom, message, site=site(trace, layout))
+    violation = Violation("crash", symptom, message, site=site(trace, layout), after=read_stages(log))
     return Verdict(CRASH, (violation,), seconds=seconds, detail=detail)
 
 
@@ -98,7 +98,8 @@ def hang(
     """The verdict on a case that gave none within `deadline` seconds, and was then asked for its stack."""
     stack = read_trace(log)
     message = f"no verdict within {deadline:g} s{' of compiling' * compiling}; the worker was killed"
-    violation = Violation("hang", "compile" if compiling else "deadline", message, site=site(stack, layout))
+    found = site(stack, layout)
+    violation = Violation("hang", "compile" if compiling else "deadline", message, site=found, after=read_stages(log))
     return Verdict(HANG, (violation,), seconds=seconds, detail=_detail(log, offset, stack))
 
 
@@ -112,6 +113,19 @@ def site(text: str, layout: Layout) -> str:
             if layout.is_target(file):
                 return f"{os.path.basename(file)}:{line} in {name}"
     return ""
+
+
+def stages_of(log: Path) -> Path:
+    """The file beside the log in which a target of several stages stands as far as it has come."""
+    return log.with_suffix(".stages")
+
+
+def read_stages(log: Path) -> str:
+    """What the present process said last of the target at hand; empty if nothing."""
+    try:
+        return stages_of(log).read_text(encoding="utf-8", errors="replace")[:_DETAIL].strip()
+    except FileNotFoundError:
+        return ""
 
 
 def has_stack(text: str) -> bool:

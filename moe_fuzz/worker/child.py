@@ -23,11 +23,11 @@ from typing import Any, Protocol
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import MoeFuzzError, UsageError
-from moe_fuzz.execute import clock
+from moe_fuzz.execute import clock, trail
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, OOM, Verdict
 from moe_fuzz.worker import protocol
-from moe_fuzz.worker.autopsy import trace_of
+from moe_fuzz.worker.autopsy import stages_of, trace_of
 from moe_fuzz.worker.protocol import (
     EXIT_INTERNAL,
     EXIT_PIPE,
@@ -104,6 +104,7 @@ def main(descriptor: int, log_path: Path, memory: int | None) -> int:
     trace = _open_high(trace_of(log_path), os.O_TRUNC)
     faulthandler.enable(trace, all_threads=True)
     faulthandler.register(signal.SIGUSR1, trace, all_threads=False, chain=False)
+    trail.keep(_open_high(stages_of(log_path), os.O_TRUNC))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory is not None:
         # DATA, not AS: fences reserve address space without memory, and that must cost nothing.

@@ -143,7 +143,7 @@ class Worker:
     def discard(self) -> None:
         """Closes the worker for good: its files go too."""
         self.close()
-        for path in (self._log, autopsy.trace_of(self._log)):
+        for path in (self._log, autopsy.trace_of(self._log), autopsy.stages_of(self._log)):
             path.unlink(missing_ok=True)
         self._released()
 

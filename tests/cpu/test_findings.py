@@ -184,6 +184,14 @@ def test_the_report_says_what_it_does_not_know():
     assert "repro.py" not in text
 
 
+def test_the_report_tells_what_else_is_wrong_on_the_input():
+    """One flaw shows in many ways; which of them a finding is named after depends on the case that came first."""
+    other = Violation("finite", "nan", "row 0 has a weight that is nan")
+    found = finding(verdict=Verdict(VIOLATION, (VIOLATION_SEEN, other)))
+    assert "- Also wrong on this input: `finite`: row 0 has a weight that is nan" in render_issue(found, repro=False)
+    assert "Also wrong" not in render_issue(finding(), repro=False)
+
+
 def test_the_report_of_a_sequence_names_culprit_and_victim():
     found = finding(sequence=(toy(seed=5),))
     text = render_issue(found, repro=False)

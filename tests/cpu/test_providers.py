@@ -185,6 +185,33 @@ def test_a_wrong_operator_is_found(released: Released) -> None:
     assert info.classify("ids", "duplicate", ["fault:extreme_bias"])[0] == "robustness"
 
 
+@pytest.mark.parametrize(
+    ("release", "target", "check", "symptom", "features", "class_", "says"),
+    [
+        # rows of NaN and Inf have a test of their own; a finite row whose scores underflow has none
+        ("vllm 0.33.0", "topk_softmax@vllm", "finite", "nan on an undefined row", [], "contract", "vllm#39391"),
+        ("vllm 0.33.0", "topk_sigmoid@vllm", "finite", "nan", ["bias"], "robustness", "2^-128"),
+        ("vllm 0.33.0", "topk_softmax@vllm", "finite", "infinite", ["fault:negative_bias"], "robustness", "2^-128"),
+        ("vllm 0.33.0", "topk_softmax@vllm", "selection", "inversion", ["fault:negative_bias"], "contract", "randn"),
+        ("vllm 0.33.0", "grouped_topk@vllm", "selection", "group", ["groups>8"], "contract", "32 groups"),
+        ("vllm 0.33.0", "grouped_topk@vllm", "weights", "off", [], "robustness", "2e-2"),
+        ("vllm 0.33.0", "grouped_topk@vllm", "order", "ascending", [], "robustness", "sorted"),
+        ("sglang-kernel 0.4.2", "grouped_topk@sglang", "finite", "nan", [], "contract", "sglang#31017"),
+        ("sglang-kernel 0.4.2", "grouped_topk@sglang", "finite", "nan on an undefined row", [], "robustness", "30079"),
+        ("sglang-kernel 0.4.2", "topk_sigmoid@sglang", "finite", "negative", ["bias"], "contract", "1e-3"),
+        ("sglang-kernel 0.4.2", "topk_sigmoid@sglang", "finite", "infinite", ["fault:extreme_bias"], "robustness", ""),
+        ("sglang-kernel 0.4.2", "topk_softmax@sglang", "error", "RuntimeError", ["T=0"], "robustness", "sglang#22455"),
+    ],
+)
+def test_findings_are_classed_by_what_the_project_says(
+    released: Released, release: str, target: str, check: str, symptom: str, features: list[str], class_: str, says: str
+) -> None:
+    released(release)
+    found, clause = bind(target).info.classify(check, symptom, features)
+    assert found == class_
+    assert says in clause
+
+
 def test_weights_beside_minus_one_are_free_but_the_id_is_not(released: Released) -> None:
     def ignores_padding(name: str, right: Operator) -> Operator:
         return lambda *given: right(*given[:-1], None)

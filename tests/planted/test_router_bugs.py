@@ -50,6 +50,22 @@ def test_the_sigmoid_is_rounded_to_the_dtype_of_the_logits():
     assert torch.equal(ids, topk_sigmoid(logits, 2)[1])
 
 
+def test_a_search_from_minus_one_ends_at_expert_0():
+    router, bias = load("floor_of_minus_one"), torch.tensor([-2.1, -3.0, -0.5, -2.5, -2.2, -2.3])
+    logits = torch.zeros(1, 6)
+    assert router(logits, 3, bias=bias)[1].tolist() == [[2, 0, 0]]
+    assert router(logits, 2, bias=bias + 2)[1].tolist() == topk_sigmoid(logits, 2, bias=bias + 2)[1].tolist()
+    assert router(torch.zeros(1, 4), 2, bias=bias[:4])[1].tolist() == [[2, 0]]  # a power of two
+
+
+def test_a_bias_takes_the_digits_of_a_score_with_it():
+    logits, bias = torch.tensor([[-40.0, 1.0]]), torch.tensor([0.5, 0.0])
+    weights, ids = load("bias_taken_back")(logits, 2, bias=bias)
+    assert ids.tolist() == [[1, 0]]
+    assert weights[0, 1] == 0
+    assert topk_sigmoid(logits, 2, bias=bias)[0][0, 1] > 0
+
+
 def test_indices_wrap_at_16_bits():
     logits = torch.zeros(8200, 8)
     logits[:, 0] = 1.0
@@ -90,6 +106,15 @@ def test_the_wrong_experts_of_the_wrong_groups(name, logits, top_k, more):
     got, right = grouped(name, torch.tensor([logits]), top_k, **more)
     assert got != right
     assert len(set(got[0])) == len(got[0])
+
+
+def test_the_ninth_group_is_never_chosen():
+    logits = torch.zeros(1, 18)
+    logits[0, 16:], logits[0, 4] = 5.0, 1.0
+    got, right = grouped("groups_beyond_eight", logits, 2, n_group=9, topk_group=1)
+    assert (got, right) == ([[4, 5]], [[16, 17]])
+    got, right = grouped("groups_beyond_eight", logits[:, 2:], 2, n_group=8, topk_group=1)
+    assert got == right
 
 
 def test_a_group_of_one_has_no_two_best():

@@ -19,7 +19,7 @@ def wrong_answers(seen: ExpertsObservation) -> dict[str, Tensor]:
     x, weights, expert, y = seen.x, seen.weights, seen.expert, seen.outputs.y
     made = {"the last expert left out": (x, weights, torch.where(expert == expert.max(), -1, expert))}
     if seen.experts > 1:
-        one = int(expert[seen.kept][0])
+        one = int(expert[seen.kept & (weights != 0)][0])
         neighbour = (one or seen.experts) - 1
         swapped = torch.where(expert == one, neighbour, torch.where(expert == neighbour, one, expert))
         made["two experts swapped"] = x, weights, swapped
@@ -39,7 +39,8 @@ def _rejected(seen: ExpertsObservation, y: Tensor) -> bool:
 
 def binding(seen: ExpertsObservation) -> list[str]:
     """The wrong answers that no check rejected; empty when the case proves parity."""
-    judged = (seen.judged.all(dim=1) & seen.kept.any(dim=1)).nonzero().flatten()
+    weighty = (seen.kept & (seen.weights != 0)).any(dim=1)  # else any answer is 0
+    judged = (seen.judged.all(dim=1) & weighty).nonzero().flatten()
     if not len(judged):
         return ["no row is judged"]
     seen = seen.take(judged[:: -(-len(judged) // SAMPLE)])

@@ -18,6 +18,7 @@ from moe_fuzz.fence import unwritten
 from moe_fuzz.ops.experts.inputs import ExpertsInputs, benign_rows
 from moe_fuzz.reference.align import expert_of_slot
 
+_TURNS = ("relabel", "shards", "scaling")
 _RANDOM_WIDTH = 16  # from which on no two rows of x are alike, nor two rows of a projection
 
 
@@ -181,17 +182,22 @@ class ExpertsObservation:
         rows = self.real.nonzero().flatten().flip(0)[::2]
         return rows, self.rows_of(self.healed_inputs, rows)
 
+    def _turn(self, relation: str) -> bool:
+        """Whether a case has this relation: one of three, by its seed. Each costs as much as the case itself."""
+        return _TURNS[self.case.seed % len(_TURNS)] == relation
+
     @cached_property
     def relabelled(self) -> ExpertsInputs | None:
-        return others.relabelled(self.inputs)
+        return others.relabelled(self.inputs) if self._turn("relabel") else None
 
     @cached_property
     def sharded(self) -> list[ExpertsInputs]:
-        return others.sharded(self.inputs) if self.info.capabilities.expert_map else []
+        takes = self.info.capabilities.expert_map and self._turn("shards")
+        return others.sharded(self.inputs) if takes else []
 
     @cached_property
     def scaled(self) -> ExpertsInputs | None:
-        return others.scaled(self.inputs)
+        return others.scaled(self.inputs) if self._turn("scaling") else None
 
     def rows_of(self, inputs: ExpertsInputs, rows: torch.Tensor) -> ExpertsInputs:
         """The call with these rows alone, int64 [R]."""

@@ -34,12 +34,13 @@ def batches(expert: Tensor, each: int, wide: int) -> Iterator[Batch]:
     order = flat.argsort(stable=True)[int((flat < 0).sum()) :]
     start = counts.cumsum(0) - counts
     most = _MOST[expert.device.type]
+    used = {index: count for index, count in enumerate(counts.tolist()) if count}
+    most_slots = max(used.values())
+    little = len(used) * max(each, most_slots * wide) <= most // 8  # then one batch costs less than several
     by_size: dict[int, list[int]] = {}
-    for index, count in enumerate(counts.tolist()):
-        if count:
-            by_size.setdefault((count - 1).bit_length(), []).append(index)
-    for power, members in by_size.items():
-        largest = 1 << power
+    for index, count in used.items():
+        by_size.setdefault(most_slots if little else 1 << (count - 1).bit_length(), []).append(index)
+    for largest, members in by_size.items():
         rows = min(largest, max(1, most // wide))
         step = max(1, most // max(each, rows * wide))
         for begin in range(0, len(members), step):

@@ -31,6 +31,7 @@ class _Test:
     got: Tensor  # at each place
     most: Tensor
     words: str  # what `got` is
+    usual: float  # of a correct target
 
 
 @check("experts", "statistical", parity=True)
@@ -43,7 +44,7 @@ def statistical(seen: ExpertsObservation) -> list[Violation]:
     share = 0.0
     for test in _Tests(seen, tokens).all():
         got, most = test.got.flatten(), test.most.expand_as(test.got).flatten()
-        used = got / most
+        used = (got - test.usual) / (most - test.usual)
         at = int(used.argmax())
         if float(used[at]) > 1:
             where, text = test.place(at)
@@ -106,7 +107,7 @@ class _Tests:
         def test(symptom: str, place: _Place, got: Tensor, free: Tensor, peak: Tensor) -> _Test:
             x = _log_chance(got.numel())
             most = _MODEL * (1 + 2 * (x / free).sqrt() + 2 * x * peak)
-            return _Test(symptom, place, got, most, words)
+            return _Test(symptom, place, got, most, words, 1.0)
 
         whole = self.count**2 / (1 / self.free).sum()[None]
         yield test("all", self._everywhere, by_row.mean()[None], whole, wide / self.count)
@@ -139,7 +140,8 @@ class _Tests:
         def test(symptom: str, place: _Place, got: Tensor, variance: Tensor, weight: Tensor) -> _Test:
             weight = weight.clamp(min=1e-300)
             x = _log_chance(2 * got.numel())  # of either sign
-            return _Test(symptom, place, got.abs() / weight, (2 * x * _MODEL * variance).sqrt() / weight + bias, words)
+            most = (2 * x * _MODEL * variance).sqrt() / weight + bias
+            return _Test(symptom, place, got.abs() / weight, most, words, 0.0)
 
         yield test("scale", self._everywhere, by_row.sum()[None], variance.sum()[None], weight.sum()[None])
         yield test("token-scale", self._token, by_row, variance, weight)
@@ -151,7 +153,7 @@ class _Tests:
         x = _log_chance(1)
         most = _MODEL * (1 + 2 * math.sqrt(x / self.count) + 2 * x / self.count)
         yield _Test("token-scales", self._everywhere, excess.mean()[None], torch.full_like(excess[:1], most),
-                    "the mean square of tokens' shares of y in their errors")  # fmt: skip
+                    "the mean square of tokens' shares of y in their errors", 0.0)  # fmt: skip
 
 
 def _freedom(seen: ExpertsObservation, tokens: Tensor, hidden: int) -> tuple[Tensor, Tensor]:

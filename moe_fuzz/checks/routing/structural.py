@@ -94,9 +94,11 @@ def shared(seen: RoutingObservation) -> list[Violation]:
     """The slots of fused shared experts hold the ids E, E + 1, … and the weight 1, on every row no dialect rules.
 
     A target may compute that 1, as the sum of the k renormalized weights divided by it: k + 4 roundings, each of 2u.
+    A weight that is not finite is the business of `finite`, as in any other slot.
     """
     slack = (seen.top_k + 4) * 2 * U
-    off = ~((seen.outputs.weights[:, seen.top_k :].double() - 1).abs() <= slack)  # NaN is off
+    held = seen.outputs.weights[:, seen.top_k :].double()
+    off = held.isfinite() & ((held - 1).abs() > slack)
     rows = seen.lawful.view(-1, 1)
     weights, ids = seen.outputs.weights[:, seen.top_k :], seen.outputs.ids[:, seen.top_k :]
     wanted = seen.experts + torch.arange(seen.n_shared, device=seen.outputs.ids.device)

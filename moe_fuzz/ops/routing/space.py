@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-from moe_fuzz.case import MODES, Case, Scalar
+from moe_fuzz.case import ALL_MODES, MODES, Case, Scalar
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
@@ -222,7 +222,7 @@ class RoutingSpace:
         return frozenset(found)
 
     def simplify(self, case: Case) -> Iterator[Case]:
-        for mode in MODES[: MODES.index(case.mode)]:
+        for mode in ALL_MODES[: ALL_MODES.index(case.mode)]:
             yield replace(case, mode=mode)
         if any(step.stream is not None for step in case.steps):  # numbered anew, where nothing hangs on old values
             yield replace(case, steps=tuple(replace(step, stream=None) for step in case.steps))

@@ -90,12 +90,17 @@ def label(case: Case) -> str:
         parts.append(f"|logits|<2^{config['magnitude']}")
     if config["edge"] != "right":
         parts.append(f"fenced {config['edge']}")
-    faults = [
+    faults = fault_lines(case)
+    return " ".join(parts) + ("; " + ", ".join(faults) if faults else "")
+
+
+def fault_lines(case: Case) -> list[str]:
+    """Each fault with its tensor and rows; where there are several steps, with the step."""
+    return [
         (f"step {index}: " if len(case.steps) > 1 else "") + _fault(case, step, fault)
         for index, step in enumerate(case.steps)
         for fault in step.faults
     ]
-    return " ".join(parts) + ("; " + ", ".join(faults) if faults else "")
 
 
 def _fault(case: Case, step: Step, fault: Fault) -> str:

@@ -1,0 +1,56 @@
+"""Rules of a layer that need no reference."""
+
+from __future__ import annotations
+
+from moe_fuzz.checks import check
+from moe_fuzz.checks.coordinates import first
+from moe_fuzz.checks.layer.observation import LayerObservation
+from moe_fuzz.checks.routing import structural as router
+from moe_fuzz.fence import unwritten
+from moe_fuzz.verdict import Violation
+
+
+@check("layer", "structure")
+def structure(seen: LayerObservation) -> list[Violation]:
+    """y [T, H] in the dtype of hidden, weights [T, k] float32, ids [T, k] int32."""
+    found = []
+    for name, (shape, dtype) in seen.inputs.results.items():
+        tensor = getattr(seen.outputs, name)
+        if tuple(tensor.shape) != shape:
+            found.append(Violation("structure", f"{name}:shape", f"{name} has the wrong shape", name, (), str(shape),
+                                   str(tuple(tensor.shape))))  # fmt: skip
+        elif tensor.dtype != dtype:
+            found.append(Violation("structure", f"{name}:dtype", f"{name} has the wrong dtype", name, (), str(dtype),
+                                   str(tensor.dtype)))  # fmt: skip
+    return found
+
+
+@check("layer", "written")
+def written(seen: LayerObservation) -> list[Violation]:
+    """No element still holds the poison it had before the call. What is in y's padding rows is no one's business, nor
+    is the decision there under the dialect `garbage`."""
+    found = router.written(seen.decision)
+    left = unwritten(seen.outputs.y) & ~seen.flagged.view(-1, 1)
+    if left.any():
+        message = f"{int(left.sum())} of {left.numel()} elements of y were never written"
+        found.append(Violation("written", "y:unwritten", message, "y", first(left), "a value", "poison"))
+    return found
+
+
+@check("layer", "finite")
+def finite(seen: LayerObservation) -> list[Violation]:
+    """The router's half: weights are finite and >= 0."""
+    return router.finite(seen.decision)
+
+
+@check("layer", "padding")
+def padding(seen: LayerObservation) -> list[Violation]:
+    """The router's half: a row flagged as padding carries the dialect's id and weight."""
+    return router.padding(seen.decision)
+
+
+def decided(seen: LayerObservation, row: int) -> str:
+    """What the router's half gave this row, for a person."""
+    ids, weights = seen.outputs.ids[row], seen.outputs.weights[row]
+    pairs = ", ".join(f"{int(i)} ({float(w):.4g})" for i, w in zip(ids[:8], weights[:8], strict=True))
+    return f"experts {pairs}" + (", …" if len(ids) > 8 else "")

@@ -1,0 +1,110 @@
+"""The tensors of a case of `moe_layer`: made by the generator, faults laid. Worker side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from moe_fuzz import generator
+from moe_fuzz.case import Case, Scalar
+from moe_fuzz.faults import FAULTS, Canvas
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops.inputs import Inputs, Lie, Result
+
+#: Of a config, what the target is given as plain arguments.
+_OPTIONS = ("top_k", "scoring", "renormalize", "scale", "dialect", "activation", "gate_layout")
+_ROW = 1 << 16  # labels of a weight's rows: expert * _ROW + row, so that an expert keeps its own when others go
+_BIAS_MAGNITUDE = 2.0**-2
+
+
+@dataclass
+class LayerInputs(Inputs):
+    """hidden [T, H], gate [E, H], w13 [E, 2I, H], w2 [E, H, I]; bias [E], b13, b2, is_padding [T] where there are."""
+
+    fluid: ClassVar[tuple[str, ...]] = ("hidden", "is_padding")
+    rows: list[int] = field(default_factory=list)  # the labels of the rows, for those that a check makes anew
+
+    @property
+    def top_k(self) -> int:
+        return int(self.options["top_k"])
+
+    @property
+    def results(self) -> dict[str, Result]:
+        hidden = self.plain["hidden"]
+        slots = (hidden.shape[0], self.top_k)
+        decision: dict[str, Result] = {"weights": (slots, torch.float32), "ids": (slots, torch.int32)}
+        return {"y": (tuple(hidden.shape), hidden.dtype)} | decision
+
+
+def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> LayerInputs:
+    """The inputs of one step of a case, a function of the case alone; the same bits on every device."""
+    config, step = case.config, case.steps[step_index]
+    rows, experts, columns = list(step.rows), list(case.experts), range(int(config["hidden"]))
+    options = {key: config[key] for key in _OPTIONS} | {"ranks": config["dp"], "shards": config["ep"]}
+    hidden = fresh_rows(case, rows, case.stream(step_index), device)
+    canvases = {"hidden": Canvas("hidden", hidden, rows, columns, case.seed)}
+    if config["bias"]:
+        bias = generator.triangular(case.seed, "bias", [0], experts, device=device) * _BIAS_MAGNITUDE
+        canvases["bias"] = Canvas("bias", bias, [0], experts, case.seed)
+    for fault in step.faults:
+        canvas = canvases[fault.tensor]
+        positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(canvas.rows)))
+        if fault.stream is not None:  # what that step had put there, before its own faults
+            canvas.values[positions] = fresh_rows(case, [rows[p] for p in positions], fault.stream, device)
+        elif canvas.values.numel():
+            FAULTS[fault.name].lay(canvas, positions)
+
+    inputs = LayerInputs(options, {"hidden": canvases["hidden"].values}, rows=rows)
+    inputs.lies["hidden"] = Lie(canvases["hidden"].stride_gap, canvases["hidden"].offset)
+    inputs.plain |= _weights(case.seed, tuple(sorted(case.config.items())), str(device))
+    if config["bias"]:
+        inputs.plain["bias"] = canvases["bias"].values[0]
+    if config["is_padding"]:
+        flags = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        flags[step.padding.positions(step.rows)] = True
+        inputs.plain["is_padding"] = flags
+    return inputs
+
+
+def fresh_rows(case: Case, rows: Sequence[int], stream: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Hidden states [R, H] of these row labels before any fault, of ordinary size whatever the magnitude, if stream 62:
+    what padding could have held instead."""
+    values = generator.triangular(case.seed, "hidden", rows, range(int(case.config["hidden"])), stream, device)
+    magnitude = 0 if stream == 62 else int(case.config["magnitude"])
+    return (values * 2.0**magnitude).to(getattr(torch, str(case.config["dtype"])))
+
+
+@lru_cache(maxsize=4)
+def _weights(seed: int, items: tuple[tuple[str, Scalar], ...], device: str) -> dict[str, torch.Tensor]:
+    """gate, w13, w2 and the experts' biases, sized so that logits, activations and results are of order 1. The steps of
+    a case, and what the reducer makes of it, share them."""
+    config = dict(items)
+    experts = list(Labels.parse(str(config["experts"])))
+    hidden, inter = int(config["hidden"]), int(config["intermediate"])
+    dtype = getattr(torch, str(config["dtype"]))
+    rows = inter if config["activation"] == "relu2" else 2 * inter
+
+    def draw(name: str, height: int, width: int, size: float, kind: torch.dtype = dtype) -> torch.Tensor:
+        labels = [expert * _ROW + row for expert in experts for row in range(height)]
+        values = generator.triangular(seed, name, labels, range(width), device=device) * size
+        return values.to(kind).view(len(experts), height, width)
+
+    gate_dtype = torch.float32 if config["gate_dtype"] == "float32" else dtype
+    found = {"gate": draw("gate", 1, hidden, _size(8, hidden), gate_dtype).view(len(experts), hidden),
+             "w13": draw("w13", rows, hidden, _size(4, hidden)),
+             "w2": draw("w2", hidden, inter, _size(4, inter))}  # fmt: skip
+    if config["expert_bias"] != "none":
+        kind = torch.float32 if config["expert_bias"] == "float32" else dtype
+        found["b13"] = draw("b13", rows, 1, 0.5, kind).view(len(experts), rows)
+        found["b2"] = draw("b2", hidden, 1, 0.5, kind).view(len(experts), hidden)
+    return found
+
+
+def _size(at_one: float, depth: int) -> float:
+    """A power of two near at_one / sqrt(depth)."""
+    return 2.0 ** round(math.log2(at_one / math.sqrt(depth)))

@@ -1,0 +1,220 @@
+"""Cases of moe_layer: their space, the mode `ranks`, what its checks see, and what is told of padding and of stages."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_fuzz import sequences, strategies
+from moe_fuzz.campaign.tally import Tally
+from moe_fuzz.case import RANKS, Case, Step, in_mode
+from moe_fuzz.checks.families import FAMILIES
+from moe_fuzz.checks.layer.padding import run_kind, statistics
+from moe_fuzz.checks.layer.trail import describe
+from moe_fuzz.contract import Capabilities, Contract, TargetInfo
+from moe_fuzz.errors import CaseError
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops import get_space, load_case
+from moe_fuzz.ops.layer.inputs import materialize
+from moe_fuzz.ops.layer.space import rank_tokens
+from moe_fuzz.reference.moe_layer import moe_layer
+from moe_fuzz.report.text import padding as padding_table
+from moe_fuzz.verdict import PASS, Verdict
+
+SPACE = get_space("moe_layer")
+INFO = TargetInfo("moe_layer@builtin", "moe_layer", "builtin", contract=Contract(deterministic=True, isolated=True),
+                  capabilities=Capabilities())  # fmt: skip
+CONFIG = {**SPACE.simplest, "experts": "0-5", "top_k": 2, "hidden": 32, "is_padding": True}
+FAMILY = FAMILIES["moe_layer"]
+
+
+def case(*steps: Step, mode: str = "eager", **changes: object) -> Case:
+    found = Case("moe_layer", {**CONFIG, **changes}, steps or (step(8, "6-7"),), 3, mode)
+    SPACE.validate(found)
+    return found
+
+
+def step(tokens: int, padding: str = "", faults: tuple[object, ...] = ()) -> Step:
+    return Step(Labels.range(tokens), Labels.parse(padding), faults)  # type: ignore[arg-type]
+
+
+def observed(of: Case, index: int = 0, **changes: torch.Tensor):
+    """The reference's answer as the checks see it, some of it changed."""
+    inputs = materialize(of, index)
+
+    def call(other):
+        given = {**other.options, **{name: t for name, t in other.plain.items() if name not in
+                                     ("hidden", "gate", "w13", "w2")}}  # fmt: skip
+        top_k = given.pop("top_k")
+        plain = [other.plain[name] for name in ("hidden", "gate", "w13", "w2")]
+        return FAMILY.outputs(*moe_layer(*plain, top_k, **given))
+
+    outputs = replace(call(inputs), **changes)
+    return FAMILY.observe(of, index, INFO, inputs, outputs, call)
+
+
+def violations(seen) -> dict[str, str]:
+    from moe_fuzz.checks import CHECKS
+
+    return {name: found[0].message for name in SPACE.checks if name in CHECKS["layer"]
+            if (found := CHECKS["layer"][name](seen))}  # fmt: skip
+
+
+# ---- the space ------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_is_valid_and_has_every_kind_of_run():
+    kinds = set()
+    for one in itertools.islice(strategies.grid(SPACE, INFO, "cpu", 1), 200):
+        load_case(one.dumps())
+        kinds.add(run_kind(one).partition(" ")[0])
+    assert kinds == {"eager", "sequence", "graph", "piecewise", "ranks"}
+
+
+def test_several_ranks_are_for_the_mode_ranks_alone():
+    assert in_mode(CONFIG, RANKS)["dp"] == 2
+    assert in_mode({**CONFIG, "dp": 4}, RANKS)["dp"] == 4
+    assert in_mode({**CONFIG, "dp": 4}, "graph")["dp"] == 1
+    assert in_mode({"top_k": 1}, "graph") == {"top_k": 1}
+    with pytest.raises(CaseError, match="dp: must be 1 in mode graph"):
+        case(mode="graph", dp=2)
+    with pytest.raises(CaseError, match="must be more than 1 in mode ranks"):
+        case(mode="ranks", dp=1)
+    with pytest.raises(CaseError, match="not as many for each of 3 ranks"):
+        case(mode="ranks", dp=3)
+    with pytest.raises(CaseError, match="8 shards of 6 experts"):
+        case(ep=8)
+
+
+def test_no_other_op_has_ranks():
+    router = next(iter(strategies.grid(get_space("topk_softmax"), INFO, "cpu", 0)))
+    with pytest.raises(CaseError, match="topk_softmax has no data-parallel ranks"):
+        Case.from_json({key: value for key, value in replace(router, mode=RANKS).to_json().items() if key != "digest"})
+
+
+@pytest.mark.parametrize("how", range(5))
+def test_ranks_pad_to_the_largest(how):
+    for seed in range(30):
+        rows = Labels.range(4 * 6)
+        padded = sequences.rank_padding(rows, 4, how, random.Random(seed))
+        counts = rank_tokens(Step(rows, padded), 4)
+        assert max(counts) == 6
+        for rank, count in enumerate(counts):  # the padding of each rank is its tail
+            assert [row in padded for row in range(6 * rank, 6 * rank + 6)] == [False] * count + [True] * (6 - count)
+        assert how or counts == [6] * 4
+        assert how not in (2, 4) or 0 in counts
+        assert how != 3 or sorted(counts)[:3] in ([0] * 3, [1] * 3)
+
+
+def test_the_reducer_can_take_ranks_and_rows_away():
+    one = case(step(16, "2-3,6-7,9-11"), step(16, "0-3"), mode="ranks", dp=4)
+    simpler = list(SPACE.simplify(one))
+    for other in simpler:
+        SPACE.validate(other)
+    assert {other.mode for other in simpler} == {"eager", "graph", "piecewise", "ranks"}
+    assert {other.config["dp"] for other in simpler if other.mode == "ranks"} == {2, 3, 4}
+    assert {other.steps[0].tokens for other in simpler if other.mode == "ranks"} >= {4, 8, 12}
+    assert "fault:zero_tokens" in SPACE.features(one)
+    assert "fault:dp_skew" in SPACE.features(one)
+    assert "fault:zero_tokens" not in SPACE.features(case())
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [
+    {}, {"ep": 4, "scoring": "sigmoid", "renormalize": True, "dialect": "minus_one"}, {"activation": "relu2"},
+    {"activation": "swiglu_oai", "gate_layout": "interleaved", "expert_bias": "float32", "ep": 3, "bias": True},
+    {"activation": "gelu", "gate_layout": "up_first", "dtype": "float16", "gate_dtype": "float32", "magnitude": 5},
+    {"dialect": "zero_weight", "expert_bias": "dtype", "magnitude": -4},
+])  # fmt: skip
+def test_the_reference_is_right(config):
+    seen = observed(case(**config))
+    assert violations(seen) == {}
+    assert FAMILY.binding(seen) == []
+    assert 0 < seen.budget["bound"] < 1
+
+
+def test_wrong_answers_are_named():
+    right = observed(case(ep=2))
+    y, weights, ids = (getattr(right.outputs, name).clone() for name in ("y", "weights", "ids"))
+    assert "router chose experts" in violations(observed(case(ep=2), y=y.roll(1, 0)))["bound"]
+    assert "all zero" in violations(observed(case(ep=2), y=torch.zeros_like(y)))["bound"]
+    assert "is NaN" in violations(observed(case(ep=2), y=torch.full_like(y, torch.nan)))["bound"]
+    assert "weights" in violations(observed(case(ep=2), weights=weights * 1.01))
+    twice = ids.clone()
+    twice[3] = twice[3, 0]
+    found = violations(observed(case(ep=2), ids=twice))["ids"]
+    assert found.startswith("the router gave row 3 the ids [")
+    broken = y.clone()
+    broken[1] = 0
+    told = violations(observed(case(ep=2), ids=twice, y=broken))["ids"]
+    assert "the experts then broke another one: row 1: the router chose" in told
+
+
+def test_a_near_tie_of_logits_may_fall_either_way_and_a_gap_may_not():
+    """Two experts with the same gate row: which of them is taken is rounding. A clear winner is not."""
+    inputs = materialize(case(top_k=1), 0)
+    gate = inputs.plain["gate"].clone()
+    gate[1] = gate[0]
+    seen = observed(case(top_k=1))
+    inputs = inputs.replace(gate=gate)
+    decided = moe_layer(*(inputs.plain[name] for name in ("hidden", "gate", "w13", "w2")), 1)[2]
+    row = int(((decided == 0) | (decided == 1)).any(dim=1).nonzero()[0])
+    for other, wrong in ((1 - int(decided[row, 0]), False), ((int(decided[row, 0]) + 2) % 6, True)):
+        ids = decided.clone()
+        ids[row] = other
+        tied = replace(seen, inputs=inputs, outputs=replace(seen.outputs, ids=ids), budget={})
+        assert bool(violations(tied).get("selection")) is wrong
+
+
+def test_logits_stay_within_their_error():
+    """float32 products in any order, of rows that cancel, lie within the error that selection allows for."""
+    for dtype in ("bfloat16", "float16"):
+        seen = observed(case(step(64), dtype=dtype, hidden=512, intermediate=1, magnitude=5))
+        x, gate = seen.hidden.float(), seen.inputs.plain["gate"].float()
+        for order in (torch.arange(512), torch.arange(512).flip(0), torch.randperm(512)):
+            total = torch.zeros(64, 6)
+            for column in order.tolist():
+                total += x[:, column : column + 1] * gate[:, column]
+            assert bool(((total.double() - seen.logits).abs() <= seen.logit_error).all())
+
+
+# ---- what is told ---------------------------------------------------------------------------------------------------
+
+
+def test_the_trail_names_what_the_router_gave():
+    inputs = materialize(case(dialect="minus_one"), 0)
+    weights = torch.full((8, 2), 0.5)
+    ids = torch.tensor([[0, 1]] * 6 + [[-1, -1]] * 2, dtype=torch.int32)
+    told = "the router gave padding row 6 the ids [-1, -1], as the dialect minus_one has it; then the experts began"
+    assert describe(inputs, weights, ids) == told
+    ids[5] = 0
+    assert describe(inputs, weights, ids).startswith("the router gave row 5 the ids [0, 0], one expert twice")
+    ids[4, 1] = 6
+    assert "row 4 the ids [0, 6], of which one is no expert in [0, 6)" in describe(inputs, weights, ids)
+    fine = torch.tensor([[0, 1]] * 8, dtype=torch.int32)
+    assert "within its contract" in describe(materialize(case(), 0), weights, fine)
+    assert "row 2 the weights [nan, 0.5]" in describe(
+        materialize(case(), 0), weights.index_put((torch.tensor([2]), torch.tensor([0])), torch.tensor(torch.nan)), fine
+    )
+
+
+def test_padding_is_counted_by_kind_of_run():
+    from moe_fuzz.case import Fault
+
+    nan = (Fault("nan_rows", "hidden", Labels.parse("6-7")),)
+    one = case(step(8, "2-3,6-7", nan), step(8), mode="ranks", dp=2, ep=2)
+    tally = Tally()
+    for index in range(2):
+        stats = statistics(one, index, materialize(one, index))
+        tally.count("t", Verdict(PASS, stats=stats))
+    row = Tally.from_json(tally.to_json()).row("t", (), (), "")
+    assert row.padding == {"ranks dp=2 +ep": {"steps": 1, "nan": 1, "inf": 0, "tokens": 4}}
+    lines = padding_table(row)
+    assert lines[2].split() == ["ranks", "dp=2", "+ep", "1", "1", "(100%)", "0", "(0%)", "4.0"]
+    assert padding_table(replace(row, padding={})) == []
