@@ -1,13 +1,45 @@
-"""Faults on the routing weights of an experts case, and what stands in the slots of padding rows. Worker side."""
+"""Faults on the ids and routing weights of an experts case, and what stands in the slots of padding rows. Worker side.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from moe_fuzz.align_faults import IdsCanvas
 from moe_fuzz.faults import Canvas, Fault, register
+
+
+@dataclass
+class WeightsCanvas(Canvas):
+    """Routing weights while their faults are laid; those that hang on the ids come when these are known."""
+
+    dropped: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))  # [T, k]: no expert here
+
+
+@register
+class NanDropped(Fault):
+    """The weights of slots that have no expert here are NaN: what a router leaves in rows that nobody should read
+    (sglang#24850)."""
+
+    name = "nan_dropped"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        assert isinstance(canvas, WeightsCanvas), f"{self.name} is laid on weights, not on {canvas.name}"
+        hit = canvas.dropped[positions]
+        canvas.values[positions] = torch.where(hit, canvas.nans(positions, self.name), canvas.values[positions])
+
+
+@register
+class Int64Ids(Fault):
+    """The ids are int64, as torch's own routers give them (sglang#29929)."""
+
+    name = "int64_ids"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.values = canvas.values.long()
 
 
 @register
@@ -24,7 +56,7 @@ class ExtremeWeights(Fault):
         canvas.values[positions] = torch.where(pick < len(table), table[pick.clamp(max=len(table) - 1)], row)
 
 
-def write_padding(dialect: str, ids: IdsCanvas, weights: Canvas, positions: Sequence[int]) -> None:
+def write_padding(dialect: str, ids: IdsCanvas, weights: WeightsCanvas, positions: Sequence[int]) -> None:
     """The ids and weights of flagged rows, as a router that speaks this dialect writes them."""
     if dialect == "distinct" or not positions:
         return

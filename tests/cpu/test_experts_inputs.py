@@ -108,10 +108,9 @@ def test_dense_values_are_a_tent():
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu2"])
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("bias", ["none", "dtype"])
-def test_any_order_of_summation_gives_the_bits_of_an_exact_recipe(recipe, activation, on_input, dtype, bias):
+def test_any_order_of_summation_gives_the_bits_of_an_exact_recipe(recipe, activation, on_input, dtype):
     inputs = materialize(case("0-3", recipe=recipe, activation=activation, weight_on_input=on_input, dtype=dtype,
-                              bias=bias, hidden=200, intermediate=90, top_k=2), 0)  # fmt: skip
+                              bias="dtype", hidden=200, intermediate=90, top_k=2), 0)  # fmt: skip
     assert inputs.exact
     x, w13, w2, weights, ids = (inputs.plain[name] for name in ("x", "w13", "w2", "weights", "ids"))
     b13, b2 = inputs.plain.get("b13"), inputs.plain.get("b2")
@@ -125,7 +124,7 @@ def test_any_order_of_summation_gives_the_bits_of_an_exact_recipe(recipe, activa
         return sum(a[:, part].float() @ w[:, part].float().t() for part in parts)
 
     y = torch.zeros(x.shape)
-    for slot in (2, 0, 1):
+    for slot in (1, 0):
         for token in range(len(x)):
             e, weight = int(ids[token, slot]), weights[token, slot]
             a = product(x[token : token + 1], w13[e]) * (weight if on_input else 1) + (0 if b13 is None else b13[e])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_fuzz import align_faults, faults, group_faults, strategies  # noqa: F401 - they register
+from moe_fuzz import align_faults, experts_faults, faults, group_faults, strategies  # noqa: F401 - they register
 from moe_fuzz.case import Case, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.labels import Labels

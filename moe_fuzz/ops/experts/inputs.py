@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
@@ -12,15 +11,16 @@ import torch
 from moe_fuzz.align_faults import IdsCanvas
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.contract import Capabilities
-from moe_fuzz.experts_faults import write_padding
+from moe_fuzz.experts_faults import WeightsCanvas, write_padding
 from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.fence import Arena
 from moe_fuzz.ops.experts import recipes
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
+from moe_fuzz.reference.align import expert_of_slot
 
 _STALE = 62  # the stream of rows that no step of the case has had
 _BENIGN = 61  # of what rows could have held instead
-_LAYOUT = ("noncontiguous", "int32_boundary", "transposed", "misaligned")
+_WHOLE = ("noncontiguous", "int32_boundary", "transposed", "misaligned", "int64_ids")  # they name no rows
 
 
 def _no_rows() -> torch.Tensor:
@@ -77,7 +77,8 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     plain = dict(_fixed(case.op, case.seed, tuple(config.items()), str(device)))
     stream = case.stream(step_index)
     x = Canvas("x", recipes.tokens(case, rows, stream, device), rows, range(int(config["hidden"])), case.seed)
-    weights = Canvas("weights", recipes.routing_weights(case, rows, stream, device), rows, range(top_k), case.seed)
+    weights = WeightsCanvas("weights", recipes.routing_weights(case, rows, stream, device), rows, range(top_k),
+                            case.seed)  # fmt: skip
     ids = IdsCanvas("ids", recipes.expert_ids(case, rows, stream, device), rows, range(top_k), case.seed,
                     experts=case.experts)  # fmt: skip
     canvases: dict[str, Canvas] = {"x": x, "weights": weights, "ids": ids}
@@ -89,26 +90,24 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     padding[flagged] = True
     write_padding(str(config["dialect"]), ids, weights, flagged)
     ordinary = torch.ones_like(padding)
-    dropped: list[int] = []
+    last: list[int] = []  # rows of a fault that hangs on what the others leave
     for fault in step.faults:
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
-        if fault.name in _LAYOUT:
-            FAULTS[fault.name].lay(canvases[fault.tensor], positions)
-        elif fault.name == "stale_rows":
+        if fault.name == "stale_rows":
             source = _STALE if fault.stream is None else fault.stream
             x.values[positions] = recipes.tokens(case, [rows[p] for p in positions], source, device)
         elif fault.name == "nan_dropped":
-            dropped += positions
-        elif fault.rows and rows:
+            last += positions
+        elif fault.name in _WHOLE or rows:
             FAULTS[fault.name].lay(canvases[fault.tensor], positions)
-            if fault.tensor != "ids":
+            if fault.tensor in ("x", "weights") and fault.name not in _WHOLE:
                 ordinary[positions] = False
+    if last:
+        weights.dropped = expert_of_slot(ids.values, len(plain["w13"]), plain.get("expert_map")) < 0
+        FAULTS["nan_dropped"].lay(weights, last)
 
-    wide = any(fault.name == "int64_ids" for fault in step.faults)
-    plain |= {"x": x.values, "weights": weights.values, "ids": ids.values.long() if wide else ids.values}
+    plain |= {"x": x.values, "weights": weights.values, "ids": ids.values}
     inputs = ExpertsInputs(options, plain, recipe=str(config["recipe"]), padding=padding, ordinary=ordinary)
-    if dropped:
-        _lay_nan(inputs, dropped)
     for name, canvas in canvases.items():
         _lay_out(inputs, name, canvas)
     return inputs
@@ -122,16 +121,6 @@ def _fixed(op: str, seed: int, config: tuple[tuple[str, Scalar], ...], device: s
     if expert_map is not None:
         found["expert_map"] = expert_map.to(device)
     return found
-
-
-def _lay_nan(inputs: ExpertsInputs, positions: Sequence[int]) -> None:
-    """NaN in the weights of slots that have no expert here."""
-    weights, ids, expert_map = inputs.plain["weights"], inputs.plain["ids"].long(), inputs.plain.get("expert_map")
-    count = inputs.plain["w13"].shape[0] if expert_map is None else len(expert_map)
-    gone = (ids < 0) | (ids >= count)
-    if expert_map is not None:
-        gone |= expert_map.long()[ids.clamp(0, count - 1)] < 0
-    weights[positions] = weights[positions].masked_fill(gone[positions], torch.nan)
 
 
 def _lay_out(inputs: ExpertsInputs, name: str, canvas: Canvas) -> None:
