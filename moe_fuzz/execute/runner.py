@@ -20,7 +20,7 @@ from moe_fuzz.execute.compiling import watch_compilers, watch_dynamo
 from moe_fuzz.execute.eager import EagerSteps
 from moe_fuzz.execute.exhibit import exhibit
 from moe_fuzz.execute.graph import GraphSteps
-from moe_fuzz.execute.interpreter import patch_language_once
+from moe_fuzz.execute.interpreter import hasten
 from moe_fuzz.execute.steps import Steps
 from moe_fuzz.fence import allocator, cuda_driver
 from moe_fuzz.fence.cuda_driver import DeviceLost
@@ -41,7 +41,7 @@ class Runner:
         self._seen: set[tuple[object, ...]] = set()  # configs of targets that compile unseen
         watch_compilers()
         if device == "cpu":
-            patch_language_once()
+            hasten()
         else:
             _start_cuda()
         torch.set_num_threads(1)  # a worker is one core's work; the pool decides how many there are
