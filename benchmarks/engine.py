@@ -1,12 +1,14 @@
-"""What the engine costs: cases per second in one process, through one worker, through several; the shares of drawing
-and of fences; the cost of isolation, and of each kind of fence.
+"""What the engine costs: cases per second in one process, through one worker, through several; the share of drawing;
+the cost of isolation, and of each kind of fence.
 
     python benchmarks/engine.py [--device cpu|cuda] [--target topk_softmax@builtin] [--cases N] [--graph 0.2]
-                                [--repeats 5] [--seconds S] [--workers 1,2,4,6,8] [--json PATH]
+                                [--repeats 5] [--seconds S] [--workers 1,2,4,6,8] [--fences] [--json PATH]
 
 All variants run the same cases, interleaved within each repeat, because machines drift; medians and ratios are printed.
-A share of the cases (--graph) replays CUDA graphs, or what stands for them on a CPU; the rest is eager. No repeat
-begins that would end after --seconds. On cuda all workers share the first GPU; they compile first, all together.
+A share of the cases (--graph) replays CUDA graphs, or what stands for them on a CPU; the rest is eager. On cuda all
+workers share the first GPU. All of them compile, each config in one of them; then each loads what it will run. Cases
+that are not compiled after half of --seconds are left out, and no repeat but the first begins that would end after
+--seconds. The figures so far are written after every repeat.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -39,12 +41,17 @@ from moe_fuzz.worker.pool import Pool
 ROUND = 8
 SLOW = 0.020  # seconds from which on isolation must cost at most a tenth
 PATIENT = RunOptions(deadline=60.0)
+FEWEST = {True: 2, False: 4}  # cases of a config, with replays and without
+COMPILED, LOADED = 0.5, 0.7  # of --seconds: until then
+_STARTED = time.perf_counter()
 
 
 def draw(info: TargetInfo, device: str, count: int, graph: float = 0.0) -> tuple[list[Case], float]:
-    """`count` cases as a campaign draws them, and the seconds it took. graph: the share of cases with replays; 0: as
-    they come."""
+    """`count` cases as a campaign draws them, and the seconds that drawing as many takes. Those of a config follow one
+    another, and there are several, as a campaign's rounds have them. graph: the share of cases with replays; 0: as they
+    come."""
     cases: list[Case] = []
+    drawn = 0
     wanted = {True: round(graph * count), False: count - round(graph * count)}
 
     @seed(1)
@@ -57,18 +64,20 @@ def draw(info: TargetInfo, device: str, count: int, graph: float = 0.0) -> tuple
     )
     @given(strategies.rounds(get_space(info.op), info, device))
     def body(round_: tuple[Case, ...]) -> None:
-        for case in round_:
-            replays = case.mode != "eager"
-            if len(cases) < count and (not graph or wanted[replays]):
-                cases.append(case)
-                wanted[replays] -= 1
+        nonlocal drawn
+        drawn += len(round_)
+        replays = round_[0].mode != "eager"  # all of a round are of a kind
+        left = wanted[replays] if graph else count - len(cases)
+        if len(round_) >= min(FEWEST[replays], left):
+            cases.extend(round_[: min(ROUND, left)])
+            wanted[replays] -= min(ROUND, left, len(round_))
         if len(cases) >= count:
             raise Enough
 
     started = time.perf_counter()
     with contextlib.suppress(Enough):
         body()
-    return cases, time.perf_counter() - started
+    return cases, (time.perf_counter() - started) * len(cases) / max(1, drawn)
 
 
 class Enough(BaseException):
@@ -81,7 +90,7 @@ def rounds_of(cases: list[Case]) -> list[list[Case]]:
 
 def through(pool: Pool, cases: list[Case], target: str, workers: int, options: RunOptions = PATIENT) -> None:
     """Runs the cases in so many workers at once, and sees to it that they pass."""
-    todo, bad = rounds_of(cases), list[Verdict]()
+    todo, verdicts = rounds_of(cases), list[Verdict]()
 
     def work() -> None:
         while True:
@@ -90,15 +99,89 @@ def through(pool: Pool, cases: list[Case], target: str, workers: int, options: R
             except IndexError:
                 return
             with pool.lease() as worker:
-                bad.extend(v for v in worker.run(part, target, options) if v.kind not in ("pass", "rejected"))
+                verdicts.extend(worker.run(part, target, options))
 
-    threads = [threading.Thread(target=work) for _ in range(workers)]
+    together([work] * workers)
+    judged(verdicts)
+    if len(verdicts) < len(cases):
+        raise SystemExit(f"{len(cases) - len(verdicts)} of {len(cases)} cases did not run")
+
+
+def say(what: str) -> None:
+    print(f"{time.perf_counter() - _STARTED:6.1f} s: {what}", file=sys.stderr, flush=True)
+
+
+def passed() -> float:
+    return time.perf_counter() - _STARTED
+
+
+def compiled(pool: Pool, cases: list[Case], target: str, workers: int, until: float) -> list[Case]:
+    """The cases that have run once before `until`, in their order: what they need is in the caches on disk."""
+    groups: dict[str, list[int]] = {}
+    for at, case in enumerate(cases):
+        groups.setdefault(repr((case.mode, sorted(case.config.items()))), []).append(at)
+    todo, done, failed = list(groups.values()), set[int](), list[BaseException]()
+
+    def work() -> None:
+        try:
+            with pool.lease() as worker:
+                while todo and passed() < until:
+                    for at in todo.pop():
+                        if passed() >= until:
+                            break
+                        judged(worker.run([cases[at]], target, PATIENT))
+                        done.add(at)
+                    say(f"{len(done)} of {len(cases)} cases compiled, {len(todo)} of {len(groups)} configs to begin")
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            failed.append(error)
+
+    together([work] * workers)
+    if failed:
+        raise failed[0]
+    return [case for at, case in enumerate(cases) if at in done]
+
+
+def loaded(
+    pool: Pool, cases: list[Case], target: str, workers: int, until: float, here: Callable[[Case], object]
+) -> None:
+    """Every worker, and this process, runs every case once, as far as `until` allows."""
+    ready = threading.Barrier(workers)  # nobody gives a worker back before everybody has one of his own
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with pool.lease() as worker:
+                ready.wait()
+                for part in rounds_of(cases):
+                    if passed() < until:
+                        judged(worker.run(part, target, PATIENT))
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            ready.abort()
+            failed.append(error)
+
+    def this() -> None:
+        for case in cases:
+            if passed() < until:
+                here(case)
+
+    together([work] * workers, this)
+    if failed:
+        raise failed[0]
+
+
+def judged(verdicts: Iterable[Verdict]) -> None:
+    bad = [verdict for verdict in verdicts if verdict.kind not in ("pass", "rejected")]
+    if bad:
+        raise SystemExit(f"{len(bad)} cases do not pass, so their times say nothing: {bad[0]}")
+
+
+def together(jobs: Sequence[Callable[[], None]], here: Callable[[], None] = lambda: None) -> None:
+    threads = [threading.Thread(target=job) for job in jobs]
     for thread in threads:
         thread.start()
+    here()
     for thread in threads:
         thread.join()
-    if bad:
-        raise SystemExit(f"{len(bad)} of {len(cases)} cases do not pass, so their times say nothing: {bad[0]}")
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -118,9 +201,10 @@ def fence_variants() -> dict[str, FenceOptions]:
 
 
 def measure(
-    target: str, device: str, count: int, repeats: int, workers: tuple[int, ...], graph: float, seconds: float
-) -> dict[str, float]:
-    began = time.perf_counter()
+    target: str, device: str, count: int, repeats: int, workers: tuple[int, ...], graph: float, seconds: float,
+    fences: bool, keep: Callable[[dict[str, float]], None],
+) -> dict[str, float]:  # fmt: skip
+    """keep: told the figures after every repeat."""
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     from moe_fuzz.execute.runner import Runner  # after the variable: Triton reads it when a kernel is defined
@@ -130,42 +214,57 @@ def measure(
         runner = Runner(device)
         info = runner.describe(target)
         cases, drawing = draw(info, device, count, graph)
-        eager = [case for case in cases if case.mode == "eager"]
-        for _ in range(3):  # compiles; later times round, some workers may have had nothing to do
-            through(pool, cases, target, max(workers))
+        say(f"{len(cases)} cases drawn, of {len({repr(sorted(case.config.items())) for case in cases})} configs")
+        drawn = len(cases)
+        cases = compiled(pool, cases, target, max(workers), COMPILED * seconds)
+        say(f"{len(cases)} of {drawn} cases compiled")
+        loaded(pool, cases, target, max(workers), LOADED * seconds, lambda case: runner.run(case, target, PATIENT))
+        say("loaded in every worker")
+        verdicts, began, used = [], passed(), []
+        # A repeat takes no longer than each of its variants in one process would. The last tenth is for ending it all.
+        variants = 3 + len(workers) + 4 * fences + (3 * fences if device == "cuda" else 0)
         for case in cases:
-            runner.run(case, target, PATIENT)
-        verdicts = [runner.run(case, target, PATIENT) for case in cases]
+            if used and (passed() - began) * variants > 0.9 * seconds - passed():
+                break
+            verdicts.append(runner.run(case, target, PATIENT))
+            used.append(case)
+        if len(used) < len(cases):
+            say(f"{len(used)} of {len(cases)} cases are what the time is enough for")
+        drawing *= len(used) / max(1, drawn)
+        cases = used
+        eager = [case for case in cases if case.mode == "eager"]
         slow = [case for case, verdict in zip(cases, verdicts, strict=True) if verdict.seconds >= SLOW]
 
         calls: dict[str, Callable[[], object]] = {}
-        for name, fence in fence_variants().items():
-            options = RunOptions(fence=fence, deadline=60.0)
-            calls[name] = lambda options=options: [runner.run(case, target, options) for case in cases]  # type: ignore[misc]
         for number in workers:
             calls[f"{number} workers"] = lambda number=number: through(pool, cases, target, number)  # type: ignore[misc]
-        if graph:
+        for name, fence in list(fence_variants().items())[: None if fences else 1]:
+            options = RunOptions(fence=fence, deadline=60.0)
+            calls[name] = lambda options=options: [runner.run(case, target, options) for case in cases]  # type: ignore[misc]
+        if graph and eager:
             calls["eager"] = lambda: [runner.run(case, target, PATIENT) for case in eager]
-        if slow:
+        if slow and len(slow) < len(cases):  # else they are all cases
             calls["slow in process"] = lambda: [runner.run(case, target, PATIENT) for case in slow]
             calls["slow one worker"] = lambda: through(pool, slow, target, 1)
-        if device == "cuda":
+        if device == "cuda" and fences and eager:
             own = stack.enter_context(Pool(1, device))  # of a process with an allocator of its own
             everything = RunOptions(fence=FenceOptions(own="all"), deadline=60.0)
             through(own, eager, target, 1, everything)
             calls["fence all"] = lambda: through(own, eager, target, 1, everything)
             calls["eager one worker"] = lambda: through(pool, eager, target, 1)
-        print(f"drawn, compiled and warm after {time.perf_counter() - began:.0f} s", file=sys.stderr)
         found: dict[str, list[float]] = {}
-        for _ in range(repeats):
-            started = time.perf_counter()
+        result: dict[str, float] = {}
+        for repeat in range(repeats):
+            started = passed()
             for name, call in calls.items():
                 found.setdefault(name, []).append(timed(call))
-                print(".", end="", flush=True, file=sys.stderr)
-            if time.perf_counter() - began + (time.perf_counter() - started) > seconds:
+            result = figures(found, verdicts, cases, len(slow), drawing, workers)
+            keep(result)
+            say(f"repeat {repeat + 1} took {passed() - started:.1f} s")
+            if passed() + (passed() - started) > 0.95 * seconds:
                 break
-    print(file=sys.stderr)
-    return figures(found, verdicts, cases, len(slow), drawing, workers)
+    say("done")
+    return result
 
 
 def figures(
@@ -193,13 +292,14 @@ def figures(
     result |= {f"cases/s, workers: {number}": count / median[f"{number} workers"] for number in workers}
     result |= {f"workers: {number}, over {workers[0]}": ratio(first, f"{number} workers") for number in workers[1:]}
     result["isolation, all cases"] = ratio(first, base) - 1 if workers[0] == 1 else math.nan
-    if slow and workers[0] == 1:
+    if "slow in process" in found:
         result["isolation, cases of 20 ms or more"] = ratio("slow one worker", "slow in process") - 1
     result["share of drawing (Hypothesis)"] = drawing / (drawing + median[first])
     result["share of fences, own clock"] = sum(v.fence_seconds for v in verdicts) / sum(v.seconds for v in verdicts)
-    result["cost of all ordinary fences, against none"] = ratio(base, "no fences") - 1
-    result["cost of hard fences, against soft ones"] = ratio(base, "no hard fences") - 1
-    result["cost of fencing the target's own tensors"] = ratio(base, "own memory unfenced") - 1
+    if "no fences" in found:
+        result["cost of all ordinary fences, against none"] = ratio(base, "no fences") - 1
+        result["cost of hard fences, against soft ones"] = ratio(base, "no hard fences") - 1
+        result["cost of fencing the target's own tensors"] = ratio(base, "own memory unfenced") - 1
     if "fence all" in found:
         result["cost of --fence all, against ordinary"] = ratio("fence all", "eager one worker") - 1
     return {name: value for name, value in result.items() if not math.isnan(value)}
@@ -218,29 +318,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--target", default="topk_softmax@builtin")
-    parser.add_argument("--cases", type=int, help="default: 96 on a CPU, 320 on a GPU")
+    parser.add_argument("--cases", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--workers", help="numbers of workers, default: 1,2 on a CPU, 1,2,4,8,12 on a GPU")
+    parser.add_argument("--workers", help="numbers of workers, default: 1,2 on a CPU, 1,2,4,6,8 on a GPU")
     parser.add_argument("--graph", type=float, default=0.2, help="share of cases that replay (0.2)")
-    parser.add_argument("--seconds", type=float, default=75.0, help="no further repeat begins that would end later")
+    parser.add_argument("--seconds", type=float, default=75.0, help="for all of it, compiling included")
+    parser.add_argument("--fences", action="store_true", help="also run with other fences, and with --fence all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     cuda = options.device == "cuda"
     workers = tuple(int(number) for number in (options.workers or ("1,2,4,6,8" if cuda else "1,2")).split(","))
-    cases = options.cases or (320 if cuda else 96)
-    result = measure(options.target, options.device, cases, options.repeats, workers, options.graph, options.seconds)
-    for name, value in result.items():
-        percent = name.startswith(("isolation", "share", "cost"))
-        print(f"{name:42} {value:8.1%}" if percent else f"{name:42} {value:8.1f}")
-    if options.json:
+    told = {"machine": machine(options.device)} if options.json else {}
+
+    def keep(result: dict[str, float]) -> None:
+        if options.json is None:
+            return
         record = {
             "command": " ".join(["python", "benchmarks/engine.py", *sys.argv[1:]]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(options.device),
+            **told,
             "versions": {name: version(name) for name in ("moe-fuzz", "torch", "triton", "numpy", "hypothesis")},
             "result": result,
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    result = measure(options.target, options.device, options.cases, options.repeats, workers, options.graph,
+                     options.seconds, options.fences, keep)  # fmt: skip
+    for name, value in result.items():
+        percent = name.startswith(("isolation", "share", "cost"))
+        print(f"{name:42} {value:8.1%}" if percent else f"{name:42} {value:8.1f}")
 
 
 if __name__ == "__main__":

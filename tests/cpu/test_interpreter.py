@@ -20,12 +20,16 @@ for tokens, experts, k in ((1, 1, 1), (5, 60, 4), (33, 129, 7)):
     for _ in range(2):  # the language is patched anew at each launch, and given back
         found = topk_softmax(torch.randn(tokens, experts), k, renormalize=True, bias=torch.randn(experts))
         digest.update(found[0].numpy().tobytes() + found[1].numpy().tobytes())
-for tokens, k, map in ((1, 2, None), (7, 3, torch.tensor([1, -1, 0, 2], dtype=torch.int32))):  # grouped inside, by `align`
+mapped = torch.tensor([1, -1, 0, 2], dtype=torch.int32)
+for tokens, k, map in ((1, 2, None), (7, 3, mapped)):  # grouped inside, by `align`
     ids = torch.arange(tokens * k, dtype=torch.int32).reshape(tokens, k) % 4
     shapes = (tokens, 24), (4 if map is None else 3, 40, 24), (4 if map is None else 3, 24, 20)
     y = experts_bf16(*(torch.randn(shape).bfloat16() for shape in shapes), torch.rand(tokens, k), ids, expert_map=map)
     digest.update(y.view(torch.int16).numpy().tobytes())
-import triton.language as tl
+import numpy, triton.language as tl
+from triton.runtime import interpreter
+for bits in (numpy.arange(1 << 16, dtype=numpy.uint16), numpy.arange(128, 0x8000, dtype=numpy.uint16)):
+    digest.update(interpreter._convert_float(bits, tl.bfloat16, tl.float32, None).tobytes())
 print(digest.hexdigest(), tl.load.__module__)
 """
 
