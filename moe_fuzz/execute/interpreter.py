@@ -1,8 +1,8 @@
 """Makes Triton's interpreter faster, without changing what it computes. Worker side, CPU only.
 
 An operation of a small kernel costs what its types cost, not its arithmetic. `remember_types` keeps what follows from a
-shape or a dtype alone: 1.5 times the speed. `skip_unread_overflow` drops what nobody reads: outside debug mode, a sum or
-product of integers is computed once more in 64 bits, for an assertion that is then not made; 1.5 times again.
+shape or a dtype alone: 1.5 times the speed. `skip_unread_overflow` drops what nobody reads: outside debug mode, a sum
+or product of integers is computed once more in 64 bits, for an assertion that is then not made; 1.5 times again.
 `shift_bfloat16` widens bfloat16 by a shift: 1.8 times where tiles are large.
 
 At each call of a jit function from inside a kernel (`tl.max` is one) the interpreter patches the whole language again,

@@ -11,10 +11,10 @@ MAX_ELEMENTS = 1 << 27
 #: Elements of the projections of a case. A GPU makes and multiplies far more in a millisecond, but they are also laid
 #: into fences, and judged in float64.
 BUDGET = 1 << 21
-#: Seconds that an interpreted case may take: more than a router's. A tile of a product takes 5 ms however small it is,
-#: an expert is two of them, and a case calls the kernel some seven times.
-CPU_BUDGET = 2.5
-CPU_CALLS = 7
+#: Seconds that an interpreted case may take; most take a third of it. A block of slots takes 7 ms in the two products
+#: however small it is, an expert with a slot has one at least, and a case calls the kernel three times or four.
+CPU_BUDGET = 0.4
+CPU_CALLS = 3
 CUDA_BUDGET = 1 << 22  # x, and the outputs of the slots
 
 
@@ -36,7 +36,7 @@ def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]]) -> 
 
 def affordable_tokens(tokens: int, config: Mapping[str, Scalar], device: str) -> bool:
     if device == "cpu":
-        return tokens <= 1 or CPU_CALLS * call_seconds(tokens, config) <= CPU_BUDGET
+        return tokens <= 1 or _judged_call(tokens, config) <= CPU_BUDGET
     return tokens * int(config["hidden"]) * (1 + int(config["top_k"])) <= CUDA_BUDGET
 
 
@@ -45,8 +45,13 @@ def call_seconds(tokens: int, config: Mapping[str, Scalar]) -> float:
     slots, count = tokens * int(config["top_k"]), len(Labels.parse(str(config["experts"])))
     blocks = min(slots, count) + slots // 16
     weights = 3 * blocks * max(16, int(config["hidden"])) * max(16, int(config["intermediate"]))
-    grouping = 0.007 * slots if slots <= 16 else 0.06  # each slot looks for its fellows, or `align` runs
-    return 0.02 + 0.01 * blocks + grouping + 5e-8 * weights
+    return 0.012 + 0.007 * blocks + 6e-8 * weights
+
+
+def _judged_call(tokens: int, config: Mapping[str, Scalar]) -> float:
+    """With those of the relations, and the weights made and multiplied in float64."""
+    weights = 3 * len(Labels.parse(str(config["experts"]))) * int(config["hidden"]) * int(config["intermediate"])
+    return CPU_CALLS * call_seconds(tokens, config) + (5e-8 * weights if tokens else 0.0)
 
 
 def seconds(case: Case, device: str) -> float:
@@ -58,7 +63,8 @@ def seconds(case: Case, device: str) -> float:
         each = sum(0.004 + 2e-9 * (weights + step.tokens * int(config["hidden"])) for step in case.steps)
         return each + (0.02 * len(case.buckets) if graph else 0.0)
     calls = [call_seconds(step.tokens, config) for step in case.steps]
+    judged = [_judged_call(step.tokens, config) for step in case.steps]
     if not graph:
-        return CPU_CALLS * sum(calls)
+        return sum(judged)
     # One to warm up a bucket, two a step, and the relations of the last.
-    return sum(call_seconds(tokens, config) for tokens in case.buckets) + 2 * sum(calls) + CPU_CALLS * calls[-1]
+    return sum(call_seconds(tokens, config) for tokens in case.buckets) + 2 * sum(calls) + judged[-1]
