@@ -195,12 +195,20 @@ class _Maker:
         dtype = torch.float32 if self.case.config["bias"] == "float32" else self.dtype
         found = []
         for (name, size), kind in zip(sizes.items(), kinds.get(self.recipe, ("tent",) * 3), strict=True):
-            # Of the size of what they are added to, or so: lost beside it, no check would see them.
-            exponent = int(self.case.config["magnitude"]) + self.scale if self.recipe == "dense" else 0
+            exponent = self._bias_exponent(name) if self.recipe == "dense" else 0
             row = draw.keys(self.case.seed, name, self.labels, [0], 0, self.device)[:, 0]
             column = draw.keys(self.case.seed, name + "/columns", [0], range(size), 0, self.device)[0]
             found.append(_look_up(kind, exponent, dtype, row, column))
         return found[0], found[1], found[2]
+
+    def _bias_exponent(self, name: str) -> int:
+        """Of the size of what they are added to, or so. Lost beside it, no check would see a bias; and where it is all
+        there is, every token has the same y, and roundings are no random numbers."""
+        product = int(self.case.config["magnitude"]) + self.scale
+        if name != "b2":
+            return product
+        oai = self.case.config["activation"] == "swiglu_oai"  # about half of the gate, clamped
+        return self.scale + (min(product, 5) if oai else 2 * product)
 
     def arranged(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Both halves as `gate_layout` has them: [E, 2I, …]."""
