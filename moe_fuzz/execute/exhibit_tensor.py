@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-MAX_LITERAL = 256  # elements; a longer tensor is compressed, and so is one of integers of 64 bits
+MAX_LITERAL = 256  # elements; a longer tensor is compressed
 
 
 def tensor(plain: torch.Tensor) -> dict[str, Any]:
     """dtype, shape and bits of a tensor."""
     data = plain.contiguous().flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
     found: dict[str, Any] = {"dtype": str(plain.dtype).removeprefix("torch."), "shape": list(plain.shape)}
-    if plain.numel() > MAX_LITERAL or plain.element_size() == 8:
+    if plain.numel() > MAX_LITERAL:
         return found | {"zlib": base64.b64encode(zlib.compress(data, level=9)).decode()}
     size = plain.element_size()
     return found | {"bits": [int.from_bytes(data[i : i + size], sys.byteorder) for i in range(0, len(data), size)]}

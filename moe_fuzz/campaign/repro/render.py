@@ -146,6 +146,7 @@ def render(
         "poisons": poisons,
         "bits": poisons or check in ("isolation", "batch_invariance", "determinism", "replay"),
         "compressed": any("zlib" in tensor for step in everywhere for tensor in all_tensors(step)),
+        "int64": any(tensor["dtype"] == "int64" for step in everywhere for tensor in all_tensors(step)),
         "attempts": 1 if finding.reproduces == "always" else _ATTEMPTS,
         "deadline": _deadline(finding, device),
         "memory": (exhibit["memory_limit"] or _MEMORY) if shows == "memory" and device == "cpu" else None,

@@ -79,9 +79,12 @@ def summary(tensor: Mapping[str, Any]) -> str:
 
 def _lines(tensor: Mapping[str, Any]) -> Iterator[str]:
     size = _SIZES[tensor["dtype"]]
-    digits = "d" if size == 1 else f"#0{2 + 2 * size}x"
+    if size == 8:  # as torch takes them: signed
+        whole = struct.unpack(f"={len(tensor['bits'])}q", struct.pack(f"={len(tensor['bits'])}Q", *tensor["bits"]))
+        tensor = {**tensor, "bits": whole}
+    digits = "d" if size in (1, 8) else f"#0{2 + 2 * size}x"
     width = tensor["shape"][-1] if tensor["shape"] else 1
-    per_line = {1: 16, 2: 6, 4: 4}[size]
+    per_line = {1: 16, 2: 6, 4: 4, 8: 8}[size]
     several = len(tensor["shape"]) > 1
     for row, texts in enumerate(rows(tensor)):
         for at in range(0, width, per_line):
@@ -90,7 +93,7 @@ def _lines(tensor: Mapping[str, Any]) -> Iterator[str]:
             place = f"row {row}" if several else ""
             if width > per_line:
                 place = f"{place} [{at}:{end}]".strip()
-            shown = "" if size == 1 else f"{place}: {'  '.join(texts[at:end])}".removeprefix(": ")
+            shown = "" if size in (1, 8) else f"{place}: {'  '.join(texts[at:end])}".removeprefix(": ")
             yield f"    {', '.join(integers)}," + (f"  # {shown}" if shown else "")
 
 
