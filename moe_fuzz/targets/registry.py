@@ -27,6 +27,9 @@ _OWN = {f"{op}@{module}": f"moe_fuzz.targets.{module}:{op}" for op in OPS for mo
 _LIBRARIES = {
     "align@sglang": "moe_fuzz.targets.sglang_align:align()",
     "align@vllm": "moe_fuzz.targets.vllm_align:align()",
+    "experts_bf16@sglang": "moe_fuzz.targets.library_experts:sglang()",
+    "experts_bf16@torch.grouped": "moe_fuzz.targets.torch_experts:grouped",
+    "experts_bf16@vllm": "moe_fuzz.targets.library_experts:vllm()",
     "grouped_topk@sglang": "moe_fuzz.targets.sglang:grouped_topk()",
     "grouped_topk@sglang.triton": "moe_fuzz.targets.sglang_triton:grouped_topk()",
     "grouped_topk@vllm": "moe_fuzz.targets.vllm:grouped_topk()",

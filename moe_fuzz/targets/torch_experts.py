@@ -47,7 +47,9 @@ def experts_bf16(
 
 @declares(
     contract=Contract(gate_up="dtype", activation="dtype", down="dtype", reduce="dtype", weight_dtype="dtype"),
-    capabilities=Capabilities(dtypes=("bfloat16",), weight_on_input=False, min_multiple_h=8, min_multiple_i=8),
+    capabilities=Capabilities(
+        dtypes=("bfloat16",), weight_on_input=False, strided=False, min_multiple_h=8, min_multiple_i=8
+    ),
 )
 def grouped(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, *, expert_map: Tensor | None = None,
@@ -73,7 +75,7 @@ def grouped(
         h = torch.nn.functional.silu(gate) * up
     else:
         h = activate(a, activation, gate_layout)
-    y = torch.nn.functional.grouped_mm(h, w2.transpose(1, 2), offs=ends)  # [N, H]
+    y = torch.nn.functional.grouped_mm(h.to(x.dtype), w2.transpose(1, 2), offs=ends)  # [N, H]
     if b2 is not None:
         y = y + b2[here]
     y = y * weights.reshape(-1)[order, None].to(x.dtype)
@@ -81,4 +83,4 @@ def grouped(
         y = y.masked_fill((expert == experts)[:, None], 0.0)  # rows that no group has written
     slot = torch.empty_like(order)
     slot[order] = torch.arange(len(order), device=x.device)  # cheaper than a second sort
-    return y[slot].view(tokens, top_k, -1).sum(dim=1)
+    return y[slot].view(tokens, top_k, x.shape[1]).sum(dim=1).to(x.dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_fuzz.case import Fault
+from moe_fuzz.checks import CHECKS
 from moe_fuzz.checks.experts import statistical
 from moe_fuzz.contract import Contract
 from moe_fuzz.labels import Labels
@@ -205,3 +206,26 @@ def test_a_case_that_proves_nothing_is_told():
 
 def test_no_tokens():
     assert judge(observe(case_of(rows=0))) == {}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_product_that_is_stored_before_its_bias_is_not_judged_to_the_bit(seed):
+    """Where the sum with the bias fits the dtype and the product alone does not, both stores are right."""
+
+    def stored(inputs: ExpertsInputs) -> torch.Tensor:
+        plain, dtype = inputs.plain, inputs.plain["x"].dtype
+        y = torch.zeros(plain["x"].shape, dtype=dtype)
+        for token, (weights, ids) in enumerate(zip(plain["weights"], plain["ids"].long(), strict=True)):
+            for weight, expert in zip(weights, ids, strict=True):
+                x = plain["x"][token].double()
+                a = (plain["w13"][expert].double() @ x).to(dtype) + plain["b13"][expert]
+                gate, up = a.chunk(2)
+                v = (plain["w2"][expert].double() @ (gate * up).double()).to(dtype) + plain["b2"][expert]
+                y[token] = (y[token].double() + (v.double() * weight).to(dtype).double()).to(dtype)
+        return y
+
+    contract = Contract(gate_up="dtype", activation="dtype", down="dtype", reduce="dtype")
+    seen = observe(case_of(rows=4, top_k=1, hidden=64, intermediate=64, bias="dtype", recipe="integer", seed=seed),
+                   stored, contract)  # fmt: skip
+    assert CHECKS["experts"]["bound"](seen) == []
+    assert CHECKS["experts"]["exact"](seen) == []

@@ -400,7 +400,7 @@ def test_the_library_may_be_given_to_the_workers_of_its_provider_alone(tmp_path:
 
 def test_all_libraries_are_listed() -> None:
     names = {target.name for target in registry.known()}
-    for op in OPS:
+    for op in sorted({*OPS} - {"moe_layer"}):  # whose halves are targets each; the whole is a method of a model's class
         assert f"{op}@vllm" in names
         assert (f"{op}@sglang" in names) == (op != "nvfp4_quantize")  # its FP4 operators left with 0.5.10
 

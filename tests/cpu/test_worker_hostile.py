@@ -180,7 +180,7 @@ def test_workers_run_the_parents_own_moe_fuzz(tmp_path, monkeypatch):
 def test_surroundings_of_a_worker(pool, worker):
     leader, stdin, descriptors = worker.run([case("surroundings")], TARGET, PATIENT)[0].detail.split()
     assert (leader, stdin) == ("True", "/dev/null")
-    assert int(descriptors) == 7  # 0 1 2, log, traceback, socket, and the one that lists them
+    assert int(descriptors) == 8  # 0 1 2, log, traceback, trail, socket, and the one that lists them
     assert pool._living().info()["threads"] == 1
     assert set(pool.environment) == {"python", "torch", "triton", "numpy"}
 

@@ -54,36 +54,44 @@ class _Exact:
         x = self.plain["x"][batch.token].double()
         w = self.plain["w13"][batch.experts].double().transpose(1, 2)
         bias = self.plain["b13"][batch.experts].double()[:, None] if "b13" in self.plain else None
-        a, sums = self._product(x, w, bias, weight if on_input else None)
-        sums = sums & self._kept(a, self.contract.gate_up)  # [e, n, 2I]
+        a, sums = self._product(x, w, bias, weight if on_input else None, self.contract.gate_up)  # [e, n, 2I]
         h, stores = self._activated(a)  # [e, n, I]
         known = sums.all(dim=-1, keepdim=True) & stores.all(dim=-1, keepdim=True)  # [e, n, 1]
         h = h.masked_fill(~known, 0.0)
         bias = self.plain["b2"][batch.experts].double()[:, None] if "b2" in self.plain else None
-        v, sums = self._product(h, self.plain["w2"][batch.experts].double().transpose(1, 2), bias, None)
-        known = known & sums & self._kept(v, self.contract.down)
+        w = self.plain["w2"][batch.experts].double().transpose(1, 2)
+        v, sums = self._product(h, w, bias, None, self.contract.down)
+        known = known & sums
         if not on_input:
             if self.contract.weight_dtype == "dtype":
                 known = known & store(weight, self.dtype)[1]
             v = v * weight
             known = known & store(v, torch.float32)[1]
+            if self.contract.slot != "dtype":  # else this is the store below
+                known = known & self._kept(v, self.contract.down)
         if self.contract.slot == "dtype":
             v, whole = store(v, self.dtype)
             known = known & (whole | (not self.contract.truncates))
         return v, known & v.isfinite()
 
-    def _product(self, x: Tensor, w: Tensor, bias: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x @ w, weighted and biased, and where no sum on the way can be rounded."""
+    def _product(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, weight: Tensor | None, declared: str
+    ) -> tuple[Tensor, Tensor]:
+        """x @ w, weighted and biased, and where neither a sum on the way can be rounded nor a store in the declared
+        dtype, which may stand before the weight, before the bias, or behind both."""
         result, size, unit = x @ w, x.abs() @ w.abs(), _least(x) * _least(w)
+        kept = self._kept(result, declared)
         if weight is not None:
             result, size, unit = result * weight, size * torch.maximum(weight.abs(), torch.ones_like(weight)), (
                 unit * _least(weight).clamp(max=1.0))  # fmt: skip
+            kept = kept & self._kept(result, declared)
         if bias is not None:
             result, size, unit = result + bias, size + bias.abs(), torch.minimum(unit, _least(bias))
-        return result, size < self.room * unit
+            kept = kept & self._kept(result, declared)
+        return result, kept & (size < self.room * unit)
 
     def _kept(self, values: Tensor, declared: str) -> Tensor:
-        """Where a store loses nothing: it may stand before a bias, or behind it."""
+        """Where a store loses nothing."""
         return store(values, dtype_of(declared, self.dtype))[1]
 
     def _activated(self, a: Tensor) -> tuple[Tensor, Tensor]:
