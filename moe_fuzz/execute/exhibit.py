@@ -63,6 +63,7 @@ def exhibit(case: Case, target: Target, device: str = "cpu") -> dict[str, Any]:
     if target.info.op != case.op:
         raise CaseError("op", f"{target.info.name} implements {target.info.op}, not {case.op}")
     step = _step if get_space(case.op).family == "routing" else general_step
+    steps = [step(case, index, target) for index in range(len(case.steps))]
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     return {
         "op": case.op,
@@ -71,7 +72,7 @@ def exhibit(case: Case, target: Target, device: str = "cpu") -> dict[str, Any]:
         "memory_limit": None if limit == resource.RLIM_INFINITY else limit,
         "contract": asdict(target.info.contract),
         "load": _load(target),
-        "steps": [step(case, index, target) for index in range(len(case.steps))],
+        "steps": steps,
     }
 
 
