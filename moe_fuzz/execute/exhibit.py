@@ -11,6 +11,8 @@ An exhibit is a JSON value, made by the worker, which has torch; the parent rend
                 "flagged": [2], "lawful": [0, 1], "defined": [0, 1], "healed": {"rows": [2], "values": TENSOR} or null,
                 "subset": [1] or null}]}
 
+Those are the steps of routing; execute/exhibit_general.py has those of other families.
+
 `load` is how a script gets at the target: {"kind": "file" | "module" | "source", …}. A target that stands for a call
 into a library says what it calls (execute/barecall.py); its source is written from that, and `load` also has
 "libraries": [{"variable": "MOE_FUZZ_VLLM_LIB", "path": "/…/_moe_C.abi3.so"}], for `torch.ops.load_library` (several
@@ -26,13 +28,11 @@ compressed, in base64. `gap`, `column_stride` and `offset` are in elements, `ali
 from __future__ import annotations
 
 import ast
-import base64
 import inspect
 import os
 import resource
 import sys
 import textwrap
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -45,24 +45,25 @@ from moe_fuzz.case import Case
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 from moe_fuzz.errors import CaseError
 from moe_fuzz.execute.barecall import BareCall, bare_call
+from moe_fuzz.execute.exhibit_general import general_step
+from moe_fuzz.execute.exhibit_tensor import tensor
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.inputs import Inputs, Lie
 from moe_fuzz.ops.routing.inputs import materialize
 from moe_fuzz.targets import registry
 from moe_fuzz.targets.bind import Target
 
-MAX_LITERAL = 256  # elements; a longer tensor is compressed
 _PACKAGE = "moe_fuzz"
 _NO_GROUPS = {"n_group": 1, "topk_group": 1, "group_score": "max", "n_shared": 0}
 _NOTHING = Outputs(torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int32))
 
 
 def exhibit(case: Case, target: Target, device: str = "cpu") -> dict[str, Any]:
-    """The exhibit of a case and its target. CaseError if the target implements another op, or the op has none."""
+    """The exhibit of a case and its target. CaseError if the target implements another op."""
     if target.info.op != case.op:
         raise CaseError("op", f"{target.info.name} implements {target.info.op}, not {case.op}")
-    if get_space(case.op).family != "routing":
-        raise CaseError("op", f"there is no script, and no table, for cases of {case.op} yet", "use `moe-fuzz replay`")
+    step = _step if get_space(case.op).family == "routing" else general_step
+    steps = [step(case, index, target) for index in range(len(case.steps))]
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     return {
         "op": case.op,
@@ -71,7 +72,7 @@ def exhibit(case: Case, target: Target, device: str = "cpu") -> dict[str, Any]:
         "memory_limit": None if limit == resource.RLIM_INFINITY else limit,
         "contract": asdict(target.info.contract),
         "load": _load(target),
-        "steps": [_step(case, index, target) for index in range(len(case.steps))],
+        "steps": steps,
     }
 
 
@@ -125,16 +126,6 @@ def _placed(name: str, plain: torch.Tensor, inputs: Inputs, alignment: int) -> d
 def _out(tokens: int, width: int, alignment: int) -> dict[str, Any]:
     dtypes = {"weights": "float32", "ids": "int32"}
     return {name: {"dtype": dtype, "shape": [tokens, width], "alignment": alignment} for name, dtype in dtypes.items()}
-
-
-def tensor(plain: torch.Tensor) -> dict[str, Any]:
-    """dtype, shape and bits of a tensor."""
-    data = plain.contiguous().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    found: dict[str, Any] = {"dtype": str(plain.dtype).removeprefix("torch."), "shape": list(plain.shape)}
-    if plain.numel() > MAX_LITERAL:
-        return found | {"zlib": base64.b64encode(zlib.compress(data, level=9)).decode()}
-    size = plain.element_size()
-    return found | {"bits": [int.from_bytes(data[i : i + size], sys.byteorder) for i in range(0, len(data), size)]}
 
 
 # ---- where the target lives -----------------------------------------------------------------------------------------

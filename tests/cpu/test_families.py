@@ -161,11 +161,11 @@ def test_what_is_no_result_says_what_is() -> None:
 
 
 @pytest.mark.usefixtures("toy")
-def test_an_op_without_scripts_says_so() -> None:
+def test_an_op_without_scripts_of_its_graphs_says_so() -> None:
     runner = Runner("cpu")
     runner._targets["toy_scale@it"] = Target(TargetInfo("toy_scale@it", "toy_scale", "it"), scale, {}, ())
-    case = Case("toy_scale", {"experts": "0-4", "edge": "right"}, (Step(Labels.range(1)),), 7)
-    with pytest.raises(CaseError, match="no script"):
+    case = Case("toy_scale", {"experts": "0-4", "edge": "right"}, (Step(Labels.range(1)),), 7, "graph")
+    with pytest.raises(CaseError, match="a script with graphs"):
         runner.exhibit(case, "toy_scale@it")
 
 

@@ -33,6 +33,8 @@ from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict
 #: check -> what the script must see of the child process that makes the calls; all others return a sentence
 _SHOWS = {CRASH: "died", "fence": "died", HANG: "hung", "oom": "memory", OOM: "memory", "error": "raised",
           "capture": "uncapturable"}  # fmt: skip
+#: checks that `general.py.j2` can judge for any op, beside what a child process shows
+_GENERAL = ("canary", "structure", "written")
 _UNFENCED = FenceOptions(hard=(), readonly=(), own="off")
 _ATTEMPTS = 20  # child processes, for a finding that shows sometimes
 _DEADLINE = 60  # seconds for what should not hang
@@ -116,7 +118,11 @@ def render(
     everywhere = [step for calls in (*earlier, case) for _, step in calls.steps]
     graphs = any(calls.graph for calls in (*earlier, case))
     poisons = graphs or bool(fence["own"]) or check == "written" or any(step["out"] for step in everywhere)
+    general = get_space(finding.case.op).family != "routing"
+    if general and shows == "wrong" and check not in _GENERAL:
+        raise CaseError("", f"a script cannot judge {check} of {finding.case.op} yet", "use `moe-fuzz replay`")
     context = {
+        "judge_template": "general.py.j2" if general else "judge.py.j2",
         "finding": finding,
         "check": check,
         "shows": shows,
@@ -140,6 +146,7 @@ def render(
         "poisons": poisons,
         "bits": poisons or check in ("isolation", "batch_invariance", "determinism", "replay"),
         "compressed": any("zlib" in tensor for step in everywhere for tensor in all_tensors(step)),
+        "int64": any(tensor["dtype"] == "int64" for step in everywhere for tensor in all_tensors(step)),
         "attempts": 1 if finding.reproduces == "always" else _ATTEMPTS,
         "deadline": _deadline(finding, device),
         "memory": (exhibit["memory_limit"] or _MEMORY) if shows == "memory" and device == "cpu" else None,

@@ -27,7 +27,7 @@ def calls_of(case: Case, exhibit: Mapping[str, Any], suffixes: Sequence[str]) ->
     """A step gains `inputs`: the names of the tensors that the target is given; `last`: whether it is the case's last
     one; and `graph`, `pieces`, `bucket`: its name, `makes`: whether this is the first step of its bucket."""
     steps = [_with_inputs(step) for step in exhibit["steps"]]
-    graph = case.mode != "eager"
+    graph = case.mode not in ("eager", "ranks")
     keys = [_key(step) for step in steps]
     names: dict[Any, int | str] = {}
     for index, (tokens, layout) in enumerate(keys):
@@ -53,6 +53,9 @@ def all_tensors(step: Step) -> list[Mapping[str, Any]]:
 
 def _with_inputs(step: Mapping[str, Any]) -> Step:
     given = {keyword.get("tensor") for keyword in step["keywords"].values()}
+    if "positional" in step:
+        given |= {argument.get("tensor") for argument in step["positional"]} - {None}
+        return {**step, "inputs": [name for name in step["tensors"] if name in given]}
     return {**step, "inputs": [name for name in step["tensors"] if name == "logits" or name in given]}
 
 

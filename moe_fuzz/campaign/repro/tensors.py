@@ -9,7 +9,8 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "bool": 1}  # bytes
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "bool": 1, "uint8": 1, "float8_e4m3fn": 1,
+          "int64": 8}  # bytes; fmt: skip
 _WIDTH = 112  # columns of a literal's line, its comment aside
 _COLUMNS = 16  # of a table
 
@@ -23,7 +24,7 @@ def rows(tensor: Mapping[str, Any]) -> list[list[str]]:
     """The elements as text, row by row; a vector has one row."""
     texts = [number(value) for value in values(tensor)]
     shape = tensor["shape"]
-    width = shape[-1]
+    width = shape[-1] if shape else 1
     return [texts[i * width : (i + 1) * width] for i in range(math.prod(shape[:-1]))]
 
 
@@ -78,9 +79,12 @@ def summary(tensor: Mapping[str, Any]) -> str:
 
 def _lines(tensor: Mapping[str, Any]) -> Iterator[str]:
     size = _SIZES[tensor["dtype"]]
-    digits = "d" if size == 1 else f"#0{2 + 2 * size}x"
-    width = tensor["shape"][-1]
-    per_line = {1: 16, 2: 6, 4: 4}[size]
+    if size == 8:  # as torch takes them: signed
+        whole = struct.unpack(f"={len(tensor['bits'])}q", struct.pack(f"={len(tensor['bits'])}Q", *tensor["bits"]))
+        tensor = {**tensor, "bits": whole}
+    digits = "d" if size in (1, 8) else f"#0{2 + 2 * size}x"
+    width = tensor["shape"][-1] if tensor["shape"] else 1
+    per_line = {1: 16, 2: 6, 4: 4, 8: 8}[size]
     several = len(tensor["shape"]) > 1
     for row, texts in enumerate(rows(tensor)):
         for at in range(0, width, per_line):
@@ -89,7 +93,7 @@ def _lines(tensor: Mapping[str, Any]) -> Iterator[str]:
             place = f"row {row}" if several else ""
             if width > per_line:
                 place = f"{place} [{at}:{end}]".strip()
-            shown = "" if size == 1 else f"{place}: {'  '.join(texts[at:end])}".removeprefix(": ")
+            shown = "" if size in (1, 8) else f"{place}: {'  '.join(texts[at:end])}".removeprefix(": ")
             yield f"    {', '.join(integers)}," + (f"  # {shown}" if shown else "")
 
 
@@ -107,15 +111,21 @@ def _bits(tensor: Mapping[str, Any]) -> list[int]:
     if "zlib" not in tensor:
         return list(tensor["bits"])
     data = zlib.decompress(base64.b64decode(tensor["zlib"]))
-    kind = {1: "B", 2: "H", 4: "I"}[_SIZES[tensor["dtype"]]]
+    kind = {1: "B", 2: "H", 4: "I", 8: "Q"}[_SIZES[tensor["dtype"]]]
     return list(struct.unpack(f"={len(data) // struct.calcsize(kind)}{kind}", data))
 
 
 def _value(bits: int, dtype: str) -> float:
     if dtype == "float16":
         value: float = struct.unpack("=e", struct.pack("=H", bits))[0]
-    elif dtype == "bool":
+    elif dtype in ("bool", "uint8"):
         value = float(bits)
+    elif dtype == "int64":
+        value = float(struct.unpack("=q", struct.pack("=Q", bits))[0])
+    elif dtype == "float8_e4m3fn":
+        exponent, mantissa = bits >> 3 & 15, bits & 7
+        value = math.ldexp(mantissa + 8 * (exponent > 0), max(exponent, 1) - 10) if bits & 127 < 127 else math.nan
+        value = math.copysign(value, -1.0 if bits >> 7 else 1.0)
     elif dtype == "int32":
         value = float(struct.unpack("=i", struct.pack("=I", bits))[0])
     else:

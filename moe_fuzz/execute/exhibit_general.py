@@ -1,0 +1,58 @@
+"""The steps of an exhibit (execute/exhibit.py) for every family but routing, whose scripts judge more than these.
+
+    {"tokens": 3, "tensors": {"x": TENSOR, …}, "positional": [{"tensor": "x"}, {"value": 8}], "keywords": {…},
+     "results": {"y": {"dtype": "bfloat16", "shape": [3, 64]}}, "out": {"y": {…}} or null, "generous": false}
+
+TENSOR has also "fold": the [rows, columns] or [elements] as which it is laid into memory; null: as it is.
+`generous`: results may be larger than said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from moe_fuzz.case import Case
+from moe_fuzz.checks.families import FAMILIES
+from moe_fuzz.errors import CaseError
+from moe_fuzz.execute.exhibit_tensor import tensor
+from moe_fuzz.ops import get_space
+from moe_fuzz.ops.inputs import Inputs, Lie
+from moe_fuzz.targets.bind import Target
+
+
+def general_step(case: Case, index: int, target: Target) -> dict[str, Any]:
+    """One step of a case. CaseError for a case that is captured into graphs."""
+    if case.mode not in ("eager", "ranks"):
+        raise CaseError("mode", f"a script with graphs of {case.op} cannot be written yet", "use `moe-fuzz replay`")
+    inputs = FAMILIES[case.op].materialize(case, index, "cpu")
+    alignment = target.info.capabilities.alignment
+    results = {name: {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+               for name, (shape, dtype) in inputs.results.items()}  # fmt: skip
+    has_out = bool(case.config.get("out"))
+    sizes = {name: dtype.itemsize for name, (_, dtype) in inputs.results.items()}
+    given: dict[str, dict[str, Any]] = {name: {"value": value} for name, value in inputs.options.items()}
+    given |= {name: {"tensor": name} for name in inputs.plain}
+    keywords = {target.keywords[name]: value for name, value in given.items() if name in target.keywords}
+    if has_out and "out" in target.keywords:
+        keywords[target.keywords["out"]] = {"out": True}
+    return {
+        "tokens": inputs.tokens,
+        "tensors": {name: _placed(name, inputs, alignment) for name in inputs.plain},
+        "positional": [given[name] for name in target.positional],
+        "keywords": keywords,
+        "results": results,
+        "out": {name: one | {"alignment": max(sizes[name], alignment)} for name, one in results.items()}
+        if has_out else None,
+        "generous": get_space(case.op).family == "align",
+        "healed": None,
+    }  # fmt: skip
+
+
+def _placed(name: str, inputs: Inputs, alignment: int) -> dict[str, Any]:
+    plain, lie = inputs.plain[name], inputs.lies.get(name, Lie())
+    rows = getattr(inputs, "folds", {}).get(name)
+    fold = [rows, plain.numel() // rows] if rows else None if plain.dim() in (1, 2) else [plain.numel()]
+    strides = list(lie.strides(fold or plain.shape))
+    found = tensor(plain) | asdict(lie)
+    return found | {"strides": strides, "alignment": max(alignment, plain.element_size()), "fold": fold}

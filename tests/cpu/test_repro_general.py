@@ -1,0 +1,80 @@
+"""repro.py of the ops that have no script of their own: what shows without a reference, in any family."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import pytest
+
+from moe_fuzz.campaign.repro import render
+from moe_fuzz.campaign.selftest import draw
+from moe_fuzz.case import Case
+from moe_fuzz.errors import CaseError
+from moe_fuzz.execute.runner import Runner
+from moe_fuzz.options import RunOptions
+from moe_fuzz.planted.catalog import PLANTED, Planted
+from moe_fuzz.verdict import VIOLATION, Verdict, Violation
+from tests.cpu.conftest import Batch
+from tests.cpu.repro_cases import ROOT, exhibit_of, finding_of, write
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+HOMES = {"align": "align", "experts_bf16": "experts_bf16", "nvfp4_quantize": "nvfp4"}
+SHOWN = ("fills_whole_vectors", "stops_at_first_match", "room_by_count", "no_slots_raises",
+         "result_cleared_in_vectors", "idle_tokens_unwritten", "float32_result", "no_tokens_raises",
+         "clears_whole_vectors", "padding_left_as_it_was", "scales_as_integers", "no_rows_raise")  # fmt: skip
+
+
+def _bug(name: str) -> Planted:
+    return next(bug for bug in PLANTED if bug.name == name)
+
+
+def _failing(runner: Runner, bug: Planted) -> tuple[Case, Verdict]:
+    for case in islice(draw(bug.op, runner.describe(bug.target), "cpu", 0), 600):
+        if case.mode == "eager" and "int32_boundary" not in case.fault_names:
+            verdict = runner.run(case, bug.target, RunOptions(checks=(bug.check,)))
+            if verdict.kind == VIOLATION and verdict.violations[0].check == bug.check:
+                return case, verdict
+    raise AssertionError(f"no case shows {bug.name}")
+
+
+def _with_us(*words: Path | str) -> tuple[int, str]:
+    ran = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    return ran.returncode, ran.stdout
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_planted_bug_shows_without_moe_fuzz_and_a_sound_kernel_passes(
+    runner: Runner, tmp_path: Path, batch: Batch, name: str
+) -> None:
+    bug = _bug(name)
+    case, verdict = _failing(runner, bug)
+    text = render(finding_of(case, verdict), exhibit_of(runner, case))
+    assert "import moe_fuzz" not in text
+    script = write(tmp_path, name, text)
+    (tmp_path / "kernels").symlink_to(ROOT / "kernels")
+    sound = tmp_path / "sound.py"
+    sound.write_text(f"from kernels.{HOMES[bug.op]} import {bug.op}\n")
+    if bug.op == "experts_bf16":  # the files of its targets import moe_fuzz; the script does not
+        home = f"moe_fuzz.kernels.{HOMES[bug.op]}:{bug.op}"
+        (code, said), (code_of_sound, said_of_sound) = _with_us(script), _with_us(script, home)
+    else:
+        (code, said), (code_of_sound, said_of_sound) = batch([script], [script, f"{sound}:{bug.op}"])
+    assert (code, said[:5]) == (1, "BUG: "), said
+    assert code_of_sound == 0, said_of_sound
+
+
+def test_what_a_script_cannot_judge_is_refused(runner: Runner) -> None:
+    """A script that makes the calls and finds nothing wrong would call a bug fixed."""
+    bug = _bug("idle_tokens_unwritten")
+    case, _ = _failing(runner, bug)
+    verdict = Verdict(VIOLATION, (Violation("bound", "y", "y is off"),))
+    with pytest.raises(CaseError, match="cannot judge bound"):
+        render(finding_of(case, verdict), exhibit_of(runner, case))
