@@ -216,6 +216,10 @@ def measure(
         cases, drawing = draw(info, device, count, graph)
         say(f"{len(cases)} cases drawn, of {len({repr(sorted(case.config.items())) for case in cases})} configs")
         drawn = len(cases)
+        own, everything = None, RunOptions(fence=FenceOptions(own="all"), deadline=60.0)
+        if device == "cuda" and fences:  # a worker with an allocator of its own; first, as the others take every slot
+            own = stack.enter_context(Pool(1, device))
+            through(own, [case for case in cases if case.mode == "eager"][:1], target, 1, everything)
         cases = compiled(pool, cases, target, max(workers), COMPILED * seconds)
         say(f"{len(cases)} of {drawn} cases compiled")
         loaded(pool, cases, target, max(workers), LOADED * seconds, lambda case: runner.run(case, target, PATIENT))
@@ -246,10 +250,9 @@ def measure(
         if slow and len(slow) < len(cases):  # else they are all cases
             calls["slow in process"] = lambda: [runner.run(case, target, PATIENT) for case in slow]
             calls["slow one worker"] = lambda: through(pool, slow, target, 1)
-        if device == "cuda" and fences and eager:
-            own = stack.enter_context(Pool(1, device))  # of a process with an allocator of its own
-            everything = RunOptions(fence=FenceOptions(own="all"), deadline=60.0)
+        if own is not None and eager:
             through(own, eager, target, 1, everything)
+            say("loaded where all is fenced")
             calls["fence all"] = lambda: through(own, eager, target, 1, everything)
             calls["eager one worker"] = lambda: through(pool, eager, target, 1)
         found: dict[str, list[float]] = {}
