@@ -74,7 +74,7 @@ def fp4_product_kernel(
             b = tl.arange(0, BLOCKS)
             p = tl.arange(0, BLOCK_D)
             # 64 bits throughout: E * 2I * H and T * H pass 2^31
-            stride = units.to(tl.int64) * UNIT
+            stride = tl.cast(units, tl.int64) * UNIT  # not `units.to`: an argument that is 1 is a number there
             w = w_ptr + expert.to(tl.int64) * rows * stride + row.to(tl.int64)[:, None] * stride + b[None, :]  # [N, B]
             s = scale_ptr + scale_offset(expert, row, b, rows, units * UNIT, SWIZZLED)
             a = a_ptr + (slot // per_row).to(tl.int64)[None, :] * pitch + p[:, None]  # [D', M]

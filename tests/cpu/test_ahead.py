@@ -1,0 +1,63 @@
+"""Every kernel of ours in every variant passes Triton's checks for Hopper, on a machine without a GPU.
+
+The first run on a card is dear, and Triton's interpreter does not specialize: an argument that is 1 is a plain number
+in a kernel that is compiled, and has no `.to`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# a process of its own: in this one Triton may have been imported to interpret
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+    "PYTHONPATH": str(ROOT)
+}
+GROUPS = ("nvfp4_quantize", "experts_nvfp4", "experts_nvfp4 options", "experts_bf16")
+
+_PROGRAM = """
+import torch, triton, triton.language as tl
+from moe_fuzz.bench.ahead import Enqueued, ahead, resources
+
+@triton.jit
+def wide(pointer, size):
+    tl.store(pointer + {cast}, 1)
+
+def call():
+    wide[(1,)](torch.zeros(8), 1)
+    return torch.full((3,), 7).view(3, 1)  # a launch, and none
+
+with ahead(whole={whole}) as found:
+    call()
+print(found.names, *[resources(binary).shared for _, binary in found.binaries if {whole}])
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT, check=False)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_card_will_take_it(group: str) -> None:
+    pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no compiler for NVIDIA")
+    done = run(str(ROOT / "benchmarks" / "ahead.py"), group)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    calls, failed = (int(word) for word in done.stdout.split() if word.isdecimal())
+    assert calls >= 15
+    assert failed == 0
+
+
+def test_it_refuses_what_a_card_would(tmp_path: Path) -> None:
+    pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no compiler for NVIDIA")
+    program = tmp_path / "program.py"
+    program.write_text(_PROGRAM.format(cast="size.to(tl.int64)", whole=False), encoding="utf-8")
+    assert "'int' object has no attribute 'to'" in run(str(program)).stderr
+    program.write_text(_PROGRAM.format(cast="tl.cast(size, tl.int64)", whole=True), encoding="utf-8")
+    done = run(str(program))
+    assert done.stdout == "['zeros', 'wide', 'full'] 0\n", done.stderr[-2000:]
