@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
 from torch import Tensor
 
-from moe_fuzz.kernels.align import align, align_shapes
+from moe_fuzz.kernels.align import Sorting, align_shapes
 from moe_fuzz.kernels.experts_bf16.blocks import PLANS, Blocks, Plan, choose, interpreted
 from moe_fuzz.kernels.experts_bf16.kernels import grouped_product_kernel, sum_slots_kernel
 from moe_fuzz.reference.experts_bf16 import check
@@ -57,9 +58,11 @@ def run(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None, activation: str,
     gate_layout: str, b13: Tensor | None, b2: Tensor | None, apply_weight_on_input: bool, out: Tensor | None,
     workspace: Tensor | None, plan: Plan | None, alphas: tuple[Tensor, Tensor] | None = None, alpha: float = 1.0,
+    first: Callable[[Sorting | None], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """`experts_bf16` of checked arguments. alphas: [E] float32 each, contiguous, which times `alpha` multiply the
-    product with w13 and that with w2 before anything else."""
+    product with w13 and that with w2 before anything else. first: launches what the products need, and with it the
+    first half of the sorting, where there is one."""
     (tokens, hidden), (experts, _, inter), top_k = x.shape, w2.shape, ids.shape[1]
     if experts > 8192:
         raise ValueError(f"at most 8192 experts, not {experts}")
@@ -72,11 +75,14 @@ def run(
         plan = interpreted(hidden, inter) if _INTERPRETED else choose(slots, num_ids)
     grouped = slots > plan.inline_slots
     h, y, *plan_of_slots = _parts(x, ids, inter, experts, plan, grouped, workspace)  # [N, I], [N, H]
-    sorted_ids, expert_ids, padded = None, None, None
-    if grouped:
-        sorted_ids, expert_ids, padded, _ = align(
-            ids, plan.gate_up.m, experts, expert_map=expert_map, out=tuple(plan_of_slots)  # type: ignore[arg-type]
-        )  # fmt: skip
+    sorted_ids, expert_ids, padded = plan_of_slots[:3] if grouped else (None, None, None)
+    sorting = Sorting(ids, plan.gate_up.m, experts, expert_map, plan_of_slots) if grouped else None
+    if first is not None:
+        first(sorting)
+    elif sorting is not None:
+        sorting.count()
+    if sorting is not None:
+        sorting.place()
 
     # Worst case, as `align` has it: each of these experts has one slot, and one of them all the rest.
     alone = min(slots, experts)

@@ -32,6 +32,7 @@ def fp4_product_kernel(
     GROUPED: tl.constexpr, SLOT_PAD: tl.constexpr,  # whether `align` has run; else the slots, padded
     EVEN: tl.constexpr, UNIT: tl.constexpr,  # D is a multiple of BLOCK_D; its blocks of 16 are multiples of UNIT
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
+    SORTED_LATE: tl.constexpr,  # the kernel before it, or the one before that, did the grouping
     OVERLAPS: tl.constexpr,  # launched while the kernel before it still runs, and lets the next one be
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -47,6 +48,8 @@ def fp4_product_kernel(
     tiles_n = tl.cdiv(out_pitch if REORDERS else width, COLUMNS)
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()  # they start once every program of this launch has
+        if SORTED_LATE:
+            tl.extra.cuda.gdc_wait()
     blocks = tl.load(padded_ptr) // BLOCK_M if GROUPED else most_blocks
     for tile in range(tl.program_id(0), blocks * tiles_n, tl.num_programs(0)):
         # GROUP_M blocks take the same tile of w one after another, so that it is read from memory once, then from L2.

@@ -61,3 +61,42 @@ def test_it_refuses_what_a_card_would(tmp_path: Path) -> None:
     program.write_text(_PROGRAM.format(cast="tl.cast(size, tl.int64)", whole=True), encoding="utf-8")
     done = run(str(program))
     assert done.stdout == "['zeros', 'wide', 'full'] 0\n", done.stderr[-2000:]
+
+
+_LAUNCHES = """
+import torch
+from moe_fuzz.bench.ahead import ahead
+from moe_fuzz.bench.ahead_calls import layer
+from moe_fuzz.kernels.experts_nvfp4 import experts_nvfp4, workspace_bytes
+
+for tokens, options in {calls}:
+    given = layer(tokens, 8, 60, 256, 128) | options
+    if "activations" in options:
+        given |= {{"x_global": torch.ones(1), "h_global": torch.ones(1)}}
+    chosen = {{name: options[name] for name in ("activations", "backend") if name in options}}
+    size = workspace_bytes(tokens, 8, 256, 128, 60, **chosen)
+    given |= {{"out": torch.empty_like(given["x"]), "workspace": torch.empty(size, dtype=torch.uint8)}}
+    with ahead() as found:
+        experts_nvfp4(**given)
+    print(*found.names)
+"""
+_CALLS = ((1, {}), (32, {}), (33, {}), (33, {"activations": "nvfp4"}), (1, {"backend": "large"}),
+          (900, {"backend": "large"}))  # fmt: skip
+_FIRST, _REST = "reorder_kernel", "fp4_product_kernel fp4_product_kernel sum_slots_kernel"
+_PLAIN = "grouped_product_kernel grouped_product_kernel sum_slots_kernel"
+
+
+def test_what_a_call_of_experts_nvfp4_enqueues(tmp_path: Path) -> None:
+    """The slots are grouped in one launch at most, and nothing is filled: vllm#31837 took three fills a product."""
+    pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no compiler for NVIDIA")
+    program = tmp_path / "program.py"
+    program.write_text(_LAUNCHES.format(calls=_CALLS), encoding="utf-8")
+    done = run(str(program))
+    assert done.stdout.splitlines() == [
+        f"{_FIRST} {_REST}",
+        f"{_FIRST} {_REST}",
+        f"{_FIRST} _place_kernel {_REST}",
+        f"{_FIRST} _place_kernel fp4_product_kernel reorder_kernel fp4_product_kernel sum_slots_kernel",
+        f"decode_weights_kernel {_PLAIN}",
+        f"decode_weights_kernel _place_kernel {_PLAIN}",
+    ], done.stderr[-2000:]
