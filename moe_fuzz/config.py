@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fuzz.errors import UsageError
-from moe_fuzz.options import LIB_VARIABLES, OWN, ProviderOptions
+from moe_fuzz.options import EXPERTS_NVFP4_BACKEND, LIB_VARIABLES, OWN, ProviderOptions
 from moe_fuzz.targets import registry
 from moe_fuzz.written import parse_duration, parse_report, parse_size
 
@@ -150,7 +150,7 @@ def load(start: Path, environment: Mapping[str, str]) -> Config:
 
 def check_environment(environment: Mapping[str, str]) -> None:
     """Raises UsageError for a `MOE_FUZZ_*` variable that means nothing."""
-    known = [*(env_name(key) for key in KEYS), *LIB_VARIABLES.values(), ENV_PREFIX + "DEBUG"]
+    known = [*(env_name(key) for key in KEYS), *LIB_VARIABLES.values(), EXPERTS_NVFP4_BACKEND, ENV_PREFIX + "DEBUG"]
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in known:
             raise UsageError(

@@ -84,6 +84,7 @@ def ahead(capability: int = 90, whole: bool = False) -> Iterator[Enqueued]:
         replaced(JITFunction, "run", run),
         replaced(driver, "_active", device),
         replaced(torch.cuda, "get_device_properties", lambda device=None: properties),
+        replaced(torch.cuda, "get_device_capability", lambda device=None: divmod(capability, 10)),
         replaced(triton.compiler, "compile", compile_),
         _Operators(found),
     ):

@@ -95,6 +95,15 @@ def options_nvfp4() -> Iterator[Call]:
             yield f"{tokens} nvfp4", partial(experts_nvfp4, **given, activations="nvfp4", x_global=one, h_global=one)
 
 
+def scaled_nvfp4() -> Iterator[Call]:
+    """For sm_100 alone."""
+    one: dict[str, Any] = {"activations": "nvfp4", "x_global": torch.ones(1), "h_global": torch.ones(1),
+                           "backend": blocks.SCALED}  # fmt: skip
+    for shape, activation in ((_SHAPES[0], "silu"), (_SHAPES[2], "relu2")):
+        for given in (layer(*shape, activation=activation), swizzled(layer(*shape, activation=activation))):
+            yield f"{shape} {activation} {given.get('scale_layout')}", partial(experts_nvfp4, **given, **one)
+
+
 def plans_bf16() -> Iterator[Call]:
     for nth, plan in enumerate(bf16.PLANS):
         for tokens, top_k, experts, hidden, inter in _SHAPES if nth < 2 else _SHAPES[2:]:
@@ -107,5 +116,5 @@ def plans_bf16() -> Iterator[Call]:
 
 GROUPS: Mapping[str, Callable[[], Iterator[Call]]] = {
     "nvfp4_quantize": quantizer, "experts_nvfp4": plans_nvfp4, "experts_nvfp4 options": options_nvfp4,
-    "experts_bf16": plans_bf16,
+    "experts_bf16": plans_bf16, "experts_nvfp4 scaled": scaled_nvfp4,
 }  # fmt: skip

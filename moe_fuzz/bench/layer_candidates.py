@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, declares
-from moe_fuzz.kernels.experts_nvfp4 import experts_nvfp4
+from moe_fuzz.kernels.experts_nvfp4 import experts_nvfp4, rule
 
 _DECLARED = declares(
     contract=Contract(deterministic=True, accepts=PADDING_DIALECTS),
     capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1),
+    origin=f"moe_fuzz.kernels.experts_nvfp4, {rule()}",
 )
 chosen = _DECLARED(update_wrapper(partial(experts_nvfp4), experts_nvfp4))
 small = _DECLARED(update_wrapper(partial(experts_nvfp4, backend="small"), experts_nvfp4))

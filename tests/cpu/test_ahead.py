@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
     "PYTHONPATH": str(ROOT)
 }
-GROUPS = ("nvfp4_quantize", "experts_nvfp4", "experts_nvfp4 options", "experts_bf16")
+GROUPS = {"nvfp4_quantize": "90", "experts_nvfp4": "90", "experts_nvfp4 options": "90", "experts_bf16": "90",
+          "experts_nvfp4 scaled": "100"}  # fmt: skip
 
 _PROGRAM = """
 import torch, triton, triton.language as tl
@@ -46,10 +47,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_card_will_take_it(group: str) -> None:
     pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no compiler for NVIDIA")
-    done = run(str(ROOT / "benchmarks" / "ahead.py"), group)
+    done = run(str(ROOT / "benchmarks" / "ahead.py"), "--capability", GROUPS[group], group)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     calls, failed = (int(word) for word in done.stdout.split() if word.isdecimal())
-    assert calls >= 15
+    assert calls >= 4
     assert failed == 0
 
 
