@@ -50,6 +50,7 @@ class CampaignStarted(Event):
     state_dir: str
     resumed: bool = False  # goes on where an interrupted campaign stopped
     notes: tuple[str, ...] = ()  # "Triton's interpreter: no CUDA graphs"
+    plan: str = ""  # of a gate: the digest of its list of cases
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class TargetUnavailable(Event):
 
 @dataclass(frozen=True)
 class PhaseStarted(Event):
-    """A phase begins: `resume`, `known`, `grid` or `generate`."""
+    """A phase begins: `resume`, `known`, `grid` or `generate`; of a gate `ledger`, `corpus`, `grid` or `generate`."""
 
     kind: ClassVar[str] = "phase-started"
     name: str
@@ -115,21 +116,24 @@ class FindingMinimizing(Event):
 
 @dataclass(frozen=True)
 class FindingReported(Event):
-    """A confirmed finding is on disk. `status`: "new", or "known" if an earlier campaign had found it."""
+    """A confirmed finding. `status`: "new", or "known" if an earlier campaign had found it. Of a gate also "flaky", if
+    it does not fail each time, and "base", if it fails on the base build too; "known" is what the ledger tells of."""
 
     kind: ClassVar[str] = "finding-reported"
     finding: Finding
     status: str
-    path: str  # its folder
+    path: str  # its folder; empty where it is on nobody's disk
+    entry: Mapping[str, Any] = field(default_factory=dict)  # of the ledger, for a known one
 
 
 @dataclass(frozen=True)
 class FindingFixed(Event):
-    """A finding of an earlier campaign that does not fail any more."""
+    """A finding of an earlier campaign, or of a gate's ledger, that does not fail any more."""
 
     kind: ClassVar[str] = "finding-fixed"
     finding: Finding
     path: str
+    entry: Mapping[str, Any] = field(default_factory=dict)  # of the ledger
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,50 @@ class FlakySeen(Event):
     target: str
     case: Case
     verdict: Verdict
+
+
+@dataclass(frozen=True)
+class CaseJudged(Event):
+    """A case of a gate's plan, in the plan's order: two gates of one plan say the same, but for the seconds."""
+
+    kind: ClassVar[str] = "case-judged"
+    phase: str
+    target: str
+    case: str  # its digest
+    label: str
+    verdict: str  # its kind
+    check: str  # of the first violation; empty for a case that passed
+    symptom: str
+    seconds: float
+    alone: bool = False  # it ran in a process of its own, on account of an entry of the ledger
+
+
+@dataclass(frozen=True)
+class EntryResult:
+    """What became of an entry of the ledger on one target.
+
+    known: it failed as told, or explained what did · quiet: it is told to fail sometimes, and did not · flaky: it is
+    told to fail always, and does not each time · changed: it fails otherwise now · fixed: it passes each time ·
+    expired · absent: it is not in force here · unseen: it has no case to run, and nothing was like it · not-run.
+    A gate is red on `fixed` and `expired`.
+    """
+
+    entry: Mapping[str, Any]
+    target: str
+    status: str
+    message: str  # for a person, with the way out
+    seen: int = 0  # bad cases that it explained
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class EntryJudged(Event):
+    """An entry of the ledger, as soon as its case ran; the end has the same once more, with the sightings."""
+
+    kind: ClassVar[str] = "ledger-entry"
+    result: EntryResult
 
 
 @dataclass(frozen=True)
@@ -199,6 +247,24 @@ class TargetRow:
 
 
 @dataclass(frozen=True)
+class GateResult:
+    """What a gate knows beside what every campaign does. Its plan has `Summary.planned` cases, of which
+    `Summary.cases` ran; `Summary.new` are the findings that nobody knew."""
+
+    profile: str
+    plan: str  # digest of the list of cases
+    floor: int  # cases below which it counts as not having run
+    held_back: int  # cases not run: a known finding takes their process down, and enough of them ran
+    red: tuple[str, ...]  # ids of the findings that turn it red: of `new`, those of class contract; all if strict
+    entries: tuple[EntryResult, ...] = ()  # of the ledger
+    on_base: tuple[Finding, ...] = ()  # fail on the base build too
+    unstable: tuple[Finding, ...] = ()  # do not fail each time
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+@dataclass(frozen=True)
 class Summary:
     """What a campaign came to."""
 
@@ -215,7 +281,8 @@ class Summary:
     rows: tuple[TargetRow, ...]
     interrupted: bool
     exit_code: int
-    reason: str = ""  # why the exit code is neither 0 nor 1
+    reason: str = ""  # why the exit code is neither 0 nor 1; of a gate, why it is red too
+    gate: GateResult | None = None  # of a gate
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
