@@ -29,14 +29,28 @@ _TRACKER = re.compile(r"https?://\S+|[A-Za-z][\w./-]*#\d+|[A-Z][A-Z0-9]*-\d+")
 def load(path: Path, missing_ok: bool = False) -> tuple[Entry, ...]:
     """The entries of a file. Raises UsageError for whatever is wrong with it, naming the entry and the way out."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         if missing_ok:
             return ()
         raise UsageError(f"there is no ledger {path}", "`moe-fuzz ledger add ID` begins one") from None
     except OSError as error:
         raise UsageError(f"the ledger {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the ledger {path} is not text: {error}", "correct the file") from error
+    return parse(text, path)
+
+
+def check(text: str) -> None:
+    """Raises UsageError for text that would not be read again."""
+    parse(text, Path("what is to be written"))
+
+
+def parse(text: str, path: Path) -> tuple[Entry, ...]:
+    """`load`, of a file's text."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise UsageError(f"the ledger {path} is not valid TOML: {error}", "correct the file") from error
     unknown = sorted(set(data) - {"known"})
     if unknown:
