@@ -32,7 +32,7 @@ from tests.cpu.campaign_fakes import (
 )
 
 TODAY = datetime.date(2026, 11, 21)
-SMALL = Profile("small", 60.0, 5.0, {"cpu": 64, "cuda": 64}, {"cpu": 16, "cuda": 16}, "for tests")
+SMALL = Profile("small", 60.0, 300, {"cpu": 64, "cuda": 64}, {"cpu": 16, "cuda": 16}, "for tests")
 NAN_ON_ODD = toy(experts=1, top_k=1, rows=1, faults=("nan_rows",))
 #: The entry of the bug that `nan_on_odd` is.
 KNOWN = Entry(

@@ -29,6 +29,7 @@ from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.verdict import Verdict
 
 CASES_SHARE = 0.75  # of the time: after it no round begins, and what is bad is examined
+UNBOUNDED = 3600.0  # seconds of a reduction that tries bound: more than they ever take, unless each try is a hang
 PROGRESS_EVERY = 0.25  # seconds
 PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
 
@@ -102,9 +103,10 @@ class Gate:
             self._describe()
             self._in_force = {name: tuple(self._entries_of(info)) for name, (info, _) in self._targets.items()}
             self._plan = self._make_plan()
+            settings = self._settings
             self._judge = Judge(
                 self._state,
-                {name: Examiner(self._pool, info, space, self._options, self._settings.device)
+                {name: Examiner(self._pool, info, space, self._options, settings.device, settings.profile.tries, False)
                  for name, (info, space) in self._targets.items()},
                 self._emit, self._in_force, self._base, self._render,
             )  # fmt: skip
@@ -265,8 +267,7 @@ class Gate:
         self._emit(events.EntryJudged(result))
 
     def _reducer_seconds(self) -> float:
-        budget, seconds = self._settings.profile.minimize_seconds, self._settings.seconds
-        return budget if seconds is None else min(budget, seconds - self._seconds)
+        return UNBOUNDED if self._settings.seconds is None else self._settings.seconds - self._seconds
 
     # ---- telling ----------------------------------------------------------------------------------------------------
 

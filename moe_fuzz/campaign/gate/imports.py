@@ -30,13 +30,14 @@ class ImportGraph:
             return frozenset()
         found: set[Path] = set()
         line = list(self._slice(start, attribute.split(".")[0], found))
+        whole: set[Path] = set()
         while line:
             path = line.pop()
             resolved = path.resolve()
-            if resolved not in found and self._inside(resolved):
-                found.add(resolved)
+            if resolved not in whole and self._inside(resolved):
+                whole.add(resolved)
                 line += self._imports(path)
-        return frozenset(found)
+        return frozenset(found | whole)
 
     def _inside(self, path: Path) -> bool:
         return path.is_relative_to(self._root)
@@ -49,6 +50,8 @@ class ImportGraph:
         for statement in tree.body:
             for name in _names_bound(statement):
                 bound.setdefault(name, []).append(statement)
+        if attribute not in bound:  # by `import *`, or by a function of the module
+            yield from self._imports(path)
         waiting, seen = [attribute], set()
         while waiting:
             name = waiting.pop()
