@@ -114,10 +114,15 @@ class FindingMinimizing(Event):
     label: str  # the smallest case so far
 
 
+#: Statuses of a finding that turn nothing red.
+TOLERATED = ("known", "fixed", "flaky", "base", "robustness")
+
+
 @dataclass(frozen=True)
 class FindingReported(Event):
-    """A confirmed finding. `status`: "new", or "known" if an earlier campaign had found it. Of a gate also "flaky", if
-    it does not fail each time, and "base", if it fails on the base build too; "known" is what the ledger tells of."""
+    """A confirmed finding. `status`: "new", or "known" if an earlier campaign had found it. Of a gate, "known" is what
+    the ledger tells of; also "flaky", if it does not fail each time, "base", if it fails on the base build too, and
+    "robustness", if it is new and breaks nobody's promise."""
 
     kind: ClassVar[str] = "finding-reported"
     finding: Finding

@@ -16,7 +16,7 @@ from moe_fuzz.contract import Capabilities, Contract, declares
 Result = tuple[torch.Tensor, torch.Tensor]
 _PROMISES = declares(
     Contract(deterministic=True, ordered=True),
-    Capabilities(alignment=1, experts_power_of_two=False, renormalize=(False,)),
+    Capabilities(alignment=1, renormalize=(False,), dtypes=("float32",), max_experts=16, max_top_k=4),
     clauses={"*": "the docstring"},
 )
 

@@ -150,8 +150,10 @@ def test_a_new_finding_is_red_and_on_disk_once(tmp_path):
 
 def test_what_breaks_no_promise_is_told_and_not_red(tmp_path):
     judge = when(nan_on_odd, bad("order", "ascending"))  # the fake's project promises `routing` alone
-    summary = gate(tmp_path / "1", judge).run()
+    listener = Listener()
+    summary = gate(tmp_path / "1", judge, listener).run()
     assert (summary.exit_code, len(summary.new), summary.gate.red) == (0, 1, ())
+    assert [event.status for event in listener.of(events.FindingReported)] == ["robustness"]
     assert f"not red without --strict: {summary.new[0].id}" in "\n".join(text.summary(summary, "x"))
     assert gate(tmp_path / "2", judge, strict=True).run().exit_code == 1
 

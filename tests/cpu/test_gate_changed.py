@@ -20,8 +20,10 @@ BUILTIN = tuple(f"{op}@builtin" for op in OPS)
 
 
 def write(root: Path, **files: str) -> None:
+    """`pack_in` stands for pack/in.py, and `pack_` for pack/__init__.py."""
     for name, text in files.items():
-        path = root / (name.replace("__", "/") + ".py")
+        file = name.replace("_", "/")
+        path = root / (f"{file}__init__.py" if file.endswith("/") else f"{file}.py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
@@ -34,7 +36,7 @@ def git(root: Path, *words: str) -> None:
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     root = tmp_path / "repo"
-    write(root, a="1", b="1", c="1", folder__d="1")
+    write(root, a="1", b="1", c="1", folder_d="1")
     git(root.parent, "init", "-q", "-b", "main", str(root))
     git(root, "add", "-A")
     git(root, "commit", "-qm", "first")
@@ -83,8 +85,8 @@ def files(root: Path, location: str) -> set[str]:
 def test_a_file_is_made_of_what_it_imports(tmp_path: Path) -> None:
     write(
         tmp_path,
-        pack____init__="", pack__first="from . import third\nfrom .fourth import name", pack__second="import nowhere",
-        pack__third="", pack__fourth="from .first import cycle", pack__late="", pack__unused="", other="import my",
+        pack_="", pack_first="from . import third\nfrom .fourth import name", pack_second="import nowhere",
+        pack_third="", pack_fourth="from .first import cycle", pack_late="", pack_unused="", other="import my",
     )  # fmt: skip
     (tmp_path / "my.py").write_text(
         "import os, torch\nfrom pack import first\nimport pack.second as s\n"
@@ -103,9 +105,9 @@ def test_of_a_module_that_hands_out_several_only_what_the_name_needs(tmp_path: P
         tmp_path,
         hub="from k import one, two\nfrom hub2 import three\nhelp = one.f\ndef a():\n    return help()\n"
         "b = two.g\ntry:\n    import fast as quick\nexcept ImportError:\n    import slow as quick\nc = quick.run\n",
-        k____init__="", k__one="import shared", k__two="import shared", shared="", fast="", slow="",
-        hub2="import k.one\nfrom k.two import three\nother = k.one", src__lib____init__="from lib import deep",
-        src__lib__deep="",
+        k_="", k_one="import shared", k_two="import shared", shared="", fast="", slow="",
+        hub2="import k.one\nfrom k.two import three\nother = k.one", src_lib_="from lib import deep",
+        src_lib_deep="",
     )  # fmt: skip
     assert files(tmp_path, "hub:a") == {"hub.py", "k/one.py", "shared.py"}
     assert files(tmp_path, "hub:b") == {"hub.py", "k/two.py", "shared.py"}

@@ -14,12 +14,13 @@ from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import killed, rerun
 from moe_fuzz.campaign.events import EntryResult, GateResult, Summary
 from moe_fuzz.campaign.examine import Examiner
+from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.findings import RenderRepro
 from moe_fuzz.campaign.gate.entries import judge_entry, not_run, without_case
 from moe_fuzz.campaign.gate.judge import Judge
 from moe_fuzz.campaign.gate.ledger import Entry
 from moe_fuzz.campaign.gate.plan import FixedPlan, Profile, Round, fixed_plan, quotas
-from moe_fuzz.campaign.gate.summary import summarize
+from moe_fuzz.campaign.gate.summary import summarize, turns_red
 from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space, own_sources
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.campaign.tally import Tally
@@ -108,7 +109,7 @@ class Gate:
                 self._state,
                 {name: Examiner(self._pool, info, space, self._options, settings.device, settings.profile.tries, False)
                  for name, (info, space) in self._targets.items()},
-                self._emit, self._in_force, self._base, self._render,
+                self._emit, self._in_force, self._turns_red, self._base, self._render,
             )  # fmt: skip
             self._header()
             interrupted = False
@@ -146,6 +147,9 @@ class Gate:
             tuple(self._targets.values()), self._sources, settings.device, settings.seed, each, settings.corpus,
             self._in_force,
         )  # fmt: skip
+
+    def _turns_red(self, finding: Finding) -> bool:
+        return self._settings.strict or turns_red(finding, self._targets[finding.target][0])
 
     def _header(self) -> None:
         settings, infos = self._settings, tuple(info for info, _ in self._targets.values())

@@ -88,7 +88,7 @@ class ImportGraph:
 
     def _imports(self, path: Path) -> frozenset[Path]:
         if path not in self._direct:
-            nodes = (node for node in ast.walk(_tree(path)) if isinstance(node, ast.ImportFrom | ast.Import))
+            nodes = _imported(path, path.stat().st_mtime_ns)
             self._direct[path] = frozenset(file for node in nodes for file in self._of(path, node))
         return self._direct[path]
 
@@ -137,9 +137,24 @@ def _find(name: str, paths: tuple[Path, ...]) -> Path | None:
 
 def _tree(path: Path) -> ast.Module:
     try:
+        return _parsed(path, path.stat().st_mtime_ns)
+    except OSError:
+        return ast.Module([], [])
+
+
+@cache
+def _parsed(path: Path, _changed: int) -> ast.Module:
+    try:
         return ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, OSError):
+    except (SyntaxError, ValueError):
         return ast.Module([], [])  # it cannot be imported either, and then its target says so
+
+
+@cache
+def _imported(path: Path, _changed: int) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """All import statements of a file."""
+    tree = _parsed(path, _changed)
+    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import))
 
 
 def _names_bound(statement: ast.stmt) -> Iterator[str]:

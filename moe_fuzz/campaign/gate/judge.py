@@ -3,6 +3,8 @@
 known     the ledger tells of it, by the failure and the features of the case, or by what it is reduced to
 flaky     fresh workers do not show it again, or not each of three times
 base      it fails on the base build too: nobody's change has brought it
+robustness
+          it breaks nobody's promise
 new       all else: it failed in a fresh worker three times, was reduced, and fails three times more
 """
 
@@ -38,7 +40,8 @@ class Judge:
 
     def __init__(
         self, state: StateDir, examiners: Mapping[str, Examiner], emit: Callable[[events.Event], None],
-        entries: Mapping[str, Sequence[Entry]], base: Pool | None = None, render_repro: RenderRepro | None = None,
+        entries: Mapping[str, Sequence[Entry]], turns_red: Callable[[Finding], bool], base: Pool | None = None,
+        render_repro: RenderRepro | None = None,
     ) -> None:  # fmt: skip
         """entries: target -> those that are in force for it."""
         self.new: dict[str, Finding] = {}
@@ -52,6 +55,7 @@ class Judge:
         self._examiners = examiners
         self._emit = emit
         self._entries = entries
+        self._turns_red = turns_red
         self._base = base
         self._render = render_repro
         self._examined: Counter[tuple[str, Bucket]] = Counter()  # (how it ended, bucket)
@@ -142,7 +146,7 @@ class Judge:
         elif self._fails_on_base(finding, examiner):
             group, status = self.on_base, "base"
         else:
-            group, status = self.new, "new"
+            group, status = self.new, "new" if self._turns_red(finding) else "robustness"
         group[finding.id] = finding
         path = write_finding(self._state, finding, self._render)
         self._emit(events.FindingReported(finding, status, str(path)))
