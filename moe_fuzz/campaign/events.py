@@ -158,7 +158,7 @@ class CaseJudged(Event):
     kind: ClassVar[str] = "case-judged"
     phase: str
     target: str
-    case: str  # its digest
+    case: str  # its digest, whoever is under test
     label: str
     verdict: str  # its kind
     check: str  # of the first violation; empty for a case that passed

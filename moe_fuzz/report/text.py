@@ -159,7 +159,8 @@ def histogram(counts: Sequence[int]) -> str:
 
 def _rest(result: Summary, state_dir: str) -> list[str]:
     lines = []
-    if not result.new and not result.known and any(row.ran for row in result.rows):
+    known = result.known or (result.gate is not None and result.gate.entries)
+    if not result.new and not known and any(row.ran for row in result.rows):
         lines += [
             "No case broke a rule. That is evidence for the cases that ran, and no proof:",
             "a longer --time or another --seed tries others.",

@@ -107,6 +107,16 @@ def test_the_plan_of_a_target_does_not_depend_on_the_others(tmp_path):
     assert len(judged(among)) == 2 * SMALL.cases["cuda"]
 
 
+def test_a_file_has_one_plan_in_every_checkout(tmp_path):
+    told = []
+    for folder in ("/home/me/repo/kernels", "/ci/build"):
+        listener = Listener()
+        gate(tmp_path, always_good, listener, targets=(f"toy@{folder}/my.py:f",)).run()
+        plan = listener.of(events.CampaignStarted)[0].plan
+        told.append((plan, [row[3:] for row in judged(listener)]))
+    assert told[0] == told[1]
+
+
 def test_another_seed_is_another_plan_and_the_state_directory_has_no_part_in_it(tmp_path):
     first, again, other = Listener(), Listener(), Listener()
     for listener, seed in ((first, 1), (again, 1), (other, 2)):
@@ -122,9 +132,9 @@ def test_phases_come_in_order_and_the_corpus_runs_on_each_target(tmp_path):
     gate(tmp_path, always_good, listener, corpus=stored, entries=(replace(KNOWN, reproduces="sometimes"),),
          targets=(TARGET, "toy@other")).run()  # fmt: skip
     assert [event.name for event in listener.of(events.PhaseStarted)] == ["ledger", "corpus", "grid", "generate"]
-    ran = [row[3] for row in judged(listener) if row[1] == "corpus"]
+    ran = [row[2:4] for row in judged(listener) if row[1] == "corpus"]
     both = (stored[0], stored[2])
-    assert ran == [replace(case, target=target).digest for target in (TARGET, "toy@other") for case in both]
+    assert ran == [(target, replace(c, target="").digest) for target in (TARGET, "toy@other") for c in both]
 
 
 def test_the_profiles_grow_and_leave_room(tmp_path):

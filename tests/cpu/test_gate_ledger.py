@@ -42,10 +42,12 @@ def test_an_entry_with_everything(case: Case) -> None:
     found = entry(
         line(case) + 'fingerprint = "709fbec7a7"\ntarget = "topk_softmax@*"\ncheck = "finite"\nsymptom = "nan*"\n'
         'features = ["fault:nan_rows"]\nreproduces = "sometimes"\nexpires = 2027-06-30\narch = ["sm90"]\nnote = "why"\n'
+        'also = ["weights off by one", "ids"]\n'
         'versions = { vllm = ">=0.30,<0.34" }\nraw = ["crash", "SIGSEGV"]\nquarantine = true\nfence = "all"\n'
     )
     assert found.cases == (case,)
     assert found.raw == ("crash", "SIGSEGV")
+    assert found.also == (("weights", "off by one"), ("ids", "*"))
     assert (found.name, found.deadly, found.always) == ("709fbec7a7", True, False)
     assert not found.expired(datetime.date(2027, 6, 29))
     assert found.expired(datetime.date(2027, 6, 30))
@@ -142,6 +144,22 @@ def test_what_is_written_is_read_and_stands_for_the_finding(case: Case) -> None:
     assert written.explains(bad, frozenset({"fault:nan_rows", "fault:ties"}))
     assert not written.explains(bad, frozenset({"fault:ties"}))
     assert not written.explains(replace(bad, verdict=Verdict(HANG)), frozenset({"fault:nan_rows"}))
+
+
+def test_one_defect_shows_in_many_symptoms(case: Case) -> None:
+    """A wrong expert has a wrong weight too; which of the two comes first, no one can say."""
+    both = (Violation("weights", "off", "m"), Violation("selection", "inver*sion", "m"))
+    found = finding(case, "weights", "off", verdict=Verdict(VIOLATION, both))
+    [written] = parse(render(found, Path("/r"), "A-1", "@me"), FILE)
+    assert written.also == (("selection", "inver[*]sion"),)
+    for violation in both:
+        bad = BadCase(TARGET, case, Verdict(VIOLATION, (violation,)))
+        assert written.explains(bad, frozenset({"fault:nan_rows"}))
+        assert not written.explains(bad, frozenset())
+        assert written.shows(bad.verdict)
+    other = BadCase(TARGET, case, Verdict(VIOLATION, (Violation("selection", "group", "m"),)))
+    assert not written.explains(other, frozenset({"fault:nan_rows"}))
+    assert written.is_finding(replace(found, id="another", check="selection", symptom="inver*sion"))
 
 
 def test_each_face_has_an_entry(case: Case) -> None:

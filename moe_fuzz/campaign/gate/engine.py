@@ -19,7 +19,7 @@ from moe_fuzz.campaign.findings import RenderRepro
 from moe_fuzz.campaign.gate.entries import judge_entry, not_run, without_case
 from moe_fuzz.campaign.gate.judge import Judge
 from moe_fuzz.campaign.gate.ledger import Entry
-from moe_fuzz.campaign.gate.plan import FixedPlan, Profile, Round, fixed_plan, quotas
+from moe_fuzz.campaign.gate.plan import FixedPlan, Profile, Round, bare, fixed_plan, quotas
 from moe_fuzz.campaign.gate.summary import summarize, turns_red
 from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space, own_sources
 from moe_fuzz.campaign.state import StateDir
@@ -168,6 +168,7 @@ class Gate:
     # ---- the plan ---------------------------------------------------------------------------------------------------
 
     def _run_plan(self) -> None:
+        self._start = time.monotonic()
         threads = [threading.Thread(target=self._work, name=f"gate-{number}", daemon=True)
                    for number in range(self._settings.workers)]  # fmt: skip
         for thread in threads:
@@ -244,7 +245,7 @@ class Gate:
             check, symptom = verdict.key if verdict.bad else ("", "")
             self._emit(
                 events.CaseJudged(
-                    part.phase, part.target, case.digest, space.label(case), verdict.kind, check, symptom,
+                    part.phase, part.target, bare(case), space.label(case), verdict.kind, check, symptom,
                     verdict.seconds, part.alone,
                 )
             )  # fmt: skip

@@ -5,6 +5,7 @@
     target = "topk_softmax@vllm"                  #   `*` and `?` stand for anything, as in file names
     check = "finite"
     symptom = "nan on an undefined row"           #   optional
+    also = ["weights off"]                        #   optional: other checks and symptoms of the same defect
     features = ["fault:nan_rows"]                 #   optional: what a case has to have
     tracker = "vllm#39391"                        # mandatory: an issue's address, project#number, or KEY-number
     owner = "@somebody"                           # mandatory
@@ -54,6 +55,7 @@ class Entry:
     target: str = ""
     check: str = ""
     symptom: str = ""
+    also: tuple[tuple[str, str], ...] = ()
     features: tuple[str, ...] = ()
     cases: Cases = ()  # the last one shows it, after the others ran in the same process
     reproduces: str = "always"
@@ -116,9 +118,11 @@ class Entry:
         seen = [(v.check, v.symptom) for v in verdict.violations]
         if verdict.bad and not seen:
             seen = [verdict.key]
-        if self.raw is not None:
-            return self.raw in seen
-        return verdict.bad if not self.check else any(self._alike(*pair) for pair in seen)
+        if self.raw is not None and self.raw in seen:
+            return True
+        if not self.check:
+            return verdict.bad
+        return any(self._alike(*pair) for pair in seen)
 
     def explains(self, bad: BadCase, features: frozenset[str]) -> bool:
         """Whether a bad case of a shared worker is no news. Deadly entries explain only what runs on their account."""
@@ -136,7 +140,8 @@ class Entry:
         )  # fmt: skip
 
     def _alike(self, check: str, symptom: str) -> bool:
-        return fnmatchcase(check, self.check) and (not self.symptom or fnmatchcase(symptom, self.symptom))
+        ways = ((self.check, self.symptom or "*"), *self.also)
+        return any(fnmatchcase(check, one) and fnmatchcase(symptom, other) for one, other in ways)
 
     def to_json(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in fields(self)} | {"expires": str(self.expires or "")}

@@ -109,6 +109,8 @@ def _entry(table: Mapping[str, Any], number: int, path: Path) -> Entry:
         raise wrong(f'raw must be a check and a symptom, as ["crash", "SIGSEGV"], not {list(raw)}')
     plain: dict[str, Any] = {key: table[key] for key in _KEYS & set(table) - {"case", "raw", "versions"}}
     plain |= {key: _texts(table, key, wrong) for key in ("features", "arch")}
+    plain["also"] = tuple((check, symptom or "*") for check, _, symptom in
+                          (text.partition(" ") for text in _texts(table, "also", wrong)))  # fmt: skip
     return Entry(name=name, cases=_cases(table, wrong), versions=_versions(table, wrong),
                  raw=(raw[0], raw[1]) if raw else None, **plain)  # fmt: skip
 
@@ -170,6 +172,9 @@ def _render(
     }  # fmt: skip
     if finding.raw != (finding.check, finding.symptom):
         values["raw"] = list(finding.raw)
+    others = sorted(finding.symptoms - {finding.raw, (finding.check, finding.symptom)})
+    if others:
+        values["also"] = [f"{check} {_literal(symptom)}" for check, symptom in others]
     values |= {"features": list(scope), "tracker": tracker, "owner": owner}
     values["reproduces"] = "always" if finding.reproduces == "always" else "sometimes"
     if expires is not None:

@@ -76,6 +76,7 @@ class Round:
 class FixedPlan:
     seed: int
     rounds: tuple[Round, ...]
+    digest: str  # 10 hexadecimal digits: the same for the same list of cases, whatever the ledger says of them
     held_back: int = 0  # cases that do not run, since they would only take down one more process: see QUARANTINED
 
     @property
@@ -84,12 +85,6 @@ class FixedPlan:
 
     def cases_of(self, phase: str) -> int:
         return sum(len(part.cases) for part in self.rounds if part.phase == phase)
-
-    @property
-    def digest(self) -> str:
-        """10 hexadecimal digits: the same for the same list."""
-        lines = (f"{part.phase} {case.target} {case.digest}\n" for part in self.rounds for case in part.cases)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()[:10]
 
 
 def fixed_plan(
@@ -111,6 +106,8 @@ def fixed_plan(
         for phase in _phases(targets, sources, device, seed, quotas, corpus)
         for name, part in _in_turn(phase, IN_A_ROW[device])
     ]
+    lines = (f"{phase} {portable(target)} {bare(case)}\n" for (phase, target), cases in drawn for case in cases)
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()[:10]
     spaces = {info.name: space for info, space in targets}
     alone: dict[str, int] = {}
     for (phase, target), cases in drawn:
@@ -127,7 +124,18 @@ def fixed_plan(
                 rounds.append(Round(next(order), phase, target, (case,), keeper, alone=True))
         if together:
             rounds.append(Round(next(order), phase, target, tuple(together)))
-    return FixedPlan(seed, tuple(rounds), held_back)
+    return FixedPlan(seed, tuple(rounds), digest, held_back)
+
+
+def portable(target: str) -> str:
+    """A target's name without the folder of its file, which is another one in each checkout."""
+    op, _, source = target.partition("@")
+    return f"{op}@{source.rpartition('/')[2]}"
+
+
+def bare(case: Case) -> str:
+    """The digest of a case, whoever is under test and wherever that lies."""
+    return replace(case, target="").digest
 
 
 def quotas(targets: Sequence[str], cases: int | None, each: int) -> dict[str, int]:
@@ -148,7 +156,7 @@ def _phases(
         quota = quotas[info.name]
 
         def root(phase: str, info: TargetInfo = info) -> int:
-            return derive_seed(seed, __version__, info.name, phase)
+            return derive_seed(seed, __version__, portable(info.name), phase)
 
         grid = tuple(itertools.islice(sources.grid(space, info, device, root("grid")), quota // GRID_SHARE))
         grids.append((("grid", info.name), iter(_rounds(grid))))
