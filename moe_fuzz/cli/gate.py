@@ -13,9 +13,10 @@ import click
 from moe_fuzz import config, report
 from moe_fuzz.campaign.gate import changed, ledger_file
 from moe_fuzz.campaign.gate.corpus import read as read_corpus
-from moe_fuzz.campaign.gate.engine import Gate, GateSettings
+from moe_fuzz.campaign.gate.engine import Gate
 from moe_fuzz.campaign.gate.ledger import FILE, Entry
 from moe_fuzz.campaign.gate.plan import PROFILES, read_quota
+from moe_fuzz.campaign.gate.settings import GateSettings
 from moe_fuzz.campaign.repro import renderer
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.cli import params

@@ -11,9 +11,10 @@ import pytest
 
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.findings import load_findings
-from moe_fuzz.campaign.gate.engine import Gate, GateSettings
+from moe_fuzz.campaign.gate.engine import Gate
 from moe_fuzz.campaign.gate.ledger import Entry
 from moe_fuzz.campaign.gate.plan import PROFILES, QUARANTINED, Profile
+from moe_fuzz.campaign.gate.settings import GateSettings
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.report import text
 from moe_fuzz.verdict import REJECTED, Verdict
@@ -343,7 +344,7 @@ def test_crash_class_entries_run_alone_and_are_held_back(tmp_path):
     entry = Entry("known-crash", "toy#2", "@me", target=TARGET, check="crash", symptom="SIGSEGV",
                   features=("fault:nan_rows", "E odd"), cases=(NAN_ON_ODD,))  # fmt: skip
     listener = Listener()
-    made = gate(tmp_path, judge, listener, entries=(entry,), cases=1000)
+    made = gate(tmp_path, judge, listener, entries=(entry,), cases=600)
     summary = made.run()
     assert (summary.exit_code, summary.new, statuses(summary)) == (0, (), {"known-crash": "known"})
     alone = [event for event in listener.of(events.CaseJudged) if event.alone]
@@ -351,7 +352,7 @@ def test_crash_class_entries_run_alone_and_are_held_back(tmp_path):
     assert {event.verdict for event in alone} == {"crash"}
     assert not any(nan_on_odd(case) for case in made._pool.leased)
     assert summary.gate.held_back > 0
-    assert summary.cases == summary.planned == 1000 - summary.gate.held_back
+    assert summary.cases == summary.planned == 600 - summary.gate.held_back
     assert summary.gate.entries[0].seen == QUARANTINED
 
 

@@ -12,51 +12,28 @@ from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import killed, rerun
-from moe_fuzz.campaign.events import EntryResult, GateResult, Summary
+from moe_fuzz.campaign.events import EntryResult, Summary
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.findings import RenderRepro
 from moe_fuzz.campaign.gate.entries import judge_entry, not_run, without_case
 from moe_fuzz.campaign.gate.judge import Judge
 from moe_fuzz.campaign.gate.ledger import Entry
-from moe_fuzz.campaign.gate.plan import FixedPlan, Profile, Round, bare, fixed_plan, quotas
+from moe_fuzz.campaign.gate.plan import FixedPlan, Round, bare, fixed_plan, quotas
+from moe_fuzz.campaign.gate.settings import GateSettings
 from moe_fuzz.campaign.gate.summary import summarize, turns_red
 from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space, own_sources
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem
-from moe_fuzz.options import FenceOptions, RunOptions
+from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import Verdict
 
 CASES_SHARE = 0.75  # of the time: after it no round begins, and what is bad is examined
 UNBOUNDED = 3600.0  # seconds of a reduction that tries bound: more than they ever take, unless each try is a hang
 PROGRESS_EVERY = 0.25  # seconds
 PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
-
-
-@dataclass(frozen=True)
-class GateSettings:
-    """What the user asked for. `seconds` None: the whole plan, however long it takes."""
-
-    targets: tuple[str, ...]
-    profile: Profile
-    cases: int | None  # among all targets; None: the profile's, for each of them
-    seconds: float | None
-    seed: int
-    device: str
-    workers: int
-    deadline: float = 10.0
-    first_deadline: float = 60.0
-    strict: bool = False  # red on findings of class robustness too
-    corpus: Cases = ()
-    entries: tuple[Entry, ...] = ()
-    arch: str = ""  # of the GPU, as "sm90"; "cpu"; empty where it is not known
-    today: datetime.date | None = None
-    notes: tuple[str, ...] = ()  # for the header
-
-    def options(self) -> RunOptions:
-        return RunOptions(None, FenceOptions(), self.deadline, self.first_deadline)
 
 
 @dataclass
@@ -318,6 +295,3 @@ class Gate:
         )  # fmt: skip
         self._emit(events.CampaignFinished(summary))
         return summary
-
-
-__all__ = ["Gate", "GateResult", "GateSettings"]

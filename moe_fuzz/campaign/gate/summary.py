@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from moe_fuzz.campaign.events import EntryResult, GateResult, Summary, TargetRow
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.gate.entries import RED
 from moe_fuzz.campaign.gate.judge import Judge
 from moe_fuzz.campaign.gate.plan import FixedPlan
+from moe_fuzz.campaign.gate.settings import GateSettings
 from moe_fuzz.campaign.interfaces import Space
+from moe_fuzz.campaign.results import EntryResult, GateResult, Summary, TargetRow
 from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EXIT_FINDING, EXIT_INTERRUPTED, EnvironmentProblem
-
-if TYPE_CHECKING:
-    from moe_fuzz.campaign.gate.engine import GateSettings
 
 _NOT_RUN = ("rejected", "out-of-memory")
 
