@@ -1,4 +1,4 @@
-"""What the cases of a campaign were made of: target × class of configs × fault × mode. Safe to use from every thread."""
+"""What the cases of a campaign were made of: target, class of configs, fault, mode. Safe to use from every thread."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class CoverageCounted(Event):
 
 @dataclass(frozen=True)
 class WorkersCounted(Event):
-    """What the pool counted: processes started, dead of a case, dead between cases, replaced. Told once, before the end."""
+    """What the pool counted of its processes: started, dead of a case, replaced, … Told once, before the end."""
 
     kind: ClassVar[str] = "workers"
     counts: Mapping[str, float]

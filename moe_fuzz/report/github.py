@@ -101,12 +101,14 @@ def markdown(story: Story) -> str:
         lines += [f"moe-fuzz {story.started.version}, seed {story.started.seed}, "
                   f"{text.count(story.started.workers, 'worker')} on {where}.", ""]  # fmt: skip
     if story.summary is not None:
-        lines += ["| target | cases | verdicts | parity | largest error | new | known |", "|---|--:|---|--:|--:|--:|--:|"]
+        lines += ["| target | cases | verdicts | parity | largest error | new | known |"]
+        lines += ["|---|--:|---|--:|--:|--:|--:|"]
         for row in story.summary.rows:
             error = f"{row.budget:.0%} of its bound" if row.budget else ""
-            verdicts = _html(row.unavailable).replace("|", "\\|") if row.unavailable else text.verdicts(row.verdicts)
-            lines.append(f"| {_code(row.target).replace('|', chr(92) + '|')} | {row.cases:,} | {verdicts} | {row.parity:,} | {error} "
-                         f"| {row.new} | {row.known} |")  # fmt: skip
+            verdicts = _html(row.unavailable) if row.unavailable else text.verdicts(row.verdicts)
+            numbers = f"{row.cases:,}", f"{row.parity:,}", str(row.new), str(row.known)
+            cells = [_code(row.target), numbers[0], verdicts, numbers[1], error, *numbers[2:]]
+            lines.append("".join(f"| {cell.replace('|', chr(92) + '|')} " for cell in cells) + "|")
         lines.append("")
     tail = _rest(story)
     room = LIMIT - len("\n".join([*lines, *tail]).encode()) - 200

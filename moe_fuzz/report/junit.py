@@ -66,8 +66,9 @@ def _target(story: Story, target: str) -> ET.Element:
         if seen.target == target:
             check, symptom = seen.verdict.key
             case = _case(suite, target, f"not examined: {check} {symptom} ({seen.case.digest})")
-            _say(case, "skipped" if story.summary else "error", "bad, and not examined before the end: the next run does",
-                 _replay(seen.case.inline()), "unexamined")  # fmt: skip
+            tag = "skipped" if story.summary else "error"
+            said = "bad, and not examined before the end: the next run does"
+            _say(case, tag, said, _replay(seen.case.inline()), "unexamined")
     return _counted(suite)
 
 
@@ -96,7 +97,8 @@ def _campaign(story: Story, red: bool) -> ET.Element:
     case = _case(suite, SUITE, "the campaign came to its end")
     summary = story.summary
     if summary is None:
-        _say(case, "error", "the campaign did not come to its end: what stands here is what was found so far", "", "cut")
+        said = "the campaign did not come to its end: what stands here is what was found so far"
+        _say(case, "error", said, "", "cut")
     elif summary.exit_code not in (EXIT_CLEAN, EXIT_FINDING) or (summary.exit_code == EXIT_FINDING and not red):
         _say(case, "error", f"exit code {summary.exit_code}: {summary.reason or 'see its output'}", "", "exit-code")
     return _counted(suite)

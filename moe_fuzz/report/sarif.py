@@ -134,7 +134,7 @@ def _markdown(told: Told) -> str:
 
 
 def _location(told: Told, root: Path) -> Json:
-    """The kernel's line where a stack or a sanitizer named it, else the finding's report: code scanning wants a file."""
+    """The kernel's line where a stack or a sanitizer named it, else the finding's report: viewers want a file."""
     finding = told.finding
     function, file, line = place_of(told)
     logical = {"fullyQualifiedName": f"{finding.target}{f'.{function}' if function else ''}", "kind": "function"}

@@ -19,8 +19,8 @@ _WORTH_WRITING = (events.CampaignStarted, events.FindingReported, events.Finding
 
 
 class Whole:
-    """Written at the start, so that a job that is killed leaves one; at each finding; and at the end. Into a pipe, at the
-    end alone: there is no replacing there."""
+    """Written at the start, so that a job that is killed leaves one; at each finding; and at the end. Into a pipe, at
+    the end alone: there is no replacing there."""
 
     def __init__(
         self, path: Path, render: Callable[[Story], str], clock: Callable[[], float] = time.monotonic
@@ -37,9 +37,8 @@ class Whole:
     def handle(self, event: events.Event) -> None:
         self._story.take(event)
         self._pending = True
-        if isinstance(event, events.CampaignFinished):
-            self._write()
-        elif isinstance(event, _WORTH_WRITING) and self._clock() >= self._next and not _special(self._path):
+        worth = isinstance(event, _WORTH_WRITING) and self._clock() >= self._next and not _special(self._path)
+        if worth or isinstance(event, events.CampaignFinished):
             self._write()
 
     def close(self) -> None:
