@@ -43,7 +43,6 @@ class Map:
     mode: str
     faults: tuple[str, ...]
     rows: tuple[Row, ...]
-    cases: int
     covered: int
 
     @property
@@ -71,7 +70,7 @@ def _map(target: str, mode: str, cells: Sequence[Cell]) -> Map:
         Row(name, tuple(_spot(name, fault, at.get((name, fault)), most) for fault in faults)) for name in classes
     )
     covered = sum(spot.cases > 0 for row in rows for spot in row.spots)
-    return Map(target, mode, faults, rows, sum(s.cases for s in rows[0].spots), covered)
+    return Map(target, mode, faults, rows, covered)
 
 
 def _spot(name: str, fault: str, cell: Cell | None, most: int) -> Spot:

@@ -44,7 +44,7 @@ def budgets(counts: Sequence[int], title: str) -> str:
                      f'height="{tall:.1f}" rx="1.5"><title>{tip}</title></rect>')  # fmt: skip
         if count == most or at == last:
             anchor = "start" if at == 0 else "end" if at == len(counts) - 1 else "middle"
-            where = {"start": x + 1, "end": x + step - 1, "middle": x + step / 2}[anchor]
+            where = {"start": x + 1, "end": x + step - 4, "middle": x + step / 2}[anchor]
             parts.append(_text(where, base - tall - 4, f"{count:,}", anchor, "dim"))
     for share in (0, 25, 50, 75, 100):
         x = left + wide * share / 100

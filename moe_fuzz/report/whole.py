@@ -37,18 +37,20 @@ class Whole:
     def handle(self, event: events.Event) -> None:
         self._story.take(event)
         self._pending = True
-        worth = isinstance(event, _WORTH_WRITING) and self._clock() >= self._next and not _special(self._path)
-        if worth or isinstance(event, events.CampaignFinished):
+        if isinstance(event, events.CampaignFinished):
             self._write()
+        elif isinstance(event, _WORTH_WRITING) and self._clock() >= self._next and not _special(self._path):
+            with contextlib.suppress(OSError):  # of the last one it is told; by then there may be room again
+                self._write()
 
     def close(self) -> None:
         if self._pending and self._story.started is not None:
             self._write()
 
     def _write(self) -> None:
+        self._next = self._clock() + PERIOD
         replace_file(self._path, self._render(self._story))
         self._pending = False
-        self._next = self._clock() + PERIOD
 
 
 def replace_file(path: Path, text: str) -> None:
