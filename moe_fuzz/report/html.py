@@ -45,7 +45,7 @@ def render(story: Story) -> str:
         replay=_replay,
         first_violation=_violation,
         bisect=bisect,
-        environment=next((told.finding.env for told in story.findings if told.failed and told.finding.env), {}),
+        environment=_versions(story),
     )
 
 
@@ -96,6 +96,13 @@ def _workers(story: Story) -> Iterator[tuple[str, str]]:
         yield "of the workers' time spent inside cases", f"{min(1.0, spent / room):.0%}"
         if spent:
             yield "of that on making, filling and checking fences", f"{fences / spent:.0%}"
+
+
+def _versions(story: Story) -> dict[str, str]:
+    """Of what the workers had, as findings tell it. Providers may differ in theirs; what differs is left out."""
+    shown = [told.finding.env for told in story.findings if told.failed and told.finding.env]
+    names = dict.fromkeys(name for env in shown for name in env if name not in ("target", "origin"))
+    return {name: shown[0][name] for name in names if len({env.get(name) for env in shown}) == 1}
 
 
 def _replay(told: Told) -> str:

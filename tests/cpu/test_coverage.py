@@ -12,7 +12,19 @@ from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.case import Case
 from moe_fuzz.verdict import CRASH, REJECTED, Verdict, Violation
 from tests.cpu.campaign_fakes import (
-    GOOD, SOURCES, SPACE, TARGET, FakePool, Listener, always_good, bad, campaign, nan_on_odd, settings, toy, when,
+    GOOD,
+    SOURCES,
+    SPACE,
+    TARGET,
+    FakePool,
+    Listener,
+    always_good,
+    bad,
+    campaign,
+    nan_on_odd,
+    settings,
+    toy,
+    when,
 )  # fmt: skip
 
 
