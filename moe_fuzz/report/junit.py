@@ -75,7 +75,7 @@ def _target(story: Story, target: str) -> ET.Element:
 def _finding(suite: ET.Element, told: Told) -> None:
     finding = told.finding
     case = _case(suite, finding.target, f"{finding.check} {finding.symptom} [{finding.id}]", finding.verdict.seconds)
-    body = "\n".join([*text.finding(finding, ""), f"  {told.path}"])
+    body = "\n".join([*text.finding(finding, ""), *([f"  {told.path}"] if told.path else [])])
     if told.failed:
         _say(case, "failure", finding.message, body, finding.finding_class)
     elif told.status == "fixed":

@@ -113,7 +113,7 @@ def _result(told: Told, order: dict[str, int], root: Path) -> Json:
         "message": {"text": f"{finding.target}: {said}", "markdown": _markdown(told)},
         "locations": [_location(told, root)],
         "partialFingerprints": {FINGERPRINT: finding.id, "primaryLocationLineHash": f"{finding.id}:1"},
-        "baselineState": "unchanged" if told.status == "known" else "new",
+        "baselineState": "unchanged" if told.status in ("known", "base") else "new",
         "occurrenceCount": max(1, finding.times_seen),
         "properties": {
             "target": finding.target, "symptom": finding.symptom, "class": finding.finding_class,
@@ -138,11 +138,11 @@ def _location(told: Told, root: Path) -> Json:
     finding = told.finding
     function, file, line = place_of(told)
     logical = {"fullyQualifiedName": f"{finding.target}{f'.{function}' if function else ''}", "kind": "function"}
-    artifact = _artifact(Path(file), root) if file else _artifact(Path(told.path) / "report.md", root)
-    return {
-        "physicalLocation": {"artifactLocation": artifact, "region": {"startLine": line or 1}},
-        "logicalLocations": [logical],
-    }
+    location: Json = {"logicalLocations": [logical]}
+    if file or told.path:
+        artifact = _artifact(Path(file) if file else Path(told.path) / "report.md", root)
+        location["physicalLocation"] = {"artifactLocation": artifact, "region": {"startLine": line or 1}}
+    return location
 
 
 def place_of(told: Told) -> tuple[str, str, int]:

@@ -11,7 +11,7 @@ from moe_fuzz.campaign.confirm import killed
 from moe_fuzz.campaign.finding import Finding
 
 #: Statuses of a finding that turn nothing red. Whatever else is said of one is a failure.
-TOLERATED = ("known", "fixed")
+TOLERATED = ("known", "fixed", "flaky", "base", "robustness")
 MAX_SAMPLES = 512  # of the progress: of a longer campaign every second one is forgotten, again and again
 MAX_LOST = 1000
 
@@ -21,8 +21,8 @@ class Told:
     """A finding, as last heard of."""
 
     finding: Finding
-    status: str  # "new", "known", "fixed", …
-    path: str  # its folder
+    status: str  # "new", or one of TOLERATED
+    path: str  # its folder; empty where it is on nobody's disk
     seconds: float  # into the campaign
 
     @property
@@ -67,7 +67,8 @@ class Story:
             case events.FindingFixed():
                 self._tell(event.finding, "fixed", event.path)
             case events.FlakySeen():
-                self.flaky.append(event)
+                if not killed(event.verdict):  # of whose worker it was told already
+                    self.flaky.append(event)
                 self._seen.pop((event.target, *event.verdict.key), None)
             case events.WorkerLost():
                 self.lost.append((self.seconds, event))

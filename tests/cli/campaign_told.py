@@ -61,6 +61,7 @@ def told(finding: Finding, end: bool = True, **changes: object) -> list[events.E
         events.Progress(60, 100, 3.0, 20.0, {"pass": 59, "violation": 1}, 0, 1, 2.0),
         events.FindingReported(new, "new", f"there/findings/{new.id}"),
         events.FlakySeen(TARGET, case, flaky),
+        events.FlakySeen(TARGET, case, killed),  # no second word of a worker that somebody killed
         events.Warning("be careful", "with it"),
         events.Note(HOSTILE),
     ]

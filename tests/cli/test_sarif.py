@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moe_fuzz.campaign import events
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.ops import OPS, get_space
 from moe_fuzz.report import sarif
@@ -58,6 +59,17 @@ def test_what_fails_is_a_result_and_what_is_gone_is_none(finding: Finding) -> No
         assert needed in said
     assert run["invocations"][0]["executionSuccessful"] is True
     assert rendered(finding, end=False)["runs"][0]["invocations"][0]["executionSuccessful"] is False
+
+
+@pytest.mark.parametrize("status", ["base", "flaky", "robustness", "known"])
+def test_what_a_gate_tolerates_is_suppressed_and_needs_no_folder(
+    errors: Callable, finding: Finding, status: str
+) -> None:
+    document = json.loads(sarif.render(story([*told(finding)[:2], events.FindingReported(finding, status, "")])))
+    assert errors(document) == []
+    (result,) = document["runs"][0]["results"]
+    assert result["suppressions"]
+    assert "physicalLocation" not in result["locations"][0]
 
 
 def test_fingerprints_outlive_messages_lines_and_seeds(finding: Finding) -> None:
