@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,7 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in PROFILES
 @params.target_op
 @params.option(
     "report", "--report", "reports", type=params.REPORT, multiple=True, metavar="KIND=PATH",
-    help="Also write a report, e.g. ndjson=events.ndjson. May be given several times.",
+    help="Also write a report: html, junit, sarif or ndjson; github needs no PATH. May be given several times.",
 )
 @params.workers
 @params.device
@@ -74,7 +75,7 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in PROFILES
 def command(
     ctx: click.Context, targets: tuple[str, ...], changed_from: str | None, profile: str, cases: int | None,
     time: float | None, seed: int, ledger: Path | None, corpus: tuple[Path, ...], strict: bool,
-    base_python: str | None, gpu_memory: int | None, op: str | None, reports: tuple[tuple[str, Path], ...],
+    base_python: str | None, gpu_memory: int | None, op: str | None, reports: tuple[tuple[str, Path | None], ...],
     workers: int | None, device: str, deadline: float, memory: int | None, state_dir: Path,
 ) -> None:  # fmt: skip
     """Run a fixed plan on each TARGET; without one, on every target that this machine can run.
@@ -97,7 +98,7 @@ def command(
     device = params.pick_device(device)
     cards = limited(gpus(), gpu_memory) if device == "cuda" else ()
     count = workers or (default_workers(cards) if cards else params.pick_workers(None, device))
-    opened = {f"{kind}={path}": report.open_report(kind, path) for kind, path in reports}
+    opened = report.open_reports(reports, os.environ)
     broadcast = report.Broadcast({**opened, "on the screen": screen()}, lambda text: click.echo(text, err=True))
     state = StateDir(state_dir)
     providers = params.pick_providers()
@@ -121,7 +122,9 @@ def command(
                 entries=entries, arch=architecture(device) if any(entry.arch for entry in entries) else "",
                 notes=(*notes, *left_out),
             )  # fmt: skip
-            summary = Gate(settings, pool, state, broadcast, base=base, render_repro=renderer(pool)).run()
+            summary = Gate(
+                settings, pool, state, broadcast, base=base, render_repro=renderer(pool), health=pool.stats.to_json
+            ).run()
     finally:
         broadcast.close()
     lost = [name for name in broadcast.failed if name in opened]

@@ -27,7 +27,7 @@ class Told:
 
     @property
     def failed(self) -> bool:
-        return self.status not in TOLERATED
+        return self.status not in events.TOLERATED
 
 
 @dataclass

@@ -16,7 +16,8 @@ from moe_fuzz.campaign.gate.ledger import Entry
 from moe_fuzz.campaign.gate.plan import PROFILES, QUARANTINED, Profile
 from moe_fuzz.campaign.gate.settings import GateSettings
 from moe_fuzz.campaign.state import StateDir
-from moe_fuzz.report import text
+from moe_fuzz.report import junit, text
+from moe_fuzz.report.story import Story
 from moe_fuzz.verdict import REJECTED, Verdict
 from tests.cpu.campaign_fakes import (
     GOOD,
@@ -429,3 +430,26 @@ def test_the_end_is_json(tmp_path):
     assert data["red"] == [finding.id for finding in summary.new]
     assert data["entries"][0]["entry"]["tracker"] == "toy#1"
     assert data["plan"] == summary.gate.plan
+
+
+# ---- reports --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("judge", "changes", "status", "failed"),
+    [
+        (when(nan_on_odd), {}, "new", True),
+        (when(nan_on_odd, bad("order", "ascending")), {}, "robustness", False),
+        (when(nan_on_odd, bad("order", "ascending")), {"strict": True}, "new", True),
+        (when(nan_on_odd), {"entries": (KNOWN,)}, "known", False),
+        (when(nan_on_odd), {"base": FakePool(when(nan_on_odd))}, "base", False),
+        (always_good, {"entries": (KNOWN,)}, "fixed", True),
+    ],
+)
+def test_junit_is_red_where_the_gate_is(tmp_path, judge, changes, status, failed):
+    story = Story()
+    summary = gate(tmp_path, judge, story.take, **changes).run()
+    assert [told.status for told in story.findings] == [status]
+    text_of = junit.render(story)
+    assert ("<failure" in text_of or "<error" in text_of) == failed == (summary.exit_code == 1)
+    assert story.cells

@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import killed, rerun
+from moe_fuzz.campaign.coverage import Coverage
 from moe_fuzz.campaign.events import EntryResult, Summary
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.finding import Finding
@@ -49,8 +50,9 @@ class Gate:
     def __init__(
         self, settings: GateSettings, pool: Pool, state: StateDir, emit: Callable[[events.Event], None], *,
         base: Pool | None = None, sources: Sources | None = None, render_repro: RenderRepro | None = None,
+        health: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:  # fmt: skip
-        """base: workers of the build that the change is made to."""
+        """base: workers of the build that the change is made to. health: what the pool counts of its processes."""
         self._settings = settings
         self._pool = pool
         self._state = state
@@ -63,6 +65,8 @@ class Gate:
         self._targets: dict[str, tuple[TargetInfo, Space]] = {}
         self._unavailable: dict[str, EnvironmentProblem] = {}
         self._tally = Tally()
+        self._coverage = Coverage()
+        self._health = health
         self._changed = threading.Condition()
         self._ran: dict[int, _Ran] = {}
         self._next = 0  # round that nobody took yet
@@ -219,6 +223,7 @@ class Gate:
             return
         for case, (verdict, history) in zip(part.cases, ran.verdicts, strict=True):
             self._tally.count(part.target, verdict)
+            self._coverage.count(part.target, space, case, verdict)
             check, symptom = verdict.key if verdict.bad else ("", "")
             self._emit(
                 events.CaseJudged(
@@ -228,7 +233,7 @@ class Gate:
             )  # fmt: skip
             if verdict.bad:
                 if killed(verdict):
-                    self._emit(events.WorkerLost(part.target, verdict.key[1]))
+                    self._emit(events.WorkerLost(part.target, verdict.key[1], case, space.label(case)))
                 self._judge.bad_case(BadCase(info.name, case, verdict, history), part.entry, self._reducer_seconds())
             self._progress()
 
@@ -293,5 +298,8 @@ class Gate:
             self._settings, self._plan, self._targets, self._unavailable, self._tally, self._judge, results,
             self._seconds, interrupted,
         )  # fmt: skip
+        self._emit(events.CoverageCounted(self._coverage.cells()))
+        if self._health is not None:
+            self._emit(events.WorkersCounted(self._health()))
         self._emit(events.CampaignFinished(summary))
         return summary
