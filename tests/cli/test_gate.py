@@ -64,6 +64,7 @@ def mend(file: Path) -> None:
     file.write_text(text.replace("if experts % 2 and experts > top_k else logits", "if 0 else logits"))
 
 
+@pytest.mark.slow
 def test_new_then_known_then_mended(gate: Callable, call: Callable, tmp_path: Path) -> None:
     new = gate("odd", "sound")
     assert new.code == 1, new.out

@@ -6,7 +6,7 @@ import datetime
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
@@ -37,11 +37,8 @@ PROGRESS_EVERY = 0.25  # seconds
 PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
 
 
-@dataclass
-class _Ran:
-    """What a round gave: of each case its verdict, and what its process had run before."""
-
-    verdicts: list[tuple[Verdict, Cases]]
+#: What a round gave: of each case its verdict, and what its process had run before.
+_Ran = list[tuple[Verdict, Cases]]
 
 
 class Gate:
@@ -187,10 +184,10 @@ class Gate:
     def _work(self) -> None:
         try:
             while (part := self._take()) is not None:
-                ran = _Ran([])
+                ran: _Ran = []
 
                 def on_verdict(_at: int, verdict: Verdict, history: Cases, ran: _Ran = ran) -> None:
-                    ran.verdicts.append((verdict, history))
+                    ran.append((verdict, history))
 
                 with self._pool.fresh() if part.alone else self._pool.lease(part.target) as worker:
                     worker.run(part.cases, part.target, self._options_for(part), on_verdict)
@@ -221,7 +218,7 @@ class Gate:
         if part.phase == "ledger" and part.entry is not None:
             self._judge_entry(part, part.entry, ran)
             return
-        for case, (verdict, history) in zip(part.cases, ran.verdicts, strict=True):
+        for case, (verdict, history) in zip(part.cases, ran, strict=True):
             self._tally.count(part.target, verdict)
             self._coverage.count(part.target, space, case, verdict)
             check, symptom = verdict.key if verdict.bad else ("", "")
@@ -247,9 +244,7 @@ class Gate:
         def bad_case(bad: BadCase) -> None:
             self._judge.bad_case(bad, None, self._reducer_seconds())
 
-        result = judge_entry(
-            entry, info, space, ran.verdicts[-1][0], fresh, self._today, self._emit, bad_case
-        )  # fmt: skip
+        result = judge_entry(entry, info, space, ran[-1][0], fresh, self._today, self._emit, bad_case)
         self._results[entry.name, info.name] = result
         self._emit(events.EntryJudged(result))
 
@@ -291,9 +286,7 @@ class Gate:
                     result = without_case(entry, info, self._judge.seen[entry.name], self._today)
                 self._results[entry.name, name] = result
                 self._emit(events.EntryJudged(result))
-        results = tuple(
-            replace(result, seen=self._judge.seen[name]) for (name, _), result in self._results.items()
-        )  # fmt: skip
+        results = tuple(replace(one, seen=self._judge.seen[name]) for (name, _), one in self._results.items())
         summary = summarize(
             self._settings, self._plan, self._targets, self._unavailable, self._tally, self._judge, results,
             self._seconds, interrupted,
