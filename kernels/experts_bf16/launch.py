@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
 import triton
 from torch import Tensor
 
-from moe_fuzz.kernels.align import Sorting, align_shapes
+from moe_fuzz.kernels.align import Sorting, align_shapes, counts_shape
 from moe_fuzz.kernels.experts_bf16.blocks import PLANS, Blocks, Plan, choose, interpreted
 from moe_fuzz.kernels.experts_bf16.kernels import grouped_product_kernel, sum_slots_kernel
 from moe_fuzz.reference.experts_bf16 import check
@@ -76,7 +77,9 @@ def run(
     grouped = slots > plan.inline_slots
     h, y, *plan_of_slots = _parts(x, ids, inter, experts, plan, grouped, workspace)  # [N, I], [N, H]
     sorted_ids, expert_ids, padded = plan_of_slots[:3] if grouped else (None, None, None)
-    sorting = Sorting(ids, plan.gate_up.m, experts, expert_map, plan_of_slots) if grouped else None
+    sorting = None
+    if grouped:
+        sorting = Sorting(ids, plan.gate_up.m, experts, expert_map, plan_of_slots[:4], plan_of_slots[4])
     if first is not None:
         first(sorting)
     elif sorting is not None:
@@ -145,18 +148,20 @@ def workspace_bytes(tokens: int, top_k: int, hidden: int, inter: int, experts: i
     """Bytes of a workspace that is enough for any call with at most so many tokens and a plan of the table."""
     slots = tokens * top_k
     sorted_ids = slots + min(slots, experts) * (max(plan.gate_up.m for plan in PLANS) - 1)
-    sizes = (2 * slots * inter, 2 * slots * hidden, 4 * sorted_ids, 4 * slots, 4, 4 * slots)
+    counts = max(math.prod(counts_shape(few, experts)) for few in {1, min(slots, 1 << 14), slots})
+    sizes = (2 * slots * inter, 2 * slots * hidden, 4 * sorted_ids, 4 * slots, 4, 4 * slots, 4 * counts)
     return sum(triton.cdiv(size, _ALIGNMENT) * _ALIGNMENT for size in sizes)
 
 
 def _parts(
     x: Tensor, ids: Tensor, inter: int, experts: int, plan: Plan, grouped: bool, workspace: Tensor | None
 ) -> list[Tensor]:
-    """h [N, I], the slots' outputs [N, H] and, if `grouped`, the four results of `align`: unset memory."""
+    """h [N, I], the slots' outputs [N, H] and, if `grouped`, the four results of `align` and its counts: unset."""
     slots = ids.numel()
     wanted: list[tuple[tuple[int, ...], torch.dtype]] = [((slots, inter), x.dtype), ((slots, x.shape[1]), x.dtype)]
     if grouped:
-        wanted += [(shape, torch.int32) for shape in align_shapes(ids.shape, plan.gate_up.m, experts)]
+        shapes = [*align_shapes(ids.shape, plan.gate_up.m, experts), counts_shape(slots, experts)]
+        wanted += [(shape, torch.int32) for shape in shapes]
     if workspace is None:
         return [x.new_empty(shape, dtype=dtype) for shape, dtype in wanted]
     sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in wanted]

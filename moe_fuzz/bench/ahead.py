@@ -48,6 +48,7 @@ class Enqueued:
 
     names: list[str] = field(default_factory=list)
     binaries: list[tuple[str, Any]] = field(default_factory=list)  # kernel and its constants, what Triton compiled
+    allocated: list[str] = field(default_factory=list)  # operators of torch that did
     seconds: float = 0.0  # spent compiling
 
 
@@ -122,6 +123,8 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name not in _FREE:
+        if "empty" in name:
+            self._found.allocated.append(name)
+        elif name not in _FREE:
             self._found.names.append(name)
         return func(*args, **(kwargs or {}))

@@ -79,6 +79,7 @@ for tokens, options in {calls}:
     given |= {{"out": torch.empty_like(given["x"]), "workspace": torch.empty(size, dtype=torch.uint8)}}
     with ahead() as found:
         experts_nvfp4(**given)
+    assert not found.allocated, found.allocated
     print(*found.names)
 """
 _CALLS = ((1, {}), (32, {}), (33, {}), (33, {"activations": "nvfp4"}), (1, {"backend": "large"}),
