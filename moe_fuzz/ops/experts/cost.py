@@ -34,9 +34,9 @@ def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]]) -> 
     return whole
 
 
-def affordable_tokens(tokens: int, config: Mapping[str, Scalar], device: str) -> bool:
+def affordable_tokens(tokens: int, config: Mapping[str, Scalar], device: str, interpreted: float = 1.0) -> bool:
     if device == "cpu":
-        return tokens <= 1 or _judged_call(tokens, config) <= CPU_BUDGET
+        return tokens <= 1 or _judged_call(tokens, config, interpreted) <= CPU_BUDGET
     return tokens * int(config["hidden"]) * (1 + int(config["top_k"])) <= CUDA_BUDGET
 
 
@@ -48,23 +48,23 @@ def call_seconds(tokens: int, config: Mapping[str, Scalar]) -> float:
     return 0.012 + 0.007 * blocks + 6e-8 * weights
 
 
-def _judged_call(tokens: int, config: Mapping[str, Scalar]) -> float:
+def _judged_call(tokens: int, config: Mapping[str, Scalar], interpreted: float) -> float:
     """With those of the relations, and the weights made and multiplied in float64."""
     weights = 3 * len(Labels.parse(str(config["experts"]))) * int(config["hidden"]) * int(config["intermediate"])
-    return CPU_CALLS * call_seconds(tokens, config) + (5e-8 * weights if tokens else 0.0)
+    return CPU_CALLS * interpreted * call_seconds(tokens, config) + (5e-8 * weights if tokens else 0.0)
 
 
-def seconds(case: Case, device: str) -> float:
-    """Estimated seconds of a case in a worker."""
+def seconds(case: Case, device: str, interpreted: float = 1.0) -> float:
+    """Estimated seconds of a case in a worker. interpreted: what a call costs beside one of `experts_bf16`."""
     graph = case.mode != "eager"
     config = case.config
     if device != "cpu":
         weights = 3 * len(case.experts) * int(config["hidden"]) * int(config["intermediate"])
         each = sum(0.004 + 2e-9 * (weights + step.tokens * int(config["hidden"])) for step in case.steps)
         return each + (0.02 * len(case.buckets) if graph else 0.0)
-    calls = [call_seconds(step.tokens, config) for step in case.steps]
-    judged = [_judged_call(step.tokens, config) for step in case.steps]
+    calls = [interpreted * call_seconds(step.tokens, config) for step in case.steps]
+    judged = [_judged_call(step.tokens, config, interpreted) for step in case.steps]
     if not graph:
         return sum(judged)
     # One to warm up a bucket, two a step, and the relations of the last.
-    return sum(call_seconds(tokens, config) for tokens in case.buckets) + 2 * sum(calls) + judged[-1]
+    return sum(interpreted * call_seconds(tokens, config) for tokens in case.buckets) + 2 * sum(calls) + judged[-1]

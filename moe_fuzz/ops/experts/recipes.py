@@ -143,17 +143,21 @@ def expert_ids(case: Case, rows: Sequence[int], stream: int, device: Device) -> 
 def projections(case: Case, labels: Sequence[int], device: Device) -> Tensors:
     """w13 [E, 2I, H] (relu2: [E, I, H]), w2 [E, H, I] and, where there are, b13 and b2 of the experts of these labels,
     in this order."""
-    maker = _Maker(case, labels, device)
+    maker = Maker(case, labels, device)
     gated = case.config["activation"] != "relu2"
     up = maker.up()
-    found = {"w13": maker.arranged(maker.gate(), up) if gated else up, "w2": maker.down()}
-    if case.config["bias"] != "none":
-        gate, up, down = maker.biases()
-        found |= {"b13": maker.arranged(gate, up) if gated else up, "b2": down}
-    return found
+    return {"w13": maker.arranged(maker.gate(), up) if gated else up, "w2": maker.down(), **biases(maker)}
 
 
-class _Maker:
+def biases(maker: Maker) -> Tensors:
+    """b13 and b2, where the case has them."""
+    if maker.case.config["bias"] == "none":
+        return {}
+    gate, up, down = maker.biases()
+    return {"b13": maker.arranged(gate, up) if maker.case.config["activation"] != "relu2" else up, "b2": down}
+
+
+class Maker:
     """The projections of one case."""
 
     def __init__(self, case: Case, labels: Sequence[int], device: Device) -> None:
