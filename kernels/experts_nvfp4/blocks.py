@@ -60,7 +60,7 @@ def interpreted(hidden: int, inter: int) -> Plan:
         d = min(max(triton.next_power_of_2(depth), 128), 1024)
         return Tile(16, max(min(triton.next_power_of_2(rows), (1 << 18) // d), 16), d, 2, 4, 1)
 
-    return Plan(0, blocks(2 * inter, hidden), blocks(hidden, inter), inline_slots=16)
+    return Plan(0, blocks(2 * inter, hidden), blocks(hidden, inter), inline_slots=4)
 
 
 def choose_backend(slots: int, num_ids: int, quantizes: bool, forced: str | None = None) -> str:

@@ -19,6 +19,7 @@ from moe_fuzz.ops.experts.inputs import ExpertsInputs, benign_rows
 from moe_fuzz.reference.align import expert_of_slot
 
 _TURNS = ("relabel", "shards", "scaling", "backends")
+_MOST_INTERPRETED = 1 << 16  # bytes of codes that a backend may decode as a whole in the interpreter
 _RANDOM_WIDTH = 16  # from which on no two rows of x are alike, nor two rows of a projection
 
 
@@ -202,7 +203,8 @@ class ExpertsObservation:
     @cached_property
     def forced(self) -> dict[str, ExpertsInputs]:
         """The same call, with each backend forced in turn that can be."""
-        if self.inputs.quantizes or not self.tokens or not self._turn("backends"):
+        costly = not self.x.is_cuda and self.inputs.plain["w13"].numel() > _MOST_INTERPRETED
+        if self.inputs.quantizes or not self.tokens or costly or not self._turn("backends"):
             return {}
         return {name: replace(self.inputs, options={**self.inputs.options, "backend": name})
                 for name in self.info.capabilities.backends}  # fmt: skip

@@ -11,6 +11,7 @@ MAX_ELEMENTS = 1 << 27
 #: Elements of the projections of a case. A GPU makes and multiplies far more in a millisecond, but they are also laid
 #: into fences, and judged in float64.
 BUDGET = 1 << 21
+FP4_BUDGET = 1 << 18  # in the interpreter, a number that has to be decoded costs ten times as much
 #: Seconds that an interpreted case may take; most take a third of it. A block of slots takes 7 ms in the two products
 #: however small it is, an expert with a slot has one at least, and a case calls the kernel three times or four.
 CPU_BUDGET = 0.4
@@ -18,12 +19,12 @@ CPU_CALLS = 3
 CUDA_BUDGET = 1 << 22  # x, and the outputs of the slots
 
 
-def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]]) -> dict[str, Scalar]:
+def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]], budget: int) -> dict[str, Scalar]:
     """The config with hidden and intermediate cut down until its projections are within the budget: the larger of the
     two first, to the next smaller size that can be had."""
     whole = dict(config)
     count = len(Labels.parse(str(whole["experts"])))
-    while 3 * count * int(whole["hidden"]) * int(whole["intermediate"]) > BUDGET:
+    while 3 * count * int(whole["hidden"]) * int(whole["intermediate"]) > budget:
         for name in sorted(sizes, key=lambda name: -int(whole[name])):
             smaller = [size for size in sizes[name] if size < int(whole[name])]
             if smaller:
@@ -34,9 +35,9 @@ def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]]) -> 
     return whole
 
 
-def affordable_tokens(tokens: int, config: Mapping[str, Scalar], device: str, interpreted: float = 1.0) -> bool:
+def affordable_tokens(tokens: int, config: Mapping[str, Scalar], device: str) -> bool:
     if device == "cpu":
-        return tokens <= 1 or _judged_call(tokens, config, interpreted) <= CPU_BUDGET
+        return tokens <= 1 or _judged_call(tokens, config) <= CPU_BUDGET
     return tokens * int(config["hidden"]) * (1 + int(config["top_k"])) <= CUDA_BUDGET
 
 
@@ -45,26 +46,28 @@ def call_seconds(tokens: int, config: Mapping[str, Scalar]) -> float:
     slots, count = tokens * int(config["top_k"]), len(Labels.parse(str(config["experts"])))
     blocks = min(slots, count) + slots // 16
     weights = 3 * blocks * max(16, int(config["hidden"])) * max(16, int(config["intermediate"]))
+    if "activations" in config:  # weights are decoded, number by number
+        return 0.035 + 0.01 * blocks + 3.5e-7 * weights
     return 0.012 + 0.007 * blocks + 6e-8 * weights
 
 
-def _judged_call(tokens: int, config: Mapping[str, Scalar], interpreted: float) -> float:
+def _judged_call(tokens: int, config: Mapping[str, Scalar]) -> float:
     """With those of the relations, and the weights made and multiplied in float64."""
     weights = 3 * len(Labels.parse(str(config["experts"]))) * int(config["hidden"]) * int(config["intermediate"])
-    return CPU_CALLS * interpreted * call_seconds(tokens, config) + (5e-8 * weights if tokens else 0.0)
+    return CPU_CALLS * call_seconds(tokens, config) + (5e-8 * weights if tokens else 0.0)
 
 
-def seconds(case: Case, device: str, interpreted: float = 1.0) -> float:
-    """Estimated seconds of a case in a worker. interpreted: what a call costs beside one of `experts_bf16`."""
+def seconds(case: Case, device: str) -> float:
+    """Estimated seconds of a case in a worker."""
     graph = case.mode != "eager"
     config = case.config
     if device != "cpu":
         weights = 3 * len(case.experts) * int(config["hidden"]) * int(config["intermediate"])
         each = sum(0.004 + 2e-9 * (weights + step.tokens * int(config["hidden"])) for step in case.steps)
         return each + (0.02 * len(case.buckets) if graph else 0.0)
-    calls = [interpreted * call_seconds(step.tokens, config) for step in case.steps]
-    judged = [_judged_call(step.tokens, config, interpreted) for step in case.steps]
+    calls = [call_seconds(step.tokens, config) for step in case.steps]
+    judged = [_judged_call(step.tokens, config) for step in case.steps]
     if not graph:
         return sum(judged)
     # One to warm up a bucket, two a step, and the relations of the last.
-    return sum(interpreted * call_seconds(tokens, config) for tokens in case.buckets) + 2 * sum(calls) + judged[-1]
+    return sum(call_seconds(tokens, config) for tokens in case.buckets) + 2 * sum(calls) + judged[-1]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from moe_fuzz.case import Scalar
 from moe_fuzz.contract import TargetInfo
-from moe_fuzz.ops.experts import text
+from moe_fuzz.ops.experts import cost, text
 from moe_fuzz.ops.experts.fields import FIELDS
 from moe_fuzz.ops.experts.presets import MODELS_NVFP4
 from moe_fuzz.ops.experts.space import PLACES, ExpertsSpace
@@ -39,7 +39,8 @@ class Fp4Space(ExpertsSpace):
     op: str = "experts_nvfp4"
     description: str = "the experts of a layer with weights in NVFP4, and activations as they are or in NVFP4, too"
     multiple: int = 16
-    interpreted: float = 1.5
+    budget: int = cost.FP4_BUDGET
+    top_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 22)
 
     checks: ClassVar[Mapping[str, str]] = text.CHECKS | text.FP4_CHECKS
     faults: ClassVar[Mapping[str, str]] = text.FAULTS | text.FP4_FAULTS

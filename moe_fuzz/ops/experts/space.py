@@ -54,7 +54,8 @@ class ExpertsSpace:
     op: str = "experts_bf16"
     description: str = "the experts of a layer: two grouped products, an activation between them, and a weighted sum"
     multiple: int = 1  # of which hidden and intermediate sizes are
-    interpreted: float = 1.0  # what a call costs in the interpreter, in calls of `experts_bf16`
+    budget: int = cost.BUDGET  # elements of the projections of a case that is drawn
+    top_ks: tuple[int, ...] = TOP_K  # that are drawn
 
     family: ClassVar[str] = "experts"
     checks: ClassVar[Mapping[str, str]] = text.CHECKS
@@ -73,7 +74,7 @@ class ExpertsSpace:
         can = info.capabilities
         return (
             Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts]),
-            Axis("top_k", [k for k in TOP_K if k <= can.max_top_k]),
+            Axis("top_k", [k for k in self.top_ks if k <= can.max_top_k]),
             Axis("hidden", self._taken(HIDDEN, can.max_hidden, can.min_multiple_h)),
             Axis("intermediate", self._taken(INTERMEDIATE, can.max_intermediate, can.min_multiple_i)),
             *(Axis(name, values) for name, values in self.limits(info).items()),
@@ -94,10 +95,10 @@ class ExpertsSpace:
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
         whole = moves.mended({**config, "experts": str(Labels.range(int(config["experts"])))})
         allowed = {axis.name: axis.values for axis in self.axes(info)}
-        return cost.shrunk(whole, {name: [int(value) for value in allowed[name]] for name in SIZES})
+        return cost.shrunk(whole, {name: [int(value) for value in allowed[name]] for name in SIZES}, self.budget)
 
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
-        found = tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device, self.interpreted))
+        found = tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device))
         # Where nothing but a token or none can be afforded, none would be every second case.
         return found if len(found) > 2 else TOKENS[:1]
 
@@ -193,7 +194,7 @@ class ExpertsSpace:
         return moves.keep(case, axis, labels)
 
     def cost(self, case: Case, device: str) -> float:
-        return cost.seconds(case, device, self.interpreted)
+        return cost.seconds(case, device)
 
     def label(self, case: Case) -> str:
         return text.label(case)
