@@ -148,7 +148,7 @@ def _largest(case: Case) -> tuple[float, float]:
     config, relu2 = case.config, case.config["activation"] == "relu2"
     recipe, wide = str(config["recipe"]), config["dtype"] == "bfloat16"
     if recipe == "integer":
-        return 1.0, 128.0 if relu2 else 32.0 * 32.0
+        return 6.0, 512.0 if relu2 else 32.0 * 64.0
     if recipe == "one_hot":
         return 6.0, 512.0 if relu2 else 32.0 * 24.0
     x, w = 2.0 ** int(config["magnitude"]), 2.0 ** int(config["weight_scale"])

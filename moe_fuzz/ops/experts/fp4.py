@@ -49,7 +49,7 @@ class Fp4Space(ExpertsSpace):
         *(FaultPlace(fault, scales, on_rows=False) for scales in SCALES for fault in PADDING_FAULTS),
         *(FaultPlace(fault, scale, on_rows=False) for scale in (*FACTORS, *CALIBRATIONS) for fault in SENSELESS),
     )
-    fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = FIELDS | FP4_FIELDS
+    fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = {**FIELDS, **FP4_FIELDS}
     presets: ClassVar[Mapping[str, Mapping[str, Scalar]]] = MODELS_NVFP4
     tensors: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys((*(name for name, role in ExpertsSpace.tensors.items() if role == "input"), *SCALES,
@@ -66,7 +66,7 @@ class Fp4Space(ExpertsSpace):
         }
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
-        without = SCALES if config["scale_layout"] == "linear" else ()
+        without: tuple[str, ...] = SCALES if config["scale_layout"] == "linear" else ()
         without += CALIBRATIONS if config["activations"] == "as_given" else ()
         return tuple(p for p in super().places_for(config, info) if p.tensor not in without)
 

@@ -103,7 +103,7 @@ def linear(scales: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """[E, rows, columns] of swizzled tables."""
     count, padded_rows, padded_columns = scales.shape
     tiles = scales.view(count, padded_rows // 128, padded_columns // 4, 32, 4, 4).transpose(2, 4)
-    return tiles.reshape(scales.shape)[:, :rows, :columns]
+    return tiles.reshape(scales.shape)[:, :rows, :columns].contiguous()
 
 
 def decoded(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

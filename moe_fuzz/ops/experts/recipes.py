@@ -102,15 +102,13 @@ def tokens(case: Case, rows: Sequence[int], stream: int, device: Device) -> torc
         return _look_up("tent", int(case.config["magnitude"]), dtype, row, column)
     if recipe == "ladder":
         return _look_up("x_ladder" if dtype == torch.bfloat16 else "narrow_ladder", 0, dtype, row, column)
-    if recipe == "integer":
-        x = _look_up("unit", 0, dtype, row, column)
-        x[:, 0] = 1.0
-        return x
-    x = _look_up("e2m1", 0, dtype, row, column)
-    at = torch.arange(hidden, device=x.device)
-    largest = torch.where(at < 16, 1 + (row[:, None] & 0xFFFF) % 15, (row[:, None] >> 16) & 15)  # of each 16 columns
-    x = torch.where(at % 16 == largest, x.sign() * 6, x)
-    x[:, 0] = 4.0
+    x = _look_up("unit" if recipe == "integer" else "e2m1", 0, dtype, row, column)
+    if recipe == "one_hot" or case.config.get("activations") == "nvfp4":
+        # A 6 in each 16 columns, under which NVFP4 loses nothing of the others.
+        at = torch.arange(hidden, device=x.device)
+        largest = torch.where(at < 16, 1 + (row[:, None] & 0xFFFF) % 15, (row[:, None] >> 16) & 15)
+        x = torch.where(at % 16 == largest, torch.where(x < 0, -6.0, 6.0).to(dtype), x)
+    x[:, 0] = 1.0 if recipe == "integer" else 4.0
     return x
 
 
