@@ -112,10 +112,10 @@ class Maker(recipes.Maker):
         amax = blocks.abs().amax(dim=3)
         word = draw.mixed(row, column).view(amax.shape)
         # the largest is written as 1, 2 or 4, so that its half has a code as well
-        power = torch.frexp(amax / self.alpha[:, None, None]).exponent - 1 - word % 3
-        zero = amax == 0
-        scale = torch.where(zero, 1.0, torch.ldexp(torch.ones_like(amax), power) * self.alpha[:, None, None])
-        size = (blocks.abs() / scale[..., None] * 2).int()  # 0, 1, 2, 4, 8
+        shift, zero = word % 3, amax == 0
+        power = torch.frexp(amax / self.alpha[:, None, None]).exponent - 1 - shift
+        share = blocks.abs() / torch.where(zero, 1.0, amax)[..., None]  # 0, a half, 1
+        size = (share * 2).int() << shift[..., None]  # 0, 1, 2, 4, 8
         codes = torch.where(size > 4, 6, size) + 8 * blocks.signbit().int()
         held = torch.where(zero, (word >> 2) % 127, _power_bytes(word.device)[(power + 9).clamp(0, 17).long()])
         return Blocks(codes.to(torch.uint8).flatten(2), held.to(torch.uint8))

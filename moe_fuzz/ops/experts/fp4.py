@@ -40,7 +40,7 @@ class Fp4Space(ExpertsSpace):
     description: str = "the experts of a layer with weights in NVFP4, and activations as they are or in NVFP4, too"
     multiple: int = 16
     budget: int = cost.FP4_BUDGET
-    top_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 22)
+    top_ks: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 22)
 
     checks: ClassVar[Mapping[str, str]] = text.CHECKS | text.FP4_CHECKS
     faults: ClassVar[Mapping[str, str]] = text.FAULTS | text.FP4_FAULTS
