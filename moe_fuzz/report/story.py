@@ -10,8 +10,6 @@ from moe_fuzz.campaign import events
 from moe_fuzz.campaign.confirm import killed
 from moe_fuzz.campaign.finding import Finding
 
-#: Statuses of a finding that turn nothing red. Whatever else is said of one is a failure.
-TOLERATED = ("known", "fixed", "flaky", "base", "robustness")
 MAX_SAMPLES = 512  # of the progress: of a longer campaign every second one is forgotten, again and again
 MAX_LOST = 1000
 
@@ -21,13 +19,13 @@ class Told:
     """A finding, as last heard of."""
 
     finding: Finding
-    status: str  # "new", or one of TOLERATED
+    status: str  # "new", or one of events.TOLERATED
     path: str  # its folder; empty where it is on nobody's disk
     seconds: float  # into the campaign
 
     @property
     def failed(self) -> bool:
-        return self.status not in TOLERATED
+        return self.status not in events.TOLERATED
 
 
 @dataclass
