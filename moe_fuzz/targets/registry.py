@@ -27,6 +27,9 @@ _OWN = {f"{op}@{module}": f"moe_fuzz.targets.{module}:{op}" for op in OPS for mo
 _LIBRARIES = {
     "align@sglang": "moe_fuzz.targets.sglang_align:align()",
     "align@vllm": "moe_fuzz.targets.vllm_align:align()",
+    "experts_nvfp4@builtin.large": "moe_fuzz.targets.builtin:experts_nvfp4_large()",
+    "experts_nvfp4@builtin.small": "moe_fuzz.targets.builtin:experts_nvfp4_small()",
+    "experts_nvfp4@vllm": "moe_fuzz.targets.vllm_marlin:experts_nvfp4()",
     "experts_bf16@sglang": "moe_fuzz.targets.library_experts:sglang()",
     "experts_bf16@sglang.moe_sum": "moe_fuzz.targets.sglang_parts:moe_sum()",
     "experts_bf16@sglang.moe_sum_reduce": "moe_fuzz.targets.sglang_parts:moe_sum_reduce()",

@@ -27,7 +27,7 @@ CHECKS = {
     "weights", "fence", "canary", "isolation", "batch_invariance", "determinism", "capture", "replay",
     "crash", "hang", "oom",
     "count", "slots", "experts", "fill", "tail", "inverse", "stable",
-    "dropped", "exact", "bound", "statistical", "relabel", "shards", "scaling",
+    "dropped", "exact", "bound", "statistical", "relabel", "shards", "scaling", "backends",
     "scale", "codes",
 }  # fmt: skip
 REFERENCES = {"topk_softmax": reference, "topk_sigmoid": topk_sigmoid, "grouped_topk": grouped_topk}
