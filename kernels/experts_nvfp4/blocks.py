@@ -92,6 +92,11 @@ def choose_backend(
     return forced
 
 
+def formats() -> tuple[str, ...]:
+    """The formats of activations that calls of this process may ask for: a backend that is forced takes some alone."""
+    return {"large": ("as_given",), SCALED: ("nvfp4",)}.get(os.environ.get(VARIABLE, ""), ("as_given", "nvfp4"))
+
+
 def rule() -> str:
     """How backends are chosen in this process, for a person."""
     forced = os.environ.get(VARIABLE)
