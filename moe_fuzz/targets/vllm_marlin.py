@@ -42,7 +42,7 @@ _REQUIRED = ("a", "c", "b_q_weight", "b_scales", "global_scale", "workspace", "s
 #: Sums and the global scale are float32; each product is stored in the dtype of x, multiplied by weights that were
 #: rounded to it, and stored again. silu and its product with the up-projection are rounded each.
 _CONTRACT = Contract(gate_up="dtype", activation="dtype", down="dtype", weight_dtype="dtype")
-#: A tile is 64 or 128 rows by 128 or 64 columns of the weights, and takes whole ones. The scales of an expert lie within
+#: A tile is 64 or 128 rows by 128 or 64 columns of the weights, and takes whole ones. An expert has scales within
 #: 16 powers of two, where the other recipes have 18.
 _CAPABILITIES = Capabilities(
     dtypes=("bfloat16", "float16"), strided=False, int64_ids=False, max_experts=992, zero_tokens=False,
