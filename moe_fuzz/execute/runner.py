@@ -12,15 +12,17 @@ from typing import Any
 import torch
 
 from moe_fuzz.case import Case
+from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
-from moe_fuzz.execute import clock, trail
+from moe_fuzz.execute import clock, meeting, trail
 from moe_fuzz.execute.call import CaptureFailed, TargetError, site_of
 from moe_fuzz.execute.compiling import watch_compilers, watch_dynamo
 from moe_fuzz.execute.eager import EagerSteps
 from moe_fuzz.execute.exhibit import exhibit
 from moe_fuzz.execute.graph import GraphSteps
 from moe_fuzz.execute.interpreter import hasten
+from moe_fuzz.execute.ranks import RankSteps
 from moe_fuzz.execute.steps import Steps
 from moe_fuzz.fence import allocator, cuda_driver
 from moe_fuzz.fence.cuda_driver import DeviceLost
@@ -64,6 +66,8 @@ class Runner:
             refusal = f"{target} does not run on {self.device}"
         if self.device == "cuda" and case.mode != "eager" and options.fence.own == "all":
             refusal = "torch captures no graph while another allocator is in its place; use --fence torch"
+        if case.processes > 1 and not (meeting.present() and meeting.size() == case.processes):
+            refusal = f"this process is not one of {case.processes} that run the case together"
         if refusal:
             return Verdict(REJECTED, detail=refusal)
         with self._patience(case, bound):
@@ -72,8 +76,11 @@ class Runner:
     def _steps(self, case: Case, bound: Target, options: RunOptions) -> Verdict:
         started = time.perf_counter()
         trail.clear()
-        steps = (EagerSteps if case.mode == "eager" else GraphSteps)(case, bound, options, self.device)
-        return replace(_verdict(steps), seconds=time.perf_counter() - started)
+        family = FAMILIES[case.op]
+        kind = RankSteps if case.processes > 1 else EagerSteps if case.mode == "eager" else GraphSteps
+        with family.staged(case, bound, self.device, options) if family.staged else contextlib.nullcontext(bound) as target:
+            verdict = _verdict(kind(case, target, options, self.device))
+        return replace(verdict, seconds=time.perf_counter() - started)
 
     def exhibit(self, case: Case, target: str) -> dict[str, Any]:
         """All that a script needs to make the calls of this case without moe-fuzz: see execute/exhibit.py."""
@@ -83,7 +90,8 @@ class Runner:
     def _bind(self, target: str) -> Target:
         if target not in self._targets:
             with clock.stopped("load"):
-                self._targets[target] = bind(target)
+                bound = bind(target)
+                self._targets[target] = replace(bound, info=_here(bound.info, self.device))
         return self._targets[target]
 
     def _patience(self, case: Case, target: Target) -> contextlib.AbstractContextManager[None]:
@@ -94,6 +102,17 @@ class Runner:
             return contextlib.nullcontext()
         self._seen.add(key)
         return clock.stopped("compile")
+
+
+def _here(info: TargetInfo, device: str) -> TargetInfo:
+    """What the target can take on this device: of ranks that run at the same time, or in processes of their own."""
+    can = info.capabilities
+    if device == "cpu":  # programs of one launch run one after the other there
+        launches = tuple(name for name in can.launches if name != "single") or can.launches[:1]
+        can = replace(can, launches=launches, max_burst=min(8, can.max_burst))
+    if device not in can.processes:
+        can = replace(can, max_processes=1)
+    return replace(info, capabilities=can)
 
 
 def _verdict(steps: Steps) -> Verdict:
