@@ -44,6 +44,7 @@ class Peers:
     timeout_s: float = 2.0  # after which a rank gives up to wait for another
     signals: list[torch.Tensor] = field(default_factory=list)  # int32: zero when all calls have ended
     kept: dict[Any, Any] = field(default_factory=dict)  # of targets: it lives as long as the group
+    case: dict[Any, Any] = field(default_factory=dict)  # the same for all groups of a case
     waits: list[Callable[[], object]] = field(default_factory=list)  # what a target does until its calls have ended
     closes: list[Callable[[], object]] = field(default_factory=list)
     buffers: list[tuple[str, list[torch.Tensor]]] = field(default_factory=list)
@@ -59,15 +60,17 @@ class Peers:
             self.kept[key] = make()
         return self.kept[key]
 
-    def memory(self, name: str, size: int) -> list[torch.Tensor]:
-        """uint8 [size] of each rank, which all of them can read and write; the same at every call for it."""
-        return self.made(("memory", name, size), lambda: self._memory(name, size))
+    def memory(self, name: str, size: int, host: bool = False) -> list[torch.Tensor]:
+        """uint8 [size] of each rank, zero at first, which all of them can read and write; the same at every call for
+        it. On the device, or on the host."""
+        where = torch.device("cpu") if host else self.device
+        return self.made(("memory", name, size), lambda: self._memory(name, size, where))
 
-    def _memory(self, name: str, size: int) -> list[torch.Tensor]:
+    def _memory(self, name: str, size: int, where: torch.device) -> list[torch.Tensor]:
         if self.rank is None:
-            whole = [torch.zeros(size + TAIL, dtype=torch.uint8, device=self.device) for _ in range(self.world)]
+            whole = [torch.zeros(size + TAIL, dtype=torch.uint8, device=where) for _ in range(self.world)]
         else:
-            whole = meeting.shared(f"{self.number}-{name}", size + TAIL, self.device)
+            whole = meeting.shared(f"{self.number}-{name}", size + TAIL, where)
         mine = whole if self.rank is None else whole[self.rank : self.rank + 1]
         for buffer in mine:
             buffer[size:] = _PATTERN
@@ -135,6 +138,8 @@ def staged(case: Case, target: Target, device: str, options: RunOptions) -> Iter
               timeout_s=max(0.2, min(2.0, options.deadline / 4)))
         for at in range(int(config["groups"]))
     ]  # fmt: skip
+    for peers in groups:
+        peers.case = groups[0].case
     _present[:] = groups
     try:
         yield replace(target, function=_Around(case, target, groups))

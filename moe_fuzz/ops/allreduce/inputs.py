@@ -82,6 +82,12 @@ def fresh_rows(
     if config["recipe"] == "integer":
         drawn = (drawn * (WHOLE[dtype] // (world + 1))).trunc()
     elif stream != BENIGN:
+        if dtype == torch.float32:  # with bits down to the last place: else sums are exact, in whatever order
+            low = [generator.triangular(case.seed, name + "/low", rows, columns, stream, device) for name in names]
+            drawn = drawn + torch.stack(low) * 2.0**-10
+        if config["recipe"] == "wide":
+            down = [generator.choice(case.seed, name + "/down", rows, columns, 20, stream, device) for name in names]
+            drawn = torch.ldexp(drawn, -torch.stack(down))
         drawn = drawn * 2.0 ** min(int(config["magnitude"]), 10 if dtype == torch.float16 else 14)
     drawn = drawn.to(dtype)
     return drawn[:world].clone(), drawn[world].clone()

@@ -34,7 +34,7 @@ FIELDS: Mapping[str, tuple[Scalar, ...]] = {
     "gamma_dtype": ("dtype", "float32", "bfloat16", "float16"),
     "residual": (True, False),
     "eps": (1e-6, 1e-5, 1e-12, 1.0),
-    "recipe": ("dense", "integer"),
+    "recipe": ("dense", "integer", "wide"),  # of like size; whole numbers that can be summed exactly; of many sizes
     "magnitude": (0, 6, -6, 14, -14),  # values lie within ±2^magnitude
     # Of ranks in one process: barriers are the ends of launches, or real ones inside a single launch.
     "launches": ("phases", "single"),

@@ -42,7 +42,7 @@ def label(case: Case) -> str:
     parts += [f"R={config['ranks']}", f"H={config['hidden']}", str(config["dtype"])]
     parts += [f"gamma={config['gamma_dtype']}"] if config["gamma_dtype"] != "dtype" else []
     parts += ["no residual"] if not config["residual"] else []
-    parts += ["integers"] if config["recipe"] == "integer" else []
+    parts += [str(config["recipe"])] if config["recipe"] != "dense" else []
     parts += [f"eps={config['eps']:g}"] if config["eps"] != 1e-6 else []
     parts += [f"{name}={config[name]}" for name, plain in _PLAIN.items()
               if config[name] != plain and not (name == "launches" and case.mode == RANKS)]  # fmt: skip
