@@ -117,6 +117,7 @@ class Capabilities:
     residual: tuple[bool, ...] = (True, False)
     max_burst: int = 1000  # calls without a wait in between
     max_groups: int = 2  # at the same time
+    cuts: bool = False  # takes messages larger than its group's buffers
 
 
 @dataclass(frozen=True)

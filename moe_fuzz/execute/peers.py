@@ -93,8 +93,24 @@ class Peers:
 _present: list[Peers] = []  # of the case at hand
 
 
+_left: list[Violation] = []  # what `look` has found since `pads` was asked
+
+
+def look() -> None:
+    """Looks at the pads now, while no other rank can have begun its next call, which would signal again."""
+    _left.extend(_pads())
+
+
 def pads() -> list[Violation]:
     """One violation for the first signal that is left in each group's pads."""
+    if any(peers.rank is not None for peers in _present):
+        found = list(_left)
+        _left.clear()
+        return found
+    return _pads()
+
+
+def _pads() -> list[Violation]:
     found = []
     for peers in _present:
         for at, pad in enumerate(peers.signals):
@@ -130,17 +146,20 @@ def staged(case: Case, target: Target, device: str, options: RunOptions) -> Iter
     config = case.config
     rank = meeting.rank() if case.processes > 1 else None
     item = getattr(torch, str(config["dtype"])).itemsize
-    largest = max(step.tokens for step in case.steps) * int(config["hidden"]) * item
-    capacity = max(16, largest) * (2 if config["capacity"] == "double" else 1)
+    row = int(config["hidden"]) * item
+    largest = max(step.tokens for step in case.steps) * row
+    capacity = {"exact": largest, "double": 2 * largest, "half": largest // 2}[str(config["capacity"])]
+    capacity = max(16, row, capacity)
     where = torch.device(device) if device == "cpu" else torch.device("cuda", torch.cuda.current_device())
     groups = [
         Peers(int(config["ranks"]), rank, where, capacity, str(config["launches"]), str(config["pace"]), case.seed, at,
-              timeout_s=max(0.2, min(2.0, options.deadline / 4)))
+              timeout_s=max(0.5, min(4.0, options.deadline / 2)))
         for at in range(int(config["groups"]))
     ]  # fmt: skip
     for peers in groups:
         peers.case = groups[0].case
     _present[:] = groups
+    _left.clear()
     try:
         yield replace(target, function=_Around(case, target, groups))
     finally:

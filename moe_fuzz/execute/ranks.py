@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moe_fuzz.contract import Capabilities
-from moe_fuzz.execute import meeting
+from moe_fuzz.execute import meeting, peers
 from moe_fuzz.execute.buckets import Bucket, Simulated
 from moe_fuzz.execute.call import CaptureFailed, TargetError
 from moe_fuzz.execute.calls import BadResult, Call, Results
@@ -117,6 +117,7 @@ class RankSteps(Steps):
             mine = call()
             meeting.state("device")
             self.wait()
+            peers.look()
             mine = None if mine is None else tuple(None if part is None else part.cpu() for part in mine)
         except (TargetError, BadResult, CaptureFailed, MemoryError) as raised:
             error = raised

@@ -80,7 +80,9 @@ class Runner:
         kind = RankSteps if case.processes > 1 else EagerSteps if case.mode == "eager" else GraphSteps
         with family.staged(case, bound, self.device, options) if family.staged else contextlib.nullcontext(bound) as target:
             verdict = _verdict(kind(case, target, options, self.device))
-        return replace(verdict, seconds=time.perf_counter() - started)
+        # What a call that failed has left between the ranks is no burden for the next case.
+        spent = verdict.spent or (case.processes > 1 and verdict.bad)
+        return replace(verdict, seconds=time.perf_counter() - started, spent=spent)
 
     def exhibit(self, case: Case, target: str) -> dict[str, Any]:
         """All that a script needs to make the calls of this case without moe-fuzz: see execute/exhibit.py."""

@@ -27,6 +27,8 @@ _OWN = {f"{op}@{module}": f"moe_fuzz.targets.{module}:{op}" for op in OPS for mo
 _LIBRARIES = {
     "align@sglang": "moe_fuzz.targets.sglang_align:align()",
     "align@vllm": "moe_fuzz.targets.vllm_align:align()",
+    "allreduce_rmsnorm@builtin.one_shot": "moe_fuzz.targets.builtin_allreduce:one_shot",
+    "allreduce_rmsnorm@builtin.two_shot": "moe_fuzz.targets.builtin_allreduce:two_shot",
     "experts_bf16@sglang": "moe_fuzz.targets.library_experts:sglang()",
     "experts_bf16@torch.grouped": "moe_fuzz.targets.torch_experts:grouped",
     "experts_bf16@vllm": "moe_fuzz.targets.library_experts:vllm()",
