@@ -51,7 +51,7 @@ class Contract:
     nonfinite: str = "any"  # bytes of a block with NaN or Inf: "reference": as the contract says | "any"
     scale_padding: str = "any"  # of swizzled scales: "zero" | "any"
     # of allreduce_rmsnorm alone
-    rounds: tuple[str, ...] = ("residual",)  # what is rounded to the dtype of x on the way: "sum" | "residual" | "normed"
+    rounds: tuple[str, ...] = ("residual",)  # what is rounded to x's dtype on the way: "sum" | "residual" | "normed"
     sum_order: str = "any"  # "rank": float32, from rank 0 on, the residual last: then residual_out is known to the bit
 
 

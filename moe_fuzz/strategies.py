@@ -52,8 +52,9 @@ def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tupl
     config = draw(configs(space, info))
     kinds = sequences.runs(space.modes(info), device)
     drawn = draw(st.sampled_from(kinds))
-    run, tokens = sequences.afforded(space, in_mode(config, drawn, info.capabilities.max_processes), drawn, kinds, device)
-    config = in_mode(config, run, info.capabilities.max_processes)
+    most = info.capabilities.max_processes
+    run, tokens = sequences.afforded(space, in_mode(config, drawn, most), drawn, kinds, device)
+    config = in_mode(config, run, most)
     taken = space.places_for(config, info)
     places = [place for place in taken if sequences.mode(run) in place.modes]
     # The tensor first, then the fault: else a tensor with few faults of its own would hardly ever have one.
@@ -104,8 +105,9 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     for row in pairwise(axes, chosen):
         config = space.complete({axis.name: row[axis.name] for axis in axes[:-4]}, info)
         drawn = str(row["run"])
-        run, tokens = sequences.afforded(space, in_mode(config, drawn, info.capabilities.max_processes), drawn, runs, device)
-        config = in_mode(config, run, info.capabilities.max_processes)
+        most = info.capabilities.max_processes
+        run, tokens = sequences.afforded(space, in_mode(config, drawn, most), drawn, runs, device)
+        config = in_mode(config, run, most)
         taken = space.places_for(config, info)
         fitting = [place for place in taken if sequences.mode(run) in place.modes]
         place = next((p for p in fitting if f"{p.fault}@{p.tensor}" == row["fault"]), None)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from moe_fuzz.contract import Capabilities
 from moe_fuzz.execute import meeting, peers
 from moe_fuzz.execute.buckets import Bucket, Simulated
 from moe_fuzz.execute.call import CaptureFailed, TargetError
@@ -37,14 +36,11 @@ class OneRank(Inputs):
     def results(self) -> dict[str, Any]:
         return self._results
 
-    def replace(self, **tensors: torch.Tensor) -> OneRank:  # type: ignore[override]
+    def replace(self, **tensors: torch.Tensor) -> OneRank:
         made = OneRank.__new__(OneRank)
         made.__dict__.update(self.__dict__)
         made.plain = {**self.plain, **tensors}
         return made
-
-    def place(self, arena: Arena, capabilities: Capabilities) -> dict[str, torch.Tensor]:
-        return super().place(arena, capabilities)
 
 
 class RankSteps(Steps):
@@ -103,8 +99,10 @@ class RankSteps(Steps):
             parts = [one[at] for one in shown]
             if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts):
                 name = list(inputs.results)[at]
-                raise BadResult(Violation("structure", f"{name}:ranks", f"{name} is of another kind on other ranks", name,
-                                          (), str(tuple(parts[0].shape)), str([tuple(p.shape) for p in parts])))
+                raise BadResult(Violation(
+                    "structure", f"{name}:ranks", f"{name} is of another kind on other ranks", name, (),
+                    str(tuple(parts[0].shape)), str([tuple(part.shape) for part in parts]),
+                ))  # fmt: skip
             found.append(torch.stack(parts).to(inputs.device))
         return tuple(found)
 

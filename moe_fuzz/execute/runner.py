@@ -78,7 +78,8 @@ class Runner:
         trail.clear()
         family = FAMILIES[case.op]
         kind = RankSteps if case.processes > 1 else EagerSteps if case.mode == "eager" else GraphSteps
-        with family.staged(case, bound, self.device, options) if family.staged else contextlib.nullcontext(bound) as target:
+        staged = family.staged(case, bound, self.device, options) if family.staged else contextlib.nullcontext(bound)
+        with staged as target:
             verdict = _verdict(kind(case, target, options, self.device))
         # What a call that failed has left between the ranks is no burden for the next case.
         spent = verdict.spent or (case.processes > 1 and verdict.bad)
@@ -111,7 +112,10 @@ def _here(info: TargetInfo, device: str) -> TargetInfo:
     can = info.capabilities
     if device == "cpu":  # programs of one launch run one after the other there
         launches = tuple(name for name in can.launches if name != "single") or can.launches[:1]
-        can = replace(can, launches=launches, max_burst=min(8, can.max_burst))
+        # Of phases that end before the next one begins a burst shows little, and ranks cost time; of a target that
+        # stands for ranks which run at the same time it shows all.
+        burst, world = (1, 4) if "single" in can.launches else (8, 8)
+        can = replace(can, launches=launches, max_burst=min(burst, can.max_burst), max_world=min(world, can.max_world))
     if device not in can.processes:
         can = replace(can, max_processes=1)
     return replace(info, capabilities=can)

@@ -169,8 +169,8 @@ def sums_before_rounding(x: Tensor, residual: Any, gamma: Tensor, eps: float, *,
 
 
 def mean_times_ranks(x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, out: Any = None) -> Any:
-    """tt-metal#13621: each part is scaled by the reciprocal of a number that is no power of two. Of a mean over the ranks
-    that is multiplied by their number again, float32 shows it: it is not quite the sum."""
+    """tt-metal#13621: each part is scaled by the reciprocal of a number that is no power of two. Of a mean over the
+    ranks that is multiplied by their number again, float32 shows it: it is not quite the sum."""
     normed, residual_out = found = parts.results(x, out)
 
     def finish(rank: int, read: list[Tensor]) -> None:

@@ -29,7 +29,8 @@ ALLREDUCE: tuple[Planted, ...] = (
     # ranks that are not in step: shown by bursts of calls and by who is ahead of whom
     _sums("no_end_barrier", "ranks", "vllm#2760",
           "nobody waits until all have read: the next message overwrites what a late rank still reads"),
-    _sums("flag_before_data", "ranks", "aiter#2890", "the signal comes before the message: a quick rank reads the last one"),
+    _sums("flag_before_data", "ranks", "aiter#2890",
+          "the signal comes before the message: a quick rank reads the last one"),
     _sums("memory_of_the_world", "ranks", "vllm#45917", "two groups that call at the same time share their buffers"),
     _sums("own_part_first", "ranks", "ompi#12258", "each rank begins its sums with its own part", only=True,
           contract={"sum_order": "any"}),

@@ -25,7 +25,7 @@ class GivenUp(RuntimeError):
 
 
 class Device:
-    """The streams of all ranks, one for each group. Where a rank has a process of its own they are the host's thread."""
+    """The streams of all ranks, one for each group; where a rank has a process of its own, its streams alone."""
 
     def __init__(self, group: Any) -> None:
         self.group = group

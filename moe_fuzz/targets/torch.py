@@ -11,7 +11,8 @@ from moe_fuzz.targets.torch_experts import experts_bf16
 from moe_fuzz.targets.torch_layer import moe_layer
 from moe_fuzz.targets.torch_nvfp4 import nvfp4_quantize
 
-__all__ = ["align", "allreduce_rmsnorm", "experts_bf16", "grouped_topk", "moe_layer", "nvfp4_quantize", "topk_sigmoid", "topk_softmax"]
+__all__ = ["align", "allreduce_rmsnorm", "experts_bf16", "grouped_topk", "moe_layer", "nvfp4_quantize", "topk_sigmoid",
+           "topk_softmax"]  # fmt: skip
 
 
 @declares(contract=Contract(deterministic=True, ordered=True), capabilities=Capabilities(alignment=1))

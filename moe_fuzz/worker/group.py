@@ -164,7 +164,7 @@ class _Round:
             for rank, process in enumerate(self._processes):  # noqa: B007 - whom an error is of
                 process.channel.send(message)
             while self._at < len(self._cases) or not all(self._done):
-                for rank, process in enumerate(self._processes):  # noqa: B007
+                for rank, process in enumerate(self._processes):
                     while not self._done[rank] and (event := self._heard(process)) is not None:
                         self._take(rank, event)
                 while self._at < len(self._cases) and all(self._at in given for given in self._given):
@@ -271,12 +271,13 @@ def joined(verdicts: Sequence[Verdict]) -> Verdict:
     """What all ranks say of a case as one verdict: the gravest kind, each rule broken once."""
     kind = max((verdict.kind for verdict in verdicts), key=lambda kind: _SEVERITY.index(kind))
     found: list[Violation] = []
+    broken = [{(v.check, v.symptom) for v in verdict.violations} for verdict in verdicts]
     for rank, verdict in enumerate(verdicts):
         for violation in verdict.violations:
-            if any((v.check, v.symptom) == (violation.check, violation.symptom) for v in found):
-                continue
-            same = all(any((v.check, v.symptom) == (violation.check, violation.symptom) for v in other.violations) for other in verdicts)
-            found.append(violation if same else replace(violation, message=f"rank {rank}: {violation.message}"))
+            key = violation.check, violation.symptom
+            if key not in {(v.check, v.symptom) for v in found}:
+                alone = not all(key in others for others in broken)
+                found.append(replace(violation, message=f"rank {rank}: {violation.message}") if alone else violation)
     first_hand = [violation for violation in found if violation.symptom != "elsewhere"]
     worst = next(verdict for verdict in verdicts if verdict.kind == kind)
     return Verdict(

@@ -182,7 +182,9 @@ class Pool:
         groups = Groups(self._leases, functools.partial(self._spawn_rank, dict(environment or {})), self._turn)
         return Worker(spawn, self._logs / log, self.stats, self._limits, environment, seat.leave, groups)
 
-    def _spawn_rank(self, given: Mapping[str, str], provider: str, log: Path, environment: Mapping[str, str]) -> Process:
+    def _spawn_rank(
+        self, given: Mapping[str, str], provider: str, log: Path, environment: Mapping[str, str]
+    ) -> Process:
         while True:
             zygote = self._living(provider)
             with contextlib.suppress(ZygoteGone):

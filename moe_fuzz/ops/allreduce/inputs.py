@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 
-from moe_fuzz import allreduce_faults as _  # its faults register
 from moe_fuzz import generator
 from moe_fuzz.case import Case
 from moe_fuzz.faults import FAULTS, Canvas

@@ -120,7 +120,7 @@ class AllreduceSpace:
 
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
         if device == "cpu":
-            return tuple(t for t in TOKENS if self.cpu_seconds(t, config) <= CPU_BUDGET) or TOKENS[:1]
+            return tuple(t for t in TOKENS if self.cpu_seconds(t, config) <= CPU_BUDGET) or TOKENS[:5]
         row = int(config["hidden"]) * (4 if config["dtype"] == "float32" else 2)
         near = {cap // row + more for cap in CAPS for more in (-1, 0, 1)}
         found = (*TOKENS, *sorted(t for t in near if 0 < t <= TOKENS[-1] and t not in TOKENS))
@@ -198,8 +198,8 @@ class AllreduceSpace:
         found |= {"R not a power of two"} if ranks & (ranks - 1) else set()
         found |= {"T % R"} if any(step.tokens % ranks for step in case.steps) else set()
         found |= {"T=0"} if any(step.tokens == 0 for step in case.steps) else set()
-        found |= {f"{name}={config[name]}" for name in ("dtype", "gamma_dtype", "recipe", "launches", "pace", "capacity",
-                                                         "edge") if config[name] != FIELDS[name][0]}  # fmt: skip
+        named = ("dtype", "gamma_dtype", "recipe", "launches", "pace", "capacity", "edge")
+        found |= {f"{name}={config[name]}" for name in named if config[name] != FIELDS[name][0]}
         found |= {name for name in ("captured", "out") if config[name]}
         found |= {"no residual"} if not config["residual"] else set()
         found |= {"burst"} if config["burst"] else set()
@@ -216,9 +216,9 @@ class AllreduceSpace:
         if any(step.stream is not None for step in case.steps):  # numbered anew, where nothing hangs on old values
             yield replace(case, steps=tuple(replace(step, stream=None) for step in case.steps))
         for name, values in FIELDS.items():
+            own = case.config[name]
             sizes = name in ("ranks", "hidden")
-            simpler = [v for v in values if v < case.config[name]] if sizes else values[: values.index(case.config[name])]  # type: ignore[operator]
-            for value in simpler:
+            for value in [v for v in values if int(v) < int(own)] if sizes else values[: values.index(own)]:
                 changed = self._without_orphans(case.with_config(**{name: value}))
                 if changed.mode != RANKS or changed.config["ranks"] != 1:
                     yield changed
@@ -255,14 +255,16 @@ class AllreduceSpace:
         each = [seconds[step.tokens] for step in case.steps]
         if not graph:
             return sum(each)
-        # A call is half of an eager step. Here: one to warm up a bucket, two a step, and one more for the last.
-        return (sum(seconds.values()) + 2 * sum(each) + each[-1]) / 2
+        # A call is two fifths of an eager step. Here: one to warm up a bucket, two a step, and one more for the last.
+        return (sum(seconds.values()) + 2 * sum(each) + 2 * each[-1]) * 0.4
 
     def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
-        """An interpreted case, called twice, fitted to measurements: launches, one or two a rank and call."""
+        """An interpreted case, called twice or three times, fitted to measurements: programs, what each rank sends to
+        each other, and elements."""
         ranks, elements = int(config["ranks"]), tokens * int(config["hidden"])
-        calls = 1 + int(config["burst"]) / 2
-        return 0.01 + calls * int(config["groups"]) * (ranks * 0.008 + 4e-7 * ranks * elements) + 1e-7 * elements
+        programs = ranks * min(max(1, tokens), max(1, 8 // ranks))
+        call = 0.003 * programs + 0.0015 * ranks * ranks + 6e-7 * ranks * elements
+        return 0.01 + 2.3 * (1 + int(config["burst"])) * int(config["groups"]) * call + 1e-7 * elements
 
     def label(self, case: Case) -> str:
         return text.label(case)
