@@ -66,7 +66,8 @@ def interpreter_problem(triton: str, numpy: str) -> str:
 GPUS = gpu_count()
 INTERPRETER = interpreter_problem(metadata.version("triton"), metadata.version("numpy"))
 
-os.environ["TRITON_INTERPRET"] = "1"
+if "MOE_FUZZ_TESTS_COMPILED" not in os.environ:  # tests/gpu/conftest.py sets it in its child
+    os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 assert moe_fuzz.__path__, "imported above, so that its submodules are found without the root on sys.path"

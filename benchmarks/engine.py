@@ -66,11 +66,12 @@ def draw(info: TargetInfo, device: str, count: int, graph: float = 0.0) -> tuple
     def body(round_: tuple[Case, ...]) -> None:
         nonlocal drawn
         drawn += len(round_)
-        replays = round_[0].mode != "eager"  # all of a round are of a kind
-        left = wanted[replays] if graph else count - len(cases)
-        if len(round_) >= min(FEWEST[replays], left):
-            cases.extend(round_[: min(ROUND, left)])
-            wanted[replays] -= min(ROUND, left, len(round_))
+        for replays in (False, True):
+            alike = [case for case in round_ if (case.mode != "eager") == replays]
+            left = wanted[replays] if graph else count - len(cases)
+            if alike and len(alike) >= min(FEWEST[replays], left):
+                cases.extend(alike[: min(ROUND, left)])
+                wanted[replays] -= min(ROUND, left, len(alike))
         if len(cases) >= count:
             raise Enough
 
@@ -216,6 +217,10 @@ def measure(
         cases, drawing = draw(info, device, count, graph)
         say(f"{len(cases)} cases drawn, of {len({repr(sorted(case.config.items())) for case in cases})} configs")
         drawn = len(cases)
+        own, everything = None, RunOptions(fence=FenceOptions(own="all"), deadline=60.0)
+        if device == "cuda" and fences:  # a worker with an allocator of its own; first, as the others take every slot
+            own = stack.enter_context(Pool(1, device))
+            through(own, [case for case in cases if case.mode == "eager"][:1], target, 1, everything)
         cases = compiled(pool, cases, target, max(workers), COMPILED * seconds)
         say(f"{len(cases)} of {drawn} cases compiled")
         loaded(pool, cases, target, max(workers), LOADED * seconds, lambda case: runner.run(case, target, PATIENT))
@@ -246,10 +251,9 @@ def measure(
         if slow and len(slow) < len(cases):  # else they are all cases
             calls["slow in process"] = lambda: [runner.run(case, target, PATIENT) for case in slow]
             calls["slow one worker"] = lambda: through(pool, slow, target, 1)
-        if device == "cuda" and fences and eager:
-            own = stack.enter_context(Pool(1, device))  # of a process with an allocator of its own
-            everything = RunOptions(fence=FenceOptions(own="all"), deadline=60.0)
+        if own is not None and eager:
             through(own, eager, target, 1, everything)
+            say("loaded where all is fenced")
             calls["fence all"] = lambda: through(own, eager, target, 1, everything)
             calls["eager one worker"] = lambda: through(pool, eager, target, 1)
         found: dict[str, list[float]] = {}

@@ -13,7 +13,7 @@ from moe_fuzz.targets.torch_nvfp4 import nvfp4_quantize
 __all__ = ["align", "experts_bf16", "grouped_topk", "moe_layer", "nvfp4_quantize", "topk_sigmoid", "topk_softmax"]
 
 
-@declares(contract=Contract(deterministic=True, ordered=True), capabilities=Capabilities(alignment=1))
+@declares(contract=Contract(deterministic=True, ordered=True), capabilities=Capabilities(compiles=False, alignment=1))
 def topk_softmax(
     logits: torch.Tensor, top_k: int, renormalize: bool = False, bias: torch.Tensor | None = None, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +30,7 @@ def topk_softmax(
     return weights * scale, ids.to(torch.int32)
 
 
-@declares(contract=Contract(deterministic=True, ordered=True), capabilities=Capabilities(alignment=1))
+@declares(contract=Contract(deterministic=True, ordered=True), capabilities=Capabilities(compiles=False, alignment=1))
 def topk_sigmoid(
     logits: torch.Tensor, top_k: int, renormalize: bool = False, bias: torch.Tensor | None = None, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +49,7 @@ def topk_sigmoid(
 
 @declares(
     contract=Contract(deterministic=True, ordered=True),
-    capabilities=Capabilities(alignment=1, min_group_size=2, group_score_by_bias=True),
+    capabilities=Capabilities(compiles=False, alignment=1, min_group_size=2, group_score_by_bias=True),
 )
 def grouped_topk(
     logits: torch.Tensor,

@@ -13,7 +13,7 @@ from moe_fuzz.ops.experts.fields import FIELDS
 from moe_fuzz.ops.experts.inputs import materialize
 from moe_fuzz.ops.inputs import element_bits
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.compiled]
 
 ROWS = Labels.range(33)
 FAULTS = (

@@ -17,7 +17,7 @@ from moe_fuzz.reference.nvfp4 import nvfp4_quantize as reference
 from moe_fuzz.verdict import PASS, Verdict
 from moe_fuzz.worker.pool import Pool
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.compiled]
 
 SPACE = get_space("nvfp4_quantize")
 OPTIONS = RunOptions(deadline=20.0, first_deadline=120.0)
