@@ -85,9 +85,9 @@ def allreduce_rmsnorm(
     else:
         for first in range(0, tokens, most):
             _launch(x, residual, gamma, eps, group, results[0], results[1], first, min(most, tokens - first), backend)
-    for wanted, result in zip(out, results, strict=True):
-        if wanted is not result:
-            wanted.copy_(result)
+    for given, result in zip(out, results, strict=True):
+        if given is not result:
+            given.copy_(result)
     return out
 
 
