@@ -34,8 +34,8 @@ def allreduce_rmsnorm(
     """All-reduce, residual and RMSNorm in one launch; no barrier behind it, and nothing waits for the host.
 
     The contract is that of `reference/allreduce_rmsnorm.py::allreduce_rmsnorm`. Beyond it: sums are float32, rounded
-    once (rounds=("residual",)); deterministic; a row's residual_out depends on that row alone, and so does normed at
-    the same T. CUDA graphs can be captured, every rank the same calls. More bytes than the group's capacity are sent in
+    once (rounds=("residual",)); deterministic; a row's bits depend on that row alone, not on T, the backend or the
+    rank. CUDA graphs can be captured, every rank the same calls. More bytes than the group's capacity are sent in
     several launches; rows that are not packed or not aligned to 16 bytes are copied first.
 
     A rank that waits for a peer longer than the group's `timeout_s` gives up: its results are NaN, and RankTimeout is
@@ -116,6 +116,7 @@ def _launch(
             WORLD=world, WORLD_PAD=triton.next_power_of_2(world), ROWS=rows, COLUMNS=columns,  # constants
             HAS_RESIDUAL=residual is not None, SINGLE=backend == "one_shot" and tokens <= blocks * rows, PHASE=phase,
             INTERPRETED=_INTERPRETED, num_warps=warps, maxnreg=_REGISTERS,
+            enable_fp_fusion=False,  # else a sum of squares might be fused in one binary, and not in another
         )  # fmt: skip
 
 

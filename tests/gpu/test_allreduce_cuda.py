@@ -70,6 +70,20 @@ def test_random_rows_round_as_the_reference_does(backend):
     assert normed[:, 3].isnan().all()
 
 
+@pytest.mark.parametrize("hidden", [130, 2048, 7168])
+def test_a_rows_bits_depend_on_that_row_alone(hidden):
+    """Not on how many there are, nor on the way: each is a binary of its own."""
+    x = torch.randn(2, 600, hidden, device="cuda").bfloat16()
+    residual = torch.randn(600, hidden, device="cuda").bfloat16()
+    gamma = torch.rand(hidden, device="cuda")
+    group = LocalGroup(2, launches="single", capacity=16 << 20)
+    whole = allreduce_rmsnorm(x, residual, gamma, group=group, backend="one_shot")
+    for backend, (first, last) in itertools.product(BACKENDS, [(0, 600), (0, 1), (7, 20), (599, 600)]):
+        part = allreduce_rmsnorm(x[:, first:last], residual[first:last], gamma, group=group, backend=backend)
+        for got, want in zip(part, whole, strict=True):
+            assert same(got, want[:, first:last]), (backend, first, last)
+
+
 def test_a_thousand_calls_without_a_wait_between_them():
     """Sizes and backends alternate; data changes; the host never looks until the end."""
     group = LocalGroup(2, launches="single", capacity=1 << 20)
