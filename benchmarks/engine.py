@@ -66,11 +66,12 @@ def draw(info: TargetInfo, device: str, count: int, graph: float = 0.0) -> tuple
     def body(round_: tuple[Case, ...]) -> None:
         nonlocal drawn
         drawn += len(round_)
-        replays = round_[0].mode != "eager"  # all of a round are of a kind
-        left = wanted[replays] if graph else count - len(cases)
-        if len(round_) >= min(FEWEST[replays], left):
-            cases.extend(round_[: min(ROUND, left)])
-            wanted[replays] -= min(ROUND, left, len(round_))
+        for replays in (False, True):
+            alike = [case for case in round_ if (case.mode != "eager") == replays]
+            left = wanted[replays] if graph else count - len(cases)
+            if alike and len(alike) >= min(FEWEST[replays], left):
+                cases.extend(alike[: min(ROUND, left)])
+                wanted[replays] -= min(ROUND, left, len(alike))
         if len(cases) >= count:
             raise Enough
 

@@ -8,6 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 _INTERPRETED = triton.knobs.runtime.interpret
+#: What no instruction depends on. Each of them would else double the number of binaries, which take a second each.
+_NUMBERS = ["slots", "top_k", "num_experts", "num_ids", "block_size", "blocks", "chunks",
+            "stride_t", "stride_k", "map_stride"]  # fmt: skip
+_SCALARS = ["ids_ptr", "map_ptr", "expert_ids_ptr", "padded_ptr", "inverse_ptr"]  # no vector is loaded or stored there
 
 
 def align(
@@ -51,7 +55,7 @@ def align(
 
     chunk = _chunk(tokens * top_k)
     chunks = triton.cdiv(tokens * top_k, chunk)
-    expert_pad = triton.next_power_of_2(num_experts)
+    expert_pad = _expert_pad(num_experts)
     counts = ids.new_empty((chunks, expert_pad), dtype=torch.int32)  # [P, E']
     sizes = (
         tokens * top_k, top_k, num_experts, len(expert_map) if expert_map is not None else num_experts,
@@ -96,7 +100,12 @@ def _chunk(slots: int) -> int:
     """
     if _INTERPRETED:
         return min(max(triton.next_power_of_2(slots), 16), 1024)
-    return min(max(triton.next_power_of_2(slots), 16), 256) if slots <= 1 << 14 else 512
+    return next((chunk for chunk in (16, 64, 256) if slots <= chunk), 256 if slots <= 1 << 14 else 512)
+
+
+def _expert_pad(num_experts: int) -> int:
+    """Columns of a table of counts: a power of two. Few sizes below 256, as each is a binary and none is faster."""
+    return max(triton.next_power_of_2(num_experts), 32 if num_experts <= 32 else 128)
 
 
 @triton.jit
@@ -127,7 +136,7 @@ def _experts_from(
     return slot, local_experts(ids, map_ptr, map_stride, num_ids, num_experts, ok, HAS_MAP)
 
 
-@triton.jit(do_not_specialize=["slots", "top_k", "num_experts", "num_ids", "block_size", "blocks", "chunks"])
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_SCALARS)
 def _count_kernel(
     ids_ptr, map_ptr,  # [T, k], [G]
     counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,  # [P, E'], [M], [M/B], [1], [T, k]
@@ -166,7 +175,7 @@ def _count_kernel(
         tl.store(inverse_ptr + slot, rank, mask=slot < slots)  # for the second launch, which overwrites it
 
 
-@triton.jit(do_not_specialize=["slots", "top_k", "num_experts", "num_ids", "block_size", "blocks", "chunks"])
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_SCALARS)
 def _place_kernel(
     ids_ptr, map_ptr, counts_ptr,
     sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,

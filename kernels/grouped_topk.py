@@ -139,8 +139,10 @@ def _block(tokens: int, lanes: int) -> tuple[int, int]:
 # Nothing is assumed about where rows lie: a slice of a batch, or a row alone, may be aligned and strided otherwise, and
 # a kernel with another layout could sum in another order.
 @triton.jit(
-    do_not_specialize=["tokens", "topk_group", "top_k", "n_shared", "padding_id", "logits_stride_t", "logits_stride_e"],
-    do_not_specialize_on_alignment=["logits_ptr"],
+    do_not_specialize=["tokens", "experts", "n_group", "topk_group", "top_k", "n_shared", "padding_id",
+                       "logits_stride_t", "logits_stride_e", "is_padding_stride", "expert_map_stride"],
+    do_not_specialize_on_alignment=["logits_ptr", "bias_ptr", "is_padding_ptr", "expert_map_ptr", "weights_ptr",
+                                    "ids_ptr", "bias_stride"],
 )
 def _grouped_topk_kernel(
     logits_ptr, bias_ptr, is_padding_ptr, expert_map_ptr,  # [T, E], [E] f32, [T] bool, [E] i32

@@ -19,6 +19,7 @@ from moe_fuzz.ops.space import Axis, FaultPlace, Space
 from moe_fuzz.sequences import make_step
 
 MAX_ROUND = 16
+MAX_PARTS = 24  # of a round whose config is compiled
 _SEEDS = st.integers(0, 2**62 - 1)
 
 
@@ -42,40 +43,67 @@ def configs(draw: st.DrawFn, space: Space, info: TargetInfo) -> dict[str, Scalar
 
 
 @st.composite
-def rounds(draw: st.DrawFn, space: Space, info: TargetInfo, device: str) -> tuple[Case, ...]:
-    """1 to 16 cases of one config, each with rows, padding and faults of its own; at most 4 where they have several
-    steps.
+def rounds(
+    draw: st.DrawFn, space: Space, info: TargetInfo, device: str, most: int | None = None
+) -> tuple[Case, ...]:  # fmt: skip
+    """Cases of one config: 1 to 16 that share a few faults and the kind of run, each with rows, padding and faults of
+    its own; at most 4 where they have several steps. Where a config must be compiled, which takes as long as hundreds
+    of cases, 1 to `most` times so many, each time with other faults and another kind of run.
 
-    Hypothesis chooses what the cases share: the config, a few faults, the kind of run; a seed of its gives the rest.
-    A choice of Hypothesis costs a hundred times one of `random`, and no case is ever shrunk by it.
+    Hypothesis chooses the config, and what the first of them share; a seed of its gives the rest. A choice of
+    Hypothesis costs a hundred times one of `random`, and no case is ever shrunk by it.
     """
+    if most is None:
+        most = MAX_PARTS if device != "cpu" and info.capabilities.compiles else 1
     config = draw(configs(space, info))
     kinds = sequences.runs(space.modes(info), device)
     drawn = draw(st.sampled_from(kinds))
-    most = info.capabilities.max_processes
-    run, tokens = sequences.afforded(space, in_mode(config, drawn, most), drawn, kinds, device)
-    config = in_mode(config, run, most)
-    taken = space.places_for(config, info)
-    places = [place for place in taken if sequences.mode(run) in place.modes]
+    run, tokens = sequences.afforded(space, _in_mode(config, drawn, info), drawn, kinds, device)
+    places = _places(space, info, _in_mode(config, run, info), run)
     # The tensor first, then the fault: else a tensor with few faults of its own would hardly ever have one.
     by_tensor = [[p for p in places if p.tensor == tensor] for tensor in dict.fromkeys(p.tensor for p in places)]
     one = st.sampled_from(by_tensor).flatmap(st.sampled_from)
     swarm = draw(st.lists(one, max_size=4, unique=True)) if places else []
     # Hypothesis repeats and recombines what it has drawn. A seed from the whole round makes each repeat a new one.
     chosen = random.Random(repr((draw(_SEEDS), config, swarm, run)))
+    cases = _alike(space, info, device, config, run, tokens, swarm, chosen)
+    for _ in range(chosen.randrange(most)):
+        drawn = chosen.choice(kinds)
+        run, tokens = sequences.afforded(space, _in_mode(config, drawn, info), drawn, kinds, device)
+        places = _places(space, info, _in_mode(config, run, info), run)
+        swarm = chosen.sample(places, min(chosen.randint(0, 4), len(places)))
+        cases += _alike(space, info, device, config, run, tokens, swarm, chosen)
+    return tuple(cases)
+
+
+def _in_mode(config: Mapping[str, Scalar], run: str, info: TargetInfo) -> dict[str, Scalar]:
+    return in_mode(config, run, info.capabilities.max_processes)
+
+
+def _places(space: Space, info: TargetInfo, config: Mapping[str, Scalar], run: str) -> list[FaultPlace]:
+    return [place for place in space.places_for(config, info) if sequences.mode(run) in place.modes]
+
+
+def _alike(
+    space: Space, info: TargetInfo, device: str, config: Mapping[str, Scalar], run: str, tokens: Sequence[int],
+    swarm: Sequence[FaultPlace], chosen: random.Random,
+) -> list[Case]:  # fmt: skip
+    """Cases of a config and a kind of run, with faults of `swarm`. tokens: as in `sequences.plan`."""
+    config = _in_mode(config, run, info)
     if run != sequences.SINGLE:
+        taken = space.places_for(config, info)
         plans = [sequences.plan(run, tokens, swarm, chosen) for _ in range(chosen.randint(1, MAX_ROUND // 4))]
-        return tuple(
+        return [
             sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device, taken)
             for plan in plans
-        )
-    return tuple(
+        ]
+    return [
         make_case(
             space, config, sequences.some_size(tokens, chosen), chosen.randint(0, 6),
             sequences.some(swarm, 3, chosen), chosen.getrandbits(62), info.name,
         )
         for _ in range(chosen.randint(1, MAX_ROUND))
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def make_case(
@@ -105,9 +133,8 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     for row in pairwise(axes, chosen):
         config = space.complete({axis.name: row[axis.name] for axis in axes[:-4]}, info)
         drawn = str(row["run"])
-        most = info.capabilities.max_processes
-        run, tokens = sequences.afforded(space, in_mode(config, drawn, most), drawn, runs, device)
-        config = in_mode(config, run, most)
+        run, tokens = sequences.afforded(space, _in_mode(config, drawn, info), drawn, runs, device)
+        config = _in_mode(config, run, info)
         taken = space.places_for(config, info)
         fitting = [place for place in taken if sequences.mode(run) in place.modes]
         place = next((p for p in fitting if f"{p.fault}@{p.tensor}" == row["fault"]), None)

@@ -90,8 +90,8 @@ class Group:
         self.faults = torch.zeros(self.ranks_here, dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def _share(self, buffers: Sequence[int], pads: Sequence[int]) -> None:
-        self.buffers = torch.tensor(list(buffers), dtype=torch.int64, device=self.device)
-        self.pads = torch.tensor(list(pads), dtype=torch.int64, device=self.device)
+        table = torch.tensor([*buffers, *pads], dtype=torch.int64, device=self.device)  # one line of the cache
+        self.buffers, self.pads = table[: self.world], table[self.world :]
 
 
 class LocalGroup(Group):
@@ -140,7 +140,7 @@ class RankGroup(Group):
         self._prepare(dist.get_world_size(group), dist.get_rank(group), device, capacity, timeout_s)
         self.process_group, self.launches = group, "single"
         memory = symm_mem.empty(2 * self.half_bytes, dtype=torch.uint8, device=device)
-        handle = symm_mem.rendezvous(memory, group)
+        handle = symm_mem.rendezvous(memory, group)  # type: ignore[arg-type]
         if handle.signal_pad_size < SIGNAL_BYTES:
             raise ValueError(f"a signal pad has {handle.signal_pad_size} bytes, and {SIGNAL_BYTES} are needed")
         rank = handle.rank

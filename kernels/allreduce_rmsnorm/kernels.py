@@ -43,27 +43,31 @@ def one_shot_kernel(
     normed_ptr += local.to(tl.int64) * x_stride
     sum_ptr += local.to(tl.int64) * x_stride
     column = tl.arange(0, COLUMNS)[None, :]
-    half, broken = begin_call(state_ptr, blocks, PHASE < 2)
     came = rank - rank + 1
-    slots = _buffer(buffers_ptr, rank, half * half_bytes, x_ptr)
     if SINGLE:
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         where, inside = row * hidden + column, (row < tokens) & (column < hidden)
+        # all that is near is under way before the first answer is waited for
         own = tl.load(x_ptr + where, mask=inside, other=0.0)
-        if PHASE != 2:
-            _push(buffers_ptr, half * half_bytes, slot_stride, x_ptr, own, where, inside, rank, WORLD)
-        gamma = tl.load(gamma_ptr + column, mask=column < hidden, other=0.0).to(tl.float32)
         residual = own
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + where, mask=inside, other=0.0)
+        gamma = tl.load(gamma_ptr + column, mask=column < hidden, other=0.0)
+        base = tl.load(buffers_ptr + rank)  # and the other addresses are in the same line of the cache
+        half, broken = begin_call(state_ptr, blocks, PHASE < 2)
+        slots = tl.multiple_of((base + half * half_bytes).to(x_ptr.dtype), 16)
+        if PHASE != 2:
+            _push(buffers_ptr, half * half_bytes, slot_stride, x_ptr, own, where, inside, rank, WORLD)
         if PHASE == 0 and WORLD > 1:
             came = meet(signals_ptr, state_ptr, fault_ptr + local, rank, block, broken, timeout, 1, WORLD, WORLD_PAD)
         if PHASE != 1:
-            total = _sum(slots, slot_stride, own, where, inside, rank, came, WORLD)
+            total = _sum(slots, slot_stride, own, where, inside, rank, came, WORLD, INTERPRETED)
             if HAS_RESIDUAL:
-                total += residual.to(tl.float32)
+                total += _wide(residual, INTERPRETED)
             _finish(total, gamma, normed_ptr, sum_ptr, where, inside, hidden, eps, INTERPRETED)
     else:
+        half, broken = begin_call(state_ptr, blocks, PHASE < 2)
+        slots = _buffer(buffers_ptr, rank, half * half_bytes, x_ptr)
         if PHASE != 2 and WORLD > 1:
             for tile in range(block, tl.cdiv(tokens, ROWS), blocks):
                 row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -73,7 +77,7 @@ def one_shot_kernel(
         if PHASE == 0 and WORLD > 1:
             came = meet(signals_ptr, state_ptr, fault_ptr + local, rank, block, broken, timeout, 1, WORLD, WORLD_PAD)
         if PHASE != 1:
-            gamma = tl.load(gamma_ptr + column, mask=column < hidden, other=0.0).to(tl.float32)
+            gamma = tl.load(gamma_ptr + column, mask=column < hidden, other=0.0)
             for tile in range(block, tl.cdiv(tokens, ROWS), blocks):
                 row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
                 where, inside = row * hidden + column, (row < tokens) & (column < hidden)
@@ -81,9 +85,9 @@ def one_shot_kernel(
                 residual = own
                 if HAS_RESIDUAL:
                     residual = tl.load(residual_ptr + where, mask=inside, other=0.0)
-                total = _sum(slots, slot_stride, own, where, inside, rank, came, WORLD)
+                total = _sum(slots, slot_stride, own, where, inside, rank, came, WORLD, INTERPRETED)
                 if HAS_RESIDUAL:
-                    total += residual.to(tl.float32)
+                    total += _wide(residual, INTERPRETED)
                 _finish(total, gamma, normed_ptr, sum_ptr, where, inside, hidden, eps, INTERPRETED)
 
 
@@ -136,9 +140,9 @@ def two_shot_kernel(
             residual = own
             if HAS_RESIDUAL:
                 residual = tl.load(residual_ptr + where, mask=inside, other=0.0)
-            total = _sum(slots, slot_stride, own, row * hidden + column, inside, rank, came, WORLD)
+            total = _sum(slots, slot_stride, own, row * hidden + column, inside, rank, came, WORLD, INTERPRETED)
             if HAS_RESIDUAL:
-                total += residual.to(tl.float32)
+                total += _wide(residual, INTERPRETED)
             stored = _rounded(total, own.dtype, INTERPRETED)
             for step in tl.static_range(WORLD):  # to this rank, too, which norms its rows as it does the others'
                 peer = (rank + step) % WORLD
@@ -148,14 +152,14 @@ def two_shot_kernel(
         broken |= 1 - came
         came &= meet(signals_ptr, state_ptr, fault_ptr + local, rank, block, broken, timeout, 2, WORLD, WORLD_PAD)
     if PHASE == 0 or PHASE == 3:
-        gamma = tl.load(gamma_ptr + column, mask=column < hidden, other=0.0).to(tl.float32)
+        gamma = tl.load(gamma_ptr + column, mask=column < hidden, other=0.0)
         sums = slots + WORLD * slot_stride
         for tile in range(block, tl.cdiv(share, ROWS), blocks):
             for owner in range(WORLD):
                 row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
                 inside = (row < share) & (row + owner * share < tokens) & (column < hidden)
                 where = (row + owner * share) * hidden + column
-                total = tl.load(sums + where, mask=inside, other=0.0).to(tl.float32)
+                total = _wide(tl.load(sums + where, mask=inside, other=0.0), INTERPRETED)
                 total = tl.where(came != 0, total, float("nan"))
                 _finish(total, gamma, normed_ptr, sum_ptr, where, inside, hidden, eps, INTERPRETED)
 
@@ -175,13 +179,15 @@ def _push(buffers_ptr, offset, slot_stride, x_ptr, own, where, inside, rank, WOR
 
 
 @triton.jit
-def _sum(slots, slot_stride, own, where, inside, rank, came, WORLD: tl.constexpr):
+def _sum(
+    slots, slot_stride, own, where, inside, rank, came, WORLD: tl.constexpr, INTERPRETED: tl.constexpr
+):  # fmt: skip
     """float32, in the order of the ranks; from the first, not from zero: -0 everywhere stays -0. What did not come is
     NaN: a wait that was given up must not look like a result."""
-    total = own.to(tl.float32)
+    total = _wide(own, INTERPRETED)
     for source in tl.static_range(WORLD):
         theirs = tl.load(slots + source * slot_stride + where, mask=inside & (source != rank), other=0.0)
-        part = tl.where(source == rank, own, theirs).to(tl.float32)
+        part = _wide(tl.where(source == rank, own, theirs), INTERPRETED)
         if source == 0:
             total = part
         else:
@@ -194,10 +200,18 @@ def _finish(total, gamma, normed_ptr, sum_ptr, where, inside, hidden, eps, INTER
     """Rounds the sum, writes it, and writes the norm of what was written."""
     stored = _rounded(total, sum_ptr.dtype.element_ty, INTERPRETED)
     tl.store(sum_ptr + where, stored, mask=inside)
-    value = tl.where(inside, stored.to(tl.float32), 0.0)
+    value = tl.where(inside, _wide(stored, INTERPRETED), 0.0)
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / hidden + eps)
-    normed = value * scale[:, None] * gamma
+    normed = value * scale[:, None] * _wide(gamma, INTERPRETED)
     tl.store(normed_ptr + where, _rounded(normed, normed_ptr.dtype.element_ty, INTERPRETED), mask=inside)
+
+
+@triton.jit
+def _wide(value, INTERPRETED: tl.constexpr):
+    """As float32: the interpreter takes subnormals of bfloat16 for zero."""
+    if INTERPRETED and value.dtype == tl.bfloat16:
+        return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
 
 
 @triton.jit

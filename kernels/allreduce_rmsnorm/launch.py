@@ -17,6 +17,7 @@ _INTERPRETED = triton.knobs.runtime.interpret
 #: Threads of a group's blocks on a multiprocessor: a quarter of its threads. Two groups at once are both resident then,
 #: and whatever else runs finds room: a block that waits for one that cannot start would wait for ever.
 _THREADS = 512
+_REGISTERS = 64  # a thread: half of a multiprocessor's, of so many threads
 _ALIGNMENT = 16
 
 
@@ -33,9 +34,9 @@ def allreduce_rmsnorm(
     """All-reduce, residual and RMSNorm in one launch; no barrier behind it, and nothing waits for the host.
 
     The contract is that of `reference/allreduce_rmsnorm.py::allreduce_rmsnorm`. Beyond it: sums are float32, rounded
-    once (rounds=("residual",)); deterministic; at the same H and dtypes a row's bits depend on that row alone, not on T,
-    the backend or the rank. CUDA graphs can be captured, every rank the same calls. More bytes than the group's capacity
-    are sent in several launches; rows that are not packed or not aligned to 16 bytes are copied first.
+    once (rounds=("residual",)); deterministic; a row's bits depend on that row alone, not on T, the backend or the
+    rank. CUDA graphs can be captured, every rank the same calls. More bytes than the group's capacity are sent in
+    several launches; rows that are not packed or not aligned to 16 bytes are copied first.
 
     A rank that waits for a peer longer than the group's `timeout_s` gives up: its results are NaN, and RankTimeout is
     raised by `group.check()` and by the next call.
@@ -44,7 +45,8 @@ def allreduce_rmsnorm(
     """
     ranks, shape = group.ranks_here, x.shape
     if x.dim() != (3 if group.rank is None else 2):
-        raise ValueError(f"x must be {'[R, T, H]' if group.rank is None else '[T, H]'} of this group, not {list(shape)}")
+        wanted = "[R, T, H]" if group.rank is None else "[T, H]"
+        raise ValueError(f"x must be {wanted} of this group, not {list(shape)}")
     x = x if group.rank is None else x[None]
     if residual is not None:
         residual = residual[None] if residual.dim() == 2 else residual
@@ -70,21 +72,22 @@ def allreduce_rmsnorm(
         return out
 
     # Alignment of one rank must not choose another binary there: its sums might be added in another order.
-    results = tuple(t if t.data_ptr() % _ALIGNMENT == 0 else torch.empty_like(t) for t in out)
+    results = [t if t.data_ptr() % _ALIGNMENT == 0 else torch.empty_like(t) for t in out]
     x, gamma = _packed(x), _packed(gamma)
     residual = None if residual is None else _packed(residual)
     row_bytes = hidden * x.element_size()
     most = group.capacity // row_bytes
     if most == 0:
-        raise ValueError(f"a row has {row_bytes} bytes, and the group a capacity of {group.capacity}: make a larger one")
+        raise ValueError(f"a row has {row_bytes} bytes, and the group a capacity of {group.capacity}: "
+                         "make one with more")
     if tokens <= most:
         _launch(x, residual, gamma, eps, group, results[0], results[1], 0, tokens, backend)
     else:
         for first in range(0, tokens, most):
             _launch(x, residual, gamma, eps, group, results[0], results[1], first, min(most, tokens - first), backend)
-    for wanted, result in zip(out, results, strict=True):
-        if wanted is not result:
-            wanted.copy_(result)
+    for given, result in zip(out, results, strict=True):
+        if given is not result:
+            given.copy_(result)
     return out
 
 
@@ -112,7 +115,8 @@ def _launch(
             eps, int(group.timeout_s * 1e9),
             WORLD=world, WORLD_PAD=triton.next_power_of_2(world), ROWS=rows, COLUMNS=columns,  # constants
             HAS_RESIDUAL=residual is not None, SINGLE=backend == "one_shot" and tokens <= blocks * rows, PHASE=phase,
-            INTERPRETED=_INTERPRETED, num_warps=warps,
+            INTERPRETED=_INTERPRETED, num_warps=warps, maxnreg=_REGISTERS,
+            enable_fp_fusion=False,  # else a sum of squares might be fused in one binary, and not in another
         )  # fmt: skip
 
 

@@ -10,9 +10,15 @@ import triton.language as tl
 from moe_fuzz.kernels.align import local_experts
 
 
+# Triton makes a binary anew for what it might use of an argument: that it is 1, or a multiple of 16. Of these it has no
+# use, and each would double the number of binaries, which take seconds to compile.
 @triton.jit(
-    do_not_specialize=["slots", "most_blocks", "top_k", "per_row", "num_ids", "num_experts", "row_even", "row_odd"]
-)
+    do_not_specialize=["slots", "most_blocks", "top_k", "per_row", "num_ids", "num_experts", "row_even", "row_odd",
+                       "row_step", "bias_stride_e", "bias_stride_r", "weights_stride_t", "weights_stride_k",
+                       "ids_stride_t", "ids_stride_k", "map_stride"],
+    do_not_specialize_on_alignment=["bias_ptr", "weights_ptr", "alpha_ptr", "ids_ptr", "map_ptr", "sorted_ptr",
+                                    "expert_ids_ptr", "padded_ptr"],
+)  # fmt: skip
 def grouped_product_kernel(
     a_ptr, w_ptr, bias_ptr, weights_ptr, out_ptr,  # [slots / per_row, D], [E, R, D], [E, R], [T, k], [slots, width]
     alpha_ptr,  # [E]: what the product of each expert is multiplied by, at once
@@ -187,7 +193,10 @@ def _rounded(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     return value.to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["tokens", "top_k", "num_ids", "num_experts"])
+@triton.jit(
+    do_not_specialize=["tokens", "top_k", "num_ids", "num_experts", "ids_stride_t", "ids_stride_k", "map_stride"],
+    do_not_specialize_on_alignment=["ids_ptr", "map_ptr"],
+)
 def sum_slots_kernel(
     slots_ptr, ids_ptr, map_ptr, out_ptr,  # [T, k, H], [T, k], [G], [T, H]
     tokens, top_k, hidden, num_ids, num_experts,

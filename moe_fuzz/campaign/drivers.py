@@ -95,16 +95,20 @@ class Drivers:
                 named = {case.digest: case for case in cases}
                 cases = tuple(case for digest, case in named.items() if digest not in seen)
                 seen.update(named)
-            cases = cases[: unit.budget - ran]
-            score = self._round(unit, slot, ran, cases)
-            ran += len(cases)
+            best: float | None = None
+            for part in _batches(cases[: unit.budget - ran], 2 * ROUND):
+                if self._host.over(unit):
+                    raise Enough
+                score = self._round(unit, slot, ran, part)
+                best = max((each for each in (best, score) if each is not None), default=None)
+                ran += len(part)
             if ran >= unit.budget:
                 raise Enough
-            return score
+            return best
 
         if unit.phase == "grid":
             try:
-                for part in _rounds(unit.cases):
+                for part in _batches(unit.cases, ROUND):
                     run(part)
             except Enough:
                 pass
@@ -138,8 +142,8 @@ class Drivers:
         return max((verdict.budget for verdict in verdicts if verdict.kind == PASS), default=None)
 
 
-def _rounds(cases: Cases) -> Iterator[Cases]:
-    for at in range(0, len(cases), ROUND):
-        yield cases[at : at + ROUND]
+def _batches(cases: Cases, size: int) -> Iterator[Cases]:
+    for at in range(0, len(cases), size):
+        yield cases[at : at + size]
 
 

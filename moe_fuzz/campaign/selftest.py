@@ -156,7 +156,7 @@ def _generated(op: str, info: TargetInfo, device: str, start: int) -> Iterator[C
     seen: set[str] = set()
     for part in itertools.count():
         drawn: list[tuple[Case, ...]] = []
-        drive(strategies.rounds(space, info, device), derive_seed(start, info.name, part), _ROUNDS, drawn.append)
+        drive(strategies.rounds(space, info, device, 1), derive_seed(start, info.name, part), _ROUNDS, drawn.append)
         for case in (case for cases in drawn for case in cases[:_OF_A_ROUND]):
             if case.digest not in seen:  # each drive starts from the simplest rounds, so they come again and again
                 seen.add(case.digest)

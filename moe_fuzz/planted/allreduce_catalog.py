@@ -56,7 +56,8 @@ ALLREDUCE: tuple[Planted, ...] = (
            capabilities={"out": False}),
     _state("empty_batch_raises", "error", "sglang#31794", "T = 0 launches an empty grid", only=True),
     # memory
-    _state("workspace_in_whole_blocks", "fence", "flashinfer#1223", "sets its workspace up past its end", only=True),
+    _state("workspace_in_whole_blocks", "fence", "flashinfer#1223", "sets its workspace up past its end"),
+    _state("gamma_in_whole_vectors", "fence", "vllm#38571", "reads gamma in vectors of 16, past its end", only=True),
     _state("clears_whole_vectors_of_out", "canary", "flashinfer#3957", "clears a result 16 bytes at a time", only=True,
            capabilities={"alignment": 16}),  # of that alignment, it stays in the slack
     _state("flags_by_size", "pads", "vllm#2760", "beyond 8 rows signals are left behind", only=True),

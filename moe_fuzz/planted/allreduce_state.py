@@ -70,6 +70,17 @@ def workspace_in_whole_blocks(x: Tensor, residual: Any, gamma: Tensor, eps: floa
     return found
 
 
+def gamma_in_whole_vectors(x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, out: Any = None
+                           ) -> Any:  # fmt: skip
+    """vllm#38571: a load at the tail that no predicate covers. Gamma is read in vectors of 16, past its end where 16 does
+    not divide H; what is read there is not used."""
+    read = torch.empty(triton.cdiv(gamma.numel(), 16) * 16, dtype=gamma.dtype, device=gamma.device)
+    _read_kernel[(triton.cdiv(read.numel(), 16 * 64),)](gamma, read, read.numel() // 16, BLOCK=64)
+    found, finish = parts.finisher(x, residual, read[: gamma.numel()], eps, group, out)
+    parts.one_shot(x, group, finish)
+    return found
+
+
 def clears_whole_vectors_of_out(x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, out: Any = None
                                 ) -> Any:  # fmt: skip
     """flashinfer#3957: a bulk store runs past the tail. Here a result is cleared 16 bytes at a time: into the slack
@@ -190,6 +201,14 @@ def last_rank_waits_elsewhere(x: Tensor, residual: Any, gamma: Tensor, eps: floa
 def _fill_kernel(buffer_ptr: Any, count: Any, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(buffer_ptr + at, -0.0, mask=at < count)
+
+
+@triton.jit
+def _read_kernel(gamma_ptr: Any, read_ptr: Any, vectors: Any, BLOCK: tl.constexpr) -> None:
+    vector = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = vector[:, None] * 16 + tl.arange(0, 16)[None, :]
+    there = (vector < vectors)[:, None]
+    tl.store(read_ptr + at, tl.load(gamma_ptr + at, mask=there), mask=there)
 
 
 @triton.jit

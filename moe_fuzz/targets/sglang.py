@@ -34,7 +34,7 @@ _SIGMOID: Names = {**_OUTPUTS, "correction_bias": "bias"}
 _CONTRACT = Contract(deterministic=True, batch_invariant=True, ordered=True)
 #: Rows are indexed by row * E from a pointer loaded 16 bytes at a time; nothing checks strides or alignment, and the
 #: router's linear layer gives packed, aligned logits.
-_CAPABILITIES = Capabilities(strided=False, out=True, alignment=16, scale=False)
+_CAPABILITIES = Capabilities(compiles=False, strided=False, out=True, alignment=16, scale=False)
 
 _NAN = "sglang#30079: this kernel 'tolerated NaN rows', its ids in range; only ids out of range broke a caller"
 _CLAUSES = {
@@ -79,7 +79,8 @@ _GATE: Names = {
 #: Its checks: E a power of two, E / n_group <= 32. Its comment: 8 <= E / n_group. A row is 32 lanes' at most, a group a
 #: lane's. Its caller (biased_grouped_topk_gpu) casts to float32, since it computes in the dtype of the logits.
 _GATE_CAPABILITIES = Capabilities(
-    dtypes=("float32",), min_experts=8, renormalize=(True,), bias_required=True, is_padding=False, strided=False,
+    compiles=False, dtypes=("float32",), min_experts=8, renormalize=(True,), bias_required=True, is_padding=False,
+    strided=False,
     experts_power_of_two=True, max_n_group=32, min_group_size=8, max_group_size=32, scorings=("sigmoid",),
     group_scores=("top2_sum",), n_shared=2, expert_map=False,
 )  # fmt: skip

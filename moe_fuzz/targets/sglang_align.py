@@ -27,7 +27,7 @@ _CONTRACT = Contract(ordered=True, accepts=("distinct", "minus_one"), tail="any"
 #: A thread for each of num_experts + 1 buckets, of which there are 1024 at most. Ids are indexed by slot, and by
 #: "ids must be in [-1, num_experts - 2]" (sglang/kernels/ops/moe/moe_align.py).
 _CAPABILITIES = Capabilities(
-    max_experts=1023, strided=False, alignment=1, block_sizes=(16, 32, 64, 128, 256), expert_map=False,
+    compiles=False, max_experts=1023, strided=False, alignment=1, block_sizes=(16, 32, 64, 128, 256), expert_map=False,
     absent=("inverse",),
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ def _product(a: Tensor, w: Tensor) -> Tensor:  # [n, D], [R, D] -> [n, R] float3
 
 @declares(
     contract=Contract(deterministic=True, graph=False, slot="float32"),  # it asks the device which experts have tokens
-    capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1),
+    capabilities=Capabilities(compiles=False, dtypes=("bfloat16", "float16"), out=True, alignment=1),
 )
 def experts_bf16(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, *, expert_map: Tensor | None = None,
@@ -48,7 +48,7 @@ def experts_bf16(
 @declares(
     contract=Contract(gate_up="dtype", activation="dtype", down="dtype", reduce="dtype", weight_dtype="dtype"),
     capabilities=Capabilities(
-        dtypes=("bfloat16",), weight_on_input=False, strided=False, min_multiple_h=8, min_multiple_i=8
+        compiles=False, dtypes=("bfloat16",), weight_on_input=False, strided=False, min_multiple_h=8, min_multiple_i=8
     ),
 )
 def grouped(

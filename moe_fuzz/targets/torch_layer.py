@@ -8,7 +8,8 @@ from moe_fuzz.contract import Capabilities, Contract, declares
 
 
 @declares(
-    contract=Contract(deterministic=True, intermediate="float32", slot="none"), capabilities=Capabilities(alignment=1)
+    contract=Contract(deterministic=True, intermediate="float32", slot="none"),
+    capabilities=Capabilities(compiles=False, alignment=1),
 )
 def moe_layer(
     hidden: torch.Tensor, gate: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int, *,

@@ -9,7 +9,7 @@ from moe_fuzz.contract import Capabilities, Contract, declares
 
 @declares(
     contract=Contract(deterministic=True, batch_invariant=True, scale_padding="zero"),
-    capabilities=Capabilities(alignment=1, scale_dtypes=("float32", "bfloat16")),
+    capabilities=Capabilities(compiles=False, alignment=1, scale_dtypes=("float32", "bfloat16")),
 )
 def nvfp4_quantize(
     x: torch.Tensor, global_scale: torch.Tensor, layout: str = "linear"

@@ -64,7 +64,7 @@ _CONTRACT = Contract(
 )
 #: The kernels index rows by row * E from a pointer they load 16 bytes from: logits must be packed and aligned, which
 #: the router's linear layer gives, and nothing checks.
-_CAPABILITIES = Capabilities(strided=False, out=True, alignment=16)
+_CAPABILITIES = Capabilities(compiles=False, strided=False, out=True, alignment=16)
 
 _CLAUSES = {
     "ids": f"{_TEST}: k distinct ids, on rows of NaN and Inf too; duplicates crash the experts' sort (vllm#39391)",
@@ -95,7 +95,8 @@ _GROUPED_CONTRACT = Contract(sigmoid="tanh", deterministic=True, batch_invariant
 #: experts, so that a group needs two: GroupedTopKRouter takes another path where E <= n_group, and without a bias.
 #: With logits in 16 bits one of its two kernels computes in 16 bits, which no bound of ours allows for: float32 alone.
 _GROUPED_CAPABILITIES = Capabilities(
-    dtypes=("float32",), min_experts=2, bias_required=True, is_padding=False, strided=False, alignment=1,
+    compiles=False, dtypes=("float32",), min_experts=2, bias_required=True, is_padding=False, strided=False,
+    alignment=1,
     max_n_group=32, min_group_size=2, group_scores=("top2_sum",), n_shared=0, expert_map=False,
 )  # fmt: skip
 _GROUPED_TEST = "vllm tests/kernels/moe/test_grouped_topk.py"

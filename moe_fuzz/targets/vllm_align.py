@@ -23,8 +23,8 @@ _CONTRACT = Contract(ordered=True, accepts=PADDING_DIALECTS)
 #: It checks that experts, rounded up to whole warps, are below 1024. It indexes ids by slot and the map by id: both are
 #: packed, the map has an entry for each of num_experts, and its numbers are -1 or experts of this rank.
 _CAPABILITIES = Capabilities(
-    max_experts=992, strided=False, alignment=1, block_sizes=(8, 16, 32, 48, 64, 128, 256), fewer_than_map=False,
-    absent=("inverse",),
+    compiles=False, max_experts=992, strided=False, alignment=1, block_sizes=(8, 16, 32, 48, 64, 128, 256),
+    fewer_than_map=False, absent=("inverse",),
 )  # fmt: skip
 
 _TEST = "vllm tests/kernels/moe/test_moe_align_block_size.py"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_fuzz import align_faults, experts_faults, faults, group_faults, strategies  # noqa: F401 - they register
+from moe_fuzz import align_faults, experts_faults, faults, group_faults, nvfp4_faults, strategies  # noqa: F401 - registered
 from moe_fuzz.case import Case, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.labels import Labels
@@ -190,3 +190,17 @@ def test_padding_is_a_tail_or_lies_anywhere():
     assert any(15 not in padding(6, seed=seed) for seed in range(9))
     assert padding(6, tokens=0) == []
     assert len(padding(6, tokens=8191)) == 64  # so that a case stays a line
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_a_config_that_is_compiled_is_kept_for_longer_and_one_that_is_not_for_a_round(data):
+    info = replace(EVERYTHING, op=GROUPED.op)
+    ready = replace(info, capabilities=replace(info.capabilities, compiles=False))
+    long, short = (data.draw(strategies.rounds(GROUPED, one, "cuda")) for one in (info, ready))
+    assert len(short) <= strategies.MAX_ROUND
+    assert len(long) <= strategies.MAX_ROUND * strategies.MAX_PARTS
+    for cases in (long, short):
+        assert len({repr(sorted(case.config.items())) for case in cases}) == 1
+    if len(long) > strategies.MAX_ROUND:
+        assert len({tuple(fault.name for step in case.steps for fault in step.faults) for case in long}) > 1

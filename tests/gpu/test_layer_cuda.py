@@ -56,7 +56,7 @@ def test_the_gate_is_within_its_bound() -> None:
 
 def test_the_grid_passes_in_every_mode(pool: Pool) -> None:
     grid = strategies.grid(SPACE, pool.describe("moe_layer@builtin"), "cuda", seed=3)
-    cases = list(itertools.islice(grid, 60))
+    cases = list(itertools.islice(grid, 24))  # each compiles four kernels or more: a campaign runs more of them
     with pool.lease() as worker:
         verdicts = worker.run(cases, "moe_layer@builtin", OPTIONS)
     found = [(SPACE.label(c), v.violations, v.detail) for c, v in zip(cases, verdicts, strict=True) if v.kind != PASS]
