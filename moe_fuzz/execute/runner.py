@@ -74,7 +74,7 @@ class Runner:
             return self._steps(case, bound, options)
 
     def _steps(self, case: Case, bound: Target, options: RunOptions) -> Verdict:
-        started = time.perf_counter()
+        started, stood = time.perf_counter(), clock.stood()
         trail.clear()
         family = FAMILIES[case.op]
         kind = RankSteps if case.processes > 1 else EagerSteps if case.mode == "eager" else GraphSteps
@@ -83,7 +83,7 @@ class Runner:
             verdict = _verdict(kind(case, target, options, self.device))
         # What a call that failed has left between the ranks is no burden for the next case.
         spent = verdict.spent or (case.processes > 1 and verdict.bad)
-        return replace(verdict, seconds=time.perf_counter() - started, spent=spent)
+        return replace(verdict, seconds=time.perf_counter() - started, compile_seconds=clock.stood() - stood, spent=spent)
 
     def exhibit(self, case: Case, target: str) -> dict[str, Any]:
         """All that a script needs to make the calls of this case without moe-fuzz: see execute/exhibit.py."""

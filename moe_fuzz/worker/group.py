@@ -285,6 +285,7 @@ def joined(verdicts: Sequence[Verdict]) -> Verdict:
         tuple(first_hand or found),
         seconds=max(verdict.seconds for verdict in verdicts),
         fence_seconds=max(verdict.fence_seconds for verdict in verdicts),
+        compile_seconds=max(verdict.compile_seconds for verdict in verdicts),
         parity=all(verdict.parity for verdict in verdicts),
         budget=max(verdict.budget for verdict in verdicts),
         detail=worst.detail,
