@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from moe_fuzz.case import Case
-from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
 from moe_fuzz.execute import clock, meeting, trail
@@ -76,11 +75,10 @@ class Runner:
     def _steps(self, case: Case, bound: Target, options: RunOptions) -> Verdict:
         started, stood = time.perf_counter(), clock.stood()
         trail.clear()
-        family = FAMILIES[case.op]
         kind = RankSteps if case.processes > 1 else EagerSteps if case.mode == "eager" else GraphSteps
-        staged = family.staged(case, bound, self.device, options) if family.staged else contextlib.nullcontext(bound)
-        with staged as target:
-            verdict = _verdict(kind(case, target, options, self.device))
+        steps = kind(case, bound, options, self.device)
+        with steps.staged():
+            verdict = _verdict(steps)
         # What a call that failed has left between the ranks is no burden for the next case.
         spent = verdict.spent or (case.processes > 1 and verdict.bad)
         seconds, compiled = time.perf_counter() - started, clock.stood() - stood
