@@ -18,6 +18,7 @@ _INTERPRETED = triton.knobs.runtime.interpret
 #: and whatever else runs finds room: a block that waits for one that cannot start would wait for ever.
 _THREADS = 512
 _REGISTERS = 64  # a thread: half of a multiprocessor's, of so many threads
+_WARP_BYTES = 512  # of a tile for each warp: 16 a thread, one load
 _ALIGNMENT = 16
 
 
@@ -130,8 +131,7 @@ def shape_of(group: Group, tokens: int, hidden: int, size: int, backend: str) ->
         rows = max(1, min(triton.next_power_of_2(triton.cdiv(mine, blocks)), (1 << 16) // columns))
         return rows, columns, 4, min(triton.cdiv(mine, rows), blocks)
     rows = max(1, 512 // columns)  # of narrow rows several make a warp's worth
-    # 16 bytes a thread
-    warps = min(16, max(1, rows * columns * size // 512))
+    warps = min(16, max(1, rows * columns * size // _WARP_BYTES))
     resident = _multiprocessors(group.device) * max(1, _THREADS // (32 * warps)) // group.ranks_here
     return rows, columns, warps, min(triton.cdiv(mine, rows), most, resident)
 

@@ -109,7 +109,7 @@ class AllreduceSpace:
         }.get(name, False)
 
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
-        found = MODES if info.contract.graph else MODES[:1]
+        found = (MODES if info.contract.graph else MODES[:1]) if info.capabilities.launches else ()
         return (*found, RANKS) if info.capabilities.max_processes > 1 else found
 
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
