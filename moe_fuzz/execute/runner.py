@@ -171,6 +171,8 @@ def _start_cuda() -> None:
         raise EnvironmentProblem("there is no CUDA device that torch can use",
                                  "--device cpu runs the same kernels in Triton's interpreter")  # fmt: skip
     torch.cuda.init()
+    if meeting.present():
+        torch.cuda.set_device(meeting.rank())
     torch.cuda.current_stream().synchronize()  # the context exists from here on, and costs no case its seconds
     if budget := int(os.environ.get(MEMORY, "0")):
         cuda_driver.limit(budget)

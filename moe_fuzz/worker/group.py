@@ -173,6 +173,9 @@ class _Round:
                     give(verdict)
                     if verdict.kind in (OOM, CRASH) or verdict.spent:
                         return False
+                if (verdict := self._lost()) is not None:
+                    give(verdict)
+                    return False
                 self._wait()
         except Expired:
             give(self._hang(layout))
@@ -183,6 +186,14 @@ class _Round:
             give(self._dead(rank, error, layout, autopsy.oom_kills() - kills))
             return False
         return True
+
+    def _lost(self) -> Verdict | None:
+        """The verdict of a rank whose device or memory is gone: it never meets the others again, which wait for it."""
+        for rank, given in enumerate(self._given):
+            verdict = given.get(self._at)
+            if verdict is not None and verdict.kind in (OOM, CRASH):
+                return _named(verdict, f"rank {rank} of {len(self._processes)}")
+        return None
 
     def _heard(self, process: Process) -> dict[str, object] | None:
         """The next event of a rank, if it has said something. Raises ChannelClosed, Garbled."""

@@ -18,9 +18,8 @@ from moe_fuzz.worker.leases import Lease, Leases
 from moe_fuzz.worker.protocol import provider_of
 from moe_fuzz.worker.stats import Stats
 
-#: Several ranks may see the same GPU under the same number; NVLink multicast stays off, for the sake of the machine.
-_CUDA: Mapping[str, str] = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-                            "NCCL_NVLS_ENABLE": "0"}  # fmt: skip
+#: NVLink multicast stays off: it is the user's to enable.
+_CUDA: Mapping[str, str] = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
 
 SpawnRank = Callable[[str, Path, Mapping[str, str]], Process]  # provider, log, variables
 
@@ -50,14 +49,13 @@ class Groups:
         return [] if self._leases is None else self._leases.take_all(size)
 
     def spawn(self, leases: Sequence[Lease], provider: str) -> Callable[[int, Path, Mapping[str, str]], Process]:
-        """How a rank's process is made. Its own GPU is the first that it sees; the others it reads from."""
+        """How a rank's process is made. All of them see the same GPUs, and each takes that of its number."""
 
         def rank_process(rank: int, log: Path, variables: Mapping[str, str]) -> Process:
             own: dict[str, str] = {}
             if leases:
-                order = [*leases[rank:], *leases[:rank]]
-                own = {**leases[rank].environment, **_CUDA,
-                       "CUDA_VISIBLE_DEVICES": ",".join(lease.gpu.uuid for lease in order)}  # fmt: skip
+                seen = ",".join(lease.gpu.uuid for lease in leases)
+                own = {**leases[rank].environment, **_CUDA, "CUDA_VISIBLE_DEVICES": seen}
             return self._spawn(provider, log, {**own, **variables})
 
         return rank_process

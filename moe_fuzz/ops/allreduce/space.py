@@ -25,7 +25,7 @@ CAPS = tuple(1 << power for power in range(14, 24))
 
 MAX_ELEMENTS = 1 << 26
 CPU_BUDGET = 0.25  # seconds an interpreted case may take
-CUDA_ELEMENTS = 1 << 24  # of all ranks
+CUDA_ELEMENTS = 1 << 23  # of all ranks
 
 FIELDS: Mapping[str, tuple[Scalar, ...]] = {
     "ranks": WORLDS,
