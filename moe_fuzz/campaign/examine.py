@@ -38,13 +38,16 @@ def blame(space: Space, minimized: Minimized, violation: Violation) -> str:
 
 @dataclass(frozen=True)
 class Examiner:
-    """`options` are those under which the bad cases were seen."""
+    """`options` are those under which the bad cases were seen. `tries`: of a reduction, at most. `reduces_flaky`:
+    whether a case that fails sometimes is worth reducing, which takes three runs a try."""
 
     pool: Pool
     info: TargetInfo
     space: Space
     options: RunOptions
     device: str
+    tries: int | None = None
+    reduces_flaky: bool = True
 
     def examine(self, bad: BadCase, seconds: float, progress: Callable[[int, Case], None]) -> Finding | None:
         """The finding, or None if the case is not bad again in fresh workers. `seconds` bounds the reducer, of whose
@@ -57,6 +60,7 @@ class Examiner:
         confirmed = confirm(self.pool, bad.target, bad.case, bad.history, bad.key, self.options)
         if confirmed is None:
             return None
+        seconds = seconds if confirmed.always or self.reduces_flaky else 0.0
         minimized, verdict = self._minimize(confirmed, bad.key, seconds, progress)
         said = f"{verdict.kind}: what a worker may have was not enough"
         violation = matching(verdict, bad.key) or Violation(*bad.key, said)
@@ -109,7 +113,8 @@ class Examiner:
         nothing = Minimized(confirmed.case, confirmed.sequence, 0, False, ())
         if seconds <= 0:
             return nothing, confirmed.verdict
-        minimized = Reducer(self.space, fails, seconds, progress=progress).run(confirmed.case, confirmed.sequence)
+        reducer = Reducer(self.space, fails, seconds, progress=progress, tries=self.tries)
+        minimized = reducer.run(confirmed.case, confirmed.sequence)
         cases = (*minimized.before, minimized.case)
         if cases not in verdicts:
             return minimized, confirmed.verdict

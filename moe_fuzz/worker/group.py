@@ -173,8 +173,8 @@ class _Round:
                     give(verdict)
                     if verdict.kind in (OOM, CRASH) or verdict.spent:
                         return False
-                if (verdict := self._lost()) is not None:
-                    give(verdict)
+                if (lost := self._lost()) is not None:
+                    give(lost)
                     return False
                 self._wait()
         except Expired:
