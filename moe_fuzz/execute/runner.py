@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from moe_fuzz.case import Case
-from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
 from moe_fuzz.execute import clock, meeting, trail
@@ -76,14 +75,14 @@ class Runner:
     def _steps(self, case: Case, bound: Target, options: RunOptions) -> Verdict:
         started, stood = time.perf_counter(), clock.stood()
         trail.clear()
-        family = FAMILIES[case.op]
         kind = RankSteps if case.processes > 1 else EagerSteps if case.mode == "eager" else GraphSteps
-        staged = family.staged(case, bound, self.device, options) if family.staged else contextlib.nullcontext(bound)
-        with staged as target:
-            verdict = _verdict(kind(case, target, options, self.device))
+        steps = kind(case, bound, options, self.device)
+        with steps.staged():
+            verdict = _verdict(steps)
         # What a call that failed has left between the ranks is no burden for the next case.
         spent = verdict.spent or (case.processes > 1 and verdict.bad)
-        return replace(verdict, seconds=time.perf_counter() - started, compile_seconds=clock.stood() - stood, spent=spent)
+        seconds, compiled = time.perf_counter() - started, clock.stood() - stood
+        return replace(verdict, seconds=seconds, compile_seconds=compiled, spent=spent)
 
     def exhibit(self, case: Case, target: str) -> dict[str, Any]:
         """All that a script needs to make the calls of this case without moe-fuzz: see execute/exhibit.py."""
@@ -112,9 +111,8 @@ def _here(info: TargetInfo, device: str) -> TargetInfo:
     can = info.capabilities
     if device == "cpu":  # programs of one launch run one after the other there
         launches = tuple(name for name in can.launches if name != "single") or can.launches[:1]
-        # Of phases that end before the next one begins a burst shows little, and ranks cost time; of a target that
-        # stands for ranks which run at the same time it shows all.
-        burst, world = (1, 4) if "single" in can.launches else (8, 8)
+        # Interpreted kernels run phase by phase, so that a burst shows little, and ranks cost time.
+        burst, world = (1, 4) if "single" in can.launches and "cpu" not in can.processes else (8, 8)
         can = replace(can, launches=launches, max_burst=min(burst, can.max_burst), max_world=min(world, can.max_world))
     if device not in can.processes:
         can = replace(can, max_processes=1)

@@ -72,8 +72,8 @@ def workspace_in_whole_blocks(x: Tensor, residual: Any, gamma: Tensor, eps: floa
 
 def gamma_in_whole_vectors(x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, out: Any = None
                            ) -> Any:  # fmt: skip
-    """vllm#38571: a load at the tail that no predicate covers. Gamma is read in vectors of 16, past its end where 16 does
-    not divide H; what is read there is not used."""
+    """vllm#38571: a load at the tail that no predicate covers. Gamma is read in vectors of 16, past its end where 16
+    does not divide H; what is read there is not used."""
     read = torch.empty(triton.cdiv(gamma.numel(), 16) * 16, dtype=gamma.dtype, device=gamma.device)
     _read_kernel[(triton.cdiv(read.numel(), 16 * 64),)](gamma, read, read.numel() // 16, BLOCK=64)
     found, finish = parts.finisher(x, residual, read[: gamma.numel()], eps, group, out)
