@@ -252,7 +252,7 @@ def _absolute(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         values["state_dir"] = str(folder / Path(values["state_dir"]).expanduser())
     if "report" in values:
         pairs = [parse_report(item) for item in values["report"]]
-        values["report"] = [f"{kind}={folder / path.expanduser()}" for kind, path in pairs]
+        values["report"] = [f"{kind}={folder / path.expanduser()}" if path else kind for kind, path in pairs]
     if "targets" in values:
         values["targets"] = [_absolute_target(target, folder) for target in values["targets"]]
     return values

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.case import Case
@@ -149,6 +149,40 @@ class WorkerLost(Event):
     kind: ClassVar[str] = "worker-lost"
     target: str
     reason: str
+    case: Case | None = None  # the one it ran; it runs again, in a fresh worker
+    label: str = ""  # the case, for a person
+
+
+class Cell(NamedTuple):
+    """How often the cases of a target had a class of configs, a fault and a mode together."""
+
+    target: str
+    config_class: str  # ALL_CONFIGS, or one of those that the op's space knows (`features`)
+    fault: str  # NO_FAULT, or its name
+    mode: str
+    cases: int  # refused ones do not count: they covered nothing
+    bad: int
+    budget: float  # largest error over bound that was still accepted
+
+
+#: Of a cell: whatever the config is, and no fault at all.
+ALL_CONFIGS, NO_FAULT = "all", "none"
+
+
+@dataclass(frozen=True)
+class CoverageCounted(Event):
+    """What the cases of this run were made of. Told once, before the end."""
+
+    kind: ClassVar[str] = "coverage"
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class WorkersCounted(Event):
+    """What the pool counted of its processes: started, dead of a case, replaced, … Told once, before the end."""
+
+    kind: ClassVar[str] = "workers"
+    counts: Mapping[str, float]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in config.P
     type=params.REPORT,
     multiple=True,
     metavar="KIND=PATH",
-    help="Also write a report, e.g. ndjson=events.ndjson. May be given several times.",
+    help="Also write a report: html, junit, sarif or ndjson; github needs no PATH. May be given several times.",
 )
 @params.workers
 @params.device
@@ -82,7 +83,7 @@ def command(
     fence: str | None,
     checks: tuple[str, ...] | None,
     minimize_time: float | None,
-    reports: tuple[tuple[str, Path], ...],
+    reports: tuple[tuple[str, Path | None], ...],
     workers: int | None,
     device: str,
     deadline: float,
@@ -104,7 +105,7 @@ def command(
     device = params.pick_device(device)
     own, notes = params.pick_fence(fence, device)
     count = params.pick_workers(workers, device)
-    opened = {f"{kind}={path}": report.open_report(kind, path) for kind, path in reports}
+    opened = report.open_reports(reports, os.environ)
     broadcast = report.Broadcast({**opened, "on the screen": screen()}, lambda text: click.echo(text, err=True))
     state = StateDir(state_dir)
     try:
@@ -127,7 +128,10 @@ def command(
                 notes=(*notes, *restriction.lines()),
                 minimize_seconds=chosen.minimize_seconds if minimize_time is None else minimize_time,
             )
-            summary = Campaign(settings, pool, state, broadcast, render_repro=renderer(pool)).run()
+            campaign = Campaign(
+                settings, pool, state, broadcast, render_repro=renderer(pool), health=pool.stats.to_json
+            )
+            summary = campaign.run()
     finally:
         broadcast.close()
     if summary.exit_code == EXIT_CLEAN:

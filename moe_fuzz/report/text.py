@@ -91,7 +91,7 @@ def finding(item: Finding, state_dir: str) -> list[str]:
 def summary(result: Summary, state_dir: str) -> list[str]:
     """The end of a campaign, to be understood by somebody who saw nothing else of it."""
     lines = [_verdict(result), "", "tested"]
-    lines += [f"  {_row(row)}" for row in result.rows]
+    lines += [f"  {target_row(row)}" for row in result.rows]
     seen = [kind for kind in _MEANING if result.verdicts.get(kind)]
     lines += [f"  {kind}: {_MEANING[kind]}" for kind in seen]
     for row in result.rows:
@@ -121,7 +121,7 @@ def _verdict(result: Summary) -> str:
     return f"{start} {ran}, no new finding"
 
 
-def _row(row: TargetRow) -> str:
+def target_row(row: TargetRow) -> str:
     if row.unavailable:
         return f"{row.target}: not run, {row.unavailable}"
     parts = [f"{row.target}: {count(row.cases, 'case')} ({verdicts(row.verdicts)})"]

@@ -15,6 +15,7 @@ from moe_fuzz.fence import canary, cuda_regions
 from moe_fuzz.fence.cuda_regions import Piece, lay
 
 CANARY = int.from_bytes(canary.WORD * 4, "little")
+pytestmark = pytest.mark.interpreter
 DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.int64)
 
 
