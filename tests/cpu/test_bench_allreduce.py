@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,3 +105,22 @@ def test_a_rank_that_fails_takes_the_others_with_it(tmp_path: Path):
 def test_a_rank_that_hangs_is_named(tmp_path: Path):
     with pytest.raises(EnvironmentProblem, match="ranks 1 of 2 were still busy after 3 s"):
         run_ranks(program(tmp_path, "time.sleep(60 * int(rank))"), 2, [], 3.0)
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_a_ranks_report_is_what_the_parent_shows(calibrate, monkeypatch):
+    from moe_fuzz.bench import allreduce_child
+
+    monkeypatch.setattr(allreduce_child.torch.cuda, "get_device_name", lambda: "H200")
+    monkeypatch.setattr(allreduce_child, "arch_of", lambda device: "sm90")
+    group = SimpleNamespace(device="cuda", links="nvlink")
+    bench = allreduce_child.Bench(0, 8, 20, 15, group, None, {"nccl + norm": "64 x 2048: norm off by 0.5"})
+    result = json.loads(json.dumps(allreduce_child.report(points(), bench, calibrate)))
+    assert result["crossover"] == {"2048": {"multimem": 256 << 10}}
+    assert [point["choice"] for point in result["points"]] == ["one_shot"] * 2 + ["two_shot"] * 2
+    assert result["misses"] == []
+    assert allreduce.rendered(result).row_count == 4
+    said = allreduce.notes(result)
+    assert "nccl + norm: 64 x 2048: norm off by 0.5" in said
+    assert said[-1] == "the table is within 5 % of the best choice everywhere"
+    assert from_json(json.dumps(allreduce.table_of(result)))[8, "sm90", "nvlink"].fused["multimem"] == 256 << 10
