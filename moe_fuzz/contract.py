@@ -51,6 +51,9 @@ class Contract:
     rounding: str = "near"  # "exact": the contract's bytes | "near": a step off where float32 in another order may be
     nonfinite: str = "any"  # bytes of a block with NaN or Inf: "reference": as the contract says | "any"
     scale_padding: str = "any"  # of swizzled scales: "zero" | "any"
+    # of allreduce_rmsnorm alone
+    rounds: tuple[str, ...] = ("residual",)  # what is rounded to x's dtype on the way: "sum" | "residual" | "normed"
+    sum_order: str = "any"  # "rank": float32, from rank 0 on, the residual last: then residual_out is known to the bit
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,16 @@ class Capabilities:
     expert_scales: bool = True  # takes a global scale for each expert
     activation_formats: tuple[str, ...] = ("as_given", "nvfp4")  # of experts_nvfp4
     backends: tuple[str, ...] = ()  # which take activations as they are, and can be forced by the argument `backend`
+    # of allreduce_rmsnorm alone
+    max_world: int = 8  # ranks of a group
+    launches: tuple[str, ...] = ("phases",)  # of all ranks in one process: "phases" | "single", see ops/allreduce
+    processes: tuple[str, ...] = ()  # devices on which each rank can have a process of its own
+    max_processes: int = 8  # ranks with a process each: as many as there are devices
+    gamma_dtypes: tuple[str, ...] = ("dtype", "float32", "bfloat16", "float16")
+    residual: tuple[bool, ...] = (True, False)
+    max_burst: int = 1000  # calls without a wait in between
+    max_groups: int = 2  # at the same time
+    cuts: bool = False  # takes messages larger than its group's buffers
 
 
 @dataclass(frozen=True)

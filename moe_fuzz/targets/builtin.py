@@ -15,6 +15,7 @@ from moe_fuzz.kernels import moe_layer as layer
 from moe_fuzz.kernels import nvfp4 as fp4
 from moe_fuzz.kernels import routing
 from moe_fuzz.ops.nvfp4.space import GLOBAL_SCALES
+from moe_fuzz.targets.builtin_allreduce import allreduce_rmsnorm as _allreduce
 
 _CONTRACT = Contract(
     deterministic=True, batch_invariant=True, ties="lowest_index_first", ordered=True, padding=PADDING_DIALECTS
@@ -31,6 +32,7 @@ def _promises(
     return {"contract": contract, "capabilities": capabilities, "clauses": {"*": clause}}
 
 
+allreduce_rmsnorm = _allreduce
 topk_softmax = declares(**_promises("routing"))(routing.topk_softmax)
 topk_sigmoid = declares(**_promises("routing"))(routing.topk_sigmoid)
 grouped_topk = declares(**_promises("grouped_topk"))(grouped.grouped_topk)

@@ -120,6 +120,13 @@ SIGNATURES: Mapping[str, Signature] = {
         ("hidden", "gate", "w13", "w2", "top_k"), _LAYER, ("is_padding", "bias", "b13", "b2", "observe", "out"),
         _cut_layer,
     ),
+    # (x, residual, gamma, eps, *, group, out) -> (normed, residual_out). group: kernels/allreduce_rmsnorm/group.py
+    "allreduce_rmsnorm": Signature(
+        ("x", "residual", "gamma", "eps"),
+        {"group": ("group",), "out": ("out",)},
+        ("out",),
+        _cut_common,
+    ),
     "nvfp4_quantize": Signature(
         ("x", "global_scale"),
         {"layout": ("layout",), "expert_ids": ("expert_ids",), "out": ("out",)},

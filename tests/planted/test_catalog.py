@@ -29,6 +29,7 @@ CHECKS = {
     "count", "slots", "experts", "fill", "tail", "inverse", "stable",
     "dropped", "exact", "bound", "statistical", "relabel", "shards", "scaling", "backends",
     "scale", "codes",
+    "ranks", "residual", "pads",
 }  # fmt: skip
 REFERENCES = {"topk_softmax": reference, "topk_sigmoid": topk_sigmoid, "grouped_topk": grouped_topk}
 #: Those that launch a Triton kernel whatever the input; the others compute with torch, or launch none on a CPU.
