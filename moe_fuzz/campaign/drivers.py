@@ -106,7 +106,7 @@ class Drivers:
                 raise Enough
             return best
 
-        if unit.phase == "grid":
+        if unit.phase != "generate":
             try:
                 for part in _batches(unit.cases, ROUND):
                     run(part)

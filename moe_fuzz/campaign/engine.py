@@ -1,7 +1,8 @@
 """The campaign: resume what was cut, replay what is known, run the plan, examine what is bad, sum up.
 
-    inflight, pending → known findings → grid → generation        drivers, in threads: run the plan, offer bad verdicts
-                                                                  this thread: examines them, one after the other
+    inflight, pending → known findings → corpus → grid → generation
+
+Drivers, in threads, run the plan and offer bad verdicts; this thread examines them, one after the other.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from moe_fuzz.campaign.drivers import Drivers
 from moe_fuzz.campaign.events import Summary
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.findings import RenderRepro
+from moe_fuzz.campaign.harvest import Harvest
 from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space, own_sources
 from moe_fuzz.campaign.pace import progress
-from moe_fuzz.campaign.plan import GRID_SHARE, Settings, Unit, nothing_left, units
+from moe_fuzz.campaign.plan import GRID_SHARE, Settings, Unit, corpus_limit, nothing_left, units
 from moe_fuzz.campaign.progress import Plan
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.campaign.stats import Stats
@@ -84,6 +86,7 @@ class Campaign:
         self._plan = Plan.open(self._settings, self._state)
         self._stats = Stats(self._state)
         self._describe()
+        self._harvest = Harvest(self._state, self._targets, self._sources.space)
         examiners = {
             target: Examiner(self._pool, info, space, self._options, self._settings.device)
             for target, (info, space) in self._targets.items()
@@ -191,7 +194,10 @@ class Campaign:
             info, space = self._targets[target]
             return self._sources.grid(space, info, self._settings.device, derive_seed(self._plan.seed, target, "grid"))
 
-        return (unit for unit in units(self._settings, tuple(self._targets), grid) if not self._plan.is_done(unit))
+        settings = self._settings
+        replayed = self._harvest.replayed(self._plan.resumed, corpus_limit(settings), settings.restriction)
+        planned = units(settings, tuple(self._targets), grid, replayed)
+        return (unit for unit in planned if not self._plan.is_done(unit))
 
     # ---- what the drivers ask and tell (drivers.Host) ---------------------------------------------------------------
 
@@ -211,14 +217,16 @@ class Campaign:
 
     def over(self, unit: Unit) -> bool:
         seconds = self._settings.seconds
-        grid_over = unit.phase == "grid" and seconds is not None and self._plan.seconds > seconds / GRID_SHARE
-        return grid_over or self._over_all()
+        share = {"corpus": 2 * GRID_SHARE, "grid": GRID_SHARE}.get(unit.phase)
+        phase_over = share is not None and seconds is not None and self._plan.seconds > seconds / share
+        return phase_over or self._over_all()
 
     def verdict(self, unit: Unit, at: int, cases: Cases, verdict: Verdict, history: Cases) -> None:
         if self._interrupted:  # what the closing pool does to its workers is no verdict
             return
         self._tally.count(unit.target, verdict)
         self._unit_tallies[unit].count(unit.target, verdict)
+        self._harvest.consider(unit.target, cases[-1], verdict)
         if verdict.bad:
             if killed(verdict):
                 self._emit(events.WorkerLost(unit.target, verdict.key[1]))
