@@ -23,7 +23,7 @@ from moe_fuzz.campaign.events import Summary
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.findings import RenderRepro
 from moe_fuzz.campaign.harvest import Harvest
-from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space, own_sources
+from moe_fuzz.campaign.interfaces import Cases, Pool, Sanitize, Sources, Space, own_sources
 from moe_fuzz.campaign.pace import progress
 from moe_fuzz.campaign.plan import GRID_SHARE, Settings, Unit, corpus_limit, nothing_left, units
 from moe_fuzz.campaign.progress import Plan
@@ -50,7 +50,7 @@ class Campaign:
 
     def __init__(
         self, settings: Settings, pool: Pool, state: StateDir, emit: Callable[[events.Event], None], *,
-        sources: Sources | None = None, render_repro: RenderRepro | None = None,
+        sources: Sources | None = None, render_repro: RenderRepro | None = None, sanitize: Sanitize | None = None,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._pool = pool
@@ -58,6 +58,7 @@ class Campaign:
         self._listener = emit
         self._sources = (sources or own_sources()).restricted(settings.restriction)
         self._render = render_repro
+        self._sanitize = sanitize
         self._options = settings.options()
         self._lock = threading.RLock()
         self._emitting = threading.RLock()
@@ -88,7 +89,7 @@ class Campaign:
         self._describe()
         self._harvest = Harvest(self._state, self._targets, self._sources.space)
         examiners = {
-            target: Examiner(self._pool, info, space, self._options, self._settings.device)
+            target: Examiner(self._pool, info, space, self._options, self._settings.device, self._sanitize)
             for target, (info, space) in self._targets.items()
         }
         save = partial(self._save, finished=False)

@@ -29,6 +29,8 @@ def render_issue(finding: Finding, repro: bool) -> str:
         lines += ["If one of them goes on failing when another is fixed, it is a defect of its own.", ""]
         for face in finding.faces:
             lines += [f"- {face.label} ({face.reason})", "", f"      moe-fuzz replay {face.case.inline()}", ""]
+    if finding.sanitizer:
+        lines += ["## compute-sanitizer", "", *(f"- {line}" for line in finding.sanitizer), ""]
     lines += ["## See it again", "", "```", finding.replay, "```", ""]
     lines += ["`python repro.py` shows it with the target alone, without moe-fuzz.", ""] if repro else []
     lines += ["<details><summary>case.json</summary>", "", "```json", finding.case.dumps(indent=1), "```"]

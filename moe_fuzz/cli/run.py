@@ -21,6 +21,8 @@ from moe_fuzz.ops import get_space
 from moe_fuzz.report.plain import Plain
 from moe_fuzz.report.terminal import Terminal
 from moe_fuzz.restriction import Restriction
+from moe_fuzz.sanitize import lane
+from moe_fuzz.sanitize.automatic import automatic
 from moe_fuzz.targets import registry
 from moe_fuzz.worker.pool import Pool
 
@@ -60,6 +62,8 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in config.P
     metavar="KIND=PATH",
     help="Also write a report, e.g. ndjson=events.ndjson. May be given several times.",
 )
+@click.option("--sanitize/--no-sanitize", "sanitizing", default=True, show_default=True,
+              help="On a GPU: have compute-sanitizer name the line of the kernel, for findings about memory.")
 @params.workers
 @params.device
 @params.deadline
@@ -83,6 +87,7 @@ def command(
     checks: tuple[str, ...] | None,
     minimize_time: float | None,
     reports: tuple[tuple[str, Path], ...],
+    sanitizing: bool,
     workers: int | None,
     device: str,
     deadline: float,
@@ -103,6 +108,9 @@ def command(
     validate_checks(checks, names)
     device = params.pick_device(device)
     own, notes = params.pick_fence(fence, device)
+    sanitizing = sanitizing and device == "cuda"
+    if sanitizing and lane.find() is None:
+        sanitizing, notes = False, (*notes, f"{lane.NAME} is not here: findings about memory name no line of a kernel")
     count = params.pick_workers(workers, device)
     opened = {f"{kind}={path}": report.open_report(kind, path) for kind, path in reports}
     broadcast = report.Broadcast({**opened, "on the screen": screen()}, lambda text: click.echo(text, err=True))
@@ -127,7 +135,10 @@ def command(
                 notes=(*notes, *restriction.lines()),
                 minimize_seconds=chosen.minimize_seconds if minimize_time is None else minimize_time,
             )
-            summary = Campaign(settings, pool, state, broadcast, render_repro=renderer(pool)).run()
+            sanitize = automatic(pool, device) if sanitizing else None
+            summary = Campaign(
+                settings, pool, state, broadcast, render_repro=renderer(pool), sanitize=sanitize
+            ).run()  # fmt: skip
     finally:
         broadcast.close()
     if summary.exit_code == EXIT_CLEAN:
