@@ -51,6 +51,7 @@ def draw(info: TargetInfo, device: str, count: int, graph: float = 0.0) -> tuple
     another, and there are several, as a campaign's rounds have them. graph: the share of cases with replays; 0: as they
     come."""
     cases: list[Case] = []
+    seen: set[str] = set()
     drawn = 0
     wanted = {True: round(graph * count), False: count - round(graph * count)}
 
@@ -66,6 +67,8 @@ def draw(info: TargetInfo, device: str, count: int, graph: float = 0.0) -> tuple
     def body(round_: tuple[Case, ...]) -> None:
         nonlocal drawn
         drawn += len(round_)
+        round_ = tuple(case for case in round_ if case.digest not in seen)  # as a campaign does
+        seen.update(case.digest for case in round_)
         for replays in (False, True):
             alike = [case for case in round_ if (case.mode != "eager") == replays]
             left = wanted[replays] if graph else count - len(cases)

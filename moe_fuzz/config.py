@@ -12,24 +12,31 @@ that names the place and the way out: a mistyped budget must not silently become
     python = "/opt/vllm-0.33/bin/python"                 # an interpreter of its own, with torch, triton and numpy
     lib = ["libs/_moe_C_stable_libtorch.abi3.so"]        # or its extension library alone
     env = { VLLM_MOE_SKIP_PADDING = "1" }
+
+    [tool.moe-fuzz.gate]                                 # of `moe-fuzz gate` alone
+    profile = "quick"
+    ledger = "ci/known-findings.toml"
+
+    [tool.moe-fuzz.paths]                                # what `gate --changed-from` makes of a changed file
+    "csrc/moe/topk*.cu" = ["topk_softmax@vllm"]
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_fuzz.config_tables import GATE_KEYS, TABLE, read_gate, read_paths, read_providers
+from moe_fuzz.config_values import choice, count, did_you_mean, reports, text, texts
 from moe_fuzz.errors import UsageError
 from moe_fuzz.options import LIB_VARIABLES, OWN, ProviderOptions
-from moe_fuzz.targets import registry
 from moe_fuzz.written import parse_duration, parse_report, parse_size
 
-TABLE = "tool.moe-fuzz"
+__all__ = ["KEYS", "PROFILES", "Config", "Profile", "did_you_mean", "env_name", "load"]
+
 ENV_PREFIX = "MOE_FUZZ_"
 DEVICES = ("auto", "cpu", "cuda")
 DEFAULT_STATE_DIR = ".moe-fuzz"
@@ -56,69 +63,31 @@ PROFILES = {
 }
 
 
-# ---- values ----------------------------------------------------------------------------------------------------------
-
-
-def _count(least: int) -> Callable[[Any], int]:
-    def read(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"must be a whole number, not {value!r}")
-        if not least <= value < 2**63:
-            raise ValueError(f"must be at least {least} and less than 2^63, not {value}")
-        return value
-
-    return read
-
-
-def _choice(*choices: str) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}, not {value!r}" + did_you_mean(str(value), choices))
-        return str(value)
-
-    return read
-
-
-def _texts(value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise ValueError(f"must be a list of strings, not {value!r}")
-    return value
-
-
-def _reports(value: Any) -> list[str]:
-    for item in _texts(value):
-        parse_report(item)
-    return list(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"must be a string, not {value!r}")
-    return value
-
-
 #: Every key of the table, and what reads its value. The variable of `minimize-time` is `MOE_FUZZ_MINIMIZE_TIME`.
 KEYS: Mapping[str, Callable[[Any], Any]] = {
-    "targets": _texts,
+    "targets": texts,
     "time": parse_duration,
-    "cases": _count(1),
-    "seed": _count(0),
-    "workers": _count(1),
-    "device": _choice(*DEVICES),
-    "state-dir": _text,
-    "profile": _choice(*PROFILES),
+    "cases": count(1),
+    "seed": count(0),
+    "workers": count(1),
+    "device": choice(*DEVICES),
+    "state-dir": text,
+    "profile": choice(*PROFILES),
     "deadline": parse_duration,
     "memory": parse_size,
-    "checks": _texts,
-    "ops": _texts,
-    "mode": _texts,
-    "preset": _texts,
-    "faults": _texts,
-    "only": _texts,
-    "fence": _choice(*OWN),
-    "report": _reports,
+    "checks": texts,
+    "ops": texts,
+    "mode": texts,
+    "preset": texts,
+    "faults": texts,
+    "only": texts,
+    "fence": choice(*OWN),
+    "report": reports,
     "minimize-time": parse_duration,
 }
+
+
+_TABLES = ("providers", "gate", "paths")
 
 
 def env_name(key: str) -> str:
@@ -136,6 +105,8 @@ class Config:
     values: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
     providers: Mapping[str, ProviderOptions] = field(default_factory=dict)  # by the provider's name
+    gate: Mapping[str, Any] = field(default_factory=dict)  # as `values`, for gates alone
+    paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # glob -> what files like that touch
 
 
 def load(start: Path, environment: Mapping[str, str]) -> Config:
@@ -150,19 +121,14 @@ def load(start: Path, environment: Mapping[str, str]) -> Config:
 
 def check_environment(environment: Mapping[str, str]) -> None:
     """Raises UsageError for a `MOE_FUZZ_*` variable that means nothing."""
-    known = [*(env_name(key) for key in KEYS), *LIB_VARIABLES.values(), ENV_PREFIX + "DEBUG"]
+    keys = (*KEYS, *(f"gate-{key}" for key in GATE_KEYS if key != "targets"))
+    known = [*(env_name(key) for key in keys), *LIB_VARIABLES.values(), ENV_PREFIX + "DEBUG"]
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in known:
             raise UsageError(
                 f"unknown environment variable {name}{did_you_mean(name, known)}",
                 f"unset it; the variables are {', '.join(known)}",
             )
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean X?)`, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _read_table(path: Path) -> Mapping[str, Any] | None:
@@ -186,64 +152,24 @@ def _read_table(path: Path) -> Mapping[str, Any] | None:
 
 def _validate(table: Mapping[str, Any], path: Path, environment: Mapping[str, str]) -> Config:
     values: dict[str, Any] = {}
-    providers = _providers(table.get("providers", {}), path, environment)
+    providers = read_providers(table.get("providers", {}), path, environment)
+    gate = read_gate(table.get("gate", {}), path)
+    paths = read_paths(table.get("paths", {}), path)
     for key, value in table.items():
-        if key == "providers":
+        if key in _TABLES:
             continue
         if key not in KEYS:
             # an underscore for a hyphen is the commonest slip, and difflib finds it as well
             raise UsageError(
-                f"{path}: unknown key {key!r} in [{TABLE}]{did_you_mean(key, [*KEYS, 'providers'])}",
-                f"the keys are {', '.join(KEYS)}, and the tables [{TABLE}.providers.NAME]",
+                f"{path}: unknown key {key!r} in [{TABLE}]{did_you_mean(key, [*KEYS, *_TABLES])}",
+                f"the keys are {', '.join(KEYS)}, and the tables [{TABLE}.providers.NAME], "
+                f"[{TABLE}.gate], [{TABLE}.paths]",
             )
         try:
             values[key.replace("-", "_")] = KEYS[key](value)
         except ValueError as error:
             raise UsageError(f"{path}: [{TABLE}] {key}: {error}") from error
-    return Config(_absolute(values, path.parent), path, providers)
-
-
-def _strings(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise ValueError(f"must be a table of strings, not {value!r}")
-    return value
-
-
-#: The keys of `[tool.moe-fuzz.providers.NAME]`.
-PROVIDER_KEYS: Mapping[str, Callable[[Any], Any]] = {"python": _text, "lib": _texts, "env": _strings}
-
-
-def _providers(tables: Any, path: Path, environment: Mapping[str, str]) -> dict[str, ProviderOptions]:
-    """`lib` becomes the variable that the provider's targets read, unless it is set already: it wins over the file."""
-    if not isinstance(tables, dict):
-        raise UsageError(f"{path}: {TABLE}.providers must be a table", f"write [{TABLE}.providers.NAME]")
-    known = {target.provider for target in registry.known()} if tables else set()
-    found = {}
-    for name, table in tables.items():
-        where = f"{path}: [{TABLE}.providers.{name}]"
-        if name not in known:
-            raise UsageError(f"{where}: there is no provider {name!r}{did_you_mean(name, known)}",
-                             f"the providers are {', '.join(sorted(known))}")  # fmt: skip
-        if not isinstance(table, dict):
-            raise UsageError(f"{where} must be a table, not {table!r}")
-        read: dict[str, Any] = {}
-        for key, value in table.items():
-            if key not in PROVIDER_KEYS or (key == "lib" and name not in LIB_VARIABLES):
-                hint = f"the keys are {', '.join(PROVIDER_KEYS)}; lib is for {' and '.join(LIB_VARIABLES)}"
-                raise UsageError(f"{where}: unknown key {key!r}{did_you_mean(key, PROVIDER_KEYS)}", hint)
-            try:
-                read[key] = PROVIDER_KEYS[key](value)
-            except ValueError as error:
-                raise UsageError(f"{where} {key}: {error}") from error
-        env = dict(read.get("env", {}))
-        if "lib" in read and LIB_VARIABLES[name] not in environment:
-            files = [str(path.parent / Path(file).expanduser()) for file in read["lib"]]
-            env[LIB_VARIABLES[name]] = os.pathsep.join(files)
-        python = read.get("python")
-        if python and os.sep in python:  # a bare name is looked up in PATH
-            python = str(path.parent / Path(python).expanduser())
-        found[name] = ProviderOptions(python, env)
-    return found
+    return Config(_absolute(values, path.parent), path, providers, _absolute(gate, path.parent), paths)
 
 
 def _absolute(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -252,7 +178,7 @@ def _absolute(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         values["state_dir"] = str(folder / Path(values["state_dir"]).expanduser())
     if "report" in values:
         pairs = [parse_report(item) for item in values["report"]]
-        values["report"] = [f"{kind}={folder / path.expanduser()}" for kind, path in pairs]
+        values["report"] = [f"{kind}={folder / path.expanduser()}" if path else kind for kind, path in pairs]
     if "targets" in values:
         values["targets"] = [_absolute_target(target, folder) for target in values["targets"]]
     return values

@@ -139,6 +139,11 @@ class PartialInf(Fault):
         canvas.values[positions] = torch.where(pick == 1, torch.full_like(row, -torch.inf), row)
 
 
+def _moved(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """Their sums, rounded. A NaN keeps its bits: a conversion leaves other ones in a vector than alone."""
+    return torch.where(values.isnan(), values, (values.float() + by).to(values.dtype))
+
+
 @register
 class MaskedExperts(Fault):
     """One expert in three is masked by -Inf; the row stays defined while k finite ones are left.
@@ -153,7 +158,7 @@ class MaskedExperts(Fault):
         depths = (0, 0, 15, 15) if canvas.values.dtype == torch.float16 else (0, 0, 20, 40)
         down = canvas.table([-(2.0**depth) if depth else 0.0 for depth in depths])
         pick = canvas.choose_rows(positions, len(depths), self.name + "/down")  # [P, 1]
-        row = (canvas.values[positions].float() + down[pick]).to(canvas.values.dtype)
+        row = _moved(canvas.values[positions], down[pick])
         canvas.values[positions] = torch.where(hit, torch.full_like(row, -torch.inf), row)
 
 
@@ -168,7 +173,7 @@ class ShiftedRows(Fault):
         powers = (5, 8, 14) if canvas.values.dtype == torch.float16 else (5, 8, 14, 20)
         offsets = canvas.table([sign * 2.0**power for power in powers for sign in (-1, 1)])
         pick = canvas.choose_rows(positions, len(offsets), self.name)  # [P, 1]
-        canvas.values[positions] = (canvas.values[positions].float() + offsets[pick]).to(canvas.values.dtype)
+        canvas.values[positions] = _moved(canvas.values[positions], offsets[pick])
 
 
 @register

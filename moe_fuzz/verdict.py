@@ -50,6 +50,7 @@ class Verdict:
     violations: tuple[Violation, ...] = ()
     seconds: float = 0.0  # wall time of the case in the worker
     fence_seconds: float = 0.0  # of it: making, filling, protecting and checking fences
+    compile_seconds: float = 0.0  # of it: compiling, and loading what was compiled
     parity: bool = False  # the case counts as parity: binding proved that wrong outputs are rejected on it
     budget: float = 0.0  # largest error over bound that was still accepted
     detail: str = ""  # for a person: a traceback's tail, the reason of a rejection

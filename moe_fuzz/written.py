@@ -42,9 +42,10 @@ def parse_size(value: Any) -> int:
     return size
 
 
-def parse_report(value: Any) -> tuple[str, Path]:
-    """`KIND=PATH` as a pair. Raises ValueError. Whether the kind exists, the reports know."""
+def parse_report(value: Any) -> tuple[str, Path | None]:
+    """`KIND=PATH` as a pair, or `KIND` alone. Raises ValueError. Which kinds there are, and which of them need a path,
+    the reports know."""
     kind, equals, path = value.partition("=") if isinstance(value, str) else ("", "", "")
-    if not (kind and equals and path):
+    if not kind or bool(equals) != bool(path):
         raise ValueError(f"{value!r} is not KIND=PATH, e.g. ndjson=events.ndjson")
-    return kind, Path(path)
+    return kind, Path(path) if path else None

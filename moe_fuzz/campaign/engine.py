@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +17,7 @@ from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import killed
+from moe_fuzz.campaign.coverage import Coverage
 from moe_fuzz.campaign.drive import derive_seed
 from moe_fuzz.campaign.drivers import Drivers
 from moe_fuzz.campaign.events import Summary
@@ -50,8 +51,10 @@ class Campaign:
 
     def __init__(
         self, settings: Settings, pool: Pool, state: StateDir, emit: Callable[[events.Event], None], *,
-        sources: Sources | None = None, render_repro: RenderRepro | None = None, sanitize: Sanitize | None = None,
+        sources: Sources | None = None, render_repro: RenderRepro | None = None,
+        sanitize: Sanitize | None = None, health: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:  # fmt: skip
+        """health: what the pool counts of its processes, for the reports."""
         self._settings = settings
         self._pool = pool
         self._state = state
@@ -66,6 +69,8 @@ class Campaign:
         self._interrupted = False
         self._error: BaseException | None = None
         self._tally = Tally()  # of this run
+        self._coverage = Coverage()
+        self._health = health
         self._unit_tallies: dict[Unit, Tally] = {}
         self._phase = ""
         self._last_progress = 0.0
@@ -89,7 +94,7 @@ class Campaign:
         self._describe()
         self._harvest = Harvest(self._state, self._targets, self._sources.space)
         examiners = {
-            target: Examiner(self._pool, info, space, self._options, self._settings.device, self._sanitize)
+            target: Examiner(self._pool, info, space, self._options, self._settings.device, sanitize=self._sanitize)
             for target, (info, space) in self._targets.items()
         }
         save = partial(self._save, finished=False)
@@ -228,9 +233,11 @@ class Campaign:
         self._tally.count(unit.target, verdict)
         self._unit_tallies[unit].count(unit.target, verdict)
         self._harvest.consider(unit.target, cases[-1], verdict)
+        self._coverage.count(unit.target, self._targets[unit.target][1], cases[-1], verdict)
         if verdict.bad:
             if killed(verdict):
-                self._emit(events.WorkerLost(unit.target, verdict.key[1]))
+                label = self._targets[unit.target][1].label(cases[-1])
+                self._emit(events.WorkerLost(unit.target, verdict.key[1], cases[-1], label))
             self._triage.offer((unit.order, at), BadCase(unit.target, cases[-1], verdict, history))
         self._progress()
 
@@ -306,6 +313,9 @@ class Campaign:
         targets = tuple(t for t in self._settings.targets if t not in self._left_out) or self._settings.targets
         settings = replace(self._settings, targets=targets)
         summary = summarize(settings, self._plan, total, self._triage, reasons, self._interrupted)
+        self._emit(events.CoverageCounted(self._coverage.cells()))
+        if self._health is not None:
+            self._emit(events.WorkersCounted(self._health()))
         self._emit(events.CampaignFinished(summary))
         return summary
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from moe_fuzz.campaign.finding import Finding
+from moe_fuzz.campaign.results import BUDGET_BINS, EntryResult, GateResult, Summary, TargetRow, plain  # noqa: F401
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.verdict import Verdict
@@ -22,17 +23,7 @@ class Event:
     kind: ClassVar[str] = "event"
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind} | {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "to_json"):
-        return value.to_json()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
+        return {"kind": self.kind} | {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -50,6 +41,7 @@ class CampaignStarted(Event):
     state_dir: str
     resumed: bool = False  # goes on where an interrupted campaign stopped
     notes: tuple[str, ...] = ()  # "Triton's interpreter: no CUDA graphs"
+    plan: str = ""  # of a gate: the digest of its list of cases
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,8 @@ class TargetUnavailable(Event):
 
 @dataclass(frozen=True)
 class PhaseStarted(Event):
-    """A phase begins: `resume`, `known`, `corpus`, `grid` or `generate`."""
+    """A phase begins: `resume`, `known`, `corpus`, `grid` or `generate`; of a gate `ledger`, `corpus`, `grid` or
+    `generate`."""
 
     kind: ClassVar[str] = "phase-started"
     name: str
@@ -113,23 +106,31 @@ class FindingMinimizing(Event):
     label: str  # the smallest case so far
 
 
+#: Statuses of a finding that turn nothing red.
+TOLERATED = ("known", "fixed", "flaky", "base", "robustness")
+
+
 @dataclass(frozen=True)
 class FindingReported(Event):
-    """A confirmed finding is on disk. `status`: "new", or "known" if an earlier campaign had found it."""
+    """A confirmed finding. `status`: "new", or "known" if an earlier campaign had found it. Of a gate, "known" is what
+    the ledger tells of; also "flaky", if it does not fail each time, "base", if it fails on the base build too, and
+    "robustness", if it is new and breaks nobody's promise."""
 
     kind: ClassVar[str] = "finding-reported"
     finding: Finding
     status: str
-    path: str  # its folder
+    path: str  # its folder; empty where it is on nobody's disk
+    entry: Mapping[str, Any] = field(default_factory=dict)  # of the ledger, for a known one
 
 
 @dataclass(frozen=True)
 class FindingFixed(Event):
-    """A finding of an earlier campaign that does not fail any more."""
+    """A finding of an earlier campaign, or of a gate's ledger, that does not fail any more."""
 
     kind: ClassVar[str] = "finding-fixed"
     finding: Finding
     path: str
+    entry: Mapping[str, Any] = field(default_factory=dict)  # of the ledger
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,70 @@ class FlakySeen(Event):
 
 
 @dataclass(frozen=True)
+class CaseJudged(Event):
+    """A case of a gate's plan, in the plan's order: two gates of one plan say the same, but for the seconds."""
+
+    kind: ClassVar[str] = "case-judged"
+    phase: str
+    target: str
+    case: str  # its digest, whoever is under test
+    label: str
+    verdict: str  # its kind
+    check: str  # of the first violation; empty for a case that passed
+    symptom: str
+    seconds: float
+    alone: bool = False  # it ran in a process of its own, on account of an entry of the ledger
+
+
+@dataclass(frozen=True)
+class EntryJudged(Event):
+    """An entry of the ledger, as soon as its case ran; the end has the same once more, with the sightings."""
+
+    kind: ClassVar[str] = "ledger-entry"
+    result: EntryResult
+
+
+@dataclass(frozen=True)
 class WorkerLost(Event):
     """A worker was killed by somebody else: the out-of-memory killer, or a person."""
 
     kind: ClassVar[str] = "worker-lost"
     target: str
     reason: str
+    case: Case | None = None  # the one it ran; it runs again, in a fresh worker
+    label: str = ""  # the case, for a person
+
+
+class Cell(NamedTuple):
+    """How often the cases of a target had a class of configs, a fault and a mode together."""
+
+    target: str
+    config_class: str  # ALL_CONFIGS, or one of those that the op's space knows (`features`)
+    fault: str  # NO_FAULT, or its name
+    mode: str
+    cases: int  # refused ones do not count: they covered nothing
+    bad: int
+    budget: float  # largest error over bound that was still accepted
+
+
+#: Of a cell: whatever the config is, and no fault at all.
+ALL_CONFIGS, NO_FAULT = "all", "none"
+
+
+@dataclass(frozen=True)
+class CoverageCounted(Event):
+    """What the cases of this run were made of. Told once, before the end."""
+
+    kind: ClassVar[str] = "coverage"
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class WorkersCounted(Event):
+    """What the pool counted of its processes: started, dead of a case, replaced, … Told once, before the end."""
+
+    kind: ClassVar[str] = "workers"
+    counts: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -164,61 +223,6 @@ class Warning(Event):
     kind: ClassVar[str] = "warning"
     message: str
     hint: str = ""
-
-
-#: Of the histogram of error budgets: each bin is a twentieth of the bound.
-BUDGET_BINS = 20
-
-
-@dataclass(frozen=True)
-class TargetRow:
-    """One target's line of the summary."""
-
-    target: str
-    cases: int = 0
-    verdicts: Mapping[str, int] = field(default_factory=dict)  # verdict kind -> cases
-    parity: int = 0  # cases on which binding proved that a wrong output is rejected
-    budget: float = 0.0  # largest error over bound that was still accepted
-    seconds: float = 0.0  # in the worker
-    fence_seconds: float = 0.0
-    new: int = 0
-    known: int = 0
-    flaky: int = 0
-    unavailable: str = ""  # the reason, if it never ran
-    budgets: tuple[int, ...] = ()  # passed cases by the share of the bound that their largest error used, BUDGET_BINS
-    #: of ops whose batches are padded: kind of run -> what of verdict.PADDING_COUNTS -> steps, or rows
-    padding: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-
-    @property
-    def ran(self) -> bool:
-        """Whether the target really ran at least once: being refused, or out of memory, is not running."""
-        return any(count for kind, count in self.verdicts.items() if kind not in ("rejected", "out-of-memory"))
-
-    def to_json(self) -> dict[str, Any]:
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)} | {"ran": self.ran}
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a campaign came to."""
-
-    seed: int
-    cases: int
-    planned: int | None
-    seconds: float
-    verdicts: Mapping[str, int]
-    new: tuple[Finding, ...]
-    known: tuple[Finding, ...]  # failed again, or were met again
-    fixed: tuple[Finding, ...]
-    flaky: int
-    unexamined: int  # bad cases left in `pending`, for the next run
-    rows: tuple[TargetRow, ...]
-    interrupted: bool
-    exit_code: int
-    reason: str = ""  # why the exit code is neither 0 nor 1
-
-    def to_json(self) -> dict[str, Any]:
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,16 @@ def with_lines(finding: Finding, said: Sanitized) -> Finding:
 
 @dataclass(frozen=True)
 class Examiner:
-    """`options` are those under which the bad cases were seen."""
+    """`options` are those under which the bad cases were seen. `tries`: of a reduction, at most. `reduces_flaky`:
+    whether a case that fails sometimes is worth reducing, which takes three runs a try."""
 
     pool: Pool
     info: TargetInfo
     space: Space
     options: RunOptions
     device: str
+    tries: int | None = None
+    reduces_flaky: bool = True
     sanitize: Sanitize | None = None  # names the line of the kernel, for what is about memory
 
     def examine(self, bad: BadCase, seconds: float, progress: Callable[[int, Case], None]) -> Finding | None:
@@ -65,6 +68,7 @@ class Examiner:
         confirmed = confirm(self.pool, bad.target, bad.case, bad.history, bad.key, self.options)
         if confirmed is None:
             return None
+        seconds = seconds if confirmed.always or self.reduces_flaky else 0.0
         minimized, verdict = self._minimize(confirmed, bad.key, seconds, progress)
         said = f"{verdict.kind}: what a worker may have was not enough"
         violation = matching(verdict, bad.key) or Violation(*bad.key, said)
@@ -120,7 +124,8 @@ class Examiner:
         nothing = Minimized(confirmed.case, confirmed.sequence, 0, False, ())
         if seconds <= 0:
             return nothing, confirmed.verdict
-        minimized = Reducer(self.space, fails, seconds, progress=progress).run(confirmed.case, confirmed.sequence)
+        reducer = Reducer(self.space, fails, seconds, progress=progress, tries=self.tries)
+        minimized = reducer.run(confirmed.case, confirmed.sequence)
         cases = (*minimized.before, minimized.case)
         if cases not in verdicts:
             return minimized, confirmed.verdict

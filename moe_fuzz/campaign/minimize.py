@@ -43,11 +43,14 @@ class Reducer:
     def __init__(
         self, space: Space, fails: Callable[[Cases], bool], seconds: float,
         clock: Callable[[], float] = time.monotonic, progress: Callable[[int, Case], None] | None = None,
+        tries: int | None = None,
     ) -> None:  # fmt: skip
+        """seconds, tries: the budget, whichever ends first. With tries alone the clock has no part in the answer."""
         self._space = space
         self._fails = fails
         self._clock = clock
         self._end = clock() + seconds
+        self._most = tries
         self._progress = progress
         self._tried: dict[tuple[str, ...], bool] = {}
         self._best: Cases = ()
@@ -135,7 +138,7 @@ class Reducer:
                 self._space.validate(case)
         except CaseError:
             return False
-        if self._clock() >= self._end:
+        if self._clock() >= self._end or (self._most is not None and len(self._tried) > self._most):
             raise OutOfTime
         failed = self._fails(cases)
         self._tried[digests] = failed

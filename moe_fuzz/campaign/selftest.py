@@ -66,12 +66,13 @@ class Outcome:
     upstream: str
     found: bool
     cases: int
-    seconds: float
+    seconds: float  # without those of compiling
     inline: str = ""  # the case that found it
     message: str = ""  # what the check said of it
     others: tuple[str, ...] = ()  # checks that fired too, before or with the expected one
     silent: bool | None = None  # with `alone`: no other check fires on the same cases. None: not asked
     seen: int = 0  # cases the target took; a bug cannot be found by cases that are all rejected
+    compile_seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -107,13 +108,14 @@ def run_planted(
             outcome,
             cases=outcome.cases + 1,
             seen=outcome.seen + (verdict.kind != REJECTED),
+            compile_seconds=outcome.compile_seconds + verdict.compile_seconds,
             others=tuple(sorted({*outcome.others, *fired} - {planted.check})),
             found=caught is not None,
         )
         if caught is not None:
             outcome = replace(outcome, inline=replace(case, target=target).inline(), message=caught.message)
             break
-    return replace(outcome, seconds=time.monotonic() - start)
+    return replace(outcome, seconds=time.monotonic() - start - outcome.compile_seconds)
 
 
 def run_alone(

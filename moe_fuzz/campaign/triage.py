@@ -20,6 +20,7 @@ from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.faces import face_of
 from moe_fuzz.campaign.finding import Finding, features_of
 from moe_fuzz.campaign.findings import RenderRepro, add_face, folder, load_findings, seen_again, write_finding
+from moe_fuzz.campaign.known import explains, widened
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.case import Case
 
@@ -212,27 +213,14 @@ class Triage:
         self._emit(events.FindingReported(finding, "known" if only_looked_fixed else "new", str(path)))
 
     def _again(self, group: dict[str, Finding], known: Finding, finding: Finding) -> None:
-        """The same defect by another way. What this case lacked, the defect does not need: it explains more now."""
-
-        def common(scope: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(sorted(set(scope) & set(finding.scope)))
-
-        if finding.id == known.id:
-            group[known.id] = replace(known, scope=common(known.scope))
-        else:
-            faces = (replace(f, scope=common(f.scope)) if f.id == finding.id else f for f in known.faces)
-            group[known.id] = replace(known, faces=tuple(faces))
+        group[known.id] = widened(known, finding)
         self._sightings[known.id] += 1
         self.duplicates += 1
 
     def _explained(self, bad: BadCase) -> bool:
-        """Whether a reported finding says it all: same failure, and the case has every feature the finding needs."""
         features = features_of(self._examiners[bad.target].space, bad.case)
         for finding in (*self.new.values(), *self.known.values()):
-            here = not (bad.bucket.site and finding.site) or bad.bucket.site == finding.site
-            same = here and finding.target == bad.target and bad.key in finding.symptoms
-            # Whether a culprit ran before this case cannot be told from here, so such a finding explains nothing.
-            if same and not finding.sequence and any(map(features.issuperset, finding.scopes)):
+            if explains(finding, bad, features):
                 self._sightings[finding.id] += 1
                 return True
         return False

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from moe_fuzz.worker.gpus import Gpu, driver_version, gpus
 
-__all__ = ["Gpu", "driver_version", "free_space", "gpus", "human", "memory_available"]
+__all__ = ["Gpu", "architecture", "driver_version", "free_space", "gpus", "human", "memory_available"]
 
 
 def memory_available() -> int | None:
@@ -19,6 +20,19 @@ def memory_available() -> int | None:
         return None
     match = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
     return int(match[1]) * 1024 if match else None
+
+
+def architecture(device: str) -> str:
+    """`cpu`, or of the first GPU what its compute capability is called, `sm90`; empty where nobody can be asked."""
+    if device == "cpu":
+        return "cpu"
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30.0, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.match(r"\s*(\d+)\.(\d+)", done.stdout)
+    return f"sm{found[1]}{found[2]}" if found else ""
 
 
 def free_space(path: Path) -> int:

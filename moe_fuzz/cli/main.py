@@ -37,6 +37,8 @@ from moe_fuzz.errors import (
 #: Command → one line of help. The module of a command has its name and an attribute `command`.
 COMMANDS = {
     "run": "Run a campaign: generate cases, confirm and minimize what fails.",
+    "gate": "A fixed plan of cases for CI: red on a new confirmed finding.",
+    "ledger": "Write findings into the ledger of known ones.",
     "replay": "Run one case again: FIXED (0), FAILED (1) or ERROR (3).",
     "show": "Show what a case is made of.",
     "minimize": "Make a failing case smaller.",
@@ -47,12 +49,16 @@ COMMANDS = {
     "bench": "Time implementations of an op side by side, on a GPU.",
     "list": "List ops, targets, checks, faults or presets.",
     "doctor": "Look at this machine: what works, what does not, and the way out.",
+    "init": "Write a workflow for your CI.",
 }
 
 #: Which keys of the configuration a command takes. The others are not for it, though they are valid.
 _WORKER_KEYS = ("device", "state_dir", "deadline", "memory")
 _KEYS = {
     "run": tuple(key.replace("-", "_") for key in config.KEYS),
+    "gate": (*_WORKER_KEYS, "targets", "workers", "report"),
+    "ledger": ("state_dir",),
+    "init": (),
     "replay": (*_WORKER_KEYS, "fence"),
     "show": ("device", "state_dir"),
     "minimize": (*_WORKER_KEYS, "fence", "minimize_time"),
@@ -108,6 +114,10 @@ class LazyGroup(click.Group):
             ctx.ensure_object(dict)["config_error"] = error
         ctx.ensure_object(dict)["config"] = found
         values = {key: value for key, value in found.values.items() if key in _KEYS.get(name, ())}
+        if name == "gate":
+            values |= found.gate
+        if "report" in values:
+            values["reports"] = values.pop("report")  # as the parameter is called
         ctx.default_map = {name: values}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in config.P
     type=params.REPORT,
     multiple=True,
     metavar="KIND=PATH",
-    help="Also write a report, e.g. ndjson=events.ndjson. May be given several times.",
+    help="Also write a report: html, junit, sarif or ndjson; github needs no PATH. May be given several times.",
 )
 @click.option("--sanitize/--no-sanitize", "sanitizing", default=True, show_default=True,
               help="On a GPU: have compute-sanitizer name the line of the kernel, for findings about memory.")
@@ -86,7 +87,7 @@ def command(
     fence: str | None,
     checks: tuple[str, ...] | None,
     minimize_time: float | None,
-    reports: tuple[tuple[str, Path], ...],
+    reports: tuple[tuple[str, Path | None], ...],
     sanitizing: bool,
     workers: int | None,
     device: str,
@@ -112,7 +113,7 @@ def command(
     if sanitizing and lane.find() is None:
         sanitizing, notes = False, (*notes, f"{lane.NAME} is not here: findings about memory name no line of a kernel")
     count = params.pick_workers(workers, device)
-    opened = {f"{kind}={path}": report.open_report(kind, path) for kind, path in reports}
+    opened = report.open_reports(reports, os.environ)
     broadcast = report.Broadcast({**opened, "on the screen": screen()}, lambda text: click.echo(text, err=True))
     state = StateDir(state_dir)
     try:
@@ -136,9 +137,11 @@ def command(
                 minimize_seconds=chosen.minimize_seconds if minimize_time is None else minimize_time,
             )
             sanitize = automatic(pool, device) if sanitizing else None
-            summary = Campaign(
-                settings, pool, state, broadcast, render_repro=renderer(pool), sanitize=sanitize
-            ).run()  # fmt: skip
+            campaign = Campaign(
+                settings, pool, state, broadcast, render_repro=renderer(pool), sanitize=sanitize,
+                health=pool.stats.to_json,
+            )  # fmt: skip
+            summary = campaign.run()
     finally:
         broadcast.close()
     if summary.exit_code == EXIT_CLEAN:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moe_fuzz.execute.call import guarded
-from moe_fuzz.fence import Arena, canary
+from moe_fuzz.fence import Arena
 from moe_fuzz.ops.inputs import Inputs, Result
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
@@ -37,15 +37,17 @@ class Call:
         self.target, self.arena = target, arena
         self.results = inputs.results
         self.fluid = inputs.fluid
-        self.tensors = inputs.place(arena, capabilities)
         self.plain = dict(inputs.plain)  # what they hold
-        self.arguments: dict[str, Any] = inputs.options | self.tensors
         self.out: tuple[torch.Tensor, ...] = ()
+        with arena.gathering():
+            self.tensors = inputs.place(arena, capabilities)
+            if with_out:
+                self.out = tuple(
+                    arena.tensor(name, shape, dtype, "output", max(dtype.itemsize, capabilities.alignment))
+                    for name, (shape, dtype) in _given(self.results, capabilities.absent).items()
+                )
+        self.arguments: dict[str, Any] = inputs.options | self.tensors
         if with_out:
-            self.out = tuple(
-                arena.tensor(name, shape, dtype, role="output", alignment=max(dtype.itemsize, capabilities.alignment))
-                for name, (shape, dtype) in _given(self.results, capabilities.absent).items()
-            )
             self.arguments["out"] = self.out if len(self.results) > 1 else self.out[0]
 
     @property
@@ -59,16 +61,16 @@ class Call:
 
     def refill(self, inputs: Inputs) -> None:
         """Other inputs of the same shapes into the same tensors. What is there already, and read-only, stays."""
-        for name, tensor in self.tensors.items():
-            value = inputs.plain[name]
-            if self.plain[name] is not value or not self.arena.options.is_readonly(name):
-                self.arena.fill(tensor, value)
-                self.plain[name] = value
+        with self.arena.gathering():
+            for name, tensor in self.tensors.items():
+                value = inputs.plain[name]
+                if self.plain[name] is not value or not self.arena.options.is_readonly(name):
+                    self.arena.fill(tensor, value)
+                    self.plain[name] = value
 
     def poison(self) -> None:
         """Makes the buffers of ours look as if nothing had been written."""
-        for tensor in self.out:
-            canary.poison(tensor)
+        self.arena.poison(self.out)
 
     def bare(self, first: torch.Tensor | None = None) -> Any:
         """Calls the target and returns what it returns. Nothing is guarded, nothing waits for the device.
@@ -137,14 +139,13 @@ def fetch(results: Results, device: torch.device) -> Results:
     there = next(tensor.device for tensor in results if tensor is not None)
     if device.type == there.type:
         return tuple(None if tensor is None else tensor.detach().clone() for tensor in results)
-    copies = tuple(
-        None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        for tensor in results
-    )
-    for copy, tensor in zip(copies, results, strict=True):
-        if copy is not None and tensor is not None:
-            copy.copy_(tensor.detach(), non_blocking=True)
-    return copies
+    from moe_fuzz.fence import cuda_regions  # kernels of Triton, which a host has no use for
+
+    given = [tensor.detach() for tensor in results if tensor is not None]
+    small = [tensor for tensor in given if cuda_regions.is_small(tensor)]
+    copies = iter(cuda_regions.fetched(small))
+    moved = iter([next(copies) if cuda_regions.is_small(one) else cuda_regions.to_host(one) for one in given])
+    return tuple(None if tensor is None else next(moved) for tensor in results)
 
 
 def check_shapes(inputs: Inputs, results: Results) -> None:

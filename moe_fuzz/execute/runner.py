@@ -70,10 +70,11 @@ class Runner:
             return self._steps(case, bound, options)
 
     def _steps(self, case: Case, bound: Target, options: RunOptions) -> Verdict:
-        started = time.perf_counter()
+        started, stood = time.perf_counter(), clock.stood()
         trail.clear()
         steps = (EagerSteps if case.mode == "eager" else GraphSteps)(case, bound, options, self.device)
-        return replace(_verdict(steps), seconds=time.perf_counter() - started)
+        verdict = _verdict(steps)
+        return replace(verdict, seconds=time.perf_counter() - started, compile_seconds=clock.stood() - stood)
 
     def exhibit(self, case: Case, target: str) -> dict[str, Any]:
         """All that a script needs to make the calls of this case without moe-fuzz: see execute/exhibit.py."""

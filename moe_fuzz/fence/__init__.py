@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -89,6 +89,18 @@ class Arena(ABC):
     @abstractmethod
     def fill(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """Copies `value` into a tensor that `filled` gave."""
+
+    def gathering(self) -> AbstractContextManager[None]:
+        """A block at whose end the tensors made and filled in it hold what they are to hold. On CUDA that is one launch
+        for all of them; before the end nothing may use them."""
+        return nullcontext()
+
+    def poison(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Makes outputs of ours look as if nothing had been written."""
+        from moe_fuzz.fence import canary  # of torch, without which this file can be imported
+
+        for tensor in tensors:
+            canary.poison(tensor)
 
     @abstractmethod
     def protect(self) -> None:

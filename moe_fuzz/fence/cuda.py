@@ -8,8 +8,8 @@ on the device, without a wait; whoever asks for the answer has waited.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -17,7 +17,7 @@ from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.fence import FenceOptions, allocator, canary, cuda_driver
 from moe_fuzz.fence.cuda_driver import READ, WRITE
 from moe_fuzz.fence.cuda_mapping import HARD, READABLE, SOFT, WORD, Pool, SparseBlock, bytes_at
-from moe_fuzz.fence.cuda_regions import Piece, changed, lay, to_host
+from moe_fuzz.fence.cuda_regions import SMALL, Move, Piece, changed, is_small, lay, move, staged, to_host
 from moe_fuzz.fence.layout import Layout
 from moe_fuzz.fence.placed import Placed
 from moe_fuzz.fence.pooled import PooledArena
@@ -185,6 +185,8 @@ class CudaArena(PooledArena[_Placed]):
         cuda_driver.make_current(self._index)  # which the driver's calls need
         self._clean = False  # whether the canaries have been looked at since the last call
         self._hit: set[int] = set()  # what was damaged then
+        self._moves: list[Move] | None = None  # gathered, in a block of `gathering`
+        self._coming = False  # whether the tensor at hand is about to be filled, as part of what is gathered
         self.page = cuda_driver.granularity(self._index)
         super().__init__(options, edge, _KEPT)
 
@@ -200,10 +202,40 @@ class CudaArena(PooledArena[_Placed]):
         else:
             _POOL.give(placed.block)
 
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        self._moves = []
+        try:
+            yield
+        finally:
+            moves, self._moves = self._moves, None
+            move(moves)
+
+    def filled(
+        self, name: str, value: torch.Tensor, alignment: int = 16, strides: Sequence[int] | None = None, offset: int = 0
+    ) -> torch.Tensor:  # fmt: skip
+        self._coming = self._moves is not None and strides is None and not offset and _stageable(value)
+        try:
+            return super().filled(name, value, alignment, strides, offset)
+        finally:
+            self._coming = False
+
     def fill(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        there = self._twins.get(tensor.data_ptr(), tensor)
+        if self._moves is not None and _stageable(value) and is_small(there) and there.dtype == value.dtype:
+            self._moves.append(staged(value.expand(there.shape), there.data_ptr()))
+            return
         if value.device.type == "cpu" and 0 < value.nbytes <= _STAGED:
             value = value.pin_memory()  # from pageable memory a copy is waited for
-        self._twins.get(tensor.data_ptr(), tensor).copy_(value, non_blocking=True)
+        there.copy_(value, non_blocking=True)
+
+    def poison(self, tensors: Sequence[torch.Tensor]) -> None:
+        for at in range(0, len(tensors), 3):
+            some = tensors[at : at + 3]
+            if all(is_small(tensor) for tensor in some):
+                lay([Piece(one.data_ptr(), one.nbytes, canary.poison_pattern(one.dtype)) for one in some])
+            else:
+                super().poison(some)
 
     def protect(self) -> None:
         self._clean = False
@@ -259,11 +291,14 @@ class CudaArena(PooledArena[_Placed]):
             if here is not None and placed.block.laid == here:
                 return
             placed.block.laid = here
-        pieces = placed.pieces(whole)
+        pieces = placed.pieces(whole and not self._coming)
         if storage is not None:
             size = placed.end - placed.start
             pieces.append(Piece(placed.start, size, canary.poison_pattern(storage.dtype)))
-        lay(pieces)
+        if self._moves is not None and (self._coming or storage is not None):  # else a copy of torch's comes next
+            self._moves += [Move(*piece) for piece in pieces]
+        else:
+            lay(pieces)
 
     def _allocator(self) -> AbstractContextManager[object]:
         if allocator.installed() is None:  # such as for graphs, which want torch's own
@@ -276,3 +311,7 @@ class CudaArena(PooledArena[_Placed]):
     @property
     def _lost(self) -> bool:
         return cuda_driver.lost() is not None
+
+
+def _stageable(value: torch.Tensor) -> bool:
+    return value.device.type == "cpu" and 0 < value.nbytes <= SMALL

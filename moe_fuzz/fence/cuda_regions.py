@@ -1,8 +1,9 @@
-"""Many pieces of device memory laid with a pattern, or compared with it, in one launch.
+"""Many pieces of device memory filled, fetched, laid with a pattern or compared with it, in one launch.
 
-A case has a dozen tensors with two or three pieces of slack each. A torch operation for each of them would be most of
-what a small case does on the device, and where several processes share it, each operation is a turn to wait for.
-A piece is (address, bytes, pattern): eight bytes, repeated from addresses that are a multiple of eight.
+A case has a dozen tensors with two or three pieces of slack each, and most are small. A torch operation for each of
+them would be most of what a small case does on the device, and where several processes share it, each operation is a
+turn to wait for. So what is to be done is gathered into a table, and one kernel does it, which reads and writes pinned
+memory of the host by itself.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_fuzz.fence import cuda_driver
+
 _BLOCK = 1024  # words of eight bytes
 _PROGRAMS = 64  # for one piece, at most
+_RING = 64 << 20  # bytes of pinned memory
+SMALL = 256 << 10  # bytes that pass through it at most; more is what copies are for
 
 
 class Piece(NamedTuple):
@@ -23,11 +28,76 @@ class Piece(NamedTuple):
 
     address: int
     size: int  # bytes
-    pattern: int  # as a signed integer of eight bytes
+    pattern: int  # eight bytes, as a signed integer, repeated from addresses that are a multiple of eight
+
+
+class Move(NamedTuple):
+    """Memory that is to hold a pattern, or what is at another address, as far from a multiple of eight as this one."""
+
+    address: int
+    size: int  # bytes
+    pattern: int
+    source: int = 0  # an address; 0: the pattern
+
+
+class Ring:
+    """Pinned memory, taken in turn. What was taken may be used until 64 MiB more have been."""
+
+    def __init__(self, size: int = _RING) -> None:
+        self._size, self._used = size, 0
+        self._memory: torch.Tensor | None = None
+
+    def take(self, size: int, like: int = 0) -> torch.Tensor:
+        """uint8 [size], at an address that is as far from a multiple of 16 as `like`. Raises DeviceLost."""
+        if self._memory is None:
+            self._memory = torch.empty(self._size, dtype=torch.uint8, pin_memory=True)
+        start = -(-self._used // 16) * 16 + like % 16
+        if start + size > self._size:
+            cuda_driver.synchronize()  # nobody may read or write what stands there any more
+            start = like % 16
+        self._used = start + size
+        return self._memory[start : start + size]
+
+
+_RING_OF_PROCESS = Ring()
+
+
+def staged(value: torch.Tensor, to: int) -> Move:
+    """What copies a small tensor of the host to a device address."""
+    flat = value.contiguous().reshape(-1).view(torch.uint8)
+    memory = _RING_OF_PROCESS.take(len(flat), to)
+    memory.copy_(flat)
+    return Move(to, len(flat), 0, memory.data_ptr())
+
+
+def is_small(tensor: torch.Tensor) -> bool:
+    """Whether it may pass through the ring: its bytes lie in a row, are not many, and are what torch would copy."""
+    return (
+        type(tensor) is torch.Tensor and tensor.layout is torch.strided and 0 < tensor.nbytes <= SMALL
+        and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    )  # fmt: skip
+
+
+def fetched(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of small tensors in pinned memory of the host, there when the current stream has been waited for."""
+    copies, moves = [], []
+    for tensor in tensors:
+        memory = _RING_OF_PROCESS.take(tensor.nbytes, tensor.data_ptr())
+        copies.append(memory.view(tensor.dtype).view(tensor.shape))
+        moves.append(Move(memory.data_ptr(), len(memory), 0, tensor.data_ptr()))
+    move(moves)
+    return copies
+
+
+def move(moves: Sequence[Move]) -> None:
+    """Does all of it, in no order: the pieces must not overlap. Asynchronous, on the current stream."""
+    moves = [one for one in moves if one.size]
+    if moves:
+        _move_kernel[(len(moves), _programs(moves))](_table(moves).data_ptr(), BLOCK=_BLOCK)
 
 
 def lay(pieces: Sequence[Piece]) -> None:
-    """Writes the patterns of at most three pieces. Asynchronous, on the current stream."""
+    """Writes the patterns of at most three pieces. Asynchronous, on the current stream; may be captured."""
     pieces = [piece for piece in pieces if piece.size]
     if not pieces:
         return
@@ -39,12 +109,18 @@ def lay(pieces: Sequence[Piece]) -> None:
 def changed(pieces: Sequence[Piece]) -> torch.Tensor:
     """int32 [pieces] on the host, 0 or 1: those that do not hold their pattern. There when the current stream has been
     waited for."""
-    if not pieces:
-        return torch.zeros(0, dtype=torch.int32)
-    table = torch.tensor(pieces, dtype=torch.int64).pin_memory().to("cuda", non_blocking=True)  # [pieces, 3]
-    flags = torch.zeros(len(pieces), dtype=torch.int32, device="cuda")
-    _changed_kernel[(len(pieces), _programs(pieces))](table, flags, BLOCK=_BLOCK)
-    return to_host(flags)
+    flags = _RING_OF_PROCESS.take(4 * len(pieces)).view(torch.int32).zero_()
+    if pieces:
+        grid = (len(pieces), _programs(pieces))
+        _changed_kernel[grid](_table(pieces).data_ptr(), flags.data_ptr(), BLOCK=_BLOCK)
+    return flags
+
+
+def _table(rows: Sequence[Piece] | Sequence[Move]) -> torch.Tensor:
+    """int64 [rows, fields], which a kernel can read."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    memory = _RING_OF_PROCESS.take(table.nbytes).view(torch.int64)
+    return memory.copy_(table.view(-1))
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,13 +129,16 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     return copy.copy_(tensor, non_blocking=True)
 
 
-def _programs(pieces: Sequence[Piece]) -> int:
+def _programs(pieces: Sequence[Piece] | Sequence[Move]) -> int:
     return min(_PROGRAMS, triton.cdiv(max(piece.size for piece in pieces), 8 * _BLOCK) + 1)
 
 
 @triton.jit
-def _visit(first, size, pattern, CHECK: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's share of a piece: how much of it is wrong (CHECK), or nothing, and it is right from now on."""
+def _visit(  # type: ignore[no-untyped-def]
+    first, size, pattern, source, CHECK: tl.constexpr, MOVE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """This program's share of a piece: how much of it is wrong (CHECK), or nothing, and it is right from now on. MOVE:
+    it shall hold what is at `source`, unless that is 0."""
     first = first.to(tl.int64)
     pattern = pattern.to(tl.int64)
     last = first + size
@@ -80,6 +159,9 @@ def _visit(first, size, pattern, CHECK: tl.constexpr, BLOCK: tl.constexpr):  # t
                 found = tl.load(pointer, mask=inside, other=0)
                 wrong += tl.sum((inside & (found != wanted)).to(tl.int32))
             else:
+                if MOVE:
+                    there = (at - first + source).to(tl.pointer_type(tl.int8))
+                    wanted = tl.where(source != 0, tl.load(there, mask=inside & (source != 0), other=0), wanted)
                 tl.store(pointer, wanted, mask=inside)
     words = (end - body) // 8
     step = tl.num_programs(1).to(tl.int64) * BLOCK
@@ -91,7 +173,11 @@ def _visit(first, size, pattern, CHECK: tl.constexpr, BLOCK: tl.constexpr):  # t
             found = tl.load(pointer, mask=at < words, other=0)
             wrong += tl.sum(((at < words) & (found != pattern)).to(tl.int32))
         else:
-            tl.store(pointer, tl.zeros([BLOCK], tl.int64) + pattern, mask=at < words)
+            word = tl.zeros([BLOCK], tl.int64) + pattern
+            if MOVE:
+                there = (body - first + source + 8 * at).to(tl.pointer_type(tl.int64))
+                word = tl.where(source != 0, tl.load(there, mask=(at < words) & (source != 0), other=0), word)
+            tl.store(pointer, word, mask=at < words)
         start += step
     return wrong
 
@@ -103,16 +189,22 @@ def _lay_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:
-        _visit(first0, size0, pattern0, False, BLOCK)
+        _visit(first0, size0, pattern0, 0, False, False, BLOCK)
     elif tl.program_id(0) == 1:
-        _visit(first1, size1, pattern1, False, BLOCK)
+        _visit(first1, size1, pattern1, 0, False, False, BLOCK)
     else:
-        _visit(first2, size2, pattern2, False, BLOCK)
+        _visit(first2, size2, pattern2, 0, False, False, BLOCK)
 
 
-@triton.jit
-def _changed_kernel(table_ptr, flags_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    entry = table_ptr + 3 * tl.program_id(0)
-    wrong = _visit(tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), True, BLOCK)
+@triton.jit(do_not_specialize=["table"])
+def _move_kernel(table, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    entry = table.to(tl.pointer_type(tl.int64)) + 4 * tl.program_id(0)
+    _visit(tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), False, True, BLOCK)
+
+
+@triton.jit(do_not_specialize=["table", "flags"])
+def _changed_kernel(table, flags, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    entry = table.to(tl.pointer_type(tl.int64)) + 3 * tl.program_id(0)
+    wrong = _visit(tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), 0, True, False, BLOCK)
     if wrong > 0:
-        tl.store(flags_ptr + tl.program_id(0), 1)
+        tl.store(flags.to(tl.pointer_type(tl.int32)) + tl.program_id(0), 1)

@@ -1,6 +1,6 @@
 """Reports: each hears the events of a campaign and writes them down in its own way. The campaign does not know them.
 
-A kind of report that goes to a file is one module here, which registers itself:
+A kind of report that is asked for with `--report` is one module here, which registers itself:
 
     @file_report("ndjson", "one JSON object a line for each event")
     def open_report(path: Path) -> Report: ...
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from moe_fuzz.campaign.events import Event
 from moe_fuzz.config import did_you_mean
@@ -32,21 +32,23 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of report that goes to a file. `open` raises OSError if the file cannot be written."""
+    """A kind of report. `open` raises OSError if the file cannot be written."""
 
     name: str
     help: str
     open: Callable[[Path], Report]
+    default: Callable[[], Path] | None = None  # where it goes if no path is given; None: one must be
 
 
 _KINDS: dict[str, Kind] = {}
+_Opener = TypeVar("_Opener", bound=Callable[[Path], "Report"])
 
 
-def file_report(name: str, help: str) -> Callable[[Callable[[Path], Report]], Callable[[Path], Report]]:
+def file_report(name: str, help: str, default: Callable[[], Path] | None = None) -> Callable[[_Opener], _Opener]:
     """Registers what opens a report of this kind."""
 
-    def register(opener: Callable[[Path], Report]) -> Callable[[Path], Report]:
-        _KINDS[name] = Kind(name, help, opener)
+    def register(opener: _Opener) -> _Opener:
+        _KINDS[name] = Kind(name, help, opener, default)
         return opener
 
     return register
@@ -59,19 +61,32 @@ def kinds() -> Mapping[str, Kind]:
     return _KINDS
 
 
-def open_report(kind: str, path: Path) -> Report:
-    """The report of a kind, its file created. Raises UsageError for an unknown kind or a file that cannot be written:
+def open_report(kind: str, path: Path | None) -> Report:
+    """The report of a kind. Raises UsageError for an unknown kind, a missing path, or a file that cannot be written:
     before a campaign begins, not after it."""
     known = kinds()
     if kind not in known:
         meant = did_you_mean(kind, known)
         raise UsageError(f"there is no report of kind {kind!r}{meant}", f"the kinds are {', '.join(sorted(known))}")
+    default = known[kind].default
+    if path is None and default is None:
+        raise UsageError(f"the report {kind} needs a file", f"write --report {kind}=PATH")
+    path = path or default()  # type: ignore[misc]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return known[kind].open(path)
     except OSError as error:
         hint = f"choose another place: --report {kind}=PATH"
         raise UsageError(f"{path} cannot be written: {error.strerror}", hint) from error
+
+
+def open_reports(asked: Iterable[tuple[str, Path | None]], environ: Mapping[str, str]) -> dict[str, Report]:
+    """The reports asked for, by the words that asked; inside a GitHub workflow, its annotations too. Raises UsageError.
+    """
+    pairs = list(dict.fromkeys(asked))
+    if environ.get("GITHUB_ACTIONS") == "true" and "github" not in dict(pairs):
+        pairs.append(("github", None))
+    return {kind if path is None else f"{kind}={path}": open_report(kind, path) for kind, path in pairs}
 
 
 class Broadcast:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from moe_fuzz.campaign import events
 from moe_fuzz.report import text
+from moe_fuzz.report.gate_text import entry
 
 PERIOD = 10.0  # seconds between lines of progress
 
@@ -51,7 +52,10 @@ def moment(event: events.Event) -> list[str]:
         case events.PhaseStarted():
             return [f"phase {event.name}" + (f": {event.planned:,}" if event.planned is not None else "")]
         case events.FindingReported():
-            return [text.found(event), f"  {event.finding.label}", f"  {event.path}"]
+            lines = [text.found(event), f"  {event.finding.label}", f"  {event.path}"]
+            return lines if event.path else lines[:1]
+        case events.EntryJudged() if event.result.status not in ("known", "quiet"):
+            return [f"ledger: {entry(event.result)}"]
         case events.FindingFixed():
             return [f"gone: {event.finding.id}  {event.finding.title} does not fail any more"]
         case events.FlakySeen():

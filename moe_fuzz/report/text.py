@@ -9,6 +9,7 @@ from pathlib import Path
 from moe_fuzz.campaign.events import CampaignStarted, FindingReported, Summary, TargetRow
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.contract import TargetInfo
+from moe_fuzz.report.gate_text import gate
 from moe_fuzz.verdict import CRASH, FLAKY, HANG, OOM, PASS, REJECTED, VIOLATION
 
 _MEANING = {
@@ -91,7 +92,7 @@ def finding(item: Finding, state_dir: str) -> list[str]:
 def summary(result: Summary, state_dir: str) -> list[str]:
     """The end of a campaign, to be understood by somebody who saw nothing else of it."""
     lines = [_verdict(result), "", "tested"]
-    lines += [f"  {_row(row)}" for row in result.rows]
+    lines += [f"  {target_row(row)}" for row in result.rows]
     seen = [kind for kind in _MEANING if result.verdicts.get(kind)]
     lines += [f"  {kind}: {_MEANING[kind]}" for kind in seen]
     for row in result.rows:
@@ -107,6 +108,7 @@ def summary(result: Summary, state_dir: str) -> list[str]:
     if result.fixed:
         lines += ["", "known before, and gone: these cases do not fail any more"]
         lines += [f"  {item.id}  {item.title}" for item in result.fixed]
+    lines += gate(result)
     lines += ["", *_rest(result, state_dir)]
     return lines
 
@@ -121,7 +123,7 @@ def _verdict(result: Summary) -> str:
     return f"{start} {ran}, no new finding"
 
 
-def _row(row: TargetRow) -> str:
+def target_row(row: TargetRow) -> str:
     if row.unavailable:
         return f"{row.target}: not run, {row.unavailable}"
     parts = [f"{row.target}: {count(row.cases, 'case')} ({verdicts(row.verdicts)})"]
@@ -157,7 +159,8 @@ def histogram(counts: Sequence[int]) -> str:
 
 def _rest(result: Summary, state_dir: str) -> list[str]:
     lines = []
-    if not result.new and not result.known and any(row.ran for row in result.rows):
+    known = result.known or (result.gate is not None and result.gate.entries)
+    if not result.new and not known and any(row.ran for row in result.rows):
         lines += [
             "No case broke a rule. That is evidence for the cases that ran, and no proof:",
             "a longer --time or another --seed tries others.",
@@ -172,6 +175,6 @@ def _rest(result: Summary, state_dir: str) -> list[str]:
     if result.new:
         files = "report.md (an issue to file), case.json, repro.py"
         lines.append(f"each finding's folder, {Path(state_dir) / 'findings' / 'ID'}, holds {files}")
-    if result.reason:
+    if result.reason and result.gate is None:
         lines.append(f"exit code {result.exit_code}: {result.reason}")
     return lines

@@ -54,6 +54,7 @@ class Pool:
         recycle_after: int = Limits.cases,
         recycle_growth: int = Limits.growth,
         runner: str | None = None,
+        beside: Pool | None = None,
     ) -> None:
         """Starts the zygote and does not wait for it: the first use does.
 
@@ -64,6 +65,7 @@ class Pool:
         providers: by name, those whose targets run in an interpreter of their own, or with variables of their own. Each
             gets a zygote, started when it is first needed; it needs no package but torch, triton and numpy.
         gpus: those to lease on cuda; by default all that this process may use (gpus.py).
+        beside: a pool on the same GPUs, whose leases this one shares: it never waits for a slot that the other holds.
         runner: "module:Class" or "file.py:Class" in place of moe_fuzz.execute.runner:Runner; for tests.
 
         Raises UsageError, EnvironmentProblem.
@@ -74,7 +76,12 @@ class Pool:
             raise UsageError(f"{device!r} is no device", "the devices are cpu and cuda")
         self._python, self._device, self._runner = python, device, runner
         self._providers = dict(providers or {})
-        self._leases = Leases(gpus_here() if gpus is None else gpus) if device == "cuda" else None
+        self._shares = beside is not None
+        self._leases: Leases | None
+        if beside is not None:
+            self._leases = beside._leases
+        else:
+            self._leases = Leases(gpus_here() if gpus is None else gpus) if device == "cuda" else None
         self._limits = Limits(memory_limit, recycle_after, recycle_growth)
         self._temporary = log_dir is None
         try:
@@ -161,7 +168,7 @@ class Pool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._leases is not None:
+        if self._leases is not None and not self._shares:
             self._leases.close()
         with self._starting:
             zygotes, self._zygotes = self._zygotes, {}

@@ -21,6 +21,7 @@ from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.ops import get_space
 from moe_fuzz.verdict import PASS, VIOLATION, Verdict, Violation
+from moe_fuzz.worker.stats import Stats
 
 TARGET = "topk_softmax@builtin"
 INFO = TargetInfo(TARGET, "topk_softmax", "builtin", origin="moe_fuzz.kernels")
@@ -95,6 +96,7 @@ class FakePool:
     ran: list[tuple[Case, ...]] = field(default_factory=list)
     options: list[object] = field(default_factory=list)
     made: dict[str, object] = field(default_factory=dict)
+    stats: Stats = field(default_factory=Stats)
 
     def __call__(self, **settings: object) -> FakePool:
         self.made = settings

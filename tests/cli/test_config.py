@@ -103,7 +103,7 @@ minimize-time = 3
         ("profile = 'quik'", "did you mean quick"),
         ("targets = 'topk_softmax'", "targets: must be a list of strings"),
         ("checks = [1]", "checks: must be a list of strings"),
-        ("report = ['ndjson']", "is not KIND=PATH"),
+        ("report = ['ndjson=']", "is not KIND=PATH"),
         ("memory = 12", "too small"),
         ("state-dir = ''", "state-dir: must be a string"),
         ("provider = 1", "did you mean providers"),

@@ -181,7 +181,7 @@ class FakePool:
         return dict(self.environment)
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[FakeWorker]:
+    def lease(self, target: str = "") -> Iterator[FakeWorker]:
         with self._available:
             with self.lock:
                 worker = self._free.pop()

@@ -15,15 +15,57 @@ from moe_fuzz.fence import canary, cuda_regions
 from moe_fuzz.fence.cuda_regions import Piece, lay
 
 CANARY = int.from_bytes(canary.WORD * 4, "little")
+pytestmark = pytest.mark.interpreter
 DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.int64)
 
 
 def changed(pieces: list[Piece]) -> list[bool]:
-    table = torch.tensor(pieces, dtype=torch.int64)
-    flags = torch.zeros(len(pieces), dtype=torch.int32)
-    grid = (len(pieces), cuda_regions._programs(pieces))
-    cuda_regions._changed_kernel[grid](table, flags, BLOCK=16)
-    return [flag != 0 for flag in flags.tolist()]
+    return [flag != 0 for flag in cuda_regions.changed(pieces).tolist()]
+
+
+@pytest.fixture(autouse=True)
+def _ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of memory that is not pinned; a small one, whose end comes soon."""
+    ring = cuda_regions.Ring(4096)
+    ring._memory = torch.zeros(4096 + 15, dtype=torch.uint8)
+    ring._memory = ring._memory[-ring._memory.data_ptr() % 16 :][:4096]
+    monkeypatch.setattr(cuda_regions, "_RING_OF_PROCESS", ring)
+    monkeypatch.setattr(cuda_regions.cuda_driver, "synchronize", lambda: None)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_what_is_moved_is_what_it_was_at_any_address(seed: int) -> None:
+    chosen = random.Random(seed)
+    memory = torch.zeros(2048, dtype=torch.uint8)
+    base, expected = memory.data_ptr(), torch.zeros(2048, dtype=torch.uint8)
+    moves, at = [], 0
+    for _ in range(chosen.randint(1, 5)):
+        at += chosen.randrange(40)
+        dtype = chosen.choice(DTYPES)
+        at += -(base + at) % dtype.itemsize
+        value = torch.randint(0, 256, (chosen.randint(1, 30) * dtype.itemsize,)).to(torch.uint8).view(dtype)
+        moves.append(cuda_regions.staged(value, base + at))
+        expected[at : at + value.nbytes] = value.view(torch.uint8)
+        at += value.nbytes
+        moves.append(cuda_regions.Move(base + at, 7, CANARY))
+        for byte in range(at, at + 7):
+            expected[byte] = (CANARY >> (8 * ((base + byte) % 8))) & 0xFF
+        at += 7
+    cuda_regions.move(moves)
+    assert torch.equal(memory, expected)
+    start = chosen.randrange(0, 64, 8) + (-base) % 8
+    parts = [memory[start : start + 96].view(torch.float64).view(3, 4), memory[5:300]]
+    for copy, part in zip(cuda_regions.fetched(parts), parts, strict=True):
+        assert copy.shape == part.shape
+        assert torch.equal(copy.view(torch.uint8), part.view(torch.uint8))
+
+
+def test_only_what_lies_in_a_row_passes_through_the_ring() -> None:
+    x = torch.zeros(4, 6)
+    assert cuda_regions.is_small(x)
+    assert not cuda_regions.is_small(x.t())
+    assert not cuda_regions.is_small(x[:0])
+    assert not cuda_regions.is_small(torch.zeros(cuda_regions.SMALL // 4 + 1))
 
 
 @pytest.mark.parametrize("seed", range(25))

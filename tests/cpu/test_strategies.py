@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_fuzz import align_faults, experts_faults, faults, group_faults, nvfp4_faults, strategies  # noqa: F401 - registered
+from moe_fuzz.campaign.drive import drive
 from moe_fuzz.case import Case, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.labels import Labels
@@ -202,5 +203,13 @@ def test_a_config_that_is_compiled_is_kept_for_longer_and_one_that_is_not_for_a_
     assert len(long) <= strategies.MAX_ROUND * strategies.MAX_PARTS
     for cases in (long, short):
         assert len({repr(sorted(case.config.items())) for case in cases}) == 1
-    if len(long) > strategies.MAX_ROUND:
-        assert len({tuple(fault.name for step in case.steps for fault in step.faults) for case in long}) > 1
+    assert len({case.digest for case in long}) == len(long)
+
+
+def test_what_is_compiled_once_is_run_in_several_ways_with_several_faults():
+    info, drawn = replace(EVERYTHING, op=GROUPED.op), []
+    drive(strategies.rounds(GROUPED, info, "cuda"), 3, 30, drawn.append)
+    long = max(drawn, key=len)
+    assert len(long) > 2 * strategies.MAX_ROUND
+    assert len({case.mode for case in long}) > 1
+    assert len({fault for case in long for fault in case.fault_names}) > 4

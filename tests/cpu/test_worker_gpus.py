@@ -251,3 +251,15 @@ def test_a_worker_gets_its_gpu_before_its_runner_starts(monkeypatch: pytest.Monk
             plain.describe("toy@here", 20.0)
             assert plain.pid == pid  # to describe, any will do
             assert surroundings(plain, "off")[1:] == ["-", "-"]
+
+
+def test_a_pool_beside_another_shares_its_slots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The one slot there is, is taken: a pool of its own would wait for it, and in vain."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with Pool(1, "cuda", runner=RUNNER, gpus=[small("GPU-a", 1)]) as pool, pool.lease() as one:
+        assert surroundings(one)[0] == "GPU-a"
+        with Pool(1, "cuda", runner=RUNNER, beside=pool) as other, other.lease() as two:
+            assert surroundings(two)[0] == "GPU-a"
+        assert surroundings(one)[0] == "GPU-a"  # the other one's end took nothing away
+        with pool.fresh() as three:
+            assert surroundings(three)[0] == "GPU-a"

@@ -1,0 +1,298 @@
+"""The gate's engine: threads take rounds of the plan in order, this thread judges what they gave in the same order."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from moe_fuzz._version import __version__
+from moe_fuzz.campaign import events
+from moe_fuzz.campaign.badcase import BadCase
+from moe_fuzz.campaign.confirm import killed, rerun
+from moe_fuzz.campaign.coverage import Coverage
+from moe_fuzz.campaign.events import EntryResult, Summary
+from moe_fuzz.campaign.examine import Examiner
+from moe_fuzz.campaign.finding import Finding
+from moe_fuzz.campaign.findings import RenderRepro
+from moe_fuzz.campaign.gate.entries import judge_entry, not_run, without_case
+from moe_fuzz.campaign.gate.judge import Judge
+from moe_fuzz.campaign.gate.ledger import Entry
+from moe_fuzz.campaign.gate.plan import FixedPlan, Round, bare, fixed_plan, quotas
+from moe_fuzz.campaign.gate.settings import GateSettings
+from moe_fuzz.campaign.gate.summary import summarize, turns_red
+from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space, own_sources
+from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.campaign.tally import Tally
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.errors import EnvironmentProblem
+from moe_fuzz.options import RunOptions
+from moe_fuzz.verdict import Verdict
+
+CASES_SHARE = 0.75  # of the time: after it no round begins, and what is bad is examined
+UNBOUNDED = 3600.0  # seconds of a reduction that tries bound: more than they ever take, unless each try is a hang
+PROGRESS_EVERY = 0.25  # seconds
+PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
+
+
+#: What a round gave: of each case its verdict, and what its process had run before.
+_Ran = list[tuple[Verdict, Cases]]
+
+
+class Gate:
+    """`emit` hears one event at a time, all of them from the thread that calls `run`."""
+
+    def __init__(
+        self, settings: GateSettings, pool: Pool, state: StateDir, emit: Callable[[events.Event], None], *,
+        base: Pool | None = None, sources: Sources | None = None, render_repro: RenderRepro | None = None,
+        health: Callable[[], Mapping[str, float]] | None = None,
+    ) -> None:  # fmt: skip
+        """base: workers of the build that the change is made to. health: what the pool counts of its processes."""
+        self._settings = settings
+        self._pool = pool
+        self._state = state
+        self._emit = emit
+        self._base = base
+        self._sources = sources or own_sources()
+        self._render = render_repro
+        self._options = settings.options()
+        self._today = settings.today or datetime.date.today()
+        self._targets: dict[str, tuple[TargetInfo, Space]] = {}
+        self._unavailable: dict[str, EnvironmentProblem] = {}
+        self._tally = Tally()
+        self._coverage = Coverage()
+        self._health = health
+        self._changed = threading.Condition()
+        self._ran: dict[int, _Ran] = {}
+        self._next = 0  # round that nobody took yet
+        self._stop = False
+        self._error: BaseException | None = None
+        self._results: dict[tuple[str, str], EntryResult] = {}
+        self._last_progress = 0.0
+        self._start = time.monotonic()
+
+    def run(self) -> Summary:
+        """Raises MoeFuzzError where no gate is possible; an interrupt ends in a Summary with 130."""
+        with self._state:
+            for message in self._state.notes:
+                self._emit(events.Note(message))
+            self._state.notes.clear()
+            self._describe()
+            self._in_force = {name: tuple(self._entries_of(info)) for name, (info, _) in self._targets.items()}
+            self._plan = self._make_plan()
+            settings = self._settings
+            self._judge = Judge(
+                self._state,
+                {name: Examiner(self._pool, info, space, self._options, settings.device, settings.profile.tries, False)
+                 for name, (info, space) in self._targets.items()},
+                self._emit, self._in_force, self._turns_red, self._base, self._render,
+            )  # fmt: skip
+            self._header()
+            interrupted = False
+            try:
+                self._run_plan()
+            except KeyboardInterrupt:
+                interrupted = True
+            return self._finish(interrupted)
+
+    # ---- before the first case --------------------------------------------------------------------------------------
+
+    def _describe(self) -> None:
+        for target in self._settings.targets:
+            try:
+                info = self._pool.describe(target)
+            except EnvironmentProblem as problem:
+                self._unavailable[target] = problem
+            else:
+                self._targets[target] = (info, self._sources.space(info.op))
+
+    def _entries_of(self, info: TargetInfo) -> Iterator[Entry]:
+        versions = self._pool.versions(info.name)
+        for entry in self._settings.entries:
+            if entry.is_of(info.name) and not (entry.cases and entry.cases[-1].op != info.op):
+                absent = entry.absent(info, versions, self._settings.arch)
+                if absent:
+                    self._results[entry.name, info.name] = not_run(entry, info, "absent", absent)
+                else:
+                    yield entry
+
+    def _make_plan(self) -> FixedPlan:
+        settings = self._settings
+        each = quotas(tuple(self._targets), settings.cases, settings.profile.cases[settings.device])
+        return fixed_plan(
+            tuple(self._targets.values()), self._sources, settings.device, settings.seed, each, settings.corpus,
+            self._in_force,
+        )  # fmt: skip
+
+    def _turns_red(self, finding: Finding) -> bool:
+        return self._settings.strict or turns_red(finding, self._targets[finding.target][0])
+
+    def _header(self) -> None:
+        settings, infos = self._settings, tuple(info for info, _ in self._targets.values())
+        notes = (f"gate, profile {settings.profile.name}, plan {self._plan.digest}", *settings.notes)
+        if self._plan.held_back:
+            notes = (*notes, f"{self._plan.held_back} cases are held back: known findings take their process down")
+        self._emit(
+            events.CampaignStarted(
+                __version__, infos, settings.device, settings.workers, settings.seed, self._plan.cases,
+                settings.seconds, str(self._state.path), False, notes, self._plan.digest,
+            )
+        )  # fmt: skip
+        for target, problem in self._unavailable.items():
+            self._emit(events.TargetUnavailable(target, problem.message, problem.hint))
+
+    # ---- the plan ---------------------------------------------------------------------------------------------------
+
+    def _run_plan(self) -> None:
+        self._start = time.monotonic()
+        threads = [threading.Thread(target=self._work, name=f"gate-{number}", daemon=True)
+                   for number in range(self._settings.workers)]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        phase = ""
+        try:
+            for part in self._plan.rounds:
+                ran = self._wait_for(part, threads)
+                if ran is None:
+                    break
+                if part.phase != phase:
+                    phase = part.phase
+                    self._emit(events.PhaseStarted(phase, self._plan.cases_of(phase)))
+                self._judge_round(part, ran)
+        finally:
+            with self._changed:
+                self._stop = True
+            for thread in threads:
+                thread.join(PATIENCE / len(threads))
+        if self._error is not None:
+            raise self._error
+
+    def _wait_for(self, part: Round, threads: list[threading.Thread]) -> _Ran | None:
+        """What the round gave; None if it will never run."""
+        while True:
+            with self._changed:
+                alive = any(thread.is_alive() for thread in threads)
+                if part.order in self._ran:
+                    return self._ran.pop(part.order)
+                if self._error is not None or (not alive and part.order not in self._ran):
+                    return None
+                self._changed.wait(0.1)
+            self._progress()
+
+    def _work(self) -> None:
+        try:
+            while (part := self._take()) is not None:
+                ran: _Ran = []
+
+                def on_verdict(_at: int, verdict: Verdict, history: Cases, ran: _Ran = ran) -> None:
+                    ran.append((verdict, history))
+
+                with self._pool.fresh() if part.alone else self._pool.lease(part.target) as worker:
+                    worker.run(part.cases, part.target, self._options_for(part), on_verdict)
+                with self._changed:
+                    self._ran[part.order] = ran
+                    self._changed.notify_all()
+        except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
+
+    def _take(self) -> Round | None:
+        with self._changed:
+            late = self._settings.seconds is not None and self._seconds > self._settings.seconds * CASES_SHARE
+            if self._stop or late or self._error is not None or self._next >= len(self._plan.rounds):
+                return None
+            self._next += 1
+            return self._plan.rounds[self._next - 1]
+
+    def _options_for(self, part: Round) -> RunOptions:
+        own = part.entry.fence if part.phase == "ledger" and part.entry else "torch"
+        return replace(self._options, fence=replace(self._options.fence, own=own))
+
+    # ---- judging ----------------------------------------------------------------------------------------------------
+
+    def _judge_round(self, part: Round, ran: _Ran) -> None:
+        info, space = self._targets[part.target]
+        if part.phase == "ledger" and part.entry is not None:
+            self._judge_entry(part, part.entry, ran)
+            return
+        for case, (verdict, history) in zip(part.cases, ran, strict=True):
+            self._tally.count(part.target, verdict)
+            self._coverage.count(part.target, space, case, verdict)
+            check, symptom = verdict.key if verdict.bad else ("", "")
+            self._emit(
+                events.CaseJudged(
+                    part.phase, part.target, bare(case), space.label(case), verdict.kind, check, symptom,
+                    verdict.seconds, part.alone,
+                )
+            )  # fmt: skip
+            if verdict.bad:
+                if killed(verdict):
+                    self._emit(events.WorkerLost(part.target, verdict.key[1], case, space.label(case)))
+                self._judge.bad_case(BadCase(info.name, case, verdict, history), part.entry, self._reducer_seconds())
+            self._progress()
+
+    def _judge_entry(self, part: Round, entry: Entry, ran: _Ran) -> None:
+        info, space = self._targets[part.target]
+        options = self._options_for(part)
+
+        def fresh(cases: Cases) -> Verdict:
+            return rerun(self._pool, cases, info.name, options)
+
+        def bad_case(bad: BadCase) -> None:
+            self._judge.bad_case(bad, None, self._reducer_seconds())
+
+        result = judge_entry(entry, info, space, ran[-1][0], fresh, self._today, self._emit, bad_case)
+        self._results[entry.name, info.name] = result
+        self._emit(events.EntryJudged(result))
+
+    def _reducer_seconds(self) -> float:
+        return UNBOUNDED if self._settings.seconds is None else self._settings.seconds - self._seconds
+
+    # ---- telling ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def _progress(self) -> None:
+        now = time.monotonic()
+        if now - self._last_progress < PROGRESS_EVERY:
+            return
+        self._last_progress = now
+        done, planned = self._tally.cases, self._plan.cases
+        rate = done / max(self._seconds, 1e-9)
+        etas = [(planned - done) / rate] if rate else []
+        if self._settings.seconds is not None:
+            etas.append(max(0.0, self._settings.seconds - self._seconds))
+        self._emit(
+            events.Progress(
+                done, planned, self._seconds, rate, self._tally.verdicts(), len(self._judge.new), 0,
+                min(etas, default=None),
+            )
+        )  # fmt: skip
+
+    def _finish(self, interrupted: bool) -> Summary:
+        for name, entries in self._in_force.items():
+            info, _ = self._targets[name]
+            for entry in entries:
+                if (entry.name, name) in self._results:
+                    continue
+                if entry.cases:
+                    result = not_run(entry, info, "not-run", "the time was up before its case ran")
+                else:
+                    result = without_case(entry, info, self._judge.seen[entry.name], self._today)
+                self._results[entry.name, name] = result
+                self._emit(events.EntryJudged(result))
+        results = tuple(replace(one, seen=self._judge.seen[name]) for (name, _), one in self._results.items())
+        summary = summarize(
+            self._settings, self._plan, self._targets, self._unavailable, self._tally, self._judge, results,
+            self._seconds, interrupted,
+        )  # fmt: skip
+        self._emit(events.CoverageCounted(self._coverage.cells()))
+        if self._health is not None:
+            self._emit(events.WorkersCounted(self._health()))
+        self._emit(events.CampaignFinished(summary))
+        return summary

@@ -1,0 +1,175 @@
+"""Which files of a repository a target is made of: read off the imports, without importing anything.
+
+Where a target lies is known by name (`moe_fuzz.targets.builtin:align`, `kernels/my.py:topk`). In the module that only
+hands it out, what counts is what its name is made of; from there on, whole files and all they import, inside functions
+too. What lies outside the repository is left alone: a change cannot touch it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+
+class ImportGraph:
+    """Of the Python files below `root`. `paths`: where absolute imports are looked up, besides root and root/src."""
+
+    def __init__(self, root: Path, paths: tuple[Path, ...] = ()) -> None:
+        self._root = root.resolve()
+        self._paths = (*paths, self._root, self._root / "src")
+        self._direct: dict[Path, frozenset[Path]] = {}
+
+    def files(self, location: str) -> frozenset[Path]:
+        """The files below root, resolved, that the target at `module:attribute` or `file.py:attribute` is made of;
+        none where it lies outside."""
+        place, _, attribute = location.removesuffix("()").rpartition(":")
+        start = Path(place) if place.endswith(".py") else self._module(place)
+        if start is None or not self._inside(start.resolve()):
+            return frozenset()
+        found: set[Path] = set()
+        line = list(self._slice(start, attribute.split(".")[0], found))
+        whole: set[Path] = set()
+        while line:
+            path = line.pop()
+            resolved = path.resolve()
+            if resolved not in whole and self._inside(resolved):
+                whole.add(resolved)
+                line += self._imports(path)
+        return frozenset(found | whole)
+
+    def _inside(self, path: Path) -> bool:
+        return path.is_relative_to(self._root)
+
+    def _slice(self, path: Path, attribute: str, found: set[Path]) -> Iterator[Path]:
+        """The files that one name of a module needs; a name that it imports is followed to where it is defined."""
+        found.add(path.resolve())
+        tree = _tree(path)
+        bound: dict[str, list[ast.stmt]] = {}
+        for statement in tree.body:
+            for name in _names_bound(statement):
+                bound.setdefault(name, []).append(statement)
+        if attribute not in bound:  # by `import *`, or by a function of the module
+            yield from self._imports(path)
+        waiting, seen = [attribute], set()
+        while waiting:
+            name = waiting.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            for statement in bound.get(name, ()):
+                if isinstance(statement, ast.ImportFrom):
+                    yield from self._import_from(path, statement, name, name == attribute, found)
+                elif isinstance(statement, ast.Import):
+                    yield from self._plain_import(statement)
+                else:
+                    inner = list(ast.walk(statement))
+                    waiting += [node.id for node in inner if isinstance(node, ast.Name)]
+                    for node in inner:  # what a function imports when it is called
+                        if isinstance(node, ast.ImportFrom | ast.Import):
+                            yield from self._of(path, node)
+
+    def _import_from(
+        self, path: Path, statement: ast.ImportFrom, name: str, handed_out: bool, found: set[Path]
+    ) -> Iterator[Path]:
+        for alias in statement.names:
+            if (alias.asname or alias.name) != name:
+                continue
+            source = self._source(path, statement)
+            module = self._module(f"{source}.{alias.name}") if source else None
+            if module is not None:
+                yield module
+            elif source and (holder := self._module(source)) is not None:
+                if handed_out and self._inside(holder.resolve()):
+                    yield from self._slice(holder, alias.name, found)
+                else:
+                    yield holder
+
+    def _imports(self, path: Path) -> frozenset[Path]:
+        if path not in self._direct:
+            nodes = _imported(path, path.stat().st_mtime_ns)
+            self._direct[path] = frozenset(file for node in nodes for file in self._of(path, node))
+        return self._direct[path]
+
+    def _of(self, path: Path, node: ast.Import | ast.ImportFrom) -> Iterator[Path]:
+        if isinstance(node, ast.Import):
+            yield from self._plain_import(node)
+            return
+        source = self._source(path, node)
+        for alias in node.names:
+            for module in (self._module(f"{source}.{alias.name}"), self._module(source)):
+                if module is not None:
+                    yield module
+                    break
+
+    def _plain_import(self, node: ast.Import) -> Iterator[Path]:
+        for alias in node.names:
+            module = self._module(alias.name)
+            if module is not None:
+                yield module
+
+    def _source(self, path: Path, node: ast.ImportFrom) -> str:
+        """The absolute name of the module that is imported from; a file's neighbours are found by its own path."""
+        if not node.level:
+            return node.module or ""
+        package = path.parent
+        for _ in range(node.level - 1):
+            package = package.parent
+        for base in self._paths:
+            if package.is_relative_to(base) and package != base:
+                return ".".join([*package.relative_to(base).parts, *([node.module] if node.module else [])])
+        return node.module or ""
+
+    def _module(self, name: str) -> Path | None:
+        return _find(name, self._paths) if name else None
+
+
+@cache
+def _find(name: str, paths: tuple[Path, ...]) -> Path | None:
+    relative = Path(*name.split("."))
+    for base in paths:
+        for file in (base / relative.with_suffix(".py"), base / relative / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
+
+
+def _tree(path: Path) -> ast.Module:
+    try:
+        return _parsed(path, path.stat().st_mtime_ns)
+    except OSError:
+        return ast.Module([], [])
+
+
+@cache
+def _parsed(path: Path, _changed: int) -> ast.Module:
+    try:
+        return ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])  # it cannot be imported either, and then its target says so
+
+
+@cache
+def _imported(path: Path, _changed: int) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """All import statements of a file."""
+    tree = _parsed(path, _changed)
+    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import))
+
+
+def _names_bound(statement: ast.stmt) -> Iterator[str]:
+    """The names that a statement at the top of a module gives a meaning; those inside an `if` or `try` too."""
+    match statement:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            yield statement.name
+        case ast.Import():
+            yield from ((alias.asname or alias.name.partition(".")[0]) for alias in statement.names)
+        case ast.ImportFrom():
+            yield from ((alias.asname or alias.name) for alias in statement.names)
+        case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            yield from (node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
+        case _:
+            for node in ast.iter_child_nodes(statement):
+                if isinstance(node, ast.stmt):
+                    yield from _names_bound(node)

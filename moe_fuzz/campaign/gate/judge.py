@@ -1,0 +1,180 @@
+"""Bad cases of a gate, judged one after the other in the plan's order, so that every gate of a plan says the same.
+
+known     the ledger tells of it, by the failure and the features of the case, or by what it is reduced to
+flaky     fresh workers do not show it again, or not each of three times
+base      it fails on the base build too: nobody's change has brought it
+robustness
+          it breaks nobody's promise
+new       all else: it failed in a fresh worker three times, was reduced, and fails three times more
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from moe_fuzz.campaign import events
+from moe_fuzz.campaign.badcase import BadCase, Bucket
+from moe_fuzz.campaign.confirm import TRIES, holds, rerun
+from moe_fuzz.campaign.examine import Examiner
+from moe_fuzz.campaign.faces import face_of
+from moe_fuzz.campaign.finding import Finding, features_of
+from moe_fuzz.campaign.findings import RenderRepro, add_face, write_finding
+from moe_fuzz.campaign.gate.ledger import Entry
+from moe_fuzz.campaign.interfaces import Pool
+from moe_fuzz.campaign.known import explains, widened
+from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.case import Case
+from moe_fuzz.errors import EnvironmentProblem
+
+MAX_EXAMINED = 6  # new ones of a bucket; what comes after them counts as a duplicate
+MAX_KNOWN = 24  # of a bucket, that had to be reduced before the ledger knew them
+MAX_FLAKY = 20
+MINIMIZING_EVERY = 0.5  # seconds between two events of one reduction
+
+
+class Judge:
+    """`new`, `unstable` and `on_base` are by id. `seen`: name of an entry of the ledger -> bad cases it explained."""
+
+    def __init__(
+        self, state: StateDir, examiners: Mapping[str, Examiner], emit: Callable[[events.Event], None],
+        entries: Mapping[str, Sequence[Entry]], turns_red: Callable[[Finding], bool], base: Pool | None = None,
+        render_repro: RenderRepro | None = None,
+    ) -> None:  # fmt: skip
+        """entries: target -> those that are in force for it."""
+        self.new: dict[str, Finding] = {}
+        self.known: dict[str, Finding] = {}
+        self.unstable: dict[str, Finding] = {}
+        self.on_base: dict[str, Finding] = {}
+        self.flaky: Counter[str] = Counter()  # target -> bad cases that did not come back
+        self.unexamined = 0
+        self.seen: Counter[str] = Counter()
+        self._state = state
+        self._examiners = examiners
+        self._emit = emit
+        self._entries = entries
+        self._turns_red = turns_red
+        self._base = base
+        self._render = render_repro
+        self._examined: Counter[tuple[str, Bucket]] = Counter()  # (how it ended, bucket)
+        self._told: set[Bucket] = set()
+
+    def bad_case(self, bad: BadCase, keeper: Entry | None, seconds: float) -> None:
+        """keeper: the entry on whose account the case ran alone. seconds: what reducing it may take."""
+        for one in bad.each():  # a loud bug in every case must not hide the others
+            if not self._explained(one, keeper):
+                break
+        else:
+            return
+        closed = self._closed(one.bucket)
+        if closed or (seconds <= 0 and self._examined["new", one.bucket]):
+            self.unexamined += not closed
+            return
+        self._emit(events.ViolationSeen(one.target, one.case, one.verdict))
+        self._examine(one, max(0.0, seconds))
+
+    def entry_of(self, finding: Finding) -> Entry | None:
+        entries = self._entries.get(finding.target, ())
+        by_id = (entry for entry in entries if entry.fingerprint and entry.fingerprint in finding.ids)
+        return next(by_id, None) or next((entry for entry in entries if entry.is_finding(finding)), None)
+
+    def _explained(self, bad: BadCase, keeper: Entry | None) -> bool:
+        features = features_of(self._examiners[bad.target].space, bad.case)
+        if keeper is not None and keeper.shows(bad.verdict):
+            self.seen[keeper.name] += 1
+            return True
+        for entry in self._entries.get(bad.target, ()):
+            if entry.explains(bad, features):
+                self.seen[entry.name] += 1
+                return True
+        reported = (*self.new.values(), *self.on_base.values(), *self.unstable.values())
+        return any(explains(finding, bad, features) for finding in reported)
+
+    def _examine(self, bad: BadCase, seconds: float) -> None:
+        examiner = self._examiners[bad.target]
+        self._emit(events.FindingConfirming(bad.target, *bad.key, examiner.space.label(bad.case)))
+        last = time.monotonic()
+
+        def progress(tries: int, case: Case) -> None:
+            nonlocal last
+            if time.monotonic() - last >= MINIMIZING_EVERY:
+                last = time.monotonic()
+                self._emit(events.FindingMinimizing(bad.target, *bad.key, tries, examiner.space.label(case)))
+
+        finding = examiner.examine(bad, seconds, progress)
+        if finding is None:
+            self._examined["flaky", bad.bucket] += 1
+            self.flaky[bad.target] += 1
+            self._emit(events.FlakySeen(bad.target, bad.case, bad.verdict))
+            return
+        entry = self.entry_of(finding)
+        if entry is not None:
+            self._examined["known", bad.bucket] += 1
+            self.seen[entry.name] += 1
+            if entry.fingerprint not in self.known:
+                self.known[entry.fingerprint or finding.id] = finding
+                self._emit(events.FindingReported(finding, "known", "", entry.to_json()))
+            return
+        self._examined["new", bad.bucket] += 1
+        if not self._met_before(finding, examiner):
+            self._report(finding, examiner)
+
+    def _met_before(self, finding: Finding, examiner: Examiner) -> bool:
+        """Whether it is one that was reported already, or another face of one."""
+        for group in (self.new, self.on_base, self.unstable):
+            for earlier in list(group.values()):
+                if finding.id in earlier.ids:
+                    group[earlier.id] = widened(earlier, finding)
+                    return True
+        for earlier in list(self.new.values()):
+            reason = examiner.same_defect(earlier, finding)
+            if reason:
+                self.new[earlier.id] = add_face(self._state, earlier, face_of(finding, reason))
+                said = f"{finding.target}: finding {earlier.id} also shows on {finding.label}: {reason}"
+                self._emit(events.Note(said))
+                return True
+        return False
+
+    def _report(self, finding: Finding, examiner: Examiner) -> None:
+        times = self._times(examiner.pool, finding, examiner) if finding.reproduces == "always" else 0
+        if times < TRIES:
+            group, status = self.unstable, "flaky"
+            if finding.reproduces == "always":
+                finding = replace(finding, reproduces=f"sometimes {times}/{TRIES}")
+        elif self._fails_on_base(finding, examiner):
+            group, status = self.on_base, "base"
+        else:
+            group, status = self.new, "new" if self._turns_red(finding) else "robustness"
+        group[finding.id] = finding
+        path = write_finding(self._state, finding, self._render)
+        self._emit(events.FindingReported(finding, status, str(path)))
+
+    def _fails_on_base(self, finding: Finding, examiner: Examiner) -> bool:
+        if self._base is None:
+            return False
+        try:
+            self._base.describe(finding.target)
+        except EnvironmentProblem as problem:
+            said = f"{finding.target} is not on the base build, so finding {finding.id} is new: {problem.message}"
+            self._emit(events.Note(said))
+            return False
+        return self._times(self._base, finding, examiner) > 0
+
+    def _times(self, pool: Pool, finding: Finding, examiner: Examiner) -> int:
+        """In how many of three fresh workers the finding, as it was reduced, fails."""
+        options = replace(examiner.options, fence=replace(examiner.options.fence, own=finding.own))
+        if examiner.options.fence.hard == ():
+            options = examiner.options  # nothing was fenced when it was seen
+        cases = (*finding.sequence, finding.case)
+        return sum(holds(rerun(pool, cases, finding.target, options), finding.raw) for _ in range(TRIES))
+
+    def _closed(self, bucket: Bucket) -> bool:
+        limits = {"new": MAX_EXAMINED, "known": MAX_KNOWN, "flaky": MAX_FLAKY}
+        full = next((name for name, most in limits.items() if self._examined[name, bucket] >= most), "")
+        if full and bucket not in self._told:
+            self._told.add(bucket)
+            said = f"{limits[full]} of them were {full}; more of the kind are not examined"
+            self._emit(events.Note(f"{bucket.target}: {bucket.check} {bucket.symptom}: {said}"))
+        return bool(full)

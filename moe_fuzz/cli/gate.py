@@ -1,0 +1,187 @@
+"""`moe-fuzz gate`: a fixed plan, red only on a new confirmed finding or a ledger that is out of date."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from moe_fuzz import config, report
+from moe_fuzz.campaign.gate import changed, ledger_file
+from moe_fuzz.campaign.gate.corpus import read as read_corpus
+from moe_fuzz.campaign.gate.engine import Gate
+from moe_fuzz.campaign.gate.ledger import FILE, Entry
+from moe_fuzz.campaign.gate.plan import PROFILES, read_quota
+from moe_fuzz.campaign.gate.settings import GateSettings
+from moe_fuzz.campaign.repro import renderer
+from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.cli import params
+from moe_fuzz.cli.machine import architecture, gpus, human
+from moe_fuzz.cli.run import expand, runnable, screen
+from moe_fuzz.config_tables import TABLE
+from moe_fuzz.errors import EXIT_CLEAN, EnvironmentProblem, UsageError
+from moe_fuzz.options import ProviderOptions
+from moe_fuzz.restriction import Restriction
+from moe_fuzz.worker.gpus import SLOT_BYTES, Gpu, default_workers
+from moe_fuzz.worker.pool import Pool
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _option(key: str, flag: str, **settings: Any) -> Callable[[F], F]:
+    return click.option(flag, envvar=config.env_name(f"gate-{key}"), show_envvar=True, **settings)
+
+
+_PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in PROFILES.values())
+
+
+@click.command(short_help="A fixed plan of cases for CI: red on a new confirmed finding.")
+@click.argument("targets", nargs=-1, metavar="[TARGET]...", envvar="MOE_FUZZ_TARGETS")
+@click.option("--changed-from", metavar="REV", help="Only targets that the changes since REV touch; none: green.")
+@_option(
+    "profile", "--profile", type=click.Choice(tuple(PROFILES)), default="default", show_default=True,
+    help=f"How much: {_PROFILES}.",
+)
+@_option("cases", "--cases", type=click.IntRange(1), metavar="N",
+         help="Exactly so many, among all targets, however long they take.")
+@_option("time", "--time", type=params.DURATION, metavar="SECONDS", help="Cuts the plan. [default: the profile's]")
+@_option("seed", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, metavar="N",
+         help="Same version, seed, profile and targets: same plan.")
+@_option("ledger", "--ledger", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+         help=f"The findings already known. [default: {FILE} beside pyproject.toml, if it is there]")
+@_option("corpus", "--corpus", type=click.Path(file_okay=False, path_type=Path), multiple=True, metavar="DIR",
+         help="Cases to replay first. May be given several times.")
+@_option("strict", "--strict", is_flag=True, help="Red on findings of class robustness too.")
+@_option("base-python", "--base-python", metavar="PYTHON",
+         help="The interpreter of the build that the change is made to; what fails there too is not new.")
+@_option("gpu-memory", "--gpu-memory", type=params.SIZE, metavar="SIZE",
+         help="Of each GPU at most so much, e.g. 24GiB: fewer workers. [default: all that is free]")
+@params.target_op
+@params.option(
+    "report", "--report", "reports", type=params.REPORT, multiple=True, metavar="KIND=PATH",
+    help="Also write a report: html, junit, sarif or ndjson; github needs no PATH. May be given several times.",
+)
+@params.workers
+@params.device
+@params.deadline
+@params.memory
+@params.state_dir
+@click.pass_context
+def command(
+    ctx: click.Context, targets: tuple[str, ...], changed_from: str | None, profile: str, cases: int | None,
+    time: float | None, seed: int, ledger: Path | None, corpus: tuple[Path, ...], strict: bool,
+    base_python: str | None, gpu_memory: int | None, op: str | None, reports: tuple[tuple[str, Path | None], ...],
+    workers: int | None, device: str, deadline: float, memory: int | None, state_dir: Path,
+) -> None:  # fmt: skip
+    """Run a fixed plan on each TARGET; without one, on every target that this machine can run.
+
+    The whole list of cases is known before the first runs: the corpus and the ledger, a grid, then generated ones. It
+    depends on the version, the seed, the profile and the targets. What fails is confirmed in three fresh processes,
+    reduced, and compared with the ledger.
+
+    Green (0): nothing new. Red (1): a new finding, or an entry of the ledger that expired or passes now. Exit code 3:
+    too little ran to say anything.
+    """
+    names = expand(targets, op)
+    names, notes = touched(names, changed_from) if changed_from is not None else (names, ())
+    if not names:
+        click.echo("\n".join(notes))
+        ctx.exit(EXIT_CLEAN)
+    chosen = PROFILES[profile]
+    entries = read_ledger(ledger)
+    replayed, left_out = read_corpus(corpus)
+    device = params.pick_device(device)
+    cards = limited(gpus(), gpu_memory) if device == "cuda" else ()
+    count = workers or (default_workers(cards) if cards else params.pick_workers(None, device))
+    opened = report.open_reports(reports, os.environ)
+    broadcast = report.Broadcast({**opened, "on the screen": screen()}, lambda text: click.echo(text, err=True))
+    state = StateDir(state_dir)
+    providers = params.pick_providers()
+    limit = params.pick_memory(memory, device, count)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(state)
+            pool = stack.enter_context(
+                Pool(workers=count, device=device, memory_limit=limit, log_dir=state_dir / "logs",
+                     providers=providers, gpus=cards or None)
+            )  # fmt: skip
+            base = None
+            if base_python is not None:
+                base = stack.enter_context(base_pool(base_python, providers, device, limit, state_dir, pool))
+            able = runnable(names, targets, op, pool, broadcast, Restriction())
+            read_quota(cases, able)
+            settings = GateSettings(
+                targets=able, profile=chosen, cases=cases,
+                seconds=time if time is not None or cases is not None else chosen.seconds,
+                seed=seed, device=device, workers=count, deadline=deadline, strict=strict, corpus=replayed,
+                entries=entries, arch=architecture(device) if any(entry.arch for entry in entries) else "",
+                notes=(*notes, *left_out),
+            )  # fmt: skip
+            summary = Gate(
+                settings, pool, state, broadcast, base=base, render_repro=renderer(pool), health=pool.stats.to_json
+            ).run()
+    finally:
+        broadcast.close()
+    lost = [name for name in broadcast.failed if name in opened]
+    if lost and summary.exit_code == EXIT_CLEAN:
+        raise EnvironmentProblem(f"nothing was found, but the report {lost[0]} could not be written to its end")
+    ctx.exit(summary.exit_code)
+
+
+def touched(names: Sequence[str], revision: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The targets that the changes since a revision touch, and lines that say why these."""
+    found = _configuration()
+    root, files = changed.changed_files(revision, Path.cwd())
+    change = changed.affected(names, root, files, found.paths, found.path.parent if found.path else None)
+    lines = [f"changed since {revision}: {len(files)} files, {len(change.unmapped)} of them touch no target"]
+    lines += [f"{name}: {reason} changed" for name, reason in change.reasons.items()]
+    if not change.targets:
+        some = ", ".join(change.unmapped[:5]) + (", …" if len(change.unmapped) > 5 else "")
+        lines.append("nothing to gate" + (f": {some}" if some else ""))
+        lines.append(f"what a path touches beside what is imported stands in [{TABLE}.paths]")
+    return change.targets, tuple(lines)
+
+
+def read_ledger(path: Path | None) -> tuple[Entry, ...]:
+    if path is not None:
+        return ledger_file.load(path)
+    return ledger_file.load(ledger_path(), missing_ok=True)
+
+
+def ledger_path() -> Path:
+    """Where the ledger is if nobody says: beside pyproject.toml, or in the current directory."""
+    found = _configuration()
+    return (found.path.parent if found.path else Path.cwd()) / FILE
+
+
+def limited(cards: Sequence[Gpu], limit: int | None) -> tuple[Gpu, ...]:
+    """The GPUs as if they had no more memory than the limit: fewer slots, of each worker its share."""
+    if limit is None:
+        return tuple(cards)
+    if limit < SLOT_BYTES:
+        raise UsageError(f"--gpu-memory {human(limit)} is too little: a worker needs {human(SLOT_BYTES)}")
+    return tuple(
+        replace(card, memory=min(limit, card.memory or limit), free=min(limit, card.free) if card.free else card.free)
+        for card in cards
+    )
+
+
+def base_pool(
+    python: str, providers: Mapping[str, ProviderOptions], device: str, memory: int | None,
+    state_dir: Path, pool: Pool,
+) -> Pool:  # fmt: skip
+    """A worker of the base build: the same variables, another interpreter."""
+    others = {name: replace(options, python=None) for name, options in providers.items()}
+    return Pool(workers=1, device=device, python=python, memory_limit=memory, log_dir=state_dir / "logs" / "base",
+                providers=others, beside=pool)  # fmt: skip
+
+
+def _configuration() -> config.Config:
+    context = click.get_current_context(silent=True)
+    found = (context.obj or {}).get("config") if context else None
+    return found if isinstance(found, config.Config) else config.Config()

@@ -1,0 +1,205 @@
+"""`gate` end to end, with workers: each kind of finding by exit code and report. The targets are in gate_targets.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moe_fuzz
+from moe_fuzz.campaign.gate import ledger_file
+from moe_fuzz.cli.gate import limited
+from moe_fuzz.cli.machine import architecture
+from moe_fuzz.errors import UsageError
+from moe_fuzz.worker.gpus import Gpu
+
+HERE = Path(__file__).parent
+ROOT = Path(moe_fuzz.__file__).parents[1]
+CPU = ("--device", "cpu", "--workers", "2", "--op", "topk_softmax")
+
+
+@pytest.fixture
+def gate(call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a gate over functions of a copy of gate_targets.py, in which bugs can be mended."""
+    shutil.copy(HERE / "gate_targets.py", tmp_path / "kernels.py")
+    (tmp_path / "marks").mkdir()
+    monkeypatch.setenv("GATE_MARKS", str(tmp_path / "marks"))
+
+    def run(*functions: str, cases: int = 24, words: tuple[str, ...] = ()) -> Any:
+        targets = [f"kernels.py:{function}" for function in functions]
+        given = (*CPU, "--profile", "quick", "--cases", str(cases), "--report", "ndjson=events.ndjson")
+        ran = call("gate", *targets, *given, *words)
+        report = Path("events.ndjson")
+        ran.events = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
+        return ran
+
+    return run
+
+
+def of(ran: Any, kind: str) -> list[dict[str, Any]]:
+    return [event for event in ran.events if event["kind"] == kind]
+
+
+def verdicts(ran: Any) -> list[tuple[Any, ...]]:
+    return [
+        tuple(value for key, value in event.items() if key not in ("time", "seconds", "target"))
+        for event in of(ran, "case-judged")
+    ]
+
+
+def end(ran: Any) -> dict[str, Any]:
+    return of(ran, "campaign-finished")[0]["summary"]
+
+
+def mend(file: Path) -> None:
+    """Takes the bug out of `odd`."""
+    text = file.read_text()
+    assert "if experts % 2 and experts > top_k else logits" in text
+    file.write_text(text.replace("if experts % 2 and experts > top_k else logits", "if 0 else logits"))
+
+
+@pytest.mark.slow
+def test_new_then_known_then_mended(gate: Callable, call: Callable, tmp_path: Path) -> None:
+    new = gate("odd", "sound")
+    assert new.code == 1, new.out
+    found = end(new)["new"]
+    assert "gate red" in new.out
+
+    def add(finding: dict[str, Any]) -> int:
+        words = ("--tracker", "kernels#7", "--owner", "@me", "--ledger", "known.toml")
+        return int(call("ledger", "add", finding["id"], *words).code)
+
+    assert [add(finding) for finding in found] == [0] * len(found)
+    assert add(found[0]) == 2  # it is there
+    entries = ledger_file.load(tmp_path / "known.toml")
+    assert {entry.fingerprint for entry in entries} >= {finding["id"] for finding in found}
+    assert {entry.target for entry in entries} == {"topk_softmax@*/kernels.py:odd"}
+
+    known = gate("odd", "sound", words=("--ledger", "known.toml"))
+    assert known.code == 0, known.out
+    assert verdicts(known) == verdicts(new)
+    assert {e["status"] for e in of(known, "finding-reported")} == {"known"}
+    assert "gate green" in known.out
+    assert f"known: {found[0]['id']}" in known.out
+    assert "kernels#7 (@me)" in known.out
+
+    text = (tmp_path / "known.toml").read_text()
+    (tmp_path / "late.toml").write_text(text.replace("case =", "expires = 2020-01-01\ncase ="))
+    expired = gate("odd", words=("--ledger", "late.toml"))
+    assert expired.code == 1
+    assert "expired on 2020-01-01" in expired.out
+
+    mend(tmp_path / "kernels.py")
+    mended = gate("odd", words=("--ledger", "known.toml"))
+    assert mended.code == 1, mended.out
+    assert {e["entry"]["name"] for e in of(mended, "finding-fixed")} == {entry.name for entry in entries}
+    assert "remove the entry" in mended.out
+    assert gate("odd", "sound").code == 0
+
+
+def test_crashes_run_in_quarantine(gate: Callable, call: Callable, tmp_path: Path) -> None:
+    new = gate("overrun")
+    assert new.code == 1, new.out
+    found = end(new)["new"]
+    assert {(f["check"], f["symptom"]) for f in found} == {("fence", "logits:right:read")}
+    for finding in found:
+        call("ledger", "add", finding["id"], "--tracker", "kernels#8", "--owner", "@me", "--ledger", "known.toml")
+    assert all(entry.deadly for entry in ledger_file.load(tmp_path / "known.toml"))
+    known = gate("overrun", words=("--ledger", "known.toml"))
+    assert known.code == 0, known.out
+    crashed = [event for event in of(known, "case-judged") if event["verdict"] == "crash"]
+    assert crashed
+    assert all(event["alone"] for event in crashed)
+
+
+def test_flaky_ones_are_annotated(gate: Callable) -> None:
+    ran = gate("once", "seldom", "sound", cases=48)
+    assert ran.code == 0, ran.out
+    assert len(of(ran, "flaky-seen")) >= 1
+    assert end(ran)["flaky"] >= 1
+    assert not end(ran)["new"]
+    assert "(flaky)" in ran.out
+
+
+def test_two_hundred_cases_twice(gate: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Identical lists and verdicts in two clean directories, whatever the number of workers."""
+    first = gate("odd", "sound", cases=200)
+    (tmp_path / "another").mkdir()
+    shutil.copy(tmp_path / "kernels.py", tmp_path / "another")
+    monkeypatch.chdir(tmp_path / "another")
+    again = gate("odd", "sound", cases=200, words=("--workers", "1"))
+    assert len(verdicts(first)) == 200
+    assert verdicts(first) == verdicts(again)
+    assert [f["label"] for f in end(first)["new"]] == [f["label"] for f in end(again)["new"]]
+    assert (first.code, again.code) == (1, 1)
+    assert of(first, "campaign-started")[0]["plan"] == of(again, "campaign-started")[0]["plan"]
+
+
+def test_the_base_build_has_it_too(gate: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head and base are two installations of one package; each interpreter finds its own."""
+    for build in ("head", "base"):
+        (tmp_path / build / "toykernels").mkdir(parents=True)
+        shutil.copy(HERE / "gate_targets.py", tmp_path / build / "toykernels" / "__init__.py")
+    python = tmp_path / "base-python"
+    path = f"{tmp_path}/base:$PYTHONPATH"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{path}" exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/head:{ROOT}:{os.environ.get('PYTHONPATH', '')}")
+    base = ("toykernels:odd", "--base-python", str(python))
+    ran = gate(words=base)
+    assert ran.code == 0, ran.out
+    assert len(end(ran)["gate"]["on_base"]) == 1
+    assert "these fail on the base build too" in ran.out
+    mend(tmp_path / "base" / "toykernels" / "__init__.py")
+    assert gate(words=base).code == 1
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--cases 1 sound odd", "1 cases are too few for 2 targets"),
+        ("--ledger none.toml sound", "there is no ledger none.toml"),
+        ("--corpus none sound", "there is no corpus none"),
+        ("--profile slow sound", "'slow' is not one of"),
+        ("--changed-from HEAD sound", "--changed-from needs a git repository"),
+    ],
+)
+def test_words_that_make_no_sense(gate: Callable, call: Callable, tmp_path: Path, words: str, said: str) -> None:
+    targets = [word if word not in ("sound", "odd") else f"kernels.py:{word}" for word in words.split()]
+    ran = call("gate", *targets, *CPU)
+    assert ran.code in (2, 3)
+    assert said in ran.err
+
+
+def test_the_table_of_the_configuration(call: Callable, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("[tool.moe-fuzz.gate]\nprofil = 'quick'\n")
+    ran = call("gate", "topk_softmax@torch")
+    assert ran.code == 2
+    assert "unknown key 'profil' (did you mean profile?)" in ran.err
+    (tmp_path / "pyproject.toml").write_text("[tool.moe-fuzz.paths]\n'csrc/**' = ['topk_softmx']\n")
+    ran = call("gate", "topk_softmax@torch")
+    assert "there is no target, op or provider 'topk_softmx' (did you mean topk_softmax?)" in ran.err
+    (tmp_path / "pyproject.toml").write_text("[tool.moe-fuzz.gate]\nledger = 'ci/known.toml'\n")
+    ran = call("gate", "topk_softmax@torch")
+    assert f"there is no ledger {tmp_path}/ci/known.toml" in ran.err
+
+
+def test_a_budget_of_gpu_memory_is_fewer_workers() -> None:
+    card = Gpu("H200", 140 << 30, 139 << 30, "GPU-a")
+    [less] = limited((card,), 12 << 30)
+    assert (card.slots, less.slots, less.room) == (6, 2, 2)
+    assert less.budget is not None
+    assert 2 * less.budget <= 12 << 30
+    assert limited((card,), None) == (card,)
+    with pytest.raises(UsageError, match="a worker needs"):
+        limited((card,), 1 << 30)
+    assert architecture("cpu") == "cpu"

@@ -1,0 +1,175 @@
+"""From changed files to targets: git, imports, globs."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import moe_fuzz
+from moe_fuzz import config
+from moe_fuzz.campaign.gate.changed import affected, changed_files
+from moe_fuzz.campaign.gate.imports import ImportGraph
+from moe_fuzz.errors import EnvironmentProblem, UsageError
+from moe_fuzz.ops import OPS, get_space
+from moe_fuzz.targets import registry
+
+ROOT = Path(moe_fuzz.__file__).parents[1]
+BUILTIN = tuple(f"{op}@builtin" for op in OPS)
+
+
+def write(root: Path, **files: str) -> None:
+    """`pack_in` stands for pack/in.py, and `pack_` for pack/__init__.py."""
+    for name, text in files.items():
+        file = name.replace("_", "/")
+        path = root / (f"{file}__init__.py" if file.endswith("/") else f"{file}.py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def git(root: Path, *words: str) -> None:
+    who = ("-c", "user.name=me", "-c", "user.email=me@here", "-c", "commit.gpgsign=false")
+    subprocess.run(["git", *who, *words], cwd=root, check=True, capture_output=True)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    root = tmp_path / "repo"
+    write(root, a="1", b="1", c="1", folder_d="1")
+    git(root.parent, "init", "-q", "-b", "main", str(root))
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "first")
+    return root
+
+
+# ---- git ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_changed_since_a_branch_left(repository: Path) -> None:
+    git(repository, "checkout", "-qb", "mine")
+    (repository / "a.py").write_text("2")
+    git(repository, "commit", "-qam", "mine")
+    git(repository, "checkout", "-q", "main")
+    (repository / "c.py").write_text("theirs")  # what others did meanwhile is not mine
+    git(repository, "commit", "-qam", "theirs")
+    git(repository, "checkout", "-q", "mine")
+    (repository / "b.py").write_text("not committed")
+    (repository / "folder" / "new with ü.py").write_text("untracked")
+    (repository / ".gitignore").write_text("*.log\n")
+    (repository / "x.log").write_text("ignored")
+    root, files = changed_files("main", repository / "folder")
+    assert root == repository
+    assert files == (".gitignore", "a.py", "b.py", "folder/new with ü.py")
+    (repository / "folder" / "d.py").unlink()
+    assert "folder/d.py" in changed_files("main", repository)[1]
+
+
+def test_git_that_cannot_answer(repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="git knows no revision 'nowhere'") as error:
+        changed_files("nowhere", repository)
+    assert "fetch-depth: 0" in error.value.hint
+    with pytest.raises(UsageError, match="git knows no revision"):
+        changed_files("--output=x", repository)
+    with pytest.raises(EnvironmentProblem, match="not a git repository"):
+        changed_files("main", tmp_path)
+
+
+# ---- imports --------------------------------------------------------------------------------------------------------
+
+
+def files(root: Path, location: str) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in ImportGraph(root).files(location)}
+
+
+def test_a_file_is_made_of_what_it_imports(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        pack_="", pack_first="from . import third\nfrom .fourth import name", pack_second="import nowhere",
+        pack_third="", pack_fourth="from .first import cycle", pack_late="", pack_unused="", other="import my",
+    )  # fmt: skip
+    (tmp_path / "my.py").write_text(
+        "import os, torch\nfrom pack import first\nimport pack.second as s\n"
+        "def topk():\n    from pack.late import x\n    return first, s\n"
+    )
+    assert files(tmp_path, f"{tmp_path}/my.py:topk") == {
+        "my.py", "pack/first.py", "pack/second.py", "pack/third.py", "pack/fourth.py", "pack/late.py",
+    }  # fmt: skip
+    assert files(tmp_path, "my:topk()") == files(tmp_path, f"{tmp_path}/my.py:topk")
+    assert files(tmp_path, "torch:topk") == set()
+    assert files(tmp_path, "/elsewhere/my.py:topk") == set()
+
+
+def test_of_a_module_that_hands_out_several_only_what_the_name_needs(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        hub="from k import one, two\nfrom hub2 import three\nhelp = one.f\ndef a():\n    return help()\n"
+        "b = two.g\ntry:\n    import fast as quick\nexcept ImportError:\n    import slow as quick\nc = quick.run\n",
+        k_="", k_one="import shared", k_two="import shared", shared="", fast="", slow="",
+        hub2="import k.one\nfrom k.two import three\nother = k.one", src_lib_="from lib import deep",
+        src_lib_deep="",
+    )  # fmt: skip
+    assert files(tmp_path, "hub:a") == {"hub.py", "k/one.py", "shared.py"}
+    assert files(tmp_path, "hub:b") == {"hub.py", "k/two.py", "shared.py"}
+    assert files(tmp_path, "hub:c") == {"hub.py", "fast.py", "slow.py"}
+    assert files(tmp_path, "hub:three") == {"hub.py", "hub2.py", "k/two.py", "shared.py"}
+    (tmp_path / "hub3.py").write_text("from hub import *\nimport hub2\n")
+    assert files(tmp_path, "hub3:a") >= {"hub3.py", "hub.py", "hub2.py", "k/one.py", "k/two.py"}
+    assert files(tmp_path, "lib:deep") == {"src/lib/__init__.py", "src/lib/deep.py"}
+    (tmp_path / "k" / "one.py").write_text("def broken(:")
+    assert files(tmp_path, "hub:a") == {"hub.py", "k/one.py"}
+
+
+# ---- our own kernels, and the table ---------------------------------------------------------------------------------
+
+
+def touched(*changed: str, table: dict[str, tuple[str, ...]] | None = None) -> set[str]:
+    return {target.partition("@")[0] for target in affected(BUILTIN, ROOT, changed, table or {}).targets}
+
+
+def test_our_kernels_by_what_they_import() -> None:
+    assert touched("kernels/align.py") >= {"align"}
+    assert touched("kernels/nvfp4.py") & {"align", "topk_softmax", "moe_layer"} == set()
+    assert touched("kernels/routing.py") >= {"topk_softmax", "topk_sigmoid", "moe_layer"}
+    assert "nvfp4_quantize" not in touched("kernels/routing.py")
+    assert touched("moe_fuzz/targets/builtin.py") == set(OPS)
+    assert touched("README.md", "tests/cpu/test_gate.py") == set()
+
+
+def test_our_own_table_covers_what_is_no_kernel() -> None:
+    table = dict(config.load(ROOT, {}).paths)
+    assert table
+    for file in ("moe_fuzz/execute/runner.py", "moe_fuzz/fence/cpu.py", "moe_fuzz/strategies.py", "constraints.txt"):
+        assert (ROOT / file).exists()
+        assert touched(file, table=table) == set(OPS), file
+    assert touched("docs/design.md", "moe_fuzz/report/text.py", table=table) == set()
+    for op in OPS:  # its reference and its checks are the oracle
+        family = get_space(op).family
+        assert op in touched(f"moe_fuzz/checks/{family}/family.py", table=table)
+        assert op in touched(f"moe_fuzz/ops/{family}/space.py", table=table)
+
+
+def test_globs(tmp_path: Path) -> None:
+    names = ("topk_softmax@vllm", "topk_softmax@vllm.fused_topk", "align@vllm", "align@torch")
+    table = {
+        "csrc/moe/topk*.cu": ("topk_softmax@vllm",), "csrc/**/align/*.cu": ("align",), "vllm/**": ("vllm",),
+        "cmake/*.cmake": ("*",), "docs/**": (),
+    }  # fmt: skip
+
+    def of(*changed: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        change = affected(names, tmp_path, changed, table)
+        return change.targets, change.unmapped
+
+    assert of("csrc/moe/topk_softmax_kernels.cu") == (names[:1], ())
+    assert of("csrc/moe/deep/topk.cu") == ((), ("csrc/moe/deep/topk.cu",))
+    assert of("csrc/align/a.cu") == of("csrc/x/y/align/a.cu") == (names[2:], ())
+    assert of("vllm/a/b.py") == (names[:3], ())
+    assert of("cmake/x.cmake") == (names, ())
+    assert of("docs/a.md", "README.md") == ((), ("README.md",))
+    change = affected(names, tmp_path, ("sub/csrc/moe/topk.cu",), table, tmp_path / "sub")
+    assert change.targets == names[:1]
+    assert change.reasons == {"topk_softmax@vllm": "sub/csrc/moe/topk.cu"}
+
+
+def test_known_targets_can_be_asked_for() -> None:
+    assert affected([target.name for target in registry.known()], ROOT, ("LICENSE",), {}).targets == ()

@@ -1,0 +1,41 @@
+"""The files that a gate replays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_fuzz import strategies
+from moe_fuzz.campaign.gate.corpus import read
+from moe_fuzz.contract import TargetInfo
+from moe_fuzz.errors import UsageError
+from moe_fuzz.ops import get_space
+
+INFO = TargetInfo("topk_softmax@torch", "topk_softmax", "torch")
+
+
+def test_cases_and_records_of_one_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    grid = strategies.grid(get_space("topk_softmax"), INFO, "cpu", 0)
+    plain, recorded, inline = (next(grid) for _ in range(3))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "1.json").write_text(plain.dumps())
+    (tmp_path / "a.json").write_text(json.dumps({"cause": "why", "case": recorded.to_json()}))
+    (tmp_path / "c.json").write_text(json.dumps({"moe_fuzz_corpus": 1, "case": inline.inline()}))
+    (tmp_path / "d.json").write_text("{")
+    (tmp_path / "e.json").write_text('{"other": 1}')
+    (tmp_path / "f.json").write_text(json.dumps(plain.to_json() | {"op": "nobody", "digest": ""}))
+    (tmp_path / "readme.md").write_text("no case")
+    cases, notes = read([tmp_path])
+    assert cases == (recorded, plain, inline)
+    assert [note.partition(" is left out")[0].rpartition("/")[2] for note in notes] == ["d.json", "e.json", "f.json"]
+    assert read([]) == ((), [])
+    with pytest.raises(UsageError, match="there is no corpus"):
+        read([tmp_path / "none"])
+
+
+def test_our_own_regressions_are_a_corpus() -> None:
+    cases, notes = read([Path(__file__).parents[1] / "regressions"])
+    assert len(cases) >= 12
+    assert not notes
