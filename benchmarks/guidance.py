@@ -1,6 +1,6 @@
 """What each part of a campaign's guidance buys over uniform random cases, in cases until a planted bug is found.
 
-    python benchmarks/guidance.py [--seeds 20] [--cases 1500] [--out benchmarks/results/guidance.json]
+    python benchmarks/guidance.py [--seeds 20] [--cases 800] [--executed 256] [--out FILE]
 
 No kernel runs in the first table. A planted bug's trigger is a predicate on cases, read off its code; it is found by
 the first case for which that holds. Each variant of the generator draws one stream of cases a seed and an op, and all
@@ -378,58 +378,75 @@ def median(values: Sequence[int | None], most: int) -> float:
 
 def mean_ratio(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float:
     """Geometric mean of how many times fewer cases ours takes: above 1 is better."""
-    return math.exp(statistics.fmean(math.log(theirs[bug] / ours[bug]) for bug in ours))
+    return round(math.exp(statistics.fmean(math.log(theirs[bug] / ours[bug]) for bug in ours)), 2)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--cases", type=int, default=1500, help="of a stream")
-    parser.add_argument("--executed", type=int, default=400, help="cases of a campaign with kernels; 0: none")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    start = time.monotonic()
+def predicates(options: argparse.Namespace) -> dict[str, Any]:
+    """The first table."""
     jobs = [(name, op, seed, options.cases) for seed in range(options.seeds) for name in VARIANTS for op in OPS]
     found: dict[str, dict[str, list[int | None]]] = {name: {} for name in VARIANTS}
     with ProcessPoolExecutor(options.processes) as pool:
         for name, op, _, by_bug in pool.map(stream_of, jobs):
             for bug, number in by_bug.items():
                 found[name].setdefault(f"{op}/{bug}", []).append(number)
-        climbs = [(op, bug, check, score, seed, options.executed)
-                  for seed in range(options.seeds) for op, bug, check in EXECUTED for score in SCORES]  # fmt: skip
-        climbed: dict[str, dict[str, list[int | None]]] = {score: {} for score in SCORES}
-        for bug, score, _, number in pool.map(climb, climbs) if options.executed else ():
-            climbed[score].setdefault(bug, []).append(number)
     medians = {name: {bug: median(n, options.cases) for bug, n in bugs.items()} for name, bugs in found.items()}
-    executed = {score: {bug: median(n, options.executed) for bug, n in bugs.items()} for score, bugs in climbed.items()}
     table = []
     for name, (what, _, against) in VARIANTS.items():
         every = [number for numbers in found[name].values() for number in numbers]
         table.append({
-            "variant": name, "what": what, "found": round(sum(n is not None for n in every) / len(every), 4),
+            "variant": name, "what": what, "found": share(every),
             "median of medians": statistics.median(medians[name].values()),
-            "over uniform": round(mean_ratio(medians[name], medians["uniform"]), 2),
-            "against": against, "over it": round(mean_ratio(medians[name], medians[against]), 2),
+            "worst median": max(medians[name].values()),
+            "over uniform": mean_ratio(medians[name], medians["uniform"]),
+            "against": against, "over it": mean_ratio(medians[name], medians[against]),
         })  # fmt: skip
-    scores = [
-        {"score": score, "found": round(sum(n is not None for ns in climbed[score].values() for n in ns)
-                                        / max(1, sum(map(len, climbed[score].values()))), 4),
-         "over none": round(mean_ratio(executed[score], executed["none"]), 2)}
-        for score in SCORES if executed[score]
+    return {"cases": options.cases, "bugs": len(medians["uniform"]), "rows": table, "median_cases_to_find": medians}
+
+
+def scores(options: argparse.Namespace) -> dict[str, Any]:
+    """The second table."""
+    climbs = [(op, bug, check, score, seed, options.executed)
+              for seed in range(options.seeds) for op, bug, check in EXECUTED for score in SCORES]  # fmt: skip
+    climbed: dict[str, dict[str, list[int | None]]] = {score: {} for score in SCORES}
+    with ProcessPoolExecutor(options.processes) as pool:
+        for bug, score, _, number in pool.map(climb, climbs):
+            climbed[score].setdefault(bug, []).append(number)
+    medians = {score: {bug: median(n, options.executed) for bug, n in bugs.items()} for score, bugs in climbed.items()}
+    rows = [
+        {"score": score, "found": share([n for numbers in climbed[score].values() for n in numbers]),
+         "over none": mean_ratio(medians[score], medians["none"])}
+        for score in SCORES
     ]  # fmt: skip
-    data = {
-        "command": " ".join(["python", "benchmarks/guidance.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()},
-        "versions": {"moe-fuzz": __version__}, "seconds": round(time.monotonic() - start), "seeds": options.seeds,
-        "cases": options.cases, "variants": table, "executed_cases": options.executed, "scores": scores,
-        "median_cases_to_find": medians, "median_cases_to_find_executed": executed,
+    return {"cases": options.executed, "bugs": len(EXECUTED), "rows": rows, "median_cases_to_find": medians}
+
+
+def share(numbers: Sequence[int | None]) -> float:
+    return round(sum(number is not None for number in numbers) / len(numbers), 4)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--cases", type=int, default=800, help="of a stream; 0: leave the first table as it is")
+    parser.add_argument("--executed", type=int, default=256, help="of a campaign with kernels; 0: leave the second")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    start = time.monotonic()
+    data: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    data |= {
+        "command": "python benchmarks/guidance.py --out benchmarks/results/guidance.json",
+        "date": time.strftime("%Y-%m-%d"), "seeds": options.seeds, "versions": {"moe-fuzz": __version__},
+        "machine": {"cpu": platform.machine(), "cores": options.processes, "python": platform.python_version()},
     }  # fmt: skip
-    text = json.dumps(data, indent=1) + "\n"
+    for name, wanted, make in (("generator", options.cases, predicates), ("scores", options.executed, scores)):
+        if wanted:
+            data[name] = make(options)
+            for row in data[name]["rows"]:
+                print(row, flush=True)
+    print(f"{time.monotonic() - start:.0f} s")
     if options.out:
-        options.out.write_text(text, encoding="utf-8")
-    for row in [*table, *scores]:
-        print(row)
+        options.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
