@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Protocol
 
+from moe_fuzz.campaign.coverage_guide import Guide
 from moe_fuzz.campaign.drive import Enough, derive_seed, drive
 from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space
 from moe_fuzz.campaign.plan import ROUND, Unit
@@ -84,6 +85,8 @@ class Drivers:
     def _run(self, unit: Unit, slot: str) -> bool:
         """Runs a unit to its end; False if it was left before."""
         ran = 0
+        info, space = self._known[unit.target]
+        guide = Guide(space, info, self._device) if unit.phase == "generate" else None
         seen: set[str] = set()
         twins = False  # whether cases that this unit ran before may run again
 
@@ -95,6 +98,8 @@ class Drivers:
                 named = {case.digest: case for case in cases}
                 cases = tuple(case for digest, case in named.items() if digest not in seen)
                 seen.update(named)
+            if guide is not None:
+                cases = guide.worth(cases)
             best: float | None = None
             for part in _batches(cases[: unit.budget - ran], 2 * ROUND):
                 if self._host.over(unit):
@@ -113,7 +118,6 @@ class Drivers:
             except Enough:
                 pass
             return ran >= unit.budget
-        info, space = self._known[unit.target]
         rounds = self._sources.rounds(space, info, self._device)
         take = 0
         while ran < unit.budget and not self._host.over(unit):
