@@ -39,7 +39,7 @@ from kill_workers import kill
 PLANTED = ("renorm_zero_division", "reads_past_logits", "int64_ids", "null_workspace", "nan_argmax")
 TARGETS = ("topk_softmax@torch", *(f"topk_softmax@planted.{name}" for name in PLANTED))
 DISK = 96 << 20  # bytes
-GONE = 3.0  # seconds after which no process of a killed campaign may be left
+GONE = 10.0  # seconds after which no process of a killed campaign may be left
 GROWTH = 0.10  # of the parent's memory, from the median of the second fifth of its life to that of the last
 
 
