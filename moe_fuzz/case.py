@@ -29,8 +29,8 @@ FORMAT = 1
 #: captured in one pool, the largest first, then replayed in order. piecewise: the same, with what produces the logits
 #: and what consumes the result in graphs of their own, and eager work between them.
 MODES = ("eager", "graph", "piecewise")
-#: Of layers alone. As graph, over a batch that several data-parallel ranks (`dp` of the config) have padded to the
-#: largest of them and gathered.
+#: Of layers: as graph, over a batch that several data-parallel ranks (`dp` of the config) have padded to the largest of
+#: them and gathered. Of an all-reduce: each of its ranks (`ranks` of the config) in a process of its own.
 RANKS = "ranks"
 ALL_MODES = (*MODES, RANKS)
 MAX_STEPS = 64
@@ -42,9 +42,15 @@ _WORD = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _TARGET = re.compile(r"[a-z][a-z0-9_]{0,63}@\S.{0,1000}")
 
 
-def in_mode(config: Mapping[str, Scalar], mode: str) -> dict[str, Scalar]:
-    """The config of a case in this mode: there are several data-parallel ranks in `ranks`, and nowhere else."""
-    ranks = {"dp": max(2, int(config["dp"])) if mode == RANKS else 1} if "dp" in config else {}
+def in_mode(config: Mapping[str, Scalar], mode: str, most: int = 8) -> dict[str, Scalar]:
+    """The config of a case in this mode: there are several data-parallel ranks in `ranks`, and nowhere else; and of an
+    all-reduce two or more, but no more than `most`, with a process each."""
+    ranks: dict[str, Scalar] = {}
+    if "dp" in config:
+        ranks = {"dp": max(2, int(config["dp"])) if mode == RANKS else 1}
+    elif "captured" in config:
+        ranks = {"ranks": max(2, min(most, int(config["ranks"]))), "launches": "phases"} if mode == RANKS else {
+            "captured": False}
     return {**config, **ranks}
 
 
@@ -137,6 +143,11 @@ class Case:
         """The token counts of the steps, the largest first: the sizes in which a graph mode captures."""
         return tuple(sorted({step.tokens for step in self.steps}, reverse=True))
 
+    @property
+    def processes(self) -> int:
+        """How many processes run it: more than one where each rank has its own."""
+        return int(self.config["ranks"]) if self.mode == RANKS and "dp" not in self.config else 1
+
     def stream(self, index: int) -> int:
         """The number of the generator's stream from which a step's values come."""
         own = self.steps[index].stream
@@ -204,7 +215,7 @@ class Case:
         for key, value in config.items():
             if not isinstance(value, bool | int | float | str):
                 raise CaseError(f"config.{key}", f"must be a number, a string or a boolean, not {value!r}")
-        if mode == RANKS and "dp" not in config:
+        if mode == RANKS and not {"dp", "ranks"} & set(config):
             raise CaseError("mode", f"{op} has no data-parallel ranks", f"use one of {', '.join(MODES)}")
         steps = record.get("steps")
         if not isinstance(steps, list) or not 1 <= len(steps) <= MAX_STEPS:

@@ -46,10 +46,14 @@ class Contract:
     stable: bool = False  # the slots of an expert ascend
     tail: str = "minus_one"  # expert_ids past the blocks in use: "minus_one" | "any": nobody reads them
     dropped: str = "absent"  # slots of no expert: "absent" from sorted_token_ids | "first", in blocks of the expert -1
-    # of nvfp4_quantize alone
+    factor: str = "float32"  # of experts_nvfp4 alone: "dtype": global scales are rounded to that of x first
+    # of nvfp4_quantize, and of experts_nvfp4 where it quantizes activations
     rounding: str = "near"  # "exact": the contract's bytes | "near": a step off where float32 in another order may be
     nonfinite: str = "any"  # bytes of a block with NaN or Inf: "reference": as the contract says | "any"
     scale_padding: str = "any"  # of swizzled scales: "zero" | "any"
+    # of allreduce_rmsnorm alone
+    rounds: tuple[str, ...] = ("residual",)  # what is rounded to x's dtype on the way: "sum" | "residual" | "normed"
+    sum_order: str = "any"  # "rank": float32, from rank 0 on, the residual last: then residual_out is known to the bit
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,24 @@ class Capabilities:
     max_ranks: int = 64  # data-parallel ranks whose batch it takes
     max_shards: int = 64
     weight_on_input: bool = True
-    # of nvfp4_quantize alone
-    max_blocks: int = 1 << 12  # of 16 columns
+    # of NVFP4
+    max_blocks: int = 1 << 12  # of 16 columns, of nvfp4_quantize
     layouts: tuple[str, ...] = ("linear", "swizzled")  # of scales
     global_scales: tuple[str, ...] = ("power", "six", "fitted", "small", "large")  # see ops/nvfp4/space.py
     scale_dtypes: tuple[str, ...] = ("float32",)  # of global scales
     expert_scales: bool = True  # takes a global scale for each expert
+    activation_formats: tuple[str, ...] = ("as_given", "nvfp4")  # of experts_nvfp4
+    backends: tuple[str, ...] = ()  # which take activations as they are, and can be forced by the argument `backend`
+    # of allreduce_rmsnorm alone
+    max_world: int = 8  # ranks of a group
+    launches: tuple[str, ...] = ("phases",)  # of all ranks in one process: "phases" | "single", see ops/allreduce
+    processes: tuple[str, ...] = ()  # devices on which each rank can have a process of its own
+    max_processes: int = 8  # ranks with a process each: as many as there are devices
+    gamma_dtypes: tuple[str, ...] = ("dtype", "float32", "bfloat16", "float16")
+    residual: tuple[bool, ...] = (True, False)
+    max_burst: int = 1000  # calls without a wait in between
+    max_groups: int = 2  # at the same time
+    cuts: bool = False  # takes messages larger than its group's buffers
 
 
 @dataclass(frozen=True)

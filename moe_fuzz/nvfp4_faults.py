@@ -62,6 +62,73 @@ class BlockCanvas(Canvas):
         return torch.where(there.isfinite(), (bits + step).view(there.dtype), there).float()
 
 
+@dataclass
+class ScaleCanvas(Canvas):
+    """Swizzled tables of scales uint8 [E, bytes] while faults are laid into their padding."""
+
+    padding: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))  # [E, bytes]
+
+    def fill(self, what: torch.Tensor) -> None:
+        """Bytes of the padding."""
+        self.values = torch.where(self.padding, what, self.values)
+
+
+@register
+class PoisonScales(Fault):
+    """The padding of swizzled scales is 0x7F, the NaN of E4M3: what memory holds that was poisoned, or filled with all
+    bits (vllm#38148)."""
+
+    name = "poison_scales"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        assert isinstance(canvas, ScaleCanvas), f"{self.name} is laid on scales, not on {canvas.name}"
+        canvas.fill(torch.full_like(canvas.values, 0x7F))
+
+
+@register
+class StaleScales(Fault):
+    """The padding of swizzled scales is any bytes: a table that was allocated and not cleared (vllm#42988)."""
+
+    name = "stale_scales"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        assert isinstance(canvas, ScaleCanvas), f"{self.name} is laid on scales, not on {canvas.name}"
+        rows, columns = canvas.values.shape
+        word = (torch.arange(columns, device=canvas.device) * 0x9E3779B1 + 0x5BD1 * canvas.seed % (1 << 20)) >> 7
+        canvas.fill((word & 0xFF).to(torch.uint8).expand(rows, columns))
+
+
+class SenselessScale(Fault):
+    """A global scale that is no normal number above 0, or the inverse of one: an expert that calibration never gave a
+    token, or that saw zeros alone (compressed-tensors#595)."""
+
+    value = 0.0
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.values[positions] = self.value
+
+
+@register
+class ZeroScale(SenselessScale):
+    """A global scale is 0."""
+
+    name = "zero_scale"
+
+
+@register
+class InfiniteScale(SenselessScale):
+    """A global scale is infinite."""
+
+    name, value = "infinite_scale", torch.inf
+
+
+@register
+class NanScale(SenselessScale):
+    """A global scale is NaN."""
+
+    name, value = "nan_scale", torch.nan
+
+
 class BlockFault(Fault):
     """A kind of fault on blocks."""
 

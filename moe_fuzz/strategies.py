@@ -58,8 +58,8 @@ def rounds(
     config = draw(configs(space, info))
     kinds = sequences.runs(space.modes(info), device)
     drawn = draw(st.sampled_from(kinds))
-    run, tokens = sequences.afforded(space, in_mode(config, drawn), drawn, kinds, device)
-    places = _places(space, info, in_mode(config, run), run)
+    run, tokens = sequences.afforded(space, _in_mode(config, drawn, info), drawn, kinds, device)
+    places = _places(space, info, _in_mode(config, run, info), run)
     # The tensor first, then the fault: else a tensor with few faults of its own would hardly ever have one.
     by_tensor = [[p for p in places if p.tensor == tensor] for tensor in dict.fromkeys(p.tensor for p in places)]
     one = st.sampled_from(by_tensor).flatmap(st.sampled_from)
@@ -69,11 +69,15 @@ def rounds(
     cases = _alike(space, info, device, config, run, tokens, swarm, chosen)
     for _ in range(chosen.randrange(most)):
         drawn = chosen.choice(kinds)
-        run, tokens = sequences.afforded(space, in_mode(config, drawn), drawn, kinds, device)
-        places = _places(space, info, in_mode(config, run), run)
+        run, tokens = sequences.afforded(space, _in_mode(config, drawn, info), drawn, kinds, device)
+        places = _places(space, info, _in_mode(config, run, info), run)
         swarm = chosen.sample(places, min(chosen.randint(0, 4), len(places)))
         cases += _alike(space, info, device, config, run, tokens, swarm, chosen)
     return tuple(cases)
+
+
+def _in_mode(config: Mapping[str, Scalar], run: str, info: TargetInfo) -> dict[str, Scalar]:
+    return in_mode(config, run, info.capabilities.max_processes)
 
 
 def _places(space: Space, info: TargetInfo, config: Mapping[str, Scalar], run: str) -> list[FaultPlace]:
@@ -85,7 +89,7 @@ def _alike(
     swarm: Sequence[FaultPlace], chosen: random.Random,
 ) -> list[Case]:  # fmt: skip
     """Cases of a config and a kind of run, with faults of `swarm`. tokens: as in `sequences.plan`."""
-    config = in_mode(config, run)
+    config = _in_mode(config, run, info)
     if run != sequences.SINGLE:
         taken = space.places_for(config, info)
         plans = [sequences.plan(run, tokens, swarm, chosen) for _ in range(chosen.randint(1, MAX_ROUND // 4))]
@@ -129,8 +133,8 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     for row in pairwise(axes, chosen):
         config = space.complete({axis.name: row[axis.name] for axis in axes[:-4]}, info)
         drawn = str(row["run"])
-        run, tokens = sequences.afforded(space, in_mode(config, drawn), drawn, runs, device)
-        config = in_mode(config, run)
+        run, tokens = sequences.afforded(space, _in_mode(config, drawn, info), drawn, runs, device)
+        config = _in_mode(config, run, info)
         taken = space.places_for(config, info)
         fitting = [place for place in taken if sequences.mode(run) in place.modes]
         place = next((p for p in fitting if f"{p.fault}@{p.tensor}" == row["fault"]), None)

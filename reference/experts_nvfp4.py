@@ -88,7 +88,7 @@ def values(codes: Tensor, scales: Tensor, layout: str = "linear") -> Tensor:
     table = torch.cat([E4M3, torch.tensor([torch.nan])]).double().to(codes.device)
     value = E2M1.double().to(codes.device)[codes % 8] * signs[codes // 8]
     scale = table[bytes_ % 128] * signs[bytes_ // 128]
-    return (value.view(rows, blocks, BLOCK) * scale[:, :, None]).view(rows, -1)
+    return (value.view(rows, blocks, BLOCK) * scale[:, :, None]).flatten(1)
 
 
 def _requantized(rows: Tensor, global_scale: Tensor) -> Tensor:

@@ -54,13 +54,14 @@ def choose(slots: int, num_ids: int) -> Plan:
 
 
 def interpreted(hidden: int, inter: int) -> Plan:
-    """In the interpreter a step costs the same whatever its size, so there are few."""
+    """In the interpreter a step costs the same whatever its size, so there are few: of the first product, too, which
+    writes whole 128 columns. A tile groups its slots anew: from a handful on `align`, once, costs less."""
 
     def blocks(rows: int, depth: int) -> Tile:
         d = min(max(triton.next_power_of_2(depth), 128), 1024)
         return Tile(16, max(min(triton.next_power_of_2(rows), (1 << 18) // d), 16), d, 2, 4, 1)
 
-    return Plan(0, blocks(2 * inter, hidden), blocks(hidden, inter), inline_slots=16)
+    return Plan(0, blocks(2 * (inter + -inter % 128), hidden), blocks(hidden, inter), inline_slots=4)
 
 
 def choose_backend(slots: int, num_ids: int, quantizes: bool, forced: str | None = None) -> str:

@@ -25,7 +25,10 @@ def large(
     (experts, rows13, blocks13), (_, rows2, blocks2) = w13.shape, w2.shape
     parts = _parts(x.shape[0], ids.shape[1], x.shape[1], 16 * blocks2, rows13, experts, x.dtype, workspace is not None)
     made = take(parts, x.device, workspace)
-    rows, blocks = (16, 32) if not _INTERPRETED else (256, 64)
+    rows, blocks = 16, 32
+    if _INTERPRETED:  # few programs, and none that is much larger than what it decodes
+        blocks = min(triton.next_power_of_2(max(blocks13, blocks2, 8)), 64)
+        rows = min(triton.next_power_of_2(experts * max(rows13, rows2)), (1 << 15) // blocks)
     programs13 = triton.cdiv(experts * rows13, rows) * triton.cdiv(blocks13, blocks)
     programs2 = triton.cdiv(experts * rows2, rows) * triton.cdiv(blocks2, blocks)
     decode_weights_kernel[(programs13 + programs2,)](

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -40,6 +41,8 @@ class Family:
     describe: Callable[..., str] | None = None
     #: (case, step_index, inputs) -> counts of what the inputs are like, by name, which a campaign adds up; None: none
     statistics: Callable[[Case, int, Inputs], Mapping[str, float]] | None = None
+    #: (case, target, device, options) -> a context in which the case runs, and the target as it is called there
+    staged: Callable[..., AbstractContextManager[Any]] | None = None
     #: (case, step_index) -> elements that are made and judged: on the host where they are few, else on the device
     elements: Callable[[Case, int], int] = _rows_by_experts
 

@@ -13,11 +13,11 @@ from typing import Any
 import click
 from rich.console import Console
 
-from moe_fuzz.bench import layer_table, layers, table
+from moe_fuzz.bench import allreduce, layer_table, layers, table
 from moe_fuzz.bench.drive import Result, Timer, measure_all
 from moe_fuzz.bench.points import TOKENS, Candidate, candidates, points
 from moe_fuzz.cli import machine, params
-from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EnvironmentProblem, UsageError
+from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EXIT_FINDING, EnvironmentProblem, UsageError
 from moe_fuzz.ops import get_space
 
 MAX_TOKENS = 1 << 17
@@ -47,6 +47,9 @@ COUNTS = params.Parsed("n,n…", _counts, tuple)
 @click.option("--rounds", type=click.IntRange(6, 10_000), default=60, show_default=True, help="Samples a candidate.")
 @click.option("--launches", type=click.IntRange(1, 1000), default=100, show_default=True, help="Launches a sample.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write a result file (JSON).")
+@click.option("--ranks", type=click.IntRange(2, 8), help="Of allreduce_rmsnorm: GPUs.  [default: all, up to 8]")
+@click.option("--calibrate", type=click.Path(dir_okay=False, path_type=Path), metavar="TABLE",
+              help="Of allreduce_rmsnorm: write the dispatch table that was measured to this file.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -58,6 +61,8 @@ def command(
     rounds: int,
     launches: int,
     out: Path | None,
+    ranks: int | None,
+    calibrate: Path | None,
 ) -> None:
     """Time implementations of OP side by side: in CUDA graphs, interleaved, each verified before it is timed.
 
@@ -65,8 +70,15 @@ def command(
     A candidate that cannot be timed (not installed, wrong, crashed, hung) is a line that says so. The ops
     experts_bf16 and experts_nvfp4 are timed at the sizes of real models, several calls a graph in place of --launches.
 
+    allreduce_rmsnorm is timed on --ranks GPUs, 4 KB to 8 MB at H 2048, 4096 and 7168, against each all-reduce followed
+    by a norm. Exit code 1 where the dispatch table is more than 5 % slower than the best choice.
+
     Exit code 3 without a GPU, or where nothing could be timed.
     """
+    if op == allreduce.OP:
+        ctx.exit(_all_reduce(ranks, calibrate, out, targets or presets or tokens or ab))
+    if ranks is not None or calibrate is not None:
+        raise UsageError("--ranks and --calibrate are of allreduce_rmsnorm", f"leave them out with {op}")
     of_layers = op in layers.OPS
     if of_layers:
         chosen, wanted = layers.candidates(targets, op), layers.points(presets, tokens or layers.TOKENS, op)
@@ -110,6 +122,30 @@ def command(
             f"[{ratio.low:.4f}, {ratio.high:.4f}]", soft_wrap=True, highlight=False, markup=False
         )  # fmt: skip
     ctx.exit(EXIT_CLEAN if any(result.times for result in results) else EXIT_ENVIRONMENT)
+
+
+def _all_reduce(ranks: int | None, calibrate: Path | None, out: Path | None, more: Any) -> int:
+    if more:
+        raise UsageError("allreduce_rmsnorm is timed at sizes and against all-reduces of its own",
+                         "leave TARGET, --preset, --tokens and --ab out")  # fmt: skip
+    for option, path in (("--out", out), ("--calibrate", calibrate)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{option}: there is no directory {path.absolute().parent}")
+    found = len(machine.gpus())
+    ranks = ranks or min(8, found)
+    if found < 2 or ranks > found:
+        raise EnvironmentProblem(f"{max(2, ranks)} ranks need as many GPUs, and there are {found}",
+                                 "run it on a machine with more, or with fewer --ranks")  # fmt: skip
+    result = allreduce.measure(ranks, calibrate is not None)
+    if out is not None:
+        _write(out, result)
+    if calibrate is not None:
+        _write(calibrate, allreduce.table_of(result))
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    console.print(allreduce.rendered(result))
+    for line in allreduce.notes(result):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    return EXIT_ENVIRONMENT if not result["points"] else EXIT_FINDING if result["misses"] else EXIT_CLEAN
 
 
 def _record(

@@ -16,7 +16,8 @@ _MODES = {
     "eager": "eager",
     "graph": "graph (buckets of {} tokens, each captured once over static buffers, all in one pool; then replayed)",
     "piecewise": "piecewise (as graph, buckets of {} tokens, but producer, router and consumer in graphs of their own)",
-    "ranks": "ranks (as graph, over the gathered batch of several data-parallel ranks: buckets of {} rows)",
+    "ranks": "ranks (a layer: as graph, over the gathered batch of several data-parallel ranks; an all-reduce: a "
+    "process for each rank; {} rows)",
 }
 
 

@@ -14,13 +14,14 @@ import torch
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
-from moe_fuzz.execute import clock, trail
+from moe_fuzz.execute import clock, meeting, trail
 from moe_fuzz.execute.call import CaptureFailed, TargetError, site_of
 from moe_fuzz.execute.compiling import watch_compilers, watch_dynamo
 from moe_fuzz.execute.eager import EagerSteps
 from moe_fuzz.execute.exhibit import exhibit
 from moe_fuzz.execute.graph import GraphSteps
 from moe_fuzz.execute.interpreter import hasten
+from moe_fuzz.execute.ranks import RankSteps
 from moe_fuzz.execute.steps import Steps
 from moe_fuzz.fence import allocator, cuda_driver
 from moe_fuzz.fence.cuda_driver import DeviceLost
@@ -64,6 +65,8 @@ class Runner:
             refusal = f"{target} does not run on {self.device}"
         if self.device == "cuda" and case.mode != "eager" and options.fence.own == "all":
             refusal = "torch captures no graph while another allocator is in its place; use --fence torch"
+        if case.processes > 1 and not (meeting.present() and meeting.size() == case.processes):
+            refusal = f"this process is not one of {case.processes} that run the case together"
         if refusal:
             return Verdict(REJECTED, detail=refusal)
         with self._patience(case, bound):
@@ -72,9 +75,14 @@ class Runner:
     def _steps(self, case: Case, bound: Target, options: RunOptions) -> Verdict:
         started, stood = time.perf_counter(), clock.stood()
         trail.clear()
-        steps = (EagerSteps if case.mode == "eager" else GraphSteps)(case, bound, options, self.device)
-        verdict = _verdict(steps)
-        return replace(verdict, seconds=time.perf_counter() - started, compile_seconds=clock.stood() - stood)
+        kind = RankSteps if case.processes > 1 else EagerSteps if case.mode == "eager" else GraphSteps
+        steps = kind(case, bound, options, self.device)
+        with steps.staged():
+            verdict = _verdict(steps)
+        # What a call that failed has left between the ranks is no burden for the next case.
+        spent = verdict.spent or (case.processes > 1 and verdict.bad)
+        seconds, compiled = time.perf_counter() - started, clock.stood() - stood
+        return replace(verdict, seconds=seconds, compile_seconds=compiled, spent=spent)
 
     def exhibit(self, case: Case, target: str) -> dict[str, Any]:
         """All that a script needs to make the calls of this case without moe-fuzz: see execute/exhibit.py."""
@@ -84,7 +92,8 @@ class Runner:
     def _bind(self, target: str) -> Target:
         if target not in self._targets:
             with clock.stopped("load"):
-                self._targets[target] = bind(target)
+                bound = bind(target)
+                self._targets[target] = replace(bound, info=_here(bound.info, self.device))
         return self._targets[target]
 
     def _patience(self, case: Case, target: Target) -> contextlib.AbstractContextManager[None]:
@@ -95,6 +104,19 @@ class Runner:
             return contextlib.nullcontext()
         self._seen.add(key)
         return clock.stopped("compile")
+
+
+def _here(info: TargetInfo, device: str) -> TargetInfo:
+    """What the target can take on this device: of ranks that run at the same time, or in processes of their own."""
+    can = info.capabilities
+    if device == "cpu":  # programs of one launch run one after the other there
+        launches = tuple(name for name in can.launches if name != "single") or can.launches[:1]
+        # Interpreted kernels run phase by phase, so that a burst shows little, and ranks cost time.
+        burst, world = (1, 4) if "single" in can.launches and "cpu" not in can.processes else (8, 8)
+        can = replace(can, launches=launches, max_burst=min(burst, can.max_burst), max_world=min(world, can.max_world))
+    if device not in can.processes:
+        can = replace(can, max_processes=1)
+    return replace(info, capabilities=can)
 
 
 def _verdict(steps: Steps) -> Verdict:
@@ -149,6 +171,8 @@ def _start_cuda() -> None:
         raise EnvironmentProblem("there is no CUDA device that torch can use",
                                  "--device cpu runs the same kernels in Triton's interpreter")  # fmt: skip
     torch.cuda.init()
+    if meeting.present():
+        torch.cuda.set_device(meeting.rank())
     torch.cuda.current_stream().synchronize()  # the context exists from here on, and costs no case its seconds
     if budget := int(os.environ.get(MEMORY, "0")):
         cuda_driver.limit(budget)

@@ -58,6 +58,15 @@ class Steps(ABC):
         return self.family.materialize(self.case, index, self.device if there else "cpu")
 
     @contextmanager
+    def staged(self) -> Iterator[None]:
+        """Around `run`: what the family sets up for a case, and the target as it is called there."""
+        if self.family.staged is None:
+            yield
+            return
+        with self.family.staged(self.case, self.target, self.device, self.options) as self.target:
+            yield
+
+    @contextmanager
     def arena(self) -> Iterator[Arena]:
         arena = open_arena(self.device, self.options.fence, str(self.case.config["edge"]))
         try:

@@ -7,6 +7,8 @@ import difflib
 from moe_fuzz.case import Case
 from moe_fuzz.errors import UsageError
 from moe_fuzz.ops.align.space import SPACES as _ALIGN
+from moe_fuzz.ops.allreduce.space import SPACES as _ALLREDUCE
+from moe_fuzz.ops.experts.fp4 import SPACES as _FP4
 from moe_fuzz.ops.experts.space import SPACES as _EXPERTS
 from moe_fuzz.ops.layer.space import SPACES as _LAYER
 from moe_fuzz.ops.nvfp4.space import SPACES as _NVFP4
@@ -15,7 +17,8 @@ from moe_fuzz.ops.routing.space import SPACES as _ROUTING
 from moe_fuzz.ops.space import Space
 
 _SPACES: dict[str, Space] = {
-    space.op: space for space in (*_ROUTING, *_GROUPED, *_ALIGN, *_EXPERTS, *_LAYER, *_NVFP4)
+    space.op: space
+    for space in (*_ROUTING, *_GROUPED, *_ALIGN, *_EXPERTS, *_FP4, *_LAYER, *_NVFP4, *_ALLREDUCE)
 }
 OPS: tuple[str, ...] = tuple(sorted(_SPACES))
 

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_fuzz.planted.align_catalog import ALIGN
+from moe_fuzz.planted.allreduce_catalog import ALLREDUCE
 from moe_fuzz.planted.entry import Planted
 from moe_fuzz.planted.experts_catalog import EXPERTS
+from moe_fuzz.planted.experts_nvfp4_catalog import EXPERTS_NVFP4
 from moe_fuzz.planted.layer_catalog import LAYER
 from moe_fuzz.planted.nvfp4_catalog import NVFP4
 
@@ -185,7 +187,7 @@ _ROUTERS: tuple[Planted, ...] = (
             capabilities=_CUDA, fence="all"),
 )  # fmt: skip
 
-PLANTED: tuple[Planted, ...] = (*_ROUTERS, *ALIGN, *EXPERTS, *LAYER, *NVFP4)
+PLANTED: tuple[Planted, ...] = (*_ROUTERS, *ALIGN, *EXPERTS, *LAYER, *NVFP4, *EXPERTS_NVFP4, *ALLREDUCE)
 
 
 def get_planted(name: str) -> Planted | None:

@@ -24,6 +24,10 @@ def _memory(name: str, check: str, upstream: str, story: str, **more: Any) -> Pl
     return _experts(name, check, upstream, story, module="experts_memory", **more)
 
 
+def _permuted(name: str, check: str, upstream: str, story: str) -> Planted:
+    return _experts(name, check, upstream, story, module="experts_permuted")
+
+
 def _bits(name: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
     return _experts(name, check, upstream, story, module="experts_relations", **more)
 
@@ -42,6 +46,10 @@ EXPERTS: tuple[Planted, ...] = (
     _experts("zero_off_rank", "exact", "flashinfer#3547", "compares ids of all ranks with the rank's count: all zero"),
     _memory("idle_tokens_unwritten", "written", "sglang#24850", "nobody writes the row of a token without experts here",
             capabilities=_OUT),
+    _permuted("dropped_sorted_first", "exact", "TransformerEngine#2908",
+              "sorts slots of no expert before expert 0, and counts rows from there"),
+    _permuted("map_of_dropped_unwritten", "crash", "vllm#54747",
+              "gathers rows of slots without an expert by a map that nobody wrote"),
     # values
     _experts("partial_block_writes_slot_zero", "exact", "vllm#28619", "lanes past a block's end compute slot 0"),
     _experts("weight_applied_twice", "exact", "sglang#21348", "weights the input, and the output again"),

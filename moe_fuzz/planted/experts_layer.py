@@ -9,6 +9,8 @@ from torch import Tensor
 
 from moe_fuzz.reference.align import expert_of_slot
 from moe_fuzz.reference.experts_bf16 import activate
+from moe_fuzz.reference.experts_nvfp4 import values
+from moe_fuzz.reference.nvfp4 import nvfp4_quantize, unswizzle
 
 
 class Layer:
@@ -55,7 +57,7 @@ class Layer:
 
     def gate_up(self, e: int, token: Tensor, weight: Tensor) -> Tensor:
         """The activation's result, dtype of x [n, I]."""
-        a = self.first(self.x[token], self.w13[e])
+        a = self.up_product(e, token)
         if self.on_input:
             a = scaled(a, weight)
         if self.b13 is not None:
@@ -63,10 +65,16 @@ class Layer:
         return self.activate(a).to(self.x.dtype)
 
     def down(self, e: int, h: Tensor, weight: Tensor) -> Tensor:
-        y = self.second(h, self.w2[e])
+        y = self.down_product(e, h)
         if self.b2 is not None:
             y = y + self.bias(e)
         return (y if self.on_input else scaled(y, weight)).to(self.x.dtype)
+
+    def up_product(self, e: int, token: Tensor) -> Tensor:
+        return self.first(self.x[token], self.w13[e])
+
+    def down_product(self, e: int, h: Tensor) -> Tensor:
+        return self.second(h, self.w2[e])
 
     def first(self, x: Tensor, w: Tensor) -> Tensor:
         return self.product(x, w)
@@ -90,6 +98,52 @@ class Layer:
 
     def given(self, y: Tensor) -> Tensor:
         return y if self.out is None else self.out.copy_(y)
+
+
+class Fp4Layer(Layer):
+    """Contract and shapes: `reference/experts_nvfp4.py`."""
+
+    def __init__(
+        self, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, w13_scales: Tensor, w2_scales: Tensor,
+        w13_alpha: Tensor, w2_alpha: Tensor, *, scale_layout: str = "linear", activations: str = "as_given",
+        x_global: Tensor | None = None, h_global: Tensor | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(x, w13, w2, weights, ids, **options)
+        self.inter = 2 * w2.shape[2]
+        self.codes = {"w13": w13, "w2": w2}
+        self.tables = {"w13": w13_scales, "w2": w2_scales}
+        self.alphas = {"w13": w13_alpha, "w2": w2_alpha}
+        self.swizzled, self.quantizes = scale_layout == "swizzled", activations == "nvfp4"
+        self.globals = {"w13": x_global, "w2": h_global}  # of what is multiplied with either
+
+    def up_product(self, e: int, token: Tensor) -> Tensor:
+        return self.first(self.left("w13", self.x[token]), self.decoded("w13", e)) * self.factor("w13", e)
+
+    def down_product(self, e: int, h: Tensor) -> Tensor:
+        return self.second(self.left("w2", h), self.decoded("w2", e)) * self.factor("w2", e)
+
+    def decoded(self, name: str, e: int) -> Tensor:
+        """float32 [R, C] without the global scale."""
+        codes, scales = self.codes[name][e], self.scales(name, e)
+        return values(codes, scales).float()
+
+    def scales(self, name: str, e: int) -> Tensor:
+        """uint8 [R, C/16] of an expert."""
+        codes, table = self.codes[name], self.tables[name][e]
+        return unswizzle(table, codes.shape[1], codes.shape[2] // 8) if self.swizzled else table
+
+    def factor(self, name: str, e: int) -> Tensor:
+        given, alpha = self.globals[name], self.alphas[name][e]
+        usable = given is not None and bool((given >= 2.0**-126) & (given < torch.inf))
+        return alpha / given if usable and given is not None else alpha
+
+    def left(self, name: str, rows: Tensor) -> Tensor:
+        """What is multiplied of these rows, without the global scale."""
+        given = self.globals[name]
+        return rows if given is None else self.quantized(rows, given)
+
+    def quantized(self, rows: Tensor, given: Tensor) -> Tensor:
+        return values(*nvfp4_quantize(rows, given)).to(rows.dtype)
 
 
 class Capturable(Layer):

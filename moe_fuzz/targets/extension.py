@@ -46,10 +46,14 @@ class Library:
         """The variable that could name another library -> the files, joined as in PATH."""
         return {LIB_VARIABLES[self.source.provider]: os.pathsep.join(map(str, self.files))}
 
+    def holds(self, name: str) -> bool:
+        """Whether an operator of this name is registered."""
+        return hasattr(getattr(torch.ops, self.source.namespace), name)
+
     def operator(self, name: str) -> Any:
         """The overload `torch.ops.NAMESPACE.NAME.default`. EnvironmentProblem if the library has none."""
         space = getattr(torch.ops, self.source.namespace)
-        if not hasattr(space, name):
+        if not self.holds(name):
             files = ", ".join(map(str, self.files))
             raise EnvironmentProblem(
                 f"{files} registers no operator {self.source.namespace}::{name}",

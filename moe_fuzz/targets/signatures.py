@@ -53,6 +53,16 @@ def _cut_experts(can: Capabilities, takes: Collection[str]) -> Capabilities:
     )
 
 
+def _cut_fp4(can: Capabilities, takes: Collection[str]) -> Capabilities:
+    quantizes = {"activations", "x_global", "h_global"} <= set(takes)
+    return replace(
+        _cut_experts(can, takes),
+        layouts=can.layouts if "scale_layout" in takes else can.layouts[:1],
+        activation_formats=can.activation_formats if quantizes else can.activation_formats[:1],
+        backends=can.backends if "backend" in takes else (),
+    )
+
+
 def _cut_layer(can: Capabilities, takes: Collection[str]) -> Capabilities:
     can = replace(_cut_routing(can, takes), expert_map=True)
     return replace(
@@ -110,6 +120,13 @@ SIGNATURES: Mapping[str, Signature] = {
         ("hidden", "gate", "w13", "w2", "top_k"), _LAYER, ("is_padding", "bias", "b13", "b2", "observe", "out"),
         _cut_layer,
     ),
+    # (x, residual, gamma, eps, *, group, out) -> (normed, residual_out). group: kernels/allreduce_rmsnorm/group.py
+    "allreduce_rmsnorm": Signature(
+        ("x", "residual", "gamma", "eps"),
+        {"group": ("group",), "out": ("out",)},
+        ("out",),
+        _cut_common,
+    ),
     "nvfp4_quantize": Signature(
         ("x", "global_scale"),
         {"layout": ("layout",), "expert_ids": ("expert_ids",), "out": ("out",)},
@@ -121,7 +138,7 @@ SIGNATURES: Mapping[str, Signature] = {
     ),
     "experts_nvfp4": Signature(
         ("x", "w13", "w2", "weights", "ids", "w13_scales", "w2_scales", "w13_alpha", "w2_alpha"),
-        {**_EXPERTS, **{name: (name,) for name in ("scale_layout", "activations", "x_global", "h_global")}},
-        ("expert_map", "b13", "b2", "out", "x_global", "h_global"), _cut_experts,
+        {**_EXPERTS, **{name: (name,) for name in ("scale_layout", "activations", "x_global", "h_global", "backend")}},
+        ("expert_map", "b13", "b2", "out", "x_global", "h_global", "backend"), _cut_fp4,
     ),
 }

@@ -27,6 +27,10 @@ SGLANG = Source("sglang", "sgl_kernel", ("sglang-kernel", "sgl-kernel"), "sgl_ke
                 ("{sm}/common_ops*.so", "common_ops*.so"))  # fmt: skip
 #: Variants that are in another package of the same project.
 PACKAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {"sglang.triton": ("sglang", ("sglang",))}
+#: Variants that are operators of the extension library, and need nothing else of the package.
+IN_LIBRARY = frozenset(
+    {"sglang.moe_sum", "sglang.moe_sum_reduce", "sglang.shuffle", "vllm.moe_permute", "vllm.moe_sum"}
+)
 SOURCES: Mapping[str, Source] = {source.provider: source for source in (VLLM, SGLANG)}
 
 
@@ -51,7 +55,7 @@ def version(distributions: Sequence[str]) -> str:
 def whereabouts(provider: str, variant: str, environment: Mapping[str, str]) -> str:
     """For a list of targets: from what this interpreter would bind it. Whether that loads, a worker says.
 
-    variant: of the provider, such as `fused_topk`; these are Python functions, which no library alone holds.
+    variant: of the provider, such as `fused_topk`; most are Python functions, which no library alone holds.
     """
     source = SOURCES.get(provider)
     if source is None:
@@ -59,7 +63,7 @@ def whereabouts(provider: str, variant: str, environment: Mapping[str, str]) -> 
     package, distributions = PACKAGES.get(f"{provider}.{variant}", (source.package, source.distributions))
     if installed(package):
         return f"package {package} {version(distributions)}".rstrip()
-    if variant:
+    if variant and f"{provider}.{variant}" not in IN_LIBRARY:
         return f"nothing: no package {package}"
     variable = LIB_VARIABLES[provider]
     names = [os.path.basename(name) for name in environment.get(variable, "").split(os.pathsep) if name]

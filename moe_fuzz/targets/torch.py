@@ -6,11 +6,13 @@ import torch
 
 from moe_fuzz.contract import Capabilities, Contract, declares
 from moe_fuzz.targets.torch_align import align
-from moe_fuzz.targets.torch_experts import experts_bf16
+from moe_fuzz.targets.torch_allreduce import allreduce_rmsnorm
+from moe_fuzz.targets.torch_experts import experts_bf16, experts_nvfp4
 from moe_fuzz.targets.torch_layer import moe_layer
 from moe_fuzz.targets.torch_nvfp4 import nvfp4_quantize
 
-__all__ = ["align", "experts_bf16", "grouped_topk", "moe_layer", "nvfp4_quantize", "topk_sigmoid", "topk_softmax"]
+__all__ = ["align", "allreduce_rmsnorm", "experts_bf16", "experts_nvfp4", "grouped_topk", "moe_layer", "nvfp4_quantize",
+           "topk_sigmoid", "topk_softmax"]  # fmt: skip
 
 
 @declares(contract=Contract(deterministic=True, ordered=True), capabilities=Capabilities(compiles=False, alignment=1))

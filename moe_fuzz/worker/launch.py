@@ -61,6 +61,11 @@ class Process:
         """Raises ZygoteGone."""
         self.zygote.signal(self._identity, number)
 
+    def signal_quietly(self, number: int) -> None:
+        """The same; nothing where nobody is there to pass it on."""
+        with contextlib.suppress(ZygoteGone):
+            self.signal(number)
+
     def status(self, timeout: float = 0.0) -> int | None:
         """The raw wait status, or None while the process lives. Raises ZygoteGone."""
         return self.zygote.status(self._identity, timeout)

@@ -85,6 +85,43 @@ class Leases:
             time.sleep(_LOOK)
         raise EnvironmentProblem("the pool was closed while it waited for a GPU")
 
+    @property
+    def gpus(self) -> Sequence[Gpu]:
+        return self._gpus
+
+    def take_all(self, count: int) -> list[Lease]:
+        """A slot, or a share in one of ours, on each of as many GPUs: all of them or none, so that two pools which both
+        want several never wait for each other. Raises as `take`, and where there are not so many."""
+        if count > len(self._gpus):
+            raise EnvironmentProblem(f"{count} ranks need as many GPUs, and there are {len(self._gpus)}")
+        until = time.monotonic() + self._patience
+        while not self._given_up:
+            with self._lock:
+                found: list[Lease] = []
+                for gpu in self._gpus:
+                    lease = self._slot_on(gpu) or self._share_on(gpu)
+                    if lease is not None:
+                        found.append(lease)
+                        self._held.append(lease)
+                    if len(found) == count:
+                        return found
+            for lease in found:
+                self._release(lease)
+            if time.monotonic() >= until:
+                raise EnvironmentProblem(
+                    f"other processes have held too many GPU slots for {self._patience:g} s: {self._directory}",
+                    f"{count} GPUs must have one free at the same time",
+                )
+            time.sleep(_LOOK)
+        raise EnvironmentProblem("the pool was closed while it waited for GPUs")
+
+    def _slot_on(self, gpu: Gpu) -> Lease | None:
+        return next((lease for slot in range(gpu.slots) if (lease := self._slot(gpu, slot)) is not None), None)
+
+    def _share_on(self, gpu: Gpu) -> Lease | None:
+        held = any(lease.gpu == gpu for lease in self._held)
+        return Lease(gpu, self._release, None) if held else None
+
     def close(self) -> None:
         """Gives everything back, and ends the waiting."""
         self._given_up = True
@@ -94,17 +131,19 @@ class Leases:
     def _free_slot(self) -> Lease | None:
         for slot in range(max(gpu.slots for gpu in self._gpus)):
             for gpu in self._gpus:
-                if slot >= gpu.slots:
-                    continue
-                lock = FileLock(self._directory / f"{gpu.uuid.replace('/', '_')}.{slot}.lock", thread_local=False)
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    continue
-                except OSError as error:
-                    raise EnvironmentProblem(f"GPUs cannot be leased: {error}", "is the disk full?") from error
-                return Lease(gpu, self._release, lock)
+                if slot < gpu.slots and (lease := self._slot(gpu, slot)) is not None:
+                    return lease
         return None
+
+    def _slot(self, gpu: Gpu, slot: int) -> Lease | None:
+        lock = FileLock(self._directory / f"{gpu.uuid.replace('/', '_')}.{slot}.lock", thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        except OSError as error:
+            raise EnvironmentProblem(f"GPUs cannot be leased: {error}", "is the disk full?") from error
+        return Lease(gpu, self._release, lock)
 
     def _share(self) -> Lease | None:
         """On the GPU of ours with the fewest workers a slot."""

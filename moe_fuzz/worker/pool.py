@@ -17,6 +17,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ from moe_fuzz.worker.gpus import gpus as gpus_here
 from moe_fuzz.worker.launch import Demand, Process, Zygote, ZygoteGone, environment_of
 from moe_fuzz.worker.leases import Lease, Leases
 from moe_fuzz.worker.protocol import provider_of
+from moe_fuzz.worker.ranks import Groups
 from moe_fuzz.worker.stats import Stats
 from moe_fuzz.worker.watch import Limits, Worker
 
@@ -94,6 +96,7 @@ class Pool:
         self._starting = threading.Lock()
         self._closed = False
         self._numbers = itertools.count()
+        self._turn = threading.Lock()
         self._idle = [self._new_worker(f"worker-{number}.log") for number in range(workers)]
         self._zygotes: dict[ProviderOptions, Zygote] = {}
         self._started: Counter[ProviderOptions] = Counter()
@@ -119,7 +122,10 @@ class Pool:
         loading ends the worker or takes longer than `timeout` seconds.
         """
         with self.lease(target) as worker:
-            return worker.describe(target, timeout)
+            found = worker.describe(target, timeout)
+        room = len(self._leases.gpus) if self._leases is not None else found.capabilities.max_processes
+        limited = replace(found.capabilities, max_processes=min(room, found.capabilities.max_processes))
+        return replace(found, capabilities=limited)
 
     @contextlib.contextmanager
     def lease(self, target: str = "") -> Iterator[Worker]:
@@ -192,7 +198,16 @@ class Pool:
     def _new_worker(self, log: str, environment: Mapping[str, str] | None = None) -> Worker:
         seat = Seat(self._leases)
         spawn = functools.partial(self._spawn, seat)
-        return Worker(spawn, self._logs / log, self.stats, self._limits, environment, seat.leave)
+        groups = Groups(self._leases, functools.partial(self._spawn_rank, dict(environment or {})), self._turn)
+        return Worker(spawn, self._logs / log, self.stats, self._limits, environment, seat.leave, groups)
+
+    def _spawn_rank(
+        self, given: Mapping[str, str], provider: str, log: Path, environment: Mapping[str, str]
+    ) -> Process:
+        while True:
+            zygote = self._living(provider)
+            with contextlib.suppress(ZygoteGone):
+                return zygote.spawn(log, self._limits.memory, {**given, **environment})
 
     def _spawn(self, seat: Seat, log: Path, demand: Demand) -> Process:
         environment = {**seat.take(), **dict(demand.environment)}

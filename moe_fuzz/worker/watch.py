@@ -17,9 +17,11 @@ from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, OOM, Verdict
 from moe_fuzz.worker import autopsy
 from moe_fuzz.worker.clock import CaseClock, Reading
+from moe_fuzz.worker.group import GroupGone
 from moe_fuzz.worker.launch import START_SECONDS, Demand, Process, ZygoteGone
 from moe_fuzz.worker.listen import Expired, log_size, next_event
 from moe_fuzz.worker.protocol import ALLOCATOR_VARIABLE, ChannelClosed, Garbled, error_from_json, provider_of
+from moe_fuzz.worker.ranks import Groups, Ranks, next_part
 from moe_fuzz.worker.stats import Stats
 
 HISTORY = 32  # cases of a process that are remembered
@@ -49,8 +51,10 @@ class Worker:
         limits: Limits,
         environment: Mapping[str, str] | None = None,
         released: Callable[[], None] = lambda: None,
+        groups: Groups | None = None,
     ) -> None:
-        """environment: variables of its processes alone. released: called when the worker is discarded."""
+        """environment: variables of its processes alone. released: called when the worker is discarded. groups: of the
+        pool, for cases that take several processes at once."""
         self._spawn, self._log, self._stats, self._limits = spawn, log, stats, limits
         self._environment, self._released = dict(environment or {}), released
         self._process: Process | None = None
@@ -58,6 +62,7 @@ class Worker:
         self._history: deque[Case] = deque(maxlen=HISTORY)
         self._ran = 0
         self._rss = 0
+        self.ranks = Ranks(log, stats, groups)
 
     @property
     def pid(self) -> int | None:
@@ -88,9 +93,11 @@ class Worker:
         verdicts: list[Verdict] = []
 
         def give(verdict: Verdict) -> None:
-            index, history = len(verdicts), tuple(self._history)
+            index = len(verdicts)
+            alone = cases[index].processes == 1  # those that ran in a group are not this process's past
+            history = tuple(self._history if alone else self.ranks.past)
             verdicts.append(verdict)
-            self._history.append(cases[index])
+            (self._history if alone else self.ranks.past).append(cases[index])
             self._ran += 1
             self._stats.count("cases")
             if on_verdict is not None:
@@ -99,9 +106,13 @@ class Worker:
         fruitless = 0
         while len(verdicts) < len(cases):
             before = len(verdicts)
+            size, part = next_part(cases[before:])
             try:
-                self._round(self._ready(target, _own_of(options, cases)), cases[before:], target, options, give)
-            except (ZygoteGone, _Killed):
+                if size > 1:
+                    self.ranks.run(size, part, target, options, give)
+                else:
+                    self._round(self._ready(target, _own_of(options, part)), part, target, options, give)
+            except (ZygoteGone, _Killed, GroupGone):
                 self.close()  # the case in flight is not to blame: it runs again
             except _Told as told:
                 raise told.error from None
@@ -149,6 +160,7 @@ class Worker:
 
     def close(self) -> None:
         """Kills the process and what it started. Idempotent; a later run forks another."""
+        self.ranks.close()
         process, self._process = self._process, None
         self._history.clear()
         self._ran = 0

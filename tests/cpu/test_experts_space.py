@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_fuzz import align_faults, experts_faults, faults, strategies  # noqa: F401 - they register
+from moe_fuzz import align_faults, experts_faults, faults, nvfp4_faults, strategies  # noqa: F401 - they register
 from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.errors import CaseError
@@ -17,10 +17,12 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.experts import cost
 from moe_fuzz.ops.experts.fields import FIELDS
+from moe_fuzz.ops.experts.fp4 import FP4_FIELDS
 from moe_fuzz.ops.experts.inputs import materialize
 from moe_fuzz.restriction import RestrictedSpace, Restriction
 
 SPACE = get_space("experts_bf16")
+FP4 = get_space("experts_nvfp4")
 EVERYTHING = TargetInfo("experts_bf16@all", "experts_bf16", "all", contract=Contract(accepts=PADDING_DIALECTS),
                         capabilities=Capabilities(out=True, alignment=1))  # fmt: skip
 LITTLE = TargetInfo(
@@ -32,6 +34,11 @@ LITTLE = TargetInfo(
     ),
 )  # fmt: skip
 BOTH = pytest.mark.parametrize("info", [EVERYTHING, LITTLE], ids=["everything", "little"])
+OF_FP4 = replace(EVERYTHING, op="experts_nvfp4", capabilities=replace(
+    EVERYTHING.capabilities, global_scales=("power", "fitted", "small", "large", "zero", "infinite", "nan")))
+LITTLE_OF_FP4 = replace(LITTLE, op="experts_nvfp4", capabilities=replace(
+    LITTLE.capabilities, layouts=("swizzled",), activation_formats=("nvfp4",), global_scales=("power",)))
+BOTH_OF_FP4 = pytest.mark.parametrize("info", [OF_FP4, LITTLE_OF_FP4], ids=["everything", "little"])
 
 
 @BOTH
@@ -61,6 +68,43 @@ def test_the_grid_is_valid_the_same_each_time_and_reaches_every_value(info):
             assert {case.config[axis.name] for case in cases} == set(axis.values)
     names = {fault.name for case in cases for step in case.steps for fault in step.faults}
     assert names >= {place.fault for place in SPACE.places_for({"experts": "0-7"}, info)} - {"int32_boundary"}
+
+
+@BOTH_OF_FP4
+def test_cases_of_nvfp4_are_valid_and_reach_every_value(info):
+    cases = list(islice(strategies.grid(FP4, info, "cuda", 3), 800))
+    for case in cases:
+        FP4.validate(case)
+        assert FP4.refusal(case, info) == ""
+        for simpler in islice(FP4.simplify(case), 40):
+            FP4.validate(simpler)
+    for axis in FP4.axes(info):
+        if axis.name in FP4_FIELDS:
+            assert {case.config[axis.name] for case in cases} == set(axis.values)
+    assert not [case for case in cases if case.config["hidden"] % 16 or case.config["intermediate"] % 16]
+    names = {(fault.name, fault.tensor) for case in cases for step in case.steps for fault in step.faults}
+    config = {"experts": "0-7", "scale_layout": "swizzled", "activations": "nvfp4"}
+    assert names >= {(p.fault, p.tensor) for p in FP4.places_for(config, info)} - {("int32_boundary", "x")}
+    taken = info.capabilities
+    assert ("nan_scale" in {name for name, _ in names}) == ("nan" in taken.global_scales)
+    linear = [case for case in cases if case.config["scale_layout"] == "linear"]
+    assert not any(fault.tensor.endswith("_scales") for case in linear for fault in case.steps[0].faults)
+
+
+def test_sizes_of_nvfp4_are_whole_blocks_and_what_is_not_asked_looks_equal():
+    case = next(case for case in strategies.grid(FP4, OF_FP4, "cuda", 3) if case.config["activations"] == "as_given")
+    assert case.config["global_scale"] == "power"
+    with pytest.raises(CaseError, match="multiple of 16"):
+        FP4.validate(case.with_config(hidden=24))
+    with pytest.raises(CaseError, match="unknown field"):
+        SPACE.validate(replace(case, op="experts_bf16"))
+    assert "scale_layout=linear" in FP4.refusal(case.with_config(scale_layout="linear"), LITTLE_OF_FP4)
+    assert "activations=as_given" in FP4.refusal(case, LITTLE_OF_FP4)
+
+
+def test_every_fault_of_nvfp4_exists_and_is_described():
+    assert {place.fault for place in FP4.places} == set(FP4.faults)
+    assert set(FP4.faults) <= set(faults.FAULTS)
 
 
 def test_on_a_cpu_a_case_costs_no_more_than_its_budget():

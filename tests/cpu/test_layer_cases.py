@@ -218,3 +218,11 @@ def test_padding_is_counted_by_kind_of_run():
     lines = padding_table(row)
     assert lines[2].split() == ["ranks", "dp=2", "+ep", "1", "1", "(100%)", "0", "(0%)", "4.0"]
     assert padding_table(replace(row, padding={})) == []
+
+
+def test_few_interpreted_cases_have_no_tokens() -> None:
+    """Where a budget leaves nothing but none, one token is taken all the same."""
+    cases = list(itertools.islice(strategies.grid(SPACE, INFO, "cpu", seed=7), 300))
+    empty = [one for one in cases if not any(step.tokens for step in one.steps)]
+    assert 0 < len(empty) < 40
+    assert sum(int(one.config["ep"]) == 8 for one in cases) > 20

@@ -25,7 +25,7 @@ from tests.cpu.repro_cases import ROOT, exhibit_of, finding_of, write
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
-HOMES = {"align": "align", "experts_bf16": "experts_bf16", "nvfp4_quantize": "nvfp4"}
+HOMES = {"align": "align", "experts_bf16": "experts_bf16", "experts_nvfp4": "experts_nvfp4", "nvfp4_quantize": "nvfp4"}
 SHOWN = ("fills_whole_vectors", "stops_at_first_match", "room_by_count", "no_slots_raises",
          "result_cleared_in_vectors", "idle_tokens_unwritten", "float32_result", "no_tokens_raises",
          "clears_whole_vectors", "padding_left_as_it_was", "scales_as_integers", "no_rows_raise")  # fmt: skip

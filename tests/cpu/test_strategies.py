@@ -9,7 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_fuzz import align_faults, experts_faults, faults, group_faults, nvfp4_faults, strategies  # noqa: F401 - registered
+from moe_fuzz import (  # noqa: F401 - faults register
+    align_faults,
+    allreduce_faults,
+    experts_faults,
+    faults,
+    group_faults,
+    nvfp4_faults,
+    strategies,
+)
 from moe_fuzz.campaign.drive import drive
 from moe_fuzz.case import Case, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo

@@ -74,8 +74,10 @@ def test_names_resolve() -> None:
     assert registry.resolve("topk_softmax")[:2] == ("topk_softmax@builtin", "topk_softmax@sglang")
     assert {"topk_softmax@torch", "topk_softmax@vllm"} < set(registry.resolve("topk_softmax"))
     assert registry.resolve("torch", "topk_softmax") == ("topk_softmax@torch",)
-    every = ("align@torch", "experts_bf16@torch", "experts_bf16@torch.grouped", "grouped_topk@torch",
-             "moe_layer@torch", "nvfp4_quantize@torch", "topk_sigmoid@torch", "topk_softmax@torch")  # fmt: skip
+    every = ("align@torch", "allreduce_rmsnorm@torch", "allreduce_rmsnorm@torch.nccl",
+             "allreduce_rmsnorm@torch.one_shot", "allreduce_rmsnorm@torch.two_shot", "experts_bf16@torch",
+             "experts_bf16@torch.grouped", "experts_nvfp4@torch", "grouped_topk@torch", "moe_layer@torch",
+             "nvfp4_quantize@torch", "topk_sigmoid@torch", "topk_softmax@torch")  # fmt: skip
     assert registry.resolve("torch") == every
     assert registry.resolve("torch", "topk_sigmoid") == ("topk_sigmoid@torch",)
     assert registry.resolve("topk_softmax@planted.nan_argmax") == ("topk_softmax@planted.nan_argmax",)

@@ -18,12 +18,13 @@ import pytest
 
 from moe_fuzz import strategies
 from moe_fuzz.campaign.repro import renderer
-from moe_fuzz.case import Case, Fault, Step
+from moe_fuzz.case import Case, Fault, Scalar, Step
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import OPS, get_space
+from moe_fuzz.ops.experts.fields import FIELDS
 from moe_fuzz.ops.routing.space import SIMPLEST
 from moe_fuzz.options import LIB_VARIABLES, RunOptions
-from moe_fuzz.targets import sources
+from moe_fuzz.targets import registry, sources
 from moe_fuzz.verdict import PASS, VIOLATION, Verdict, Violation
 from moe_fuzz.worker.pool import Pool
 from tests.cpu.repro_cases import finding_of, write
@@ -32,6 +33,8 @@ pytestmark = pytest.mark.gpu
 
 OPTIONS = RunOptions(deadline=20.0, first_deadline=120.0)
 ROUTERS = [op for op in OPS if get_space(op).family == "routing"]
+PARTS = [target.name for target in registry.known()
+         if target.op == "experts_bf16" and target.name.partition("@")[2] in sources.IN_LIBRARY]  # fmt: skip
 DEGENERATE = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "ties")
 
 
@@ -81,6 +84,47 @@ def test_sglang_topk_softmax_is_clean_on_ties(pool: Pool) -> None:
     with pool.lease("topk_softmax@sglang") as worker:
         verdicts = worker.run(cases, "topk_softmax@sglang", OPTIONS)
     assert [v.kind for v in verdicts] == [PASS] * len(cases), [v.violations for v in verdicts if v.kind != PASS]
+
+
+def layer_of(tokens: int, mode: str = "eager", **changes: Scalar) -> Case:
+    """Experts whose bits are known; a graph is replayed with fewer tokens than it was captured with, too."""
+    config = {name: values[0] for name, values in FIELDS.items()}
+    config |= {"experts": "0-7", "top_k": 2, "hidden": 64, "intermediate": 32, "recipe": "integer", **changes}
+    padding = Labels.range(2) if "dialect" in changes else Labels()
+    counts = (tokens,) if mode == "eager" else (tokens, tokens - 3, tokens)
+    steps = tuple(Step(Labels.range(count), padding=padding) for count in counts)
+    return Case("experts_bf16", config, steps, seed=4, mode=mode)
+
+
+@pytest.mark.parametrize("target", PARTS)
+def test_a_released_part_of_experts_is_bound_and_runs(pool: Pool, target: str) -> None:
+    need(target.partition("@")[2].partition(".")[0])
+    info = pool.describe(target)
+    assert info.capabilities.devices == ("cuda",)
+    assert "(Tensor" in info.origin
+    grid = (case for case in strategies.grid(get_space("experts_bf16"), info, "cuda", seed=9)
+            if all(step.tokens for step in case.steps))  # fmt: skip
+    cases = list(itertools.islice(grid, 24))
+    with pool.lease(target) as worker:
+        verdicts = worker.run(cases, target, OPTIONS)
+    assert {verdict.kind for verdict in verdicts} <= {PASS, VIOLATION}, [v for v in verdicts if v.kind != PASS]
+    assert sum(verdict.parity for verdict in verdicts) > 12
+
+
+@pytest.mark.parametrize("target", PARTS)
+def test_a_released_part_of_experts_is_right_where_its_project_tests_it(pool: Pool, target: str) -> None:
+    """Sizes in multiples of 16, several tokens, ids of experts; captured too. Every bit is known."""
+    need(target.partition("@")[2].partition(".")[0])
+    cases = [layer_of(tokens, top_k=top_k, mode=mode) for mode in ("eager", "graph")
+             for tokens, top_k in ((9, 2), (33, 4), (130, 6))]  # fmt: skip
+    if pool.describe(target).capabilities.expert_map:
+        cases.append(layer_of(33, expert_map="shard"))
+    if "minus_one" in pool.describe(target).contract.accepts:
+        cases.append(layer_of(33, dialect="minus_one"))
+    with pool.lease(target) as worker:
+        verdicts = worker.run(cases, target, OPTIONS)
+    assert [v.kind for v in verdicts] == [PASS] * len(cases), [v.violations for v in verdicts if v.kind != PASS]
+    assert all(verdict.parity for verdict in verdicts)
 
 
 def script_of(pool: Pool, folder: Path, target: str, case: Case, verdict: Verdict) -> tuple[int, str]:

@@ -27,8 +27,9 @@ CHECKS = {
     "weights", "fence", "canary", "isolation", "batch_invariance", "determinism", "capture", "replay",
     "crash", "hang", "oom",
     "count", "slots", "experts", "fill", "tail", "inverse", "stable",
-    "dropped", "exact", "bound", "statistical", "relabel", "shards", "scaling",
+    "dropped", "exact", "bound", "statistical", "relabel", "shards", "scaling", "backends",
     "scale", "codes",
+    "ranks", "residual", "pads",
 }  # fmt: skip
 REFERENCES = {"topk_softmax": reference, "topk_sigmoid": topk_sigmoid, "grouped_topk": grouped_topk}
 #: Those that launch a Triton kernel whatever the input; the others compute with torch, or launch none on a CPU.

@@ -14,10 +14,12 @@ import torch
 from moe_fuzz.planted.catalog import PLANTED, get_planted
 from moe_fuzz.planted.experts_catalog import EXPERTS
 from moe_fuzz.planted.experts_layer import Capturable, Layer
+from moe_fuzz.planted.experts_permuted import Permuted
 from moe_fuzz.reference.experts_bf16 import experts_bf16 as reference
 
 #: Those that launch a Triton kernel, which on a CPU stores or loads past ordinary memory.
-KERNELS = ("tail_read_in_vectors", "bulk_store_past_the_end", "result_cleared_in_vectors", "hidden_offset_of_32_bits")
+KERNELS = ("tail_read_in_vectors", "bulk_store_past_the_end", "result_cleared_in_vectors", "hidden_offset_of_32_bits",
+           "map_of_dropped_unwritten")
 #: Wrong from the second call on, or with nothing behind the last row: no input is friendly twice.
 UNFRIENDLY = ("bulk_store_past_the_end",)
 
@@ -62,7 +64,7 @@ def test_the_docstring_names_the_upstream_issue(bug):
     assert bug.upstream in inspect.getdoc(load(bug.name))
 
 
-@pytest.mark.parametrize("base", [Layer, Capturable])
+@pytest.mark.parametrize("base", [Layer, Capturable, Permuted])
 @pytest.mark.parametrize("activation", ["silu", "relu2"])
 def test_what_they_are_made_of_is_right(base, activation):
     for top_k, on_input in ((1, True), (2, False)):
@@ -98,6 +100,7 @@ MINUS = torch.tensor([[0], [-1], [4], [3]], dtype=torch.int32)
     ("name", "made"),
     [
         ("ids_clamped", layer(ids=MINUS)),
+        ("dropped_sorted_first", layer(ids=MINUS)),
         ("map_of_minus_one", layer(ids=MINUS, expert_map=torch.tensor([0, 1, 2, 3, 1], dtype=torch.int32))),
         ("zero_off_rank", layer(ids=MINUS + 4, expert_map=torch.tensor([-1] * 4 + [0, 1, 2, 3, 0], dtype=torch.int32))),
         ("partial_block_writes_slot_zero", layer()),

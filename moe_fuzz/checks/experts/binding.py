@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from moe_fuzz.checks.binding import SAMPLE, rejected
 from moe_fuzz.checks.experts.observation import ExpertsObservation
 from moe_fuzz.checks.experts.values import values
+from moe_fuzz.ops.experts.fp4_inputs import Fp4Inputs
+from moe_fuzz.ops.experts.inputs import ExpertsInputs
 
 _JUDGES = ("finite", "dropped")
 
@@ -25,12 +29,28 @@ def wrong_answers(seen: ExpertsObservation) -> dict[str, Tensor]:
         made["two experts swapped"] = x, weights, swapped
     if not (weights[seen.kept] == 1).all():
         made["weights ignored"] = x, torch.ones_like(weights), expert
+    found = {name: values(inputs, x, weights, expert).to(y.dtype) for name, inputs in miswritten(seen.inputs).items()}
     exchanged = y.roll(1, 0)
     if seen.tokens == 1 or not _rejected(seen, exchanged):
         made["rows exchanged"] = seen.benign(torch.arange(seen.tokens)), weights, expert
     stacked = (torch.cat(parts) for parts in zip(*made.values(), strict=True))
-    found = values(seen.inputs, *stacked).to(y.dtype).split(seen.tokens)
-    return {"all zero": torch.zeros_like(y), "rows exchanged": exchanged, **dict(zip(made, found, strict=True))}
+    each = values(seen.inputs, *stacked).to(y.dtype).split(seen.tokens)
+    return {"all zero": torch.zeros_like(y), "rows exchanged": exchanged, **dict(zip(made, each, strict=True)), **found}
+
+
+def miswritten(inputs: ExpertsInputs) -> dict[str, ExpertsInputs]:
+    """Codes and scales as another reader would take them: the two codes of a byte exchanged, a row's scales those of
+    the row before it. None where weights are numbers."""
+    if not isinstance(inputs, Fp4Inputs):
+        return {}
+    codes, rows = inputs.plain["w13"], inputs.linear_scales("w13")
+    options = {**inputs.options, "scale_layout": "linear"}
+    moved = {f"{name}_scales": inputs.linear_scales(name) for name in ("w13", "w2")}
+    moved["w13_scales"] = rows.roll(1, 1)
+    return {
+        "nibbles exchanged": inputs.replace(w13=codes >> 4 | codes << 4),
+        "scales of another row": replace(inputs.replace(**moved), options=options),
+    }
 
 
 def _rejected(seen: ExpertsObservation, y: Tensor) -> bool:

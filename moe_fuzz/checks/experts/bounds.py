@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from moe_fuzz.checks.experts.activations import CURVES, activated, halves
-from moe_fuzz.checks.experts.rounding import LARGEST, TINY, U, depth, dtype_of, floor, gamma, ulp, unit
+from moe_fuzz.checks.experts.requantized import requantized
+from moe_fuzz.checks.experts.rounding import LARGEST, TINY, U, depth, dtype_of, floor, gamma, store, ulp, unit
 from moe_fuzz.checks.experts.slots import Batch, batches
 from moe_fuzz.contract import Contract
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
+
+_SHIFT = 2.0**8  # by which a target may have its decoded weights smaller while it sums up
+_MOST_FACTOR = 2.0**100  # of global scales: what is far enough from the ends of float32
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Numbers:
     variance: Tensor  # of a target's error, where roundings are as of random numbers; empty unless asked for
     spread: Tensor  # [T, 2]: Σ s and Σ s² over the roundings of h, weighted as they reach y; empty likewise
     largest: Tensor  # [T]: the largest of these s
+    open: Tensor  # bool [T]: a quantization on the way may fall either way, so that errors are not those of roundings
 
     def take(self, rows: Tensor) -> Numbers:
         """Those of these rows, int64 [R]."""
@@ -37,7 +42,7 @@ def evaluate(inputs: ExpertsInputs, expert: Tensor, contract: Contract, random: 
 
 class _Evaluation:
     def __init__(self, inputs: ExpertsInputs, contract: Contract, random: bool) -> None:
-        self.plain, self.contract, self.random = inputs.plain, contract, random
+        self.inputs, self.plain, self.contract, self.random = inputs, inputs.plain, contract, random
         self.activation = str(inputs.options["activation"])
         self.layout = str(inputs.options["gate_layout"])
         self.on_input = bool(inputs.options["apply_weight_on_input"])
@@ -47,16 +52,24 @@ class _Evaluation:
         self.floor = floor(self.dtype, contract.truncates)
         self.stored = "dtype" in (contract.activation, contract.intermediate)  # h is
         self.u_sum = unit(dtype_of(contract.accumulate, self.dtype))
+        self.x, self.e_x = self.plain["x"], None  # [T, H] as it is multiplied, and how far a target's may be from it
+        if inputs.quantizes:
+            x = self.x.double()
+            self.x, self.e_x = requantized(x, x, x, self.plain["x_global"], self.dtype, contract)
 
     def run(self, expert: Tensor) -> Numbers:
-        x, w13 = self.plain["x"], self.plain["w13"]
+        x = self.plain["x"]
         tokens, hidden = x.shape
+        rows = self.plain["w13"].shape[1]
         zeros = x.new_zeros((tokens, hidden), dtype=torch.float64)
         value, error, size = zeros, zeros.clone(), zeros.clone()
         variance = zeros.clone() if self.random else zeros[:0]
         spread = x.new_zeros((tokens if self.random else 0, 2), dtype=torch.float64)
         largest = x.new_zeros(tokens if self.random else 0, dtype=torch.float64)
-        for batch in batches(expert, w13[0].numel(), w13.shape[1] + hidden):
+        self.open = torch.zeros(tokens, dtype=torch.bool, device=x.device)
+        if self.e_x is not None:
+            self.open |= (self.e_x > 0).any(dim=1)
+        for batch in batches(expert, rows * hidden, rows + hidden):
             real = batch.real.flatten()
             token = batch.token.flatten()[real]
             v, e, var, s = self._slots(batch)
@@ -87,6 +100,8 @@ class _Evaluation:
         nothing = lost.any(dim=-1, keepdim=True) | ~weight.isfinite()  # [e, n, 1]
         nothing = nothing | ~(wide < (self.most if self.contract.gate_up == "dtype" else LARGEST))
         h, e_h = h.masked_fill(nothing, 0.0), e_h.masked_fill(nothing, 0.0)
+        if self.inputs.quantizes:
+            h, e_h = self._requantized(batch, h, e_h)
         v, e, size = self._second(batch, h, e_h)
         held = LARGEST
         if "dtype" in (self.contract.down, self.contract.slot):
@@ -105,22 +120,28 @@ class _Evaluation:
 
     def _first(self, batch: Batch, weight: Tensor, e_weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """x @ w13.T, weighted and biased: [e, n, 2I], its error, and that of its sum on random data."""
-        x = self.plain["x"][batch.token].double()  # [e, n, H]
-        w = self.plain["w13"][batch.experts].double().transpose(1, 2)  # [e, H, 2I]
+        x = self.x[batch.token].double()  # [e, n, H]
+        w = self.inputs.matrix("w13", batch.experts).transpose(1, 2)  # [e, H, 2I]
         a = x @ w
         w, x = w.abs_(), x.abs()
         sizes = x @ w
         below = w.shape[1] * TINY * (1 + w.amax())
         e_a = torch.zeros_like(a)
+        if self.e_x is not None:
+            e_a = self.e_x[batch.token] @ w
+            sizes = sizes + e_a
+        a, e_a, sizes, below = self._scaled("w13", batch, a, e_a, sizes, below)
         if self.on_input:  # the weight may meet x, or the product
-            e_a = (e_weight * sizes).masked_fill(weight.abs() * x.amax(dim=-1, keepdim=True) >= LARGEST, torch.inf)
+            e_a = (e_a * (weight.abs() + e_weight) + e_weight * sizes).masked_fill(
+                weight.abs() * x.amax(dim=-1, keepdim=True) >= LARGEST, torch.inf)  # fmt: skip
             a = torch.where(weight == 0, 0.0, a * weight)
             sizes = (weight.abs() + e_weight) * sizes
             below = below * (1 + weight.abs())
         if (b13 := self.plain.get("b13")) is not None:
             bias = b13[batch.experts].double()[:, None]
             a, sizes = a + bias, sizes + bias.abs()
-        e_a = (e_a + gamma(depth(w.shape[1]), self.u_sum) * sizes + below).masked_fill(sizes >= LARGEST, torch.inf)
+        e_a = e_a + gamma(self._depth(w.shape[1]), self.u_sum) * sizes + below
+        e_a = e_a.masked_fill(sizes >= LARGEST, torch.inf)
         sharp = _random_gamma(w.shape[1]) * sizes if self.random else None
         if self.contract.gate_up == "dtype":
             e_a += 2 * (self.u * (a.abs() + e_a) + self.floor)  # of the product, and with the bias
@@ -137,10 +158,12 @@ class _Evaluation:
         rounded = self.contract.activation == "dtype"
         h, e_h = activated(self.activation, gate, up, e_gate, e_up, self.u if rounded else 0.0, self.floor,
                            self.contract.sigmoid == "tanh")  # fmt: skip
-        if self.stored:
+        if self.stored and not self.inputs.quantizes:  # else `_requantized` stores it
             e_h = e_h + self.u * (h.abs() + e_h) + self.floor
         if sharp is None:
             return h, e_h, None
+        if self.inputs.quantizes:  # what is left of it has no error, where it cannot fall either way
+            return h, e_h, torch.zeros_like(h)
         steps = self._steps(h) * (1 + 4 * rounded)
         d_gate, d_up = halves(sharp, self.activation, self.layout)
         if up is None or d_up is None:
@@ -151,18 +174,56 @@ class _Evaluation:
             factor = up.clamp(-7.0, 7.0) + 1.0
         return h, e_h, steps + (1.13 * factor * d_gate).square() + (f * d_up).square()
 
+    def _requantized(self, batch: Batch, h: Tensor, e_h: Tensor) -> tuple[Tensor, Tensor]:
+        """What NVFP4 leaves of the activation's result, stored before or not, and how far a target's may be from it."""
+        low, high = h - e_h, h + e_h
+        if self.stored:
+            low, high = (store(part, self.dtype)[0] for part in (low, high))
+            if self.contract.truncates:
+                low, high = low - ulp(low, self.dtype), high + ulp(high, self.dtype)
+        dtype = self.dtype if self.stored else torch.float32
+        h, e_h = requantized(low, high, h, self.plain["h_global"], dtype, self.contract)
+        fell = (e_h > 0).any(dim=-1) & batch.real
+        self.open.index_fill_(0, batch.token[fell], True)
+        return h, e_h
+
+    def _scaled(
+        self, name: str, batch: Batch, value: Tensor, error: Tensor, size: Tensor, below: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums times the global scales, where there are: before that they must not overflow either, nor what of it is
+        only a factor."""
+        factor = self.inputs.factor(name, batch.experts)
+        if factor is None:
+            return value, error, size, below
+        scale = self.plain.get("x_global" if name == "w13" else "h_global")
+        both = factor if scale is None else factor / scale.double()
+        usable = (both.abs() < _MOST_FACTOR) & ((both.abs() > 1 / _MOST_FACTOR) | (factor == 0))
+        if scale is not None:
+            usable = usable | ((factor.abs() < _MOST_FACTOR) & ~((scale >= TINY) & (scale < torch.inf)))  # all is 0
+        lost = ~usable | (size >= LARGEST)
+        known = torch.where(factor.isfinite(), factor, 0.0)
+        e_factor = self.u if self.contract.factor == "dtype" else 0.0
+        value, error, size = value * known, error * known * (1 + e_factor), size * known
+        error = (error + 2 * e_factor * size).masked_fill(lost, torch.inf)
+        return value, error, size, below * _SHIFT * known + TINY
+
+    def _depth(self, terms: int) -> float:
+        """With global scales: their product or quotient, rounded twice, and the product with it."""
+        return depth(terms) + (4 if self.inputs.has_factors else 0)
+
     def _second(self, batch: Batch, h: Tensor, e_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h @ w2.T, biased: [e, n, H], its error, and Σ|terms|."""
-        w = self.plain["w2"][batch.experts].double().transpose(1, 2)  # [e, I, H]
+        w = self.inputs.matrix("w2", batch.experts).transpose(1, 2)  # [e, I, H]
         v = h @ w
         w = w.abs_()
-        g = gamma(depth(h.shape[-1]), self.u_sum)
+        g = gamma(self._depth(h.shape[-1]), self.u_sum)
         sizes = (h.abs() + e_h) @ w
         e = e_h @ w
+        v, e, sizes, below = self._scaled("w2", batch, v, e, sizes, h.shape[-1] * TINY * (1 + w.amax()))
         if (b2 := self.plain.get("b2")) is not None:
             bias = b2[batch.experts].double()[:, None]
             v, sizes = v + bias, sizes + bias.abs()
-        e = e + g * sizes + h.shape[-1] * TINY * (1 + w.amax())
+        e = e + g * sizes + below
         if self.contract.down == "dtype":
             e = e + 2 * (self.u * (v.abs() + e) + self.floor)
             if b2 is not None:
@@ -180,7 +241,10 @@ class _Evaluation:
     def _variance(self, batch: Batch, v: Tensor, h: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         s = s + (4 * _random_gamma(h.shape[-1]) * h).square()
         scale = torch.ones_like(weight) if self.on_input else weight.square()
-        var = scale * (s @ self.plain["w2"][batch.experts].double().square().transpose(1, 2))
+        factor = self.inputs.factor("w2", batch.experts)
+        if factor is not None:
+            scale = scale * factor.square().nan_to_num(0.0, 0.0)
+        var = scale * (s @ self.inputs.matrix("w2", batch.experts).square().transpose(1, 2))
         if self.contract.down == "dtype":
             near = 2 * (v.abs() + 4 * var.sqrt()) / weight.abs().clamp(min=TINY)
             var = var + weight.square() * 2 * self._steps(near)
@@ -205,7 +269,7 @@ class _Evaluation:
             # tie, and what is lost is 0 or half a step, which is more than of a continuous number.
             ties = 1.5 if self.contract.slot == "dtype" or narrow else 1.0
             variance = variance + ties * self._steps(value.abs() + 4 * variance.sqrt())
-        return Numbers(value, bound.nan_to_num(torch.inf, torch.inf), variance, spread, largest)
+        return Numbers(value, bound.nan_to_num(torch.inf, torch.inf), variance, spread, largest, self.open)
 
 
 def _random_gamma(terms: int) -> float:

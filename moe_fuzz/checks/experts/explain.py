@@ -33,7 +33,7 @@ def _readings(seen: ExpertsObservation, token: int) -> Iterator[tuple[str, Numbe
     fits[token] = False
     for other in fits.nonzero().flatten().tolist()[:1]:
         yield f"the token got what token {other} should have", seen.numbers, other
-    hidden, inter = seen.x.shape[1], seen.inputs.plain["w2"].shape[2]
+    hidden, inter = seen.x.shape[1], seen.inputs.inter
     expert = seen.expert[token]  # [k]
     slots = seen.kept[token].nonzero().flatten().tolist()[:_SLOTS]
     if 3 * hidden * inter * seen.experts > _MOST:

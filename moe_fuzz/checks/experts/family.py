@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from moe_fuzz.case import Case
 from moe_fuzz.checks.experts import (  # noqa: F401 - they register
     bound,
     determinism,
@@ -13,7 +16,15 @@ from moe_fuzz.checks.experts import (  # noqa: F401 - they register
 from moe_fuzz.checks.experts.binding import binding
 from moe_fuzz.checks.experts.observation import ExpertsObservation, Outputs
 from moe_fuzz.checks.family import Family
-from moe_fuzz.ops.experts.inputs import elements, materialize
+from moe_fuzz.ops.experts import fp4_inputs, inputs
+
+_MATERIALIZE = {"experts_bf16": inputs.materialize, "experts_nvfp4": fp4_inputs.materialize}
+
+
+def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> inputs.ExpertsInputs:
+    """The inputs of one step of a case of either op."""
+    return _MATERIALIZE[case.op](case, step_index, device)
+
 
 FAMILY = Family(
     name="experts",
@@ -22,5 +33,5 @@ FAMILY = Family(
     observe=ExpertsObservation,
     binding=binding,
     ahead=metamorphic.ahead,
-    elements=elements,
+    elements=inputs.elements,
 )

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from moe_fuzz.checks.experts.activations import CURVES, halves
-from moe_fuzz.checks.experts.rounding import PRECISION, dtype_of, store, unit_of
+from moe_fuzz.checks.experts.requantized import requantized
+from moe_fuzz.checks.experts.rounding import PRECISION, TINY, dtype_of, store, unit_of
 from moe_fuzz.checks.experts.slots import Batch, batches
 from moe_fuzz.contract import Contract
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
@@ -27,7 +28,7 @@ def exact_answer(inputs: ExpertsInputs, expert: Tensor, contract: Contract) -> t
 
 class _Exact:
     def __init__(self, inputs: ExpertsInputs, contract: Contract) -> None:
-        self.plain, self.options, self.contract = inputs.plain, inputs.options, contract
+        self.inputs, self.plain, self.options, self.contract = inputs, inputs.plain, inputs.options, contract
         self.dtype = self.plain["x"].dtype
         self.room = 2.0 ** PRECISION[dtype_of(self.contract.accumulate, self.dtype)]
 
@@ -35,7 +36,8 @@ class _Exact:
         total = torch.zeros(self.plain["x"].shape, dtype=torch.float64, device=expert.device)
         size, unit = torch.zeros_like(total), torch.full_like(total, torch.inf)
         unknown = torch.zeros_like(total)
-        for batch in batches(expert, self.plain["w13"][0].numel(), self.plain["w13"].shape[1] + total.shape[1]):
+        rows = self.plain["w13"].shape[1]
+        for batch in batches(expert, rows * total.shape[1], rows + total.shape[1]):
             real, token = batch.real.flatten(), batch.token.flatten()[batch.real.flatten()]
             v, known = (part.flatten(0, 1)[real] for part in self._slots(batch))
             total.index_add_(0, token, v)
@@ -51,17 +53,15 @@ class _Exact:
         """The contribution of each slot [e, n, H], as it is stored, and where its bits are known."""
         on_input = bool(self.options["apply_weight_on_input"])
         weight = self.plain["weights"][batch.token, batch.slot].double()[..., None]  # [e, n, 1]
-        x = self.plain["x"][batch.token].double()
-        w = self.plain["w13"][batch.experts].double().transpose(1, 2)
+        x, sure = self._quantized(self.plain["x"][batch.token].double(), "x_global")
         bias = self.plain["b13"][batch.experts].double()[:, None] if "b13" in self.plain else None
-        a, sums = self._product(x, w, bias, weight if on_input else None, self.contract.gate_up)  # [e, n, 2I]
-        h, stores = self._activated(a)  # [e, n, I]
-        known = sums.all(dim=-1, keepdim=True) & stores.all(dim=-1, keepdim=True)  # [e, n, 1]
-        h = h.masked_fill(~known, 0.0)
+        a, sums = self._product(x, "w13", batch, bias, weight if on_input else None, self.contract.gate_up)
+        h, stores = self._activated(a)  # [e, n, I], of a [e, n, 2I]
+        known = sure & sums.all(dim=-1, keepdim=True) & stores.all(dim=-1, keepdim=True)  # [e, n, 1]
+        h, sure = self._quantized(h.masked_fill(~known, 0.0), "h_global")
         bias = self.plain["b2"][batch.experts].double()[:, None] if "b2" in self.plain else None
-        w = self.plain["w2"][batch.experts].double().transpose(1, 2)
-        v, sums = self._product(h, w, bias, None, self.contract.down)
-        known = known & sums
+        v, sums = self._product(h, "w2", batch, bias, None, self.contract.down)
+        known = known & sure & sums
         if not on_input:
             if self.contract.weight_dtype == "dtype":
                 known = known & store(weight, self.dtype)[1]
@@ -74,12 +74,25 @@ class _Exact:
             known = known & (whole | (not self.contract.truncates))
         return v, known & v.isfinite()
 
+    def _quantized(self, values: Tensor, scale: str) -> tuple[Tensor, Tensor | bool]:
+        """What is multiplied of x or h [e, n, D], and which rows it is known for, [e, n, 1]."""
+        if not self.inputs.quantizes:
+            return values, True
+        found, error = requantized(values, values, values, self.plain[scale], self.dtype, self.contract)
+        return found, ~(error > 0).any(dim=-1, keepdim=True)
+
     def _product(
-        self, x: Tensor, w: Tensor, bias: Tensor | None, weight: Tensor | None, declared: str
+        self, x: Tensor, name: str, batch: Batch, bias: Tensor | None, weight: Tensor | None, declared: str
     ) -> tuple[Tensor, Tensor]:
-        """x @ w, weighted and biased, and where neither a sum on the way can be rounded nor a store in the declared
-        dtype, which may stand before the weight, before the bias, or behind both."""
+        """x @ w.T, weighted and biased, and where neither a sum on the way can be rounded nor a store in the declared
+        dtype, which may stand before the weight, before the bias, or behind both. A global scale is a power of two, or
+        nothing is known."""
+        w = self.inputs.matrix(name, batch.experts).transpose(1, 2)
         result, size, unit = x @ w, x.abs() @ w.abs(), _least(x) * _least(w)
+        if (factor := self.inputs.factor(name, batch.experts)) is not None:
+            power = self._power(name, factor)
+            result, size, unit = (part * factor for part in (result, size, unit))
+            result, size = result.nan_to_num(0.0), torch.where(power, size, torch.inf)
         kept = self._kept(result, declared)
         if weight is not None:
             result, size, unit = result * weight, size * torch.maximum(weight.abs(), torch.ones_like(weight)), (
@@ -89,6 +102,13 @@ class _Exact:
             result, size, unit = result + bias, size + bias.abs(), torch.minimum(unit, _least(bias))
             kept = kept & self._kept(result, declared)
         return result, kept & (size < self.room * unit)
+
+    def _power(self, name: str, factor: Tensor) -> Tensor:
+        """bool [e, 1, 1]: whether an expert's global scale, and that of what it multiplies, are powers of two."""
+        scale = self.plain.get("x_global" if name == "w13" else "h_global")
+        parts = [factor] if scale is None else [factor, scale.double().nan_to_num(1.0, 1.0).clamp(min=TINY)]
+        powers = [torch.frexp(part).mantissa == 0.5 for part in parts]
+        return powers[0] if scale is None else powers[0] & powers[1]
 
     def _kept(self, values: Tensor, declared: str) -> Tensor:
         """Where a store loses nothing."""

@@ -119,6 +119,21 @@ def scaling(seen: ExpertsObservation) -> list[Violation]:
     return other_bits("scaling", message, torch.where(moderate, twice, 0.0), torch.where(moderate, other, 0.0), rows)
 
 
+@check("experts", "backends", relation=True)
+def backends(seen: ExpertsObservation) -> list[Violation]:
+    """Each backend that can be forced: within the bounds, and the known bits where every sum is exact."""
+    for name, inputs in seen.forced.items():
+        other = (seen.eager or seen.call)(inputs).y.double()  # a graph has the backend of its capture
+        low, high = seen.limits
+        if seen.inputs.exact:
+            expected, known = seen.exact
+            low, high = torch.where(known, expected, low), torch.where(known, expected, high)
+        found = _off("backends", f"with the backend {name!r}, y is another", other, low, high, _well(seen))
+        if found:
+            return found
+    return []
+
+
 def ahead(seen: ExpertsObservation) -> Sequence[Inputs]:
     """What the relations will call, as far as they can know before there are outputs."""
     contract = seen.info.contract
@@ -133,7 +148,7 @@ def ahead(seen: ExpertsObservation) -> Sequence[Inputs]:
         calls.append(seen.healed_inputs)
     if invariant:
         calls.append(seen.fewer[1])
-    parts = seen.sharded if seen.eager is None else []
+    parts = [*seen.sharded, *seen.forced.values()] if seen.eager is None else []
     calls += [inputs for inputs in (seen.relabelled, *parts, seen.scaled) if inputs is not None]
     return calls
 

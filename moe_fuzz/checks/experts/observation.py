@@ -18,7 +18,8 @@ from moe_fuzz.fence import unwritten
 from moe_fuzz.ops.experts.inputs import ExpertsInputs, benign_rows
 from moe_fuzz.reference.align import expert_of_slot
 
-_TURNS = ("relabel", "shards", "scaling")
+_TURNS = ("relabel", "shards", "scaling", "backends")
+_MOST_INTERPRETED = 1 << 16  # bytes of codes that a backend may decode as a whole in the interpreter
 _RANDOM_WIDTH = 16  # from which on no two rows of x are alike, nor two rows of a projection
 
 
@@ -100,8 +101,10 @@ class ExpertsObservation:
 
     @cached_property
     def sound(self) -> torch.Tensor:
-        """bool [T]: x is finite, and so are the weights of the kept slots."""
-        return self.x.isfinite().all(dim=1) & (self.weights.isfinite() | ~self.kept).all(dim=1)
+        """bool [T]: x is finite, or what is not is lost as the contract says; and the weights of the kept slots are."""
+        lost = self.inputs.quantizes and self.info.contract.nonfinite == "reference"
+        weights = (self.weights.isfinite() | ~self.kept).all(dim=1)
+        return weights if lost else weights & self.x.isfinite().all(dim=1)
 
     @cached_property
     def real(self) -> torch.Tensor:
@@ -118,8 +121,9 @@ class ExpertsObservation:
             and contract.intermediate == "dtype"
             and contract.accumulate == "float32"
             and contract.weight_dtype == "float32"
+            and contract.factor == "float32"
             and not contract.truncates
-            and min(self.x.shape[1], self.inputs.plain["w2"].shape[2]) >= _RANDOM_WIDTH
+            and min(self.x.shape[1], self.inputs.inter) >= _RANDOM_WIDTH
         )
         if not valid:
             return torch.zeros_like(self.inputs.ordinary)
@@ -183,8 +187,9 @@ class ExpertsObservation:
         return rows, self.rows_of(self.healed_inputs, rows)
 
     def _turn(self, relation: str) -> bool:
-        """Whether a case has this relation: one of three, by its seed. Each costs as much as the case itself."""
-        return _TURNS[self.case.seed % len(_TURNS)] == relation
+        """Whether a case has this relation: one of them, by its seed. Each costs as much as the case itself."""
+        turns = _TURNS if self.info.capabilities.backends else _TURNS[:3]
+        return turns[self.case.seed % len(turns)] == relation
 
     @cached_property
     def relabelled(self) -> ExpertsInputs | None:
@@ -194,6 +199,15 @@ class ExpertsObservation:
     def sharded(self) -> list[ExpertsInputs]:
         takes = self.info.capabilities.expert_map and self._turn("shards")
         return others.sharded(self.inputs) if takes else []
+
+    @cached_property
+    def forced(self) -> dict[str, ExpertsInputs]:
+        """The same call, with each backend forced in turn that can be."""
+        costly = not self.x.is_cuda and self.inputs.plain["w13"].numel() > _MOST_INTERPRETED
+        if self.inputs.quantizes or not self.tokens or costly or not self._turn("backends"):
+            return {}
+        return {name: replace(self.inputs, options={**self.inputs.options, "backend": name})
+                for name in self.info.capabilities.backends}  # fmt: skip
 
     @cached_property
     def scaled(self) -> ExpertsInputs | None:

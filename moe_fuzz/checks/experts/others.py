@@ -12,7 +12,7 @@ from moe_fuzz.ops.experts.inputs import ExpertsInputs
 RANKS = 2
 SCALE = 2.0
 _MOST = 1 << 22  # elements of the projections that a relation may copy
-_BY_EXPERT = ("w13", "w2", "b13", "b2")
+_BY_EXPERT = ("w13", "w2", "b13", "b2", "w13_scales", "w2_scales", "w13_alpha", "w2_alpha")
 
 
 def _copied(inputs: ExpertsInputs) -> bool:

@@ -39,6 +39,7 @@ def statistical(seen: ExpertsObservation) -> list[Violation]:
     """Mean z² and the share of y that the errors have in common, over all, by token, by column, by expert, and the
     largest |z|, against thresholds at a family-wise error of 1e-9. z is the error over its standard deviation."""
     tokens = (seen.random & seen.judged.all(dim=1)).nonzero().flatten()
+    tokens = tokens[~seen.numbers.open[tokens]]
     if not len(tokens):
         return []
     share = 0.0

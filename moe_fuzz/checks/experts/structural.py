@@ -51,7 +51,8 @@ def finite(seen: ExpertsObservation) -> list[Violation]:
         return violation(seen, "finite", "infinite", wrong, "y is infinite, and is not near the dtype's largest",
                          f"{float(seen.numbers.value[first(wrong)]):.9g}")  # fmt: skip
     weighty = (seen.kept & (seen.weights != 0)).any(dim=1)
-    wrong = (seen.x.isnan().any(dim=1) & weighty)[:, None] & ~y.isnan() & ~seen.missing
+    lost = torch.full_like(weighty, seen.inputs.quantizes)  # a code has no NaN
+    wrong = (seen.x.isnan().any(dim=1) & weighty & ~lost)[:, None] & ~y.isnan() & ~seen.missing
     return violation(seen, "finite", "nan-lost", wrong, "x has a NaN, which is not seen in y", "nan")
 
 

@@ -11,6 +11,7 @@ MAX_ELEMENTS = 1 << 27
 #: Elements of the projections of a case. A GPU makes and multiplies far more in a millisecond, but they are also laid
 #: into fences, and judged in float64.
 BUDGET = 1 << 21
+FP4_BUDGET = 1 << 18  # in the interpreter, a number that has to be decoded costs ten times as much
 #: Seconds that an interpreted case may take; most take a third of it. A block of slots takes 7 ms in the two products
 #: however small it is, an expert with a slot has one at least, and a case calls the kernel three times or four.
 CPU_BUDGET = 0.4
@@ -18,12 +19,12 @@ CPU_CALLS = 3
 CUDA_BUDGET = 1 << 22  # x, and the outputs of the slots
 
 
-def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]]) -> dict[str, Scalar]:
+def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]], budget: int) -> dict[str, Scalar]:
     """The config with hidden and intermediate cut down until its projections are within the budget: the larger of the
     two first, to the next smaller size that can be had."""
     whole = dict(config)
     count = len(Labels.parse(str(whole["experts"])))
-    while 3 * count * int(whole["hidden"]) * int(whole["intermediate"]) > BUDGET:
+    while 3 * count * int(whole["hidden"]) * int(whole["intermediate"]) > budget:
         for name in sorted(sizes, key=lambda name: -int(whole[name])):
             smaller = [size for size in sizes[name] if size < int(whole[name])]
             if smaller:
@@ -45,6 +46,8 @@ def call_seconds(tokens: int, config: Mapping[str, Scalar]) -> float:
     slots, count = tokens * int(config["top_k"]), len(Labels.parse(str(config["experts"])))
     blocks = min(slots, count) + slots // 16
     weights = 3 * blocks * max(16, int(config["hidden"])) * max(16, int(config["intermediate"]))
+    if "activations" in config:  # weights are decoded, number by number
+        return 0.035 + 0.01 * blocks + 3.5e-7 * weights
     return 0.012 + 0.007 * blocks + 6e-8 * weights
 
 

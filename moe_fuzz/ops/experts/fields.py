@@ -1,4 +1,7 @@
-"""The fields of an experts config: what each may be, what a target takes of it, and whether a case has them all."""
+"""The fields of an experts config: what each may be, what a target takes of it, and whether a case has them all.
+
+`FIELDS` are those of both ops; what `experts_nvfp4` has beyond them is in `fp4.py`.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ FIELDS: Mapping[str, tuple[Scalar, ...]] = {
 
 
 def limits_of(info: TargetInfo) -> dict[str, tuple[Scalar, ...]]:
-    """Of each field, the values that the target takes."""
+    """Of each of `FIELDS`, the values that the target takes."""
     can = info.capabilities
     taken: dict[str, bool] = {"bias": can.biases, "weight_on_input": can.weight_on_input, "expert_map": can.expert_map,
                               "out": can.out}  # fmt: skip
@@ -46,10 +49,10 @@ def limits_of(info: TargetInfo) -> dict[str, tuple[Scalar, ...]]:
     return limits
 
 
-def config_of(case: Case, most_experts: int, most_k: int) -> None:
+def config_of(case: Case, fields: Mapping[str, tuple[Scalar, ...]], most_experts: int, most_k: int) -> None:
     """Raises CaseError unless the config has every field, each with a value that it may have."""
     config = case.config
-    expected = {"experts", "top_k", *SIZES, *FIELDS}
+    expected = {"experts", "top_k", *SIZES, *fields}
     for key in sorted(set(config) ^ expected):
         raise CaseError(
             f"config.{key}",
@@ -68,7 +71,7 @@ def config_of(case: Case, most_experts: int, most_k: int) -> None:
         value = config[key]
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise CaseError(f"config.{key}", f"must be an integer from 1 to {most}, not {value!r}")
-    for key, values in FIELDS.items():
+    for key, values in fields.items():
         if not _among(config[key], values):
             raise CaseError(f"config.{key}", f"must be one of {', '.join(map(repr, values))}, not {config[key]!r}")
     if config["recipe"] == "integer" and config["activation"] == "swiglu_oai":

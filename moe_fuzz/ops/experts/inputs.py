@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -44,6 +45,28 @@ class ExpertsInputs(Inputs):
         return {"y": (tuple(self.plain["x"].shape), self.plain["x"].dtype)}
 
     @property
+    def inter(self) -> int:
+        return self.plain["w2"].shape[2]
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether x, and what lies between the products, are quantized to NVFP4 before they are multiplied."""
+        return False
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether products are multiplied by global scales."""
+        return False
+
+    def matrix(self, name: str, experts: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """float64 [e, R, C]: the numbers of w13 or w2 of these experts, as they are multiplied."""
+        return self.plain[name][experts].double()
+
+    def factor(self, name: str, experts: torch.Tensor) -> torch.Tensor | None:
+        """float64 [e, 1, 1]: what these experts' products with w13 or w2 are multiplied by; None: nothing."""
+        return None
+
+    @property
     def exact(self) -> bool:
         """Whether the bits of an ordinary row are known."""
         oai = self.options["activation"] == "swiglu_oai"
@@ -68,13 +91,25 @@ class ExpertsInputs(Inputs):
         return placed.unflatten(0, plain.shape[:2])
 
 
+_Inputs = TypeVar("_Inputs", bound=ExpertsInputs)
+
+
 def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> ExpertsInputs:
     """The inputs of one step of a case, a function of the case alone; the same bits on every device."""
+    plain = _fixed(case.op, case.seed, tuple(case.config.items()), str(device))
+    return filled(ExpertsInputs, case, step_index, device, plain)
+
+
+def filled(
+    kind: type[_Inputs], case: Case, step_index: int, device: torch.device | str, fixed: Mapping[str, torch.Tensor]
+) -> _Inputs:
+    """The inputs of one step, with projections that are there already and what else does not change."""
     config, step = case.config, case.steps[step_index]
     rows, top_k = list(step.rows), int(config["top_k"])
     options = {"activation": config["activation"], "gate_layout": config["gate_layout"],
                "apply_weight_on_input": config["weight_on_input"]}  # fmt: skip
-    plain = dict(_fixed(case.op, case.seed, tuple(config.items()), str(device)))
+    options |= {name: config[name] for name in ("scale_layout", "activations") if name in config}
+    plain = dict(fixed)
     stream = case.stream(step_index)
     x = Canvas("x", recipes.tokens(case, rows, stream, device), rows, range(int(config["hidden"])), case.seed)
     weights = WeightsCanvas("weights", recipes.routing_weights(case, rows, stream, device), rows, range(top_k),
@@ -92,6 +127,8 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     ordinary = torch.ones_like(padding)
     last: list[int] = []  # rows of a fault that hangs on what the others leave
     for fault in step.faults:
+        if fault.tensor not in canvases:  # laid into `fixed`
+            continue
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
         if fault.name == "stale_rows":
             source = _STALE if fault.stream is None else fault.stream
@@ -107,7 +144,7 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
         FAULTS["nan_dropped"].lay(weights, last)
 
     plain |= {"x": x.values, "weights": weights.values, "ids": ids.values}
-    inputs = ExpertsInputs(options, plain, recipe=str(config["recipe"]), padding=padding, ordinary=ordinary)
+    inputs = kind(options, plain, recipe=str(config["recipe"]), padding=padding, ordinary=ordinary)
     for name, canvas in canvases.items():
         _lay_out(inputs, name, canvas)
     return inputs

@@ -9,6 +9,8 @@ from moe_fuzz.case import MODES, Case, Fault, Scalar
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts.fields import FIELDS
 
+Fields = Mapping[str, tuple[Scalar, ...]]
+
 
 def mended(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """The config with what depends on other fields cut down to them, so that equal cases look equal."""
@@ -21,6 +23,9 @@ def mended(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
         whole |= {name: FIELDS[name][0] for name in ("magnitude", "weight_scale")}
     elif whole["dtype"] == "float16":  # whose range ends where these begin
         whole |= {"magnitude": min(int(whole["magnitude"]), 2), "weight_scale": min(int(whole["weight_scale"]), -3)}
+    known = whole["recipe"] in ("integer", "one_hot")  # with powers of two alone, and nothing cut off
+    if whole.get("activations") == "as_given" or (known and whole.get("global_scale") in ("fitted", "large")):
+        whole["global_scale"] = "power"
     return whole
 
 
@@ -28,7 +33,7 @@ def keep(case: Case, axis: str, labels: Labels) -> Case:
     return replace(case, config=mended({**case.config, axis: str(labels)}))
 
 
-def features(case: Case) -> frozenset[str]:
+def features(case: Case, fields: Fields) -> frozenset[str]:
     """The classes that the case belongs to: what a finding may need."""
     config, count, top_k = case.config, len(case.experts), int(case.config["top_k"])
     hidden, inter = int(config["hidden"]), int(config["intermediate"])
@@ -45,7 +50,7 @@ def features(case: Case) -> frozenset[str]:
     found |= {"k=E"} if top_k == count > 1 else set()
     found |= {"T=0"} if any(step.tokens == 0 for step in case.steps) else set()
     padded = any(step.padding for step in case.steps)
-    for name, values in FIELDS.items():
+    for name, values in fields.items():
         if config[name] == values[0] or name in ("magnitude", "weight_scale") or (name == "dialect" and not padded):
             continue
         found |= {name if config[name] is True else f"{name}={config[name]}"}
@@ -57,7 +62,7 @@ def features(case: Case) -> frozenset[str]:
 
 
 def simplify(
-    case: Case, experts: Sequence[int], top_k: Sequence[int], sizes: Mapping[str, Sequence[int]],
+    case: Case, fields: Fields, experts: Sequence[int], top_k: Sequence[int], sizes: Mapping[str, Sequence[int]],
     *row_faults: Sequence[str],
 ) -> Iterator[Case]:  # fmt: skip
     """Valid and strictly simpler cases, the most ambitious first. row_faults: each the faults of a tensor, the plainest
@@ -75,7 +80,7 @@ def simplify(
         plainer = known[: known.index(value) if value in known else None]
         for size in plainer:  # 16 is simpler than 1, where there is no vector or block to see
             yield case.with_config(**{name: size})
-    for name, values in FIELDS.items():
+    for name, values in fields.items():
         for other in values[: values.index(case.config[name])]:
             simpler = replace(case, config=mended({**case.config, name: other}))
             if simpler != case and simpler.config[name] == other:  # else it has been mended back

@@ -32,3 +32,9 @@ MODELS: Mapping[str, Mapping[str, Scalar]] = {
     "nemotron-3-super": {**_BF16, "experts": 512, "top_k": 22, "hidden": 1024, "intermediate": 2688,
                          "activation": "relu2"},
 }  # fmt: skip
+
+#: Those that are served in NVFP4: scales swizzled as tensor cores want them, activations quantized, too.
+MODELS_NVFP4: Mapping[str, Mapping[str, Scalar]] = {
+    name: {**MODELS[name], "scale_layout": "swizzled", "activations": "nvfp4", "global_scale": "fitted"}
+    for name in ("qwen3-30b-a3b", "qwen3-vl-235b-a22b-tp4", "nemotron-3-super", "deepseek-v3-ep8")
+}  # fmt: skip

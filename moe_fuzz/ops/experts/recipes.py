@@ -102,15 +102,13 @@ def tokens(case: Case, rows: Sequence[int], stream: int, device: Device) -> torc
         return _look_up("tent", int(case.config["magnitude"]), dtype, row, column)
     if recipe == "ladder":
         return _look_up("x_ladder" if dtype == torch.bfloat16 else "narrow_ladder", 0, dtype, row, column)
-    if recipe == "integer":
-        x = _look_up("unit", 0, dtype, row, column)
-        x[:, 0] = 1.0
-        return x
-    x = _look_up("e2m1", 0, dtype, row, column)
-    at = torch.arange(hidden, device=x.device)
-    largest = torch.where(at < 16, 1 + (row[:, None] & 0xFFFF) % 15, (row[:, None] >> 16) & 15)  # of each 16 columns
-    x = torch.where(at % 16 == largest, x.sign() * 6, x)
-    x[:, 0] = 4.0
+    x = _look_up("unit" if recipe == "integer" else "e2m1", 0, dtype, row, column)
+    if recipe == "one_hot" or case.config.get("activations") == "nvfp4":
+        # A 6 in each 16 columns, under which NVFP4 loses nothing of the others.
+        at = torch.arange(hidden, device=x.device)
+        largest = torch.where(at < 16, 1 + (row[:, None] & 0xFFFF) % 15, (row[:, None] >> 16) & 15)
+        x = torch.where(at % 16 == largest, torch.where(x < 0, -6.0, 6.0).to(dtype), x)
+    x[:, 0] = 1.0 if recipe == "integer" else 4.0
     return x
 
 
@@ -143,17 +141,21 @@ def expert_ids(case: Case, rows: Sequence[int], stream: int, device: Device) -> 
 def projections(case: Case, labels: Sequence[int], device: Device) -> Tensors:
     """w13 [E, 2I, H] (relu2: [E, I, H]), w2 [E, H, I] and, where there are, b13 and b2 of the experts of these labels,
     in this order."""
-    maker = _Maker(case, labels, device)
+    maker = Maker(case, labels, device)
     gated = case.config["activation"] != "relu2"
     up = maker.up()
-    found = {"w13": maker.arranged(maker.gate(), up) if gated else up, "w2": maker.down()}
-    if case.config["bias"] != "none":
-        gate, up, down = maker.biases()
-        found |= {"b13": maker.arranged(gate, up) if gated else up, "b2": down}
-    return found
+    return {"w13": maker.arranged(maker.gate(), up) if gated else up, "w2": maker.down(), **biases(maker)}
 
 
-class _Maker:
+def biases(maker: Maker) -> Tensors:
+    """b13 and b2, where the case has them."""
+    if maker.case.config["bias"] == "none":
+        return {}
+    gate, up, down = maker.biases()
+    return {"b13": maker.arranged(gate, up) if maker.case.config["activation"] != "relu2" else up, "b2": down}
+
+
+class Maker:
     """The projections of one case."""
 
     def __init__(self, case: Case, labels: Sequence[int], device: Device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -52,12 +53,16 @@ class ExpertsSpace:
 
     op: str = "experts_bf16"
     description: str = "the experts of a layer: two grouped products, an activation between them, and a weighted sum"
+    multiple: int = 1  # of which hidden and intermediate sizes are
+    budget: int = cost.BUDGET  # elements of the projections of a case that is drawn
+    top_ks: tuple[int, ...] = TOP_K  # that are drawn
 
     family: ClassVar[str] = "experts"
     checks: ClassVar[Mapping[str, str]] = text.CHECKS
     faults: ClassVar[Mapping[str, str]] = text.FAULTS
     places: ClassVar[tuple[FaultPlace, ...]] = PLACES
     sizes: ClassVar[tuple[str, ...]] = ("experts", "top_k", *SIZES)
+    fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = FIELDS
     presets: ClassVar[Mapping[str, Mapping[str, Scalar]]] = MODELS
     tensors: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("x", "w13", "w2", "weights", "ids", "expert_map", "b13", "b2"), "input"), "y": "output",
@@ -69,11 +74,20 @@ class ExpertsSpace:
         can = info.capabilities
         return (
             Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts]),
-            Axis("top_k", [k for k in TOP_K if k <= can.max_top_k]),
-            Axis("hidden", _taken(HIDDEN, can.max_hidden, can.min_multiple_h)),
-            Axis("intermediate", _taken(INTERMEDIATE, can.max_intermediate, can.min_multiple_i)),
-            *(Axis(name, values) for name, values in limits_of(info).items()),
+            Axis("top_k", [k for k in self.top_ks if k <= can.max_top_k]),
+            Axis("hidden", self._taken(HIDDEN, can.max_hidden, can.min_multiple_h)),
+            Axis("intermediate", self._taken(INTERMEDIATE, can.max_intermediate, can.min_multiple_i)),
+            *(Axis(name, values) for name, values in self.limits(info).items()),
         )
+
+    def _taken(self, values: tuple[int, ...], most: int, multiple: int) -> list[int]:
+        """Those of the sizes that a target takes; the least that it takes, where it takes none of them."""
+        multiple = math.lcm(multiple, self.multiple)
+        return [value for value in values if value <= most and value % multiple == 0] or [multiple]
+
+    def limits(self, info: TargetInfo) -> dict[str, tuple[Scalar, ...]]:
+        """Of each field, the values that the target takes."""
+        return limits_of(info)
 
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
         return MODES if info.contract.graph else MODES[:1]
@@ -81,7 +95,7 @@ class ExpertsSpace:
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
         whole = moves.mended({**config, "experts": str(Labels.range(int(config["experts"])))})
         allowed = {axis.name: axis.values for axis in self.axes(info)}
-        return cost.shrunk(whole, {name: [int(value) for value in allowed[name]] for name in SIZES})
+        return cost.shrunk(whole, {name: [int(value) for value in allowed[name]] for name in SIZES}, self.budget)
 
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
         found = tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device))
@@ -112,7 +126,10 @@ class ExpertsSpace:
     # ---- what is valid ----------------------------------------------------------------------------------------------
 
     def validate(self, case: Case) -> None:
-        config_of(case, EXPERTS_LIMIT, TOP_K_LIMIT)
+        config_of(case, self.fields, EXPERTS_LIMIT, TOP_K_LIMIT)
+        for name in SIZES:
+            if int(case.config[name]) % self.multiple:
+                raise CaseError(f"config.{name}", f"must be a multiple of {self.multiple}, not {case.config[name]}")
         for index, step in enumerate(case.steps):
             if step.tokens * int(case.config["hidden"]) > cost.MAX_ELEMENTS:
                 raise CaseError(f"steps[{index}].rows", f"{step.tokens} rows of {case.config['hidden']} are too many")
@@ -143,14 +160,14 @@ class ExpertsSpace:
 
     def _refusals(self, case: Case, info: TargetInfo) -> Iterator[tuple[object, str]]:
         can, config = info.capabilities, case.config
-        count, limits = len(case.experts), limits_of(info)
+        count, limits = len(case.experts), self.limits(info)
         yield not can.min_experts <= count <= can.max_experts, f"{count} experts"
         yield int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"
         for name, most, multiple in (("hidden", can.max_hidden, can.min_multiple_h),
                                      ("intermediate", can.max_intermediate, can.min_multiple_i)):  # fmt: skip
             yield int(config[name]) > most or int(config[name]) % multiple, f"{name} {config[name]}"
         padded = any(step.padding for step in case.steps)
-        for name in FIELDS:
+        for name in self.fields:
             # Without padding rows there is nothing to say of theirs; without a gate none of where it stands.
             plain = not padded if name == "dialect" else name == "gate_layout" and config["activation"] == "relu2"
             yield name in limits and config[name] not in limits[name] and not plain, f"{name}={config[name]}"
@@ -159,11 +176,12 @@ class ExpertsSpace:
     # ---- what it is like --------------------------------------------------------------------------------------------
 
     def features(self, case: Case) -> frozenset[str]:
-        return moves.features(case)
+        return moves.features(case, self.fields)
 
     def simplify(self, case: Case) -> Iterator[Case]:
-        yield from moves.simplify(case, EXPERTS, TOP_K, {"hidden": HIDDEN, "intermediate": INTERMEDIATE}, X_FAULTS,
-                                  IDS_FAULTS)  # fmt: skip
+        sizes = {name: [size for size in known if size % self.multiple == 0]
+                 for name, known in (("hidden", HIDDEN), ("intermediate", INTERMEDIATE))}  # fmt: skip
+        yield from moves.simplify(case, self.fields, EXPERTS, TOP_K, sizes, X_FAULTS, IDS_FAULTS)
 
     def sharpen(self, case: Case) -> Iterator[Case]:
         if case.config["edge"] == "right":  # an access before a tensor is seen at any size only if it lies flush left
@@ -180,11 +198,6 @@ class ExpertsSpace:
 
     def label(self, case: Case) -> str:
         return text.label(case)
-
-
-def _taken(values: tuple[int, ...], most: int, multiple: int) -> list[int]:
-    """Those of the sizes that a target takes; the least that it takes, where it takes none of them."""
-    return [value for value in values if value <= most and value % multiple == 0] or [multiple]
 
 
 SPACES = (ExpertsSpace(),)

@@ -27,6 +27,11 @@ CHECKS = {
     "determinism": "the same input gives the same bits, where declared; a graph is replayed",
 }
 
+#: Of `experts_nvfp4` alone.
+FP4_CHECKS = {
+    "backends": "each backend that can be forced gives the result within its bounds; known bits where sums are exact",
+}
+
 FAULTS = {
     "nan_rows": "whole rows of NaN, of one bit pattern or of several, both signs",
     "inf_rows": "whole rows of +Inf",
@@ -52,6 +57,15 @@ FAULTS = {
 }
 
 
+FP4_FAULTS = {
+    "poison_scales": "the padding of swizzled scales holds 0x7F, a NaN",
+    "zero_scale": "a global scale is 0; of weights, that of some experts",
+    "infinite_scale": "a global scale is infinite; of weights, that of some experts",
+    "nan_scale": "a global scale is NaN; of weights, that of some experts",
+    "stale_scales": "the padding of swizzled scales holds any bytes, as memory does that nobody cleared",
+}
+
+
 def label(case: Case) -> str:
     """`experts_bf16 T=7 (2 padding: minus_one) E=8 k=2 H=64 I=32 bfloat16 silu first dense; nan_rows on x rows 5-6`.
 
@@ -69,6 +83,8 @@ def label(case: Case) -> str:
     parts += [f"bias={config['bias']}"] if config["bias"] != "none" else []
     parts += ["weight_on_input"] if config["weight_on_input"] else []
     parts += [f"expert_map={config['expert_map']}"] if config["expert_map"] != "none" else []
+    parts += [str(config["scale_layout"])] if "scale_layout" in config else []
+    parts += [f"activations={config['activations']} {config['global_scale']}"] if _quantizes(case) else []
     parts += ["out"] if config["out"] else []
     parts += [f"fenced {config['edge']}"] if config["edge"] != "right" else []
     faults = [
@@ -77,6 +93,10 @@ def label(case: Case) -> str:
         for fault in step.faults
     ]
     return " ".join(parts) + ("; " + ", ".join(faults) if faults else "")
+
+
+def _quantizes(case: Case) -> bool:
+    return case.config.get("activations") == "nvfp4"
 
 
 def _fault(case: Case, step: Step, fault: Fault) -> str:

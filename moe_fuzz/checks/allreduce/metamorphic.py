@@ -1,0 +1,89 @@
+"""Relations between two calls, bit for bit: bad rows change no other, a replay is an eager call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moe_fuzz.checks import check
+from moe_fuzz.checks.allreduce.observation import AllreduceObservation, Outputs
+from moe_fuzz.checks.coordinates import first
+from moe_fuzz.checks.relations import REPEATS
+from moe_fuzz.ops.allreduce.inputs import AllreduceInputs
+from moe_fuzz.ops.inputs import element_bits
+from moe_fuzz.verdict import Violation
+
+
+def ahead(seen: AllreduceObservation) -> Sequence[AllreduceInputs]:
+    """What the relations will call, whatever came back."""
+    found = [seen.inputs] if seen.info.contract.deterministic else []
+    return [*found, seen.healed_inputs] if _isolated(seen) else found
+
+
+def _isolated(seen: AllreduceObservation) -> bool:
+    contract = seen.info.contract
+    some = bool(seen.defined.any()) and not bool(seen.defined.all())
+    return contract.deterministic and (contract.isolated or contract.batch_invariant) and some
+
+
+def changed(one: Outputs, other: Outputs, where: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+    """The output that differs first on these elements, bool [R, T, H] or what broadcasts to it, and where it does."""
+    for name in ("residual_out", "normed"):
+        a, b = getattr(one, name), getattr(other, name)
+        differs = (element_bits(a) != element_bits(b)) & ~(a.isnan() & b.isnan()) & where
+        if differs.any():
+            return name, differs
+    return None
+
+
+def _compared(
+    seen: AllreduceObservation, check_name: str, message: str, wanted: Outputs, got: Outputs, where: torch.Tensor
+) -> list[Violation]:
+    found = changed(wanted, got, where)
+    if found is None:
+        return []
+    name, differs = found
+    rank, row, column = at = first(differs)
+    return [Violation(check_name, "bits", f"rank {rank}, row {row}, column {column}: {message}", name, at,
+                      float(getattr(wanted, name)[at]).hex(), float(getattr(got, name)[at]).hex())]  # fmt: skip
+
+
+@check("allreduce", "determinism", relation=True)
+def determinism(seen: AllreduceObservation) -> list[Violation]:
+    """The same input twice, the same bits, where the target declares it."""
+    if not seen.info.contract.deterministic:
+        return []
+    return _compared(seen, "determinism", "the same input gave other bits when run again", seen.outputs,
+                     seen.call(seen.inputs), ~seen.missing)  # fmt: skip
+
+
+@check("allreduce", "isolation", relation=True)
+def isolation(seen: AllreduceObservation) -> list[Violation]:
+    """A row of finite numbers has the same bits whatever NaN, Inf and overflow stand in other rows of any rank."""
+    if not _isolated(seen):
+        return []
+    other = seen.call(seen.healed_inputs)
+    if changed(other, seen.outputs, seen.judged) is None:
+        return []
+    for _ in range(REPEATS):  # a difference that comes and goes is nondeterminism
+        if changed(other, seen.call(seen.healed_inputs), seen.judged) or changed(
+            seen.outputs, seen.call(seen.inputs), seen.judged
+        ):
+            return []
+    message = "has other bits when other rows are replaced, in which some rank has no ordinary numbers"
+    return _compared(seen, "isolation", message, other, seen.outputs, seen.judged)
+
+
+@check("allreduce", "replay")
+def replay(seen: AllreduceObservation) -> list[Violation]:
+    """What a replay gives is what an eager call gives. Nothing to say in the eager mode."""
+    if seen.eager is None or not seen.info.contract.deterministic or not seen.inputs.tokens:
+        return []
+    eager = seen.eager(seen.inputs)
+    if changed(eager, seen.outputs, ~seen.missing) is None:
+        return []
+    if any(changed(eager, seen.eager(seen.inputs), ~seen.missing) for _ in range(REPEATS)):
+        return []  # its eager calls do not agree among themselves: that is for `determinism` to say
+    return _compared(seen, "replay", "a replay of the graph gave other bits than an eager call", eager, seen.outputs,
+                     ~seen.missing)  # fmt: skip

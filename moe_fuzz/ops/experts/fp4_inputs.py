@@ -1,0 +1,115 @@
+"""The tensors of an `experts_nvfp4` case. Worker side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from moe_fuzz.case import Case, Scalar
+from moe_fuzz.faults import FAULTS, Canvas
+from moe_fuzz.nvfp4_faults import ScaleCanvas
+from moe_fuzz.ops.experts import blocks, recipes
+from moe_fuzz.ops.experts.fp4 import CALIBRATIONS, FACTORS, SCALES
+from moe_fuzz.ops.experts.inputs import ExpertsInputs, filled
+from moe_fuzz.reference.nvfp4 import BLOCK, E2M1, E4M3
+
+
+@dataclass
+class Fp4Inputs(ExpertsInputs):
+    """As `ExpertsInputs`, with w13, w2 uint8 [E, R, C/2]; beyond them w13_scales, w2_scales uint8, w13_alpha, w2_alpha
+    float32 [E] and, where activations are quantized, x_global and h_global float32 [1]; scale_layout, activations."""
+
+    _decoded: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # of all copies
+
+    @property
+    def inter(self) -> int:
+        return 2 * self.plain["w2"].shape[2]
+
+    @property
+    def quantizes(self) -> bool:
+        return self.options["activations"] == "nvfp4"
+
+    @property
+    def has_factors(self) -> bool:
+        return True
+
+    def matrix(self, name: str, experts: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        codes, scales = self.plain[name], self.plain[f"{name}_scales"]
+        known = self._decoded.get(name)
+        if known is None or known[0] is not codes or known[1] is not scales:
+            known = codes, scales, decoded(codes, self.linear_scales(name))
+            self._decoded[name] = known
+        return known[2][experts].double()
+
+    def linear_scales(self, name: str) -> torch.Tensor:
+        """uint8 [E, R, C/16]: the scales of w13 or w2, wherever they lie."""
+        codes, scales = self.plain[name], self.plain[f"{name}_scales"]
+        if self.options["scale_layout"] == "linear":
+            return scales
+        return linear(scales, codes.shape[1], 2 * codes.shape[2] // BLOCK)
+
+    def factor(self, name: str, experts: torch.Tensor) -> torch.Tensor | None:
+        return self.plain[f"{name}_alpha"][experts].double()[:, None, None]
+
+
+def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> Fp4Inputs:
+    """The inputs of one step of a case, a function of the case alone; the same bits on every device."""
+    fixed = dict(_fixed(case.seed, tuple(case.config.items()), str(device)))
+    for fault in case.steps[step_index].faults:
+        name, kind = fault.tensor, FAULTS[fault.name]
+        if name in SCALES and case.config["scale_layout"] == "swizzled":
+            table = fixed[name]
+            rows, columns = fixed[name.removesuffix("_scales")].shape[1:]
+            real = swizzled(table.new_ones((len(table), rows, 2 * columns // BLOCK)))
+            canvas = ScaleCanvas(name, table.flatten(1), range(len(table)), range(table[0].numel()), case.seed,
+                                 padding=real.flatten(1) == 0)  # fmt: skip
+            kind.lay(canvas, range(len(table)))
+            fixed[name] = canvas.values.view(table.shape)
+        elif name in (*FACTORS, *CALIBRATIONS) and name in fixed:
+            labels = recipes.shard(case)[0] if name in FACTORS else [0]
+            odds = max(3, 2 * int(case.config["top_k"])) if name in FACTORS else 1  # tokens are left that have none
+            scales = Canvas(name, fixed[name].clone()[:, None], labels, [0], case.seed)
+            hit = scales.choose(range(len(labels)), odds, fault.name)[:, 0] == 0
+            kind.lay(scales, hit.nonzero().flatten().tolist())
+            fixed[name] = scales.values[:, 0].contiguous()
+    return filled(Fp4Inputs, case, step_index, device, fixed)
+
+
+@lru_cache(maxsize=1)  # as in inputs.py
+def _fixed(seed: int, config: tuple[tuple[str, Scalar], ...], device: str) -> dict[str, torch.Tensor]:
+    case = Case("experts_nvfp4", dict(config), (), seed)
+    labels, expert_map = recipes.shard(case)
+    found = blocks.projections(case, labels, device)
+    if case.config["scale_layout"] == "swizzled":
+        found |= {name: swizzled(found[name]) for name in SCALES}
+    if case.config["activations"] == "nvfp4":
+        found |= blocks.global_scales(case, device)
+    if expert_map is not None:
+        found["expert_map"] = expert_map.to(device)
+    return found
+
+
+def swizzled(scales: torch.Tensor) -> torch.Tensor:
+    """uint8 [E, R, B] -> [E, R to whole 128, B to whole 4], padded with zeros: `swizzle` of each."""
+    rows, columns = scales.shape[1:]
+    padded = torch.nn.functional.pad(scales, (0, -columns % 4, 0, -rows % 128))
+    tiles = padded.unflatten(2, (-1, 4)).unflatten(1, (-1, 4, 32)).transpose(2, 4)  # [E, Rt, Bt, 32, 4, 4]
+    return tiles.reshape(padded.shape)
+
+
+def linear(scales: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """[E, rows, columns] of swizzled tables."""
+    count, padded_rows, padded_columns = scales.shape
+    tiles = scales.view(count, padded_rows // 128, padded_columns // 4, 32, 4, 4).transpose(2, 4)
+    return tiles.reshape(scales.shape)[:, :rows, :columns].contiguous()
+
+
+def decoded(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32 [E, R, C]: E2M1 times E4M3, exact, without any global scale. Scales are linear."""
+    code = torch.stack([codes & 15, codes >> 4], dim=3).flatten(2).long()
+    values = torch.cat([E2M1, -E2M1]).to(codes.device)[code].unflatten(2, (-1, BLOCK))
+    nan = torch.tensor([torch.nan])
+    of_scales = torch.cat([E4M3, nan, -E4M3, nan]).to(codes.device)[scales.long()]  # [E, R, B]
+    return (values * of_scales[..., None]).flatten(2)

@@ -1,0 +1,231 @@
+"""allreduce_rmsnorm through the engine: inputs, known answers, bounds, wrong answers; a campaign's cases."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import replace
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import pytest
+import torch
+
+from moe_fuzz import strategies
+from moe_fuzz.campaign.selftest import draw
+from moe_fuzz.case import RANKS, Case, Fault, Step, in_mode
+from moe_fuzz.checks import CHECKS, PARITY
+from moe_fuzz.checks.allreduce.binding import binding, wrong_answers
+from moe_fuzz.checks.allreduce.bounds import Bounded, bounded_norm, bounded_sum
+from moe_fuzz.checks.allreduce.family import FAMILY
+from moe_fuzz.checks.allreduce.observation import AllreduceObservation, Outputs
+from moe_fuzz.contract import Contract, TargetInfo
+from moe_fuzz.errors import CaseError
+from moe_fuzz.execute.peers import TAIL, Peers
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops import get_space
+from moe_fuzz.ops.allreduce.inputs import WHOLE, materialize
+from moe_fuzz.ops.inputs import element_bits
+from moe_fuzz.options import RunOptions
+from moe_fuzz.reference.allreduce_rmsnorm import allreduce_rmsnorm
+from moe_fuzz.verdict import PASS
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+SPACE = get_space("allreduce_rmsnorm")
+RANKED = Contract(deterministic=True, isolated=True, sum_order="rank")
+INFO = TargetInfo("allreduce_rmsnorm@test", "allreduce_rmsnorm", "test", contract=RANKED)
+
+
+def case(*faults: Fault, tokens: int = 6, seed: int = 3, mode: str = "eager", **changes: object) -> Case:
+    config = {**SPACE.simplest, **changes}
+    found = Case("allreduce_rmsnorm", config, (Step(Labels.range(tokens), faults=faults),), seed, mode)
+    SPACE.validate(found)
+    return found
+
+
+def seen(made: Case, contract: Contract = RANKED) -> AllreduceObservation:
+    """The reference's answer to a case, as the checks see it."""
+    inputs = materialize(made, 0)
+    plain = inputs.plain
+    normed, total = allreduce_rmsnorm(plain["x"], plain.get("residual"), plain["gamma"], float(made.config["eps"]),
+                                      rounds=contract.rounds)  # fmt: skip
+    ranks = (len(plain["x"]), 1, 1)
+    outputs = Outputs(normed.repeat(ranks), total.repeat(ranks))
+    return FAMILY.observe(made, 0, replace(INFO, contract=contract), inputs, outputs, lambda _: None)
+
+
+def fired(one: AllreduceObservation) -> list[str]:
+    names = ("structure", "written", "ranks", *PARITY["allreduce"])
+    return [name for name in names if CHECKS["allreduce"][name](one)]
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("ranks", [1, 2, 5, 8])
+def test_whole_numbers_can_be_summed_exactly(dtype, ranks):
+    inputs = materialize(case(dtype=dtype, ranks=ranks, recipe="integer", hidden=64), 0)
+    parts = torch.cat([inputs.plain["x"], inputs.plain["residual"][None]]).double()
+    assert (parts == parts.round()).all()
+    assert parts.abs().sum(dim=0).max() <= WHOLE[getattr(torch, dtype)]
+    assert parts.abs().max() > WHOLE[getattr(torch, dtype)] // (2 * (ranks + 1))
+
+
+def test_a_fault_on_one_rank_stays_on_it_and_rows_keep_their_values():
+    made = case(Fault("nan_rows", "x1", Labels.parse("2")), ranks=3)
+    clean, hurt = materialize(case(ranks=3), 0), materialize(made, 0)
+    assert hurt.plain["x"][2, 2].isnan().all()
+    assert not hurt.plain["x"][:2].isnan().any()
+    fewer = materialize(replace(made, steps=(Step(Labels.parse("0,3"),),)), 0)
+    assert torch.equal(fewer.plain["x"], clean.plain["x"][:, [0, 3]])
+    less = materialize(case(ranks=2), 0)
+    assert torch.equal(less.plain["x"], clean.plain["x"][:2])
+
+
+@pytest.mark.parametrize("name", [name for name in SPACE.faults if name not in ("stale_rows", "misaligned")])
+def test_every_fault_can_be_laid(name):
+    place = next(place for place in SPACE.places if place.fault == name)
+    inputs = materialize(case(Fault(name, place.tensor, Labels.parse("1-4"))), 0)
+    assert not torch.equal(element_bits(inputs.plain["x"]), element_bits(materialize(case(), 0).plain["x"]))
+
+
+def test_the_mode_ranks_wants_two_and_captures_nowhere_else():
+    assert in_mode({"ranks": 1, "captured": True, "launches": "single"}, RANKS)["ranks"] == 2
+    assert in_mode({"ranks": 8, "captured": True}, RANKS, 4)["ranks"] == 4
+    assert in_mode({"ranks": 1, "captured": True}, "graph")["captured"] is False
+    with pytest.raises(CaseError, match="more than 1"):
+        case(ranks=1, mode=RANKS)
+    assert case(ranks=3, mode=RANKS).processes == 3
+    assert case(ranks=3).processes == 1
+
+
+def test_memory_has_a_tail_that_is_watched():
+    from moe_fuzz.execute import peers
+
+    group = Peers(2, None, torch.device("cpu"), 32, "phases", "together", 0)
+    peers._present[:] = [group]
+    try:
+        first, second = group.memory("buffer", 32)
+        assert group.memory("buffer", 32)[0] is first
+        assert not first.any()
+        assert not peers.tails()
+        second.as_strided((33,), (1,))[32] = 0
+        (violation,) = peers.tails()
+        assert (violation.symptom, violation.where) == ("buffer:right", (0,))
+        assert "rank 1" in violation.message
+        assert TAIL >= 64
+        group.signals.append(torch.tensor([0, 3], dtype=torch.int32))
+        assert peers.pads()[0].where == (1,)
+    finally:
+        peers._present.clear()
+
+
+# ---- answers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["dense", "integer", "wide"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("rounds", [("residual",), ("sum", "residual", "normed"), ()])
+def test_the_reference_passes_and_wrong_answers_do_not(recipe, dtype, rounds):
+    contract = replace(RANKED, rounds=rounds, sum_order="any")
+    one = seen(case(recipe=recipe, dtype=dtype, hidden=33, ranks=3), contract)
+    assert fired(one) == []
+    assert not binding(one)
+    for name, outputs in wrong_answers(one):
+        assert fired(one.with_outputs(outputs)), name
+
+
+def test_a_bit_of_one_rank_is_seen():
+    one = seen(case(hidden=64))
+    flipped = one.outputs.residual_out.clone()
+    element_bits(flipped)  # a copy: the bits below are of the tensor itself
+    flipped.view(torch.int16)[1, 2, 3] ^= 1
+    wrong = one.with_outputs(replace(one.outputs, residual_out=flipped))
+    (violation,) = CHECKS["allreduce"]["ranks"](wrong)
+    assert violation.where == (1, 2, 3)
+    assert CHECKS["allreduce"]["residual"](wrong)
+
+
+def test_a_missing_rank_is_named():
+    one = seen(case(recipe="integer", ranks=3, hidden=64))
+    plain = one.inputs.plain
+    normed, total = allreduce_rmsnorm(plain["x"][:2], plain["residual"], plain["gamma"], 1e-6)
+    wrong = one.with_outputs(Outputs(normed.repeat(3, 1, 1), total.repeat(3, 1, 1)))
+    assert "the part of rank 2 is missing" in CHECKS["allreduce"]["exact"](wrong)[0].message
+
+
+def test_rows_that_are_not_defined_are_judged_by_equality_alone():
+    made = case(Fault("nan_rows", "x1", Labels.parse("1")), Fault("overflowing_squares", "x0", Labels.parse("4")))
+    one = seen(made)
+    assert one.defined.tolist() == [True, False, True, True, False, True]
+    garbage = one.outputs.normed.clone()
+    garbage[:, [1, 4]] = 7.0
+    assert fired(one.with_outputs(replace(one.outputs, normed=garbage))) == []
+    garbage[1, 4] = 8.0
+    assert fired(one.with_outputs(replace(one.outputs, normed=garbage))) == ["ranks"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_order_of_float32_sums_leaves_the_bound(dtype):
+    """Brute force: orders of ranks and of columns at random, on numbers of many sizes."""
+    gen = torch.Generator().manual_seed(1)
+    contract = replace(RANKED, sum_order="any")
+    for _ in range(60):
+        ranks, hidden = int(torch.randint(1, 9, (1,), generator=gen)), int(torch.randint(1, 70, (1,), generator=gen))
+        scale = torch.exp2(-torch.randint(0, 14, (ranks, 64, hidden), generator=gen).float())
+        x = (torch.randn(ranks, 64, hidden, generator=gen) * scale).to(dtype)
+        gamma = torch.randn(hidden, generator=gen)
+        total = torch.zeros(64, hidden)
+        for rank in torch.randperm(ranks, generator=gen).tolist():
+            total = total + x[rank].float()
+        before, after = bounded_sum(x, None, contract)
+        assert ((total.double() - before.value).abs() <= before.bound).all()
+        stored = total.to(dtype)
+        assert ((stored.double() - after.value).abs() <= after.bound).all()
+        value, squares = stored.float(), torch.zeros(64)
+        for column in torch.randperm(hidden, generator=gen).tolist():
+            squares = squares + value[:, column].square()
+        normed = (value * torch.rsqrt(squares / hidden + 1e-6)[:, None] * gamma).to(dtype)
+        known = Bounded(stored.double(), torch.zeros(64, hidden, dtype=torch.float64))
+        limit = bounded_norm(known, gamma, 1e-6, dtype, contract)
+        assert ((normed.double() - limit.value).abs() <= limit.bound).all()
+        wide = bounded_norm(before, gamma, 1e-6, dtype, contract)  # of a target that takes the norm of the sum itself
+        unrounded = (total * torch.rsqrt(total.square().mean(dim=1, keepdim=True) + 1e-6) * gamma).to(dtype)
+        assert ((unrounded.double() - wide.value).abs() <= wide.bound).all()
+
+
+# ---- campaigns ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runner():
+    """A worker's runner, in this process."""
+    from moe_fuzz.execute.runner import Runner
+
+    return Runner("cpu")
+
+
+@pytest.mark.parametrize(("target", "count"), [
+    ("torch", 40), pytest.param("builtin", 10, marks=pytest.mark.interpreter),
+    pytest.param("builtin.one_shot", 4, marks=pytest.mark.interpreter),
+    pytest.param("builtin.two_shot", 4, marks=pytest.mark.interpreter),
+])  # fmt: skip
+def test_ours_pass_a_campaigns_cases(runner, target, count):
+    name = f"allreduce_rmsnorm@{target}"
+    drawn = (one for one in draw("allreduce_rmsnorm", runner.describe(name), "cpu", 11) if one.processes == 1)
+    verdicts = [(one, runner.run(one, name, RunOptions())) for one in itertools.islice(drawn, count)]
+    bad = [(SPACE.label(one), verdict) for one, verdict in verdicts if verdict.kind != PASS]
+    assert not bad, bad[:2]
+    assert sum(verdict.parity for _, verdict in verdicts) > count // 4
+
+
+def test_the_grid_covers_every_value():
+    info = replace(INFO, capabilities=replace(INFO.capabilities, launches=("phases", "single"), out=True, cuts=True))
+    drawn = list(itertools.islice(strategies.grid(SPACE, info, "cuda", 3), 400))
+    for axis in SPACE.axes(info):
+        assert {one.config[axis.name] for one in drawn} >= set(axis.values) - {1000, True}, axis.name
+    for one in drawn:
+        SPACE.validate(one)
+        for simpler in itertools.islice(SPACE.simplify(one), 40):
+            SPACE.validate(simpler)

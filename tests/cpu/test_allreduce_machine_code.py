@@ -1,0 +1,83 @@
+"""The all-reduce kernels are assembled for Hopper, which needs no GPU: how wide they read, and how they are ordered."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_fuzz
+
+# a process of its own: in this one Triton may have been imported to interpret
+_COMPILE = """
+import json, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from moe_fuzz.kernels.allreduce_rmsnorm import kernels
+
+name, dtype, world, columns, single, phase = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+kernel = getattr(kernels, name + "_kernel")
+constants = {"WORLD": world, "WORLD_PAD": world, "ROWS": 1, "COLUMNS": columns, "HAS_RESIDUAL": True,
+             "SINGLE": bool(single), "PHASE": phase, "INTERPRETED": False}
+types = {n: dtype for n in ("x_ptr", "residual_ptr", "gamma_ptr", "normed_ptr", "sum_ptr")}
+types |= {n: "*i64" for n in ("buffers_ptr", "signals_ptr", "state_ptr", "fault_ptr")}
+types |= {"eps": "fp32", "timeout": "i64"}
+signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+plain = {"tokens", "share", "first_rank", "eps", "timeout", *constants}
+attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in plain}
+source = ASTSource(fn=kernel, signature=signature, attrs=attrs,
+                   constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()})
+made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "maxnreg": 64})
+print(json.dumps([made.asm["ptx"], len(made.asm["cubin"])]))
+"""
+
+
+def assembled(*arguments: object) -> str:
+    pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no assembler for NVIDIA")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(moe_fuzz.__file__).parents[1])
+    command = [sys.executable, "-P", "-c", _COMPILE, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ptx, size = json.loads(done.stdout.splitlines()[-1])
+    assert size > 1000
+    return ptx
+
+
+def lines_of(ptx: str, *parts: str) -> list[int]:
+    """The lines with one of `parts`, outside comments."""
+    code = [line if not line.lstrip().startswith(("//", ".loc", ".file")) else "" for line in ptx.splitlines()]
+    return [number for number, line in enumerate(code) if any(part in line for part in parts)]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "world", "single", "waits"),
+    [("one_shot", "*bf16", 2, 1, 1), ("one_shot", "*fp32", 8, 0, 1), ("two_shot", "*fp16", 4, 0, 2)],
+)
+def test_barriers_release_and_acquire_at_system_scope(name, dtype, world, single, waits):
+    ptx = assembled(name, dtype, world, 2048, single, 0)
+    released = lines_of(ptx, "atom.global.sys.release.add", "red.global.sys.release.add", "red.release.sys")
+    acquired = lines_of(ptx, "ld.acquire.sys.global")
+    barriers = lines_of(ptx, "bar.sync", "barrier.sync")
+    assert len(released) == len(acquired) == waits
+    # sixteen bytes at a time, and nothing of peers through the cache that is not coherent
+    wide = "v4.b32"
+    stores, loads = lines_of(ptx, f"st.global.{wide}"), lines_of(ptx, f"ld.global.{wide}")
+    assert len(stores) >= world - 1 + 2
+    assert len(loads) >= world + 2
+    assert not lines_of(ptx, "ld.global.nc", "ld.global.b16", "st.global.b16")
+    for first, second in zip(released, acquired, strict=True):
+        # all threads' stores, a barrier, the signal, the wait, a barrier, all threads' loads
+        before = [line for line in stores if line < first]
+        behind = [line for line in loads if line > second]
+        assert any(max(before) < line < first for line in barriers)
+        assert any(second < line < min(behind) for line in barriers)
+
+
+def test_phases_wait_for_nobody():
+    ptx = assembled("two_shot", "*bf16", 2, 2048, 0, 2)
+    assert not lines_of(ptx, ".sys.", "globaltimer")

@@ -1,0 +1,225 @@
+"""The checks of `experts_nvfp4`: silent on right answers, however they round; each wrong one is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_fuzz.case import Fault
+from moe_fuzz.checks.experts.binding import miswritten
+from moe_fuzz.checks.experts.requantized import quantized, requantized
+from moe_fuzz.contract import Contract
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops.experts.fp4_inputs import Fp4Inputs, decoded, linear, materialize, swizzled
+from moe_fuzz.ops.experts.inputs import ExpertsInputs
+from moe_fuzz.reference.experts_bf16 import ACTIVATIONS, GATE_LAYOUTS
+from moe_fuzz.reference.experts_nvfp4 import values
+from moe_fuzz.reference.nvfp4 import E4M3, dequantize, nvfp4_quantize, swizzle
+from tests.cpu.experts_seen import FAMILY, FP4_STRICT, fp4_case_of, judge, observe, reference
+
+FORMATS = pytest.mark.parametrize("activations", ["as_given", "nvfp4"])
+NEAR = replace(FP4_STRICT, rounding="near", nonfinite="any")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def test_scales_lie_as_the_reference_swizzles_them() -> None:
+    made = torch.randint(0, 127, (3, 130, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tables = swizzled(made)
+    for one, table in zip(made, tables, strict=True):
+        assert torch.equal(table, swizzle(one))
+    assert torch.equal(linear(tables, 130, 5), made)
+    codes = torch.randint(0, 256, (3, 130, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    for mine, code, scale in zip(decoded(codes, made), codes, made, strict=True):
+        assert torch.equal(mine.double(), values(code, scale))
+
+
+@pytest.mark.parametrize("recipe", ["integer", "one_hot"])
+def test_recipes_of_known_bits_have_the_values_of_bf16(recipe: str) -> None:
+    """Codes, scales and global scales say the same numbers, and no two neighbouring blocks need have one scale."""
+    case = fp4_case_of(recipe=recipe, experts=20, hidden=64)
+    fp4 = materialize(case, 0)
+    config = {name: v for name, v in case.config.items()
+              if name not in ("scale_layout", "activations", "global_scale")}  # fmt: skip
+    plain = FAMILY.materialize(replace(case, op="experts_bf16", config=config), 0, "cpu")
+    everyone = torch.arange(20)
+    for name in ("w13", "w2"):
+        found = fp4.matrix(name) * fp4.plain[f"{name}_alpha"].double()[:, None, None]
+        assert torch.equal(found, plain.plain[name].double())
+        factor = fp4.factor(name, everyone)
+        assert factor is not None
+        assert len(factor.unique()) == 5
+        assert len(fp4.plain[f"{name}_scales"].unique()) > 5
+
+
+@pytest.mark.parametrize("recipe", ["dense", "ladder"])
+def test_every_code_and_many_scales_occur(recipe: str) -> None:
+    found = set()
+    for seed in range(8):
+        inputs = materialize(fp4_case_of(recipe=recipe, experts=20, seed=seed), 0)
+        assert len(inputs.plain["w13"].unique()) == 256
+        largest = inputs.matrix("w13").abs().amax() * inputs.plain["w13_alpha"].max()
+        assert float(largest) <= (0.125 if recipe == "dense" else 64)
+        found |= set(inputs.plain["w13_scales"].unique().tolist())
+    assert max(found) <= 126
+    assert len(found) > (30 if recipe == "dense" else 120)
+
+
+def test_faults_of_scales() -> None:
+    def made(*faults: Fault) -> Fp4Inputs:
+        return materialize(fp4_case_of(scale_layout="swizzled", activations="nvfp4", experts=12, faults=faults), 0)
+
+    plain = made()
+    real = swizzled(torch.ones((12, 64, 3), dtype=torch.uint8)) > 0
+    for name in ("poison_scales", "stale_scales"):
+        other = made(Fault(name, "w13_scales")).plain["w13_scales"]
+        assert torch.equal(other[real], plain.plain["w13_scales"][real])
+        assert (other[~real] == 0x7F).float().mean() > (0.99 if name == "poison_scales" else 1e-4)
+        assert not plain.plain["w13_scales"][~real].any()
+    for name, value in (("zero_scale", 0.0), ("infinite_scale", torch.inf), ("nan_scale", torch.nan)):
+        alpha = made(Fault(name, "w2_alpha")).plain["w2_alpha"]
+        hit = (alpha == value) | (alpha.isnan() & (value != value))
+        assert torch.equal(alpha[~hit], plain.plain["w2_alpha"][~hit])
+        assert 0 < int(hit.sum()) < 12
+        scale = made(Fault(name, "x_global")).plain["x_global"]
+        assert bool((scale == value) | (scale.isnan() & (value != value)))
+
+
+# ---- right answers --------------------------------------------------------------------------------------------------
+
+
+@FORMATS
+@pytest.mark.parametrize("recipe", ["dense", "integer", "one_hot", "ladder"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_check_speaks_of_a_right_answer(activation: str, recipe: str, activations: str) -> None:
+    """And on each case, every wrong answer that binding makes is rejected."""
+    known = []
+    for seed in range(4):
+        case = fp4_case_of(
+            activation=activation, recipe=recipe, seed=seed, gate_layout=GATE_LAYOUTS[seed % 3],
+            activations=activations, scale_layout=("linear", "swizzled")[seed % 2],
+            global_scale=("power", "fitted")[seed % 2 and recipe in ("dense", "ladder")],
+            dtype=("bfloat16", "float16")[seed // 2 % 2], bias=("none", "float32", "dtype")[seed % 3],
+            weight_on_input=seed % 4 == 1, expert_map=("none", "permuted")[seed % 2], dialect="garbage", padding=2,
+            faults=(Fault("nan_rows", "x", Labels.of([6])), Fault("poison_scales", "w2_scales")),
+        )  # fmt: skip
+        seen = observe(case, contract=FP4_STRICT, backends=("small", "large"))
+        assert judge(seen) == {}, case.dumps()
+        if recipe != "ladder":
+            assert FAMILY.binding(seen) == [], case.dumps()
+        if seen.inputs.exact and activation != "swiglu_oai":
+            known.append(float(seen.exact[1][seen.inputs.ordinary & seen.real & seen.kept.any(1)].double().mean()))
+    assert not known or sum(known) / len(known) > 0.8
+
+
+def nearly(inputs: ExpertsInputs) -> Tensor:
+    """Products in float32, quantized by reciprocals: what a library may give."""
+    from moe_fuzz.targets.torch_experts import experts_nvfp4
+
+    return experts_nvfp4(**inputs.plain, **{k: v for k, v in inputs.options.items() if k != "backend"})
+
+
+@FORMATS
+def test_no_check_speaks_of_other_arithmetic(activations: str) -> None:
+    near = replace(NEAR, slot="float32")
+    for seed in range(30):
+        case = fp4_case_of(seed=seed, rows=40, activations=activations, recipe=("dense", "ladder", "one_hot")[seed % 3],
+                           global_scale=("power", "small", "large", "power")[seed % 4], magnitude=0 if seed % 3 else 2,
+                           hidden=96)  # fmt: skip
+        assert judge(observe(case, nearly, near)) == {}, case.dumps()
+
+
+def test_what_is_quantized_is_judged_by_statistics_as_well() -> None:
+    """Where no code falls either way, errors are those of the stores alone."""
+    judged = 0
+    for seed in range(6):
+        seen = observe(fp4_case_of(seed=seed, rows=64, activations="nvfp4", global_scale="fitted"), contract=FP4_STRICT)
+        assert judge(seen) == {}
+        assert "statistical" in seen.budget
+        judged += int((seen.random & ~seen.numbers.open).sum())
+    assert judged > 100
+
+    def larger(inputs: ExpertsInputs) -> Tensor:
+        return (reference(inputs).float() * 1.006).to(inputs.plain["x"].dtype)
+
+    case = fp4_case_of(rows=64, activations="nvfp4", global_scale="fitted")
+    assert {"bound", "statistical"} & set(judge(observe(case, larger, FP4_STRICT)))
+
+
+# ---- quantization ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_left_lies_within_its_error(exact: bool, dtype: torch.dtype) -> None:
+    """Whatever a target may have had in the place of a number: ties, blocks at the end of the range, tiny ones."""
+    contract = Contract(rounding="exact" if exact else "near")
+    made = torch.Generator().manual_seed(7)
+    open_ = 0
+    for trial in range(60):
+        scale = torch.tensor([[2.0**8, 37.5, 2.0**-3, 2688.0][trial % 4]])
+        value = torch.randn(16, 64, generator=made, dtype=torch.float64) * [1.0, 40.0, 2.0**-12][trial % 3]
+        if trial % 5 == 0:  # scales and codes on ties
+            value[:, ::16] = (E4M3[40:56].double() + E4M3[41:57].double())[:, None] / 2 * 6 / scale.double()
+            value[:, 1::16] = value[:, ::16] * 2.5 / 6
+        value = value.to(dtype).double()
+        spread = [0.0, 2.0**-9, 2.0**-4][trial % 3 if trial % 2 else 0]
+        low, high = value - spread * value.abs(), value + spread * value.abs()
+        left, error = requantized(low, high, value, scale, dtype, contract)
+        assert torch.equal(left, quantized(value, scale, dtype))
+        open_ += int((error > 0).sum())
+        for _ in range(6):
+            share = torch.rand(value.shape, generator=made, dtype=torch.float64)
+            share = share.round() if trial % 2 else share
+            had = (low + share * (high - low)).float()
+            codes, scales = nvfp4_quantize(had, scale)
+            got = dequantize(codes, scales, torch.ones(1)).double() / scale.double()
+            assert ((got - left).abs() <= error * (1 + 1e-12) + 1e-300).all()
+        if not spread and exact:
+            assert not error.any()
+    assert open_
+
+
+# ---- wrong answers --------------------------------------------------------------------------------------------------
+
+
+@FORMATS
+def test_weights_read_otherwise_are_told(activations: str) -> None:
+    for recipe, check in (("one_hot", "exact"), ("integer", "exact"), ("dense", "bound")):
+        case = fp4_case_of(recipe=recipe, scale_layout="swizzled", activations=activations)
+        for name in miswritten(materialize(case, 0)):
+            found = judge(observe(case, lambda inputs, name=name: reference(miswritten(inputs)[name]), FP4_STRICT))
+            assert check in found, (name, recipe)
+
+
+def test_a_backend_that_is_not_chosen_is_called() -> None:
+    def target(inputs: ExpertsInputs) -> Tensor:
+        y = reference(inputs)
+        return y * 1.01 if inputs.options.get("backend") == "large" else y
+
+    found = judge(observe(fp4_case_of(seed=3), target, FP4_STRICT, backends=("small", "large")))
+    assert set(found) == {"backends"}
+    assert "large" in found["backends"].message
+    assert judge(observe(fp4_case_of(seed=3), target, FP4_STRICT)) == {}
+
+
+def test_a_nan_of_one_expert_is_no_one_elses() -> None:
+    faults = (Fault("nan_scale", "w13_alpha"),)
+    case = fp4_case_of(experts=12, rows=24, faults=faults)
+    seen = observe(case, contract=FP4_STRICT)
+    assert judge(seen) == {}
+    assert 0 < int(seen.claimed.all(dim=1).sum()) < 24
+    assert "finite" in judge(observe(case, lambda inputs: reference(inputs) * torch.nan, FP4_STRICT))
