@@ -1,7 +1,8 @@
 """The campaign: resume what was cut, replay what is known, run the plan, examine what is bad, sum up.
 
-    inflight, pending → known findings → grid → generation        drivers, in threads: run the plan, offer bad verdicts
-                                                                  this thread: examines them, one after the other
+    inflight, pending → known findings → corpus → grid → generation
+
+Drivers, in threads, run the plan and offer bad verdicts; this thread examines them, one after the other.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from moe_fuzz.campaign.drivers import Drivers
 from moe_fuzz.campaign.events import Summary
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.findings import RenderRepro
-from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space, own_sources
+from moe_fuzz.campaign.harvest import Harvest
+from moe_fuzz.campaign.interfaces import Cases, Pool, Sanitize, Sources, Space, own_sources
 from moe_fuzz.campaign.pace import progress
-from moe_fuzz.campaign.plan import GRID_SHARE, Settings, Unit, nothing_left, units
+from moe_fuzz.campaign.plan import GRID_SHARE, Settings, Unit, corpus_limit, nothing_left, units
 from moe_fuzz.campaign.progress import Plan
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.campaign.stats import Stats
@@ -50,7 +52,7 @@ class Campaign:
     def __init__(
         self, settings: Settings, pool: Pool, state: StateDir, emit: Callable[[events.Event], None], *,
         sources: Sources | None = None, render_repro: RenderRepro | None = None,
-        health: Callable[[], Mapping[str, float]] | None = None,
+        sanitize: Sanitize | None = None, health: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:  # fmt: skip
         """health: what the pool counts of its processes, for the reports."""
         self._settings = settings
@@ -59,6 +61,7 @@ class Campaign:
         self._listener = emit
         self._sources = (sources or own_sources()).restricted(settings.restriction)
         self._render = render_repro
+        self._sanitize = sanitize
         self._options = settings.options()
         self._lock = threading.RLock()
         self._emitting = threading.RLock()
@@ -89,8 +92,9 @@ class Campaign:
         self._plan = Plan.open(self._settings, self._state)
         self._stats = Stats(self._state)
         self._describe()
+        self._harvest = Harvest(self._state, self._targets, self._sources.space)
         examiners = {
-            target: Examiner(self._pool, info, space, self._options, self._settings.device)
+            target: Examiner(self._pool, info, space, self._options, self._settings.device, sanitize=self._sanitize)
             for target, (info, space) in self._targets.items()
         }
         save = partial(self._save, finished=False)
@@ -196,7 +200,10 @@ class Campaign:
             info, space = self._targets[target]
             return self._sources.grid(space, info, self._settings.device, derive_seed(self._plan.seed, target, "grid"))
 
-        return (unit for unit in units(self._settings, tuple(self._targets), grid) if not self._plan.is_done(unit))
+        settings = self._settings
+        replayed = self._harvest.replayed(self._plan.resumed, corpus_limit(settings), settings.restriction)
+        planned = units(settings, tuple(self._targets), grid, replayed)
+        return (unit for unit in planned if not self._plan.is_done(unit))
 
     # ---- what the drivers ask and tell (drivers.Host) ---------------------------------------------------------------
 
@@ -216,14 +223,16 @@ class Campaign:
 
     def over(self, unit: Unit) -> bool:
         seconds = self._settings.seconds
-        grid_over = unit.phase == "grid" and seconds is not None and self._plan.seconds > seconds / GRID_SHARE
-        return grid_over or self._over_all()
+        share = {"corpus": 2 * GRID_SHARE, "grid": GRID_SHARE}.get(unit.phase)
+        phase_over = share is not None and seconds is not None and self._plan.seconds > seconds / share
+        return phase_over or self._over_all()
 
     def verdict(self, unit: Unit, at: int, cases: Cases, verdict: Verdict, history: Cases) -> None:
         if self._interrupted:  # what the closing pool does to its workers is no verdict
             return
         self._tally.count(unit.target, verdict)
         self._unit_tallies[unit].count(unit.target, verdict)
+        self._harvest.consider(unit.target, cases[-1], verdict)
         self._coverage.count(unit.target, self._targets[unit.target][1], cases[-1], verdict)
         if verdict.bad:
             if killed(verdict):

@@ -54,7 +54,8 @@ class TargetUnavailable(Event):
 
 @dataclass(frozen=True)
 class PhaseStarted(Event):
-    """A phase begins: `resume`, `known`, `grid` or `generate`; of a gate `ledger`, `corpus`, `grid` or `generate`."""
+    """A phase begins: `resume`, `known`, `corpus`, `grid` or `generate`; of a gate `ledger`, `corpus`, `grid` or
+    `generate`."""
 
     kind: ClassVar[str] = "phase-started"
     name: str

@@ -12,8 +12,8 @@ from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import TRIES, Confirmation, Key, confirm, holds, killed, matching, rerun
 from moe_fuzz.campaign.faces import same_defect
 from moe_fuzz.campaign.finding import Finding, features_of, fingerprint, needed_features, place
-from moe_fuzz.campaign.interfaces import Cases, Pool, Space
-from moe_fuzz.campaign.locate import is_device_fault, is_memory_fault, launch_site, locate
+from moe_fuzz.campaign.interfaces import Cases, Pool, Sanitize, Sanitized, Space
+from moe_fuzz.campaign.locate import is_about_memory, is_device_fault, is_memory_fault, launch_site, locate
 from moe_fuzz.campaign.minimize import Minimized, Reducer
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
@@ -36,6 +36,13 @@ def blame(space: Space, minimized: Minimized, violation: Violation) -> str:
     return f"; step {before} is the victim: without what step {steps} leaves behind, its {kind} pass"
 
 
+def with_lines(finding: Finding, said: Sanitized) -> Finding:
+    """The finding with what a sanitizer says of it. Its id stays: elsewhere there may be none."""
+    first, *others = finding.verdict.violations
+    verdict = replace(finding.verdict, violations=(replace(first, site=said.site or first.site), *others))
+    return replace(finding, verdict=verdict, sanitizer=said.lines)
+
+
 @dataclass(frozen=True)
 class Examiner:
     """`options` are those under which the bad cases were seen. `tries`: of a reduction, at most. `reduces_flaky`:
@@ -48,6 +55,7 @@ class Examiner:
     device: str
     tries: int | None = None
     reduces_flaky: bool = True
+    sanitize: Sanitize | None = None  # names the line of the kernel, for what is about memory
 
     def examine(self, bad: BadCase, seconds: float, progress: Callable[[int, Case], None]) -> Finding | None:
         """The finding, or None if the case is not bad again in fresh workers. `seconds` bounds the reducer, of whose
@@ -75,7 +83,10 @@ class Examiner:
             violation = locate(self.pool, cases, bad.target, self.options, verdict, bad.key, tensors, tries)
         own = self._needed_fence(cases, bad, confirmed.always)
         others = tuple(v for v in verdict.violations if (v.check, v.symptom) != bad.key)
-        return self._finding(bad, confirmed, minimized, replace(verdict, violations=(violation, *others)), own)
+        finding = self._finding(bad, confirmed, minimized, replace(verdict, violations=(violation, *others)), own)
+        if self.sanitize is None or not is_about_memory(violation.check, bad.key):
+            return finding
+        return with_lines(finding, self.sanitize(cases, bad.target))
 
     def still_fails(self, finding: Finding) -> bool:
         """Whether a finding of an earlier campaign fails today, in fresh workers and under all checks."""

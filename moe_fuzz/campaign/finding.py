@@ -68,6 +68,7 @@ class Finding:
     times_seen: int = 1
     own: str = "torch"  # FenceOptions.own, without which it does not show
     faces: tuple[Face, ...] = ()
+    sanitizer: tuple[str, ...] = ()  # what compute-sanitizer said, a line a tool
 
     @property
     def title(self) -> str:
@@ -100,6 +101,7 @@ class Finding:
         data |= {"verdict": self.verdict.to_json(), "raw": list(self.raw)}
         data |= {"features": list(self.features), "scope": list(self.scope)}
         data |= {"faces": [face.to_json() for face in self.faces]}
+        data |= {"sanitizer": list(self.sanitizer)}
         return data | {"explain": list(self.explain), "env": dict(self.env), "replay": self.replay}
 
     @classmethod
@@ -110,6 +112,7 @@ class Finding:
         found |= {"case": Case.from_json(found["case"]), "verdict": Verdict.from_json(found["verdict"])}
         found |= {"sequence": tuple(Case.from_json(case) for case in found["sequence"]), "raw": (check, symptom)}
         found |= {name: tuple(found[name]) for name in ("features", "scope", "explain")}
+        found |= {"sanitizer": tuple(map(str, found.get("sanitizer", ())))}
         found |= {"faces": tuple(map(Face.from_json, found.get("faces", ())))}
         return cls(**found)
 

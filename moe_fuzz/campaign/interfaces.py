@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 Cases = tuple[Case, ...]
+
+
+@dataclass(frozen=True)
+class Sanitized:
+    """What a sanitizer says of cases that break memory."""
+
+    site: str  # `routing.py:118 in _kernel`: the line of the kernel; empty where none was named
+    lines: tuple[str, ...]  # what each tool gave, for a person; why it gave nothing, where it did
+
+
+Sanitize = Callable[[Cases, str], Sanitized]  # (cases, oldest first; target)
 OnVerdict = Callable[[int, Verdict, Cases], None]
 
 

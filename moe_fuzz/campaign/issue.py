@@ -34,6 +34,8 @@ def render_issue(finding: Finding, repro: bool) -> str:
         lines += ["If one of them goes on failing when another is fixed, it is a defect of its own.", ""]
         for face in finding.faces:
             lines += [f"- {face.label} ({face.reason})", "", f"      moe-fuzz replay {face.case.inline()}", ""]
+    if finding.sanitizer:
+        lines += ["## compute-sanitizer", "", *(f"- {line}" for line in finding.sanitizer), ""]
     if finding.env:
         lines += ["## Versions", "", *(f"- {name}: {value}" for name, value in finding.env.items()), ""]
     lines += ["## Find the commit that broke it", "", "```sh", bisect(finding), "```", "",

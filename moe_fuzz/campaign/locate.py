@@ -44,6 +44,11 @@ def is_memory_fault(key: Key) -> bool:
     return key[0] == "crash" and key[1] in MEMORY_FAULTS
 
 
+def is_about_memory(check: str, key: Key) -> bool:
+    """Whether a sanitizer may know more: of the check that a finding is of, and what a worker told."""
+    return check in ("fence", "canary") or is_memory_fault(key) or (key[0] == "crash" and key[1] in DEVICE_FAULTS)
+
+
 def locate(
     pool: Pool, cases: Cases, target: str, options: RunOptions, verdict: Verdict, key: Key, tensors: Mapping[str, str],
     tries: int = 1,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from moe_fuzz._version import __version__
@@ -18,7 +19,8 @@ from moe_fuzz.errors import EnvironmentProblem, UsageError
 from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.restriction import Restriction
 
-GRID_SHARE = 4  # the grid takes at most a quarter of the budget
+GRID_SHARE = 4  # the grid takes at most a quarter of the budget, and so does the corpus
+CORPUS_LIMIT = 512  # cases of the corpus where the budget is time, for each target
 GRID_SLICE = 32  # cases in a unit of the grid
 GRID_LIMIT = 2048  # cases of the grid where the budget is time
 ROUND = 8  # cases of the grid in a round
@@ -82,11 +84,11 @@ class Unit:
     """A piece of the plan. `order` is its place in it."""
 
     order: int
-    phase: str  # "grid" | "generate"
+    phase: str  # "corpus" | "grid" | "generate"
     target: str
     index: int  # among the units of its phase and target
     budget: int  # cases
-    cases: Cases = ()  # of the grid
+    cases: Cases = ()  # of the corpus and the grid
 
     @property
     def line(self) -> str:
@@ -105,23 +107,34 @@ def share(total: int, names: Sequence[str]) -> dict[str, int]:
     return {name: each + (at < over) for at, name in enumerate(names)}
 
 
-def units(settings: Settings, targets: Sequence[str], grid: Callable[[str], Iterator[Case]]) -> Iterator[Unit]:
-    """All units in order: grid, then generation; the targets take turns. Endless if only time bounds the campaign."""
+def corpus_limit(settings: Settings) -> int:
+    """How many cases of the corpus a target replays."""
+    if settings.cases is None:
+        return CORPUS_LIMIT
+    return settings.cases // len(settings.targets) // GRID_SHARE
+
+
+def units(
+    settings: Settings, targets: Sequence[str], grid: Callable[[str], Iterator[Case]],
+    corpus: Mapping[str, Cases] = MappingProxyType({}),
+) -> Iterator[Unit]:  # fmt: skip
+    """All units in order: corpus, grid, then generation; the targets take turns. Endless if only time bounds the
+    campaign. corpus: what of it is replayed, at most `corpus_limit` for each target."""
     quotas: Mapping[str, int | None] = dict.fromkeys(targets)
     if settings.cases is not None:
         quotas = share(settings.cases, targets)
     order = itertools.count()
+    replayed = {target: corpus.get(target, ()) for target in targets}
+    yield from _in_turn("corpus", order, replayed)
     grids: dict[str, Cases] = {}
     for target, quota in quotas.items():
         limit = GRID_LIMIT if quota is None else quota // GRID_SHARE
         grids[target] = tuple(itertools.islice(grid(target), limit)) if limit else ()
-    slices = {target: _slices(cases) for target, cases in grids.items()}
-    for index in range(max((len(parts) for parts in slices.values()), default=0)):
-        for target in targets:
-            if index < len(slices[target]):
-                part = slices[target][index]
-                yield Unit(next(order), "grid", target, index, len(part), part)
-    left = {target: None if quota is None else quota - len(grids[target]) for target, quota in quotas.items()}
+    yield from _in_turn("grid", order, grids)
+    left = {
+        target: None if quota is None else quota - len(grids[target]) - len(replayed[target])
+        for target, quota in quotas.items()
+    }
     for index in itertools.count():
         budgets = {target: _shard(settings.shard_cases, rest, index) for target, rest in left.items()}
         if not any(budgets.values()):
@@ -129,6 +142,14 @@ def units(settings: Settings, targets: Sequence[str], grid: Callable[[str], Iter
         for target, budget in budgets.items():
             if budget:
                 yield Unit(next(order), "generate", target, index, budget)
+
+
+def _in_turn(phase: str, order: Iterator[int], cases: Mapping[str, Cases]) -> Iterator[Unit]:
+    slices = {target: _slices(each) for target, each in cases.items()}
+    for index in range(max(map(len, slices.values()), default=0)):
+        for target, parts in slices.items():
+            if index < len(parts):
+                yield Unit(next(order), phase, target, index, len(parts[index]), parts[index])
 
 
 def _slices(cases: Cases) -> list[Cases]:

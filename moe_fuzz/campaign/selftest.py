@@ -98,7 +98,7 @@ def run_planted(
     outcome = Outcome(planted.name, target, planted.check, planted.upstream, False, 0, 0.0)
     options = _options(checks, planted.fence)
     for case, verdict in _verdicts(cases, target, pool, options, start + max_seconds):
-        violations = _violations(verdict)
+        violations = violations_of(verdict)
         if planted.check == FENCE and is_memory_fault(verdict.key):
             tensors = get_space(case.op).tensors
             violations = (locate(pool, (case,), target, options, verdict, verdict.key, tensors), *violations[1:])
@@ -133,7 +133,7 @@ def run_alone(
     ran = 0
     for _, verdict in _verdicts(cases, outcome.target, pool, _options(rest, planted.fence), start + max_seconds):
         ran += 1
-        fired |= {violation.check for violation in _violations(verdict)}
+        fired |= {violation.check for violation in violations_of(verdict)}
     fired -= {planted.check}  # a dead worker is seen whatever is judged: it is a verdict, not a check to turn off
     silent = not fired and ran == outcome.cases  # cut short by time, the silence proves nothing
     seconds = outcome.seconds + time.monotonic() - start
@@ -165,13 +165,18 @@ def _generated(op: str, info: TargetInfo, device: str, start: int) -> Iterator[C
                 yield case
 
 
+def options_of(planted: Planted) -> RunOptions:
+    """How a planted bug is run where all checks are on."""
+    return _options(None, planted.fence)
+
+
 def _options(checks: tuple[str, ...] | None, own: str) -> RunOptions:
     """These checks and no other: the fences stand only where they are asked for."""
     fence = FenceOptions(own=own) if checks is None or FENCE in checks else _NO_FENCE
     return RunOptions(checks, fence, DEADLINE, COMPILE_DEADLINE)
 
 
-def _violations(verdict: Verdict) -> tuple[Violation, ...]:
+def violations_of(verdict: Verdict) -> tuple[Violation, ...]:
     """What fired. Running out of memory is no violation of a kernel, but it is what some bugs are planted for."""
     if verdict.kind == OOM_VERDICT:
         return (Violation(OOM, verdict.kind, "a worker ran out of memory"),)

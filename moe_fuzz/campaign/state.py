@@ -1,7 +1,7 @@
 """The state directory: everything a campaign must not lose, written so that `kill -9` cannot tear it.
 
     .moe-fuzz/
-      corpus/              cases worth running again
+      corpus/              cases worth running again (corpus.py)     replay.json   those this campaign began with
       findings/<id>/       finding.json case.json sequence.json report.md repro.py env.json
       pending/<n>.json     a bad case, on disk before it is confirmed and minimized, gone once it is judged
       inflight/<slot>.json the round that is running, on disk before it starts, gone once it has its verdicts

@@ -22,6 +22,8 @@ from moe_fuzz.ops import get_space
 from moe_fuzz.report.plain import Plain
 from moe_fuzz.report.terminal import Terminal
 from moe_fuzz.restriction import Restriction
+from moe_fuzz.sanitize import lane
+from moe_fuzz.sanitize.automatic import automatic
 from moe_fuzz.targets import registry
 from moe_fuzz.worker.pool import Pool
 
@@ -61,6 +63,8 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in config.P
     metavar="KIND=PATH",
     help="Also write a report: html, junit, sarif or ndjson; github needs no PATH. May be given several times.",
 )
+@click.option("--sanitize/--no-sanitize", "sanitizing", default=True, show_default=True,
+              help="On a GPU: have compute-sanitizer name the line of the kernel, for findings about memory.")
 @params.workers
 @params.device
 @params.deadline
@@ -84,6 +88,7 @@ def command(
     checks: tuple[str, ...] | None,
     minimize_time: float | None,
     reports: tuple[tuple[str, Path | None], ...],
+    sanitizing: bool,
     workers: int | None,
     device: str,
     deadline: float,
@@ -104,6 +109,9 @@ def command(
     validate_checks(checks, names)
     device = params.pick_device(device)
     own, notes = params.pick_fence(fence, device)
+    sanitizing = sanitizing and device == "cuda"
+    if sanitizing and lane.find() is None:
+        sanitizing, notes = False, (*notes, f"{lane.NAME} is not here: findings about memory name no line of a kernel")
     count = params.pick_workers(workers, device)
     opened = report.open_reports(reports, os.environ)
     broadcast = report.Broadcast({**opened, "on the screen": screen()}, lambda text: click.echo(text, err=True))
@@ -128,9 +136,11 @@ def command(
                 notes=(*notes, *restriction.lines()),
                 minimize_seconds=chosen.minimize_seconds if minimize_time is None else minimize_time,
             )
+            sanitize = automatic(pool, device) if sanitizing else None
             campaign = Campaign(
-                settings, pool, state, broadcast, render_repro=renderer(pool), health=pool.stats.to_json
-            )
+                settings, pool, state, broadcast, render_repro=renderer(pool), sanitize=sanitize,
+                health=pool.stats.to_json,
+            )  # fmt: skip
             summary = campaign.run()
     finally:
         broadcast.close()

@@ -104,7 +104,7 @@ class Zygote:
         self._gone = False
         ours, theirs = socket.socketpair()
         lent = None if python == sys.executable else log.parent / "lent"
-        arguments, environment = _environment(device, runner, extra or {}, lent)
+        arguments, environment = environment_of(device, runner, extra or {}, lent)
         try:
             with log.open("ab") as output:
                 self._popen = subprocess.Popen(
@@ -243,7 +243,7 @@ class Zygote:
                                   hint or "`moe-fuzz doctor` looks at the interpreter")
 
 
-def _environment(
+def environment_of(
     device: str, runner: str | None, extra: Mapping[str, str], lent: Path | None
 ) -> tuple[list[str], dict[str, str]]:
     """Arguments and environment of the zygote. lent: the directory in which another interpreter is shown this very

@@ -27,7 +27,7 @@ from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
 from moe_fuzz.options import ProviderOptions
 from moe_fuzz.worker.gpus import Gpu
 from moe_fuzz.worker.gpus import gpus as gpus_here
-from moe_fuzz.worker.launch import Demand, Process, Zygote, ZygoteGone
+from moe_fuzz.worker.launch import Demand, Process, Zygote, ZygoteGone, environment_of
 from moe_fuzz.worker.leases import Lease, Leases
 from moe_fuzz.worker.protocol import provider_of
 from moe_fuzz.worker.ranks import Groups
@@ -156,6 +156,18 @@ class Pool:
             yield worker
         finally:
             worker.discard()
+
+    @contextlib.contextmanager
+    def place(self, target: str) -> Iterator[tuple[str, dict[str, str]]]:
+        """For a process that is no worker of ours: the interpreter of this target's provider and the whole environment
+        it needs to import this moe-fuzz, with a place on a GPU for the duration of the block."""
+        seat, home = Seat(self._leases), self._home(provider_of(target))
+        python = str(home.python)
+        lent = None if python == sys.executable else self._logs / "lent"
+        try:
+            yield python, environment_of(self._device, None, home.env, lent)[1] | seat.take()
+        finally:
+            seat.leave()
 
     def close(self) -> None:
         """Ends all processes and waits for them. Idempotent. Threads that wait for a worker get an error."""

@@ -53,6 +53,12 @@ def test_a_full_or_closed_disk_is_told_and_the_next_run_goes_on() -> None:
     assert "File too large" in out
 
 
+@pytest.mark.slow
+def test_everything_at_once_loses_nothing() -> None:
+    out = script("chaos.py", "--minutes", 0.4, "--cases", 16, "--targets", TARGET)
+    assert '"problems": []' in out
+
+
 def test_broken_files_are_refused() -> None:
     assert "152 broken files" in script("broken_cases.py", "--files", 152, "--processes", 3)
 

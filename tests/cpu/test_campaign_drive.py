@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import threading
 import types
+from collections import Counter
 
 import pytest
 from hypothesis import strategies as st
 
 from moe_fuzz.campaign.drive import Enough, derive_seed, drive
-from tests.cpu.campaign_fakes import toy_rounds
+from moe_fuzz.campaign.engine import Campaign
+from moe_fuzz.campaign.interfaces import Sources
+from moe_fuzz.campaign.state import StateDir
+from tests.cpu.campaign_fakes import SPACE, FakePool, Listener, settings, toy, toy_rounds, when
 
 numbers = st.tuples(st.integers(0, 2**60), st.sampled_from(range(1000)), st.lists(st.integers(0, 9), max_size=4))
 
@@ -88,3 +93,18 @@ def test_derived_seeds_are_golden():
     assert derive_seed(0) == 3456079177858693020
     assert derive_seed(7, "toy@fake", "generate", 0) == 8369200341566546640
     assert derive_seed(1, "a", "b") != derive_seed(1, "ab")
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 2), ("cuda", 6)])
+def test_where_nothing_is_compiled_two_cases_of_a_round_run(tmp_path, device, most):
+    rounds = st.integers(1, 2**50).map(lambda base: tuple(toy(seed=8 * base + number) for number in range(6)))
+    sources = Sources(lambda op: SPACE, lambda space, info, device: rounds, lambda *given: iter(()))
+    lists = []
+    for number in range(2):
+        pool, state = FakePool(when(lambda case: False)), StateDir(tmp_path / str(number))
+        made = Campaign(settings(device=device, seed=4), pool, state, Listener(), sources=sources)
+        assert made.run().cases == 200
+        lists.append(sorted(case.seed for case in pool.leased))  # drivers take turns as they like
+    assert lists[0] == lists[1]
+    # Each shard begins with the simplest rounds, so these come several times.
+    assert statistics.median(Counter(seed // 8 for seed in lists[0]).values()) == most

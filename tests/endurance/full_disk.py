@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=11)
     options = parser.parse_args()
     if INSIDE not in os.environ:
-        reason = _namespaces()
+        reason = namespaces()
         if not reason:  # all of it again, where mounts are ours
             os.environ[INSIDE] = "1"
             os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv])
@@ -98,7 +98,7 @@ def main() -> int:
     return 1 if book.problems or not expected else 0
 
 
-def _namespaces() -> str:
+def namespaces() -> str:
     """Why we cannot have mounts of our own; empty if we can."""
     probe = "mount -t tmpfs none /mnt && mount --bind /mnt /mnt"
     try:
