@@ -5,6 +5,7 @@
 It draws cases as `moe-fuzz selftest` does, reduces as a campaign does, and asks five fresh workers whether the case
 fails. A bug may show on more than its issue tells of: where the smallest case would be one of those, TRIGGERS holds on
 to the issue's own.
+One that races may need more rows than the reducer leaves: `"reproduces": "sometimes"` asks for a case by hand.
 What is written is for a person to look at: test_upstream.py holds it to its check from then on.
 """
 
