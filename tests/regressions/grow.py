@@ -121,8 +121,8 @@ def record(bug: Planted, pool: Pool, case: Case, device: str) -> dict[str, Any] 
         tensors = get_space(case.op).tensors
         violation = locate(pool, (case,), bug.target, options_of(bug), verdict, key, tensors)
     symptom: str | None = violation.symptom
-    if any(found[0] != key for found in seen) or bug.check == "error":  # errors have names of their own everywhere
-        symptom = None
+    if any(found[0] != key for found in seen) or bug.check in ("error", "determinism"):
+        symptom = None  # errors have names of their own everywhere; what differs first is up to the race
     return {
         "cause": bug.story,
         "upstream": bug.upstream,
