@@ -1,10 +1,11 @@
 """Finds block shapes for `kernels/experts_nvfp4/blocks.py` on this GPU, and prints what it measured.
 
-    PYTHONPATH=. python benchmarks/tune_nvfp4.py [--models a,b] [--tokens 1,8,64,512,4096] [--json FILE]
+    PYTHONPATH=. python benchmarks/tune_nvfp4.py [--models a,b] [--tokens 1,8,64,512,4096] [--json FILE] [--write]
 
 Everything that is to be timed is compiled first, in a process for each core. For each number of slots to a block, each
 shape of the first product is timed beside one shape of the second, and the other way round: their times add up. Beside
-them stands the backend `large`. Points, inputs and floors are those of `moe-fuzz bench experts_nvfp4`.
+them stands the backend `large`. `--write` puts the best into the table, with the number of slots an expert from
+which `large` is chosen. Points, inputs and floors are those of `moe-fuzz bench experts_nvfp4`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from moe_fuzz.bench.layer_child import cost, make_sets
 from moe_fuzz.bench.layer_weights import make_weights
 from moe_fuzz.bench.layers import MODELS, OP_NVFP4, points
 from moe_fuzz.bench.points import Point
+from moe_fuzz.kernels.experts_nvfp4 import blocks as table
 from moe_fuzz.kernels.experts_nvfp4 import experts_nvfp4
 from moe_fuzz.kernels.experts_nvfp4.blocks import PLANS, Plan, Tile, choose
 
@@ -116,6 +119,57 @@ def sums(times: dict[str, float]) -> dict[str, float]:
     return found
 
 
+def best_plan(nth: int, old: Plan, rows: list[dict[str, Any]]) -> Plan:
+    """The shapes of the least mean logarithm of time over the points that the plan serves; the old ones where there is
+    no such point."""
+    if not rows:
+        return old
+    tables = [sums(row["times"]) for row in rows]
+    scores = {pair: sum(math.log(of_row[pair]) for of_row in tables) for pair in tables[0]}
+    up, down = (_tile(text) for text in min(scores, key=lambda pair: scores[pair]).split())
+    return replace(old, gate_up=up, down=down)
+
+
+def best_limit(rows: list[dict[str, Any]]) -> int:
+    """Slots an expert from which `large` is chosen, with the least mean logarithm of time: between two that were timed,
+    or the last of them doubled, where it never pays."""
+    known = sorted({row["slots"] for row in rows})
+    limits = [known[0], *(math.sqrt(one * other) for one, other in itertools.pairwise(known)), 2 * known[-1]]
+
+    def score(limit: float) -> float:
+        return sum(math.log(row["times"]["large"] if row["slots"] >= limit else row["best"][0]) for row in rows)
+
+    return max(1, round(min(limits, key=score)))
+
+
+def line(plan: Plan) -> str:
+    """As it stands in the table."""
+
+    def shape(t: Tile) -> str:
+        numbers = [t.m, t.n, t.d, t.group, t.warps, t.stages] + [t.registers] * bool(t.registers)
+        return f"Tile({', '.join(map(str, numbers))})"
+
+    up_to = 'float("inf")' if math.isinf(plan.up_to) else str(plan.up_to)
+    more = f", inline_slots={plan.inline_slots}" if plan.inline_slots != Plan.inline_slots else ""
+    return f"Plan({up_to}, {shape(plan.gate_up)}, {shape(plan.down)}{more})"
+
+
+def write(plans: list[Plan], limit: int, file: Path | None = None) -> None:
+    """Puts the plans into the table's file, each in the place of the one with the same limit, and LARGE_FROM."""
+    file = file or Path(table.__file__)
+    source = file.read_text(encoding="utf-8")
+    entries = [(rf"^    {re.escape(line(plan).partition(',')[0])}, Tile\([^)]*\), Tile\([^)]*\)(, \w+=\w+)*\)",
+                f"    {line(plan)}") for plan in plans]  # fmt: skip
+    for pattern, text in [*entries, (r"^LARGE_FROM = \d+", f"LARGE_FROM = {limit}")]:
+        source, count = re.subn(pattern, text, source, flags=re.MULTILINE)
+        assert count == 1, f"{count} lines of {file} are {pattern}"
+    file.write_text(source, encoding="utf-8")
+
+
+def _tile(short: str) -> Tile:
+    return Tile(*map(int, re.findall(r"\d+", short)))
+
+
 def _short(t: Tile) -> str:
     return f"{t.m}x{t.n}x{t.d}g{t.group}w{t.warps}s{t.stages}r{t.registers}"
 
@@ -125,6 +179,7 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(MODELS[OP_NVFP4]))
     parser.add_argument("--tokens", default="1,8,64,512,4096")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true", help="rewrite the table with what was found")
     options = parser.parse_args()
     wanted = points(options.models.split(","), [int(count) for count in options.tokens.split(",")], OP_NVFP4)
     jobs: dict[str, tuple[Point, Plan | None]] = {}
@@ -151,20 +206,20 @@ def main() -> int:
             times = {text: timed(sets, plan, expected) for text, plan in plans_of(point).items()}
             times["large"] = timed(sets, None, expected)
             pair, us = min(sums(times).items(), key=lambda item: item[1])
-            rows.append({"model": name, "tokens": point.tokens, "floor": floor, "times": times, "best": [us, pair]})
+            slots, experts = point.tokens * int(point.config["top_k"]), int(point.config["experts"])
+            rows.append({"model": name, "tokens": point.tokens, "floor": floor, "times": times, "best": [us, pair],
+                         "plan": PLANS.index(choose(slots, experts)), "slots": slots / experts})  # fmt: skip
             ordered = sorted((us, text) for text, us in times.items())[:4]
             shown = "  ".join(f"{text} {us:.1f}" for us, text in ordered)
             print(f"{name} T {point.tokens} floor {floor:.1f} best {us:.1f} ({floor / us:.0%}) {pair} "
                   f"large {times['large']:.1f} | {shown}", flush=True)  # fmt: skip
             if options.json:
                 options.json.write_text(json.dumps({"copy": bandwidth, "product": rate, "points": rows}))
-    for nth in range(len(PLANS)):
-        served = [row for row, point in zip(rows, wanted, strict=True)
-                  if choose(point.tokens * int(point.config["top_k"]), int(point.config["experts"])) is PLANS[nth]]
-        if served:
-            tables = [sums(row["times"]) for row in served]
-            scores = {pair: sum(math.log(table[pair]) for table in tables) for pair in tables[0]}
-            print(f"plan {nth} (up to {PLANS[nth].up_to}): {min(scores, key=lambda pair: scores[pair])}")
+    final = [best_plan(nth, old, [row for row in rows if row["plan"] == nth]) for nth, old in enumerate(PLANS)]
+    limit = best_limit(rows)
+    print(*map(line, final), f"LARGE_FROM = {limit}", sep="\n")
+    if options.write:
+        write(final, limit)
     print(f"{time.monotonic() - STARTED:.0f} s in all")
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -47,38 +49,55 @@ def align(
     for tensor, shape in zip(out, shapes, strict=True):
         if tensor.shape != shape or tensor.dtype != torch.int32 or not tensor.is_contiguous():
             raise ValueError(f"out must be contiguous int32 of shapes {shapes}, not {[list(t.shape) for t in out]}")
-    sorted_token_ids, expert_ids, num_tokens_post_padded, inverse = out
-    tokens, top_k = ids.shape
-    if tokens == 0:
-        num_tokens_post_padded.zero_()
+    if ids.shape[0] == 0:
+        out[2].zero_()
         return out
 
-    chunk = _chunk(tokens * top_k)
-    chunks = triton.cdiv(tokens * top_k, chunk)
-    expert_pad = _expert_pad(num_experts)
-    counts = ids.new_empty((chunks, expert_pad), dtype=torch.int32)  # [P, E']
-    sizes = (
-        tokens * top_k, top_k, num_experts, len(expert_map) if expert_map is not None else num_experts,
-        block_size, shapes[1][0], chunks,
-    )  # fmt: skip
-    strides = (*ids.stride(), expert_map.stride(0) if expert_map is not None else 0)
-    constants = {
-        "HAS_MAP": expert_map is not None, "CHUNK": chunk, "EXPERT_PAD": expert_pad,
-        "COLUMNS": chunk if _INTERPRETED else min(chunk, 32),  # [COLUMNS, CHUNK] comparisons at once
-        "ONE": chunks == 1, "num_warps": 8 if chunk > 128 or expert_pad > 1024 else 4,
-    }  # fmt: skip
-    _count_kernel[(chunks,)](
-        ids, expert_map,  # inputs
-        counts, sorted_token_ids, expert_ids, num_tokens_post_padded, inverse,  # outputs
-        *sizes, *strides, **constants,
-    )  # fmt: skip
-    if chunks > 1:
-        _place_kernel[(chunks,)](
-            ids, expert_map, counts,  # inputs
-            sorted_token_ids, expert_ids, num_tokens_post_padded, inverse,  # outputs
-            *sizes, *strides, **constants,
-        )  # fmt: skip
+    sorting = Sorting(ids, block_size, num_experts, expert_map, out)
+    sorting.count()
+    sorting.place()
     return out
+
+
+class Sorting:
+    """`align` of checked arguments, with at least one slot, in its two launches: so that the first may be a part of a
+    kernel that its caller launches anyway, by `count_slots` with these operands, numbers and constants.
+
+    Up to 256 slots are done after the first.
+    """
+
+    def __init__(
+        self, ids: Tensor, block_size: int, num_experts: int, expert_map: Tensor | None,
+        out: Sequence[Tensor], counts: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        slots, chunk = ids.numel(), _chunk(ids.numel())
+        self.chunks = triton.cdiv(slots, chunk)
+        if counts is None:
+            counts = ids.new_empty(counts_shape(slots, num_experts), dtype=torch.int32)
+        _, expert_pad = counts_shape(slots, num_experts)
+        self.operands = (ids, expert_map, counts, *out)
+        self.numbers = (
+            slots, ids.shape[1], num_experts, len(expert_map) if expert_map is not None else num_experts,
+            block_size, len(out[1]), self.chunks, *ids.stride(), expert_map.stride(0) if expert_map is not None else 0,
+        )  # fmt: skip
+        self.constants = {
+            "HAS_MAP": expert_map is not None, "CHUNK": chunk, "EXPERT_PAD": expert_pad,
+            "COLUMNS": chunk if _INTERPRETED else min(chunk, 32),  # [COLUMNS, CHUNK] comparisons at once
+            "ONE": self.chunks == 1,
+        }  # fmt: skip
+        self.warps = 8 if chunk > 128 or expert_pad > 1024 else 4
+
+    def count(self) -> None:
+        _count_kernel[(self.chunks,)](*self.operands, *self.numbers, **self.constants, num_warps=self.warps)
+
+    def place(self) -> None:
+        if self.chunks > 1:
+            _place_kernel[(self.chunks,)](*self.operands, *self.numbers, **self.constants, num_warps=self.warps)
+
+
+def counts_shape(slots: int, num_experts: int) -> tuple[int, int]:
+    """Of the int32 table that the first launch leaves for the second."""
+    return triton.cdiv(slots, _chunk(slots)), _expert_pad(num_experts)
 
 
 def align_shapes(ids_shape: torch.Size, block_size: int, num_experts: int) -> list[tuple[int, ...]]:
@@ -144,7 +163,21 @@ def _count_kernel(
     stride_t, stride_k, map_stride,
     HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, EXPERT_PAD: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """Counts a chunk's experts, ranks its slots among those of the same expert, and fills `sorted_ptr` with N."""
+    count_slots(
+        ids_ptr, map_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,
+        slots, top_k, num_experts, num_ids, block_size, blocks, chunks, stride_t, stride_k, map_stride,
+        HAS_MAP, CHUNK, COLUMNS, EXPERT_PAD, ONE,
+    )  # fmt: skip
+
+
+@triton.jit
+def count_slots(
+    ids_ptr, map_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,
+    slots, top_k, num_experts, num_ids, block_size, blocks, chunks, stride_t, stride_k, map_stride,
+    HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, EXPERT_PAD: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """Counts a chunk's experts, ranks its slots among those of the same expert, and fills `sorted_ptr` with N; where
+    there is one chunk alone, does all. For the first `chunks` programs of a launch."""
     begin = tl.program_id(0) * CHUNK
     slot, expert = _experts_from(
         begin, ids_ptr, map_ptr, slots, top_k, num_experts, num_ids, stride_t, stride_k, map_stride, HAS_MAP, CHUNK

@@ -32,7 +32,7 @@ from typing import Any
 from moe_fuzz.config_tables import GATE_KEYS, TABLE, read_gate, read_paths, read_providers
 from moe_fuzz.config_values import choice, count, did_you_mean, reports, text, texts
 from moe_fuzz.errors import UsageError
-from moe_fuzz.options import LIB_VARIABLES, OWN, ProviderOptions
+from moe_fuzz.options import EXPERTS_NVFP4_BACKEND, LIB_VARIABLES, OWN, ProviderOptions
 from moe_fuzz.written import parse_duration, parse_report, parse_size
 
 __all__ = ["KEYS", "PROFILES", "Config", "Profile", "did_you_mean", "env_name", "load"]
@@ -122,7 +122,7 @@ def load(start: Path, environment: Mapping[str, str]) -> Config:
 def check_environment(environment: Mapping[str, str]) -> None:
     """Raises UsageError for a `MOE_FUZZ_*` variable that means nothing."""
     keys = (*KEYS, *(f"gate-{key}" for key in GATE_KEYS if key != "targets"))
-    known = [*(env_name(key) for key in keys), *LIB_VARIABLES.values(), ENV_PREFIX + "DEBUG"]
+    known = [*(env_name(key) for key in keys), *LIB_VARIABLES.values(), EXPERTS_NVFP4_BACKEND, ENV_PREFIX + "DEBUG"]
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in known:
             raise UsageError(

@@ -114,7 +114,8 @@ def check(
             raise ValueError(f"{name} must be uint8 [E, rows, columns/2], the columns a multiple of 16, "
                              f"not {list(codes.shape)} {codes.dtype}")
     # the rest of a layer, with weights that stand for the values of these
-    full13, full2 = (x.new_empty(1).expand(*codes.shape[:2], codes.shape[2] * 2) for codes in (w13, w2))
+    one = x if x.numel() else x.new_empty(1)  # nobody reads it; nothing is allocated
+    full13, full2 = (one.as_strided((*codes.shape[:2], codes.shape[2] * 2), (0, 0, 0)) for codes in (w13, w2))
     check_layer(x, full13, full2, weights, ids, expert_map, activation, gate_layout, b13, b2, out)
     experts, quantizes = w13.shape[0], activations == "nvfp4"
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from moe_fuzz.kernels.align import local_experts
+from moe_fuzz.kernels.experts_bf16.tiles import slots_of, tile_at, weights_of
 
 
 # Triton makes a binary anew for what it might use of an argument: that it is 1, or a multiple of 16. Of these it has no
@@ -50,19 +51,11 @@ def grouped_product_kernel(
     # programs than tiles, and a program without one is not launched in vain again and again.
     blocks = tl.load(padded_ptr) // BLOCK_M if GROUPED else most_blocks
     for tile in range(tl.program_id(0), blocks * tiles_n, tl.num_programs(0)):
-        # GROUP blocks take the same tile of w one after another, so that it is read from memory once and from L2 then.
-        first = tile // (GROUP * tiles_n) * GROUP
-        beside = min(blocks - first, GROUP)
-        block = first + tile % (GROUP * tiles_n) % beside
-        tile_n = tile % (GROUP * tiles_n) // beside
-        if GROUPED:
-            expert = tl.load(expert_ids_ptr + block)
-            slot = tl.load(sorted_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))  # [M], N where there is none
-        else:
-            expert, slot = _group(
-                block, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
-                HAS_MAP, SLOT_PAD, BLOCK_M,
-            )  # fmt: skip
+        block, tile_n = tile_at(tile, blocks, tiles_n, GROUP)
+        expert, slot = slots_of(
+            block, sorted_ptr, expert_ids_ptr, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts,
+            ids_stride_t, ids_stride_k, map_stride, HAS_MAP, SLOT_PAD, BLOCK_M, GROUPED,
+        )  # fmt: skip
         if expert >= 0:
             ok = slot < slots  # [M]
             n = tl.arange(0, BLOCK_N)
@@ -79,8 +72,7 @@ def grouped_product_kernel(
             w = w + row.to(tl.int64)[None, :] * w_stride_r + d[:, None] * w_stride_d  # [D', N]
             # Of the epilogue, but read here, where nobody waits for it.
             if WEIGHT != "none":
-                at = (slot // top_k).to(tl.int64) * weights_stride_t + (slot % top_k) * weights_stride_k
-                weight = tl.load(weights_ptr + at, mask=ok, other=0.0)[:, None]  # [M, 1]
+                weight = weights_of(weights_ptr, slot, ok, top_k, weights_stride_t, weights_stride_k)[:, None]  # [M, 1]
             if HAS_BIAS:
                 at = expert.to(tl.int64) * bias_stride_e + row.to(tl.int64) * bias_stride_r
                 bias = tl.load(bias_ptr + at).to(tl.float32)[None, :]  # [1, N]
@@ -127,49 +119,6 @@ def grouped_product_kernel(
     if OVERLAPS:
         # Programs without a tile too: whoever waits for this launch takes the one before it for done as well.
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def _group(
-    block, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
-    HAS_MAP: tl.constexpr, SLOT_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """The expert of a block and the slots in it, as `align` would have it but for the order of blocks; (-1, …) past
-    the last block.
-
-    For a few slots it costs less than a launch of `align`, and every program can do it alone. Of an expert's slots,
-    ranked by number, every BLOCK_M-th leads a block.
-    """
-    slot, experts = _slots_from(
-        0, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
-        HAS_MAP, SLOT_PAD,
-    )  # fmt: skip
-    rank = tl.zeros((SLOT_PAD,), tl.int32)  # among the slots of its expert
-    for begin in tl.static_range(0, SLOT_PAD, 16):  # in steps: S^2 flags at once take the registers of a whole tile
-        other, its = _slots_from(
-            begin, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
-            HAS_MAP, 16,
-        )  # fmt: skip
-        earlier = (its[None, :] == experts[:, None]) & (other[None, :] < slot[:, None])  # [S, 16]
-        rank += tl.sum(earlier.to(tl.int32), axis=1)
-    leads = (experts >= 0) & (rank % BLOCK_M == 0)
-    leader = leads & (tl.cumsum(leads.to(tl.int32)) - 1 == block)  # [S], one at most
-    expert = tl.sum(tl.where(leader, experts + 1, 0)) - 1
-    first = tl.sum(tl.where(leader, rank, 0))
-    member = tl.arange(0, BLOCK_M)
-    here = (experts == expert)[None, :] & (rank[None, :] == first + member[:, None])  # [M, S], at most one in a row
-    return expert, slots - tl.sum(tl.where(here, slots - slot[None, :], 0), axis=1)
-
-
-@triton.jit
-def _slots_from(
-    begin, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
-    HAS_MAP: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    slot = begin + tl.arange(0, COUNT)
-    at = (slot // top_k).to(tl.int64) * ids_stride_t + (slot % top_k) * ids_stride_k
-    ids = tl.load(ids_ptr + at, mask=slot < slots, other=-1)
-    return slot, local_experts(ids, map_ptr, map_stride, num_ids, num_experts, slot < slots, HAS_MAP)
 
 
 @triton.jit

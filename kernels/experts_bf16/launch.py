@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 
 import torch
 import triton
 from torch import Tensor
 
-from moe_fuzz.kernels.align import align, align_shapes
+from moe_fuzz.kernels.align import Sorting, align_shapes, counts_shape
 from moe_fuzz.kernels.experts_bf16.blocks import PLANS, Blocks, Plan, choose, interpreted
 from moe_fuzz.kernels.experts_bf16.kernels import grouped_product_kernel, sum_slots_kernel
 from moe_fuzz.reference.experts_bf16 import check
@@ -57,9 +59,11 @@ def run(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None, activation: str,
     gate_layout: str, b13: Tensor | None, b2: Tensor | None, apply_weight_on_input: bool, out: Tensor | None,
     workspace: Tensor | None, plan: Plan | None, alphas: tuple[Tensor, Tensor] | None = None, alpha: float = 1.0,
+    first: Callable[[Sorting | None], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """`experts_bf16` of checked arguments. alphas: [E] float32 each, contiguous, which times `alpha` multiply the
-    product with w13 and that with w2 before anything else."""
+    product with w13 and that with w2 before anything else. first: launches what the products need, and with it the
+    first half of the sorting, where there is one."""
     (tokens, hidden), (experts, _, inter), top_k = x.shape, w2.shape, ids.shape[1]
     if experts > 8192:
         raise ValueError(f"at most 8192 experts, not {experts}")
@@ -72,11 +76,16 @@ def run(
         plan = interpreted(hidden, inter) if _INTERPRETED else choose(slots, num_ids)
     grouped = slots > plan.inline_slots
     h, y, *plan_of_slots = _parts(x, ids, inter, experts, plan, grouped, workspace)  # [N, I], [N, H]
-    sorted_ids, expert_ids, padded = None, None, None
+    sorted_ids, expert_ids, padded = plan_of_slots[:3] if grouped else (None, None, None)
+    sorting = None
     if grouped:
-        sorted_ids, expert_ids, padded, _ = align(
-            ids, plan.gate_up.m, experts, expert_map=expert_map, out=tuple(plan_of_slots)  # type: ignore[arg-type]
-        )  # fmt: skip
+        sorting = Sorting(ids, plan.gate_up.m, experts, expert_map, plan_of_slots[:4], plan_of_slots[4])
+    if first is not None:
+        first(sorting)
+    elif sorting is not None:
+        sorting.count()
+    if sorting is not None:
+        sorting.place()
 
     # Worst case, as `align` has it: each of these experts has one slot, and one of them all the rest.
     alone = min(slots, experts)
@@ -139,18 +148,20 @@ def workspace_bytes(tokens: int, top_k: int, hidden: int, inter: int, experts: i
     """Bytes of a workspace that is enough for any call with at most so many tokens and a plan of the table."""
     slots = tokens * top_k
     sorted_ids = slots + min(slots, experts) * (max(plan.gate_up.m for plan in PLANS) - 1)
-    sizes = (2 * slots * inter, 2 * slots * hidden, 4 * sorted_ids, 4 * slots, 4, 4 * slots)
+    counts = max(math.prod(counts_shape(few, experts)) for few in {1, min(slots, 1 << 14), slots})
+    sizes = (2 * slots * inter, 2 * slots * hidden, 4 * sorted_ids, 4 * slots, 4, 4 * slots, 4 * counts)
     return sum(triton.cdiv(size, _ALIGNMENT) * _ALIGNMENT for size in sizes)
 
 
 def _parts(
     x: Tensor, ids: Tensor, inter: int, experts: int, plan: Plan, grouped: bool, workspace: Tensor | None
 ) -> list[Tensor]:
-    """h [N, I], the slots' outputs [N, H] and, if `grouped`, the four results of `align`: unset memory."""
+    """h [N, I], the slots' outputs [N, H] and, if `grouped`, the four results of `align` and its counts: unset."""
     slots = ids.numel()
     wanted: list[tuple[tuple[int, ...], torch.dtype]] = [((slots, inter), x.dtype), ((slots, x.shape[1]), x.dtype)]
     if grouped:
-        wanted += [(shape, torch.int32) for shape in align_shapes(ids.shape, plan.gate_up.m, experts)]
+        shapes = [*align_shapes(ids.shape, plan.gate_up.m, experts), counts_shape(slots, experts)]
+        wanted += [(shape, torch.int32) for shape in shapes]
     if workspace is None:
         return [x.new_empty(shape, dtype=dtype) for shape, dtype in wanted]
     sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in wanted]

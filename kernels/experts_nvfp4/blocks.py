@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import triton
 
 from moe_fuzz.kernels.experts_bf16.blocks import Blocks
+from moe_fuzz.options import EXPERTS_NVFP4_BACKEND
 
 #: `small` decodes weights where they are multiplied. `large` decodes all of them first, into a workspace of four times
 #: their size, and leaves the products to the kernels of `experts_bf16`.
 BACKENDS = ("small", "large")
-VARIABLE = "MOE_FUZZ_EXPERTS_NVFP4_BACKEND"
+#: The tensor cores of sm_100 multiply codes under scales themselves, where activations are quantized, too.
+SCALED = "scaled"
+VARIABLE = EXPERTS_NVFP4_BACKEND
 #: Slots that an expert has on average, from which on the products take longer than writing and reading those weights.
 LARGE_FROM = 512
 
@@ -64,17 +67,45 @@ def interpreted(hidden: int, inter: int) -> Plan:
     return Plan(0, blocks(2 * (inter + -inter % 128), hidden), blocks(hidden, inter), inline_slots=4)
 
 
-def choose_backend(slots: int, num_ids: int, quantizes: bool, forced: str | None = None) -> str:
-    """The backend of a call: what is forced by the argument or by the environment, or else by the slots of an expert.
+def choose_backend(
+    slots: int, num_ids: int, quantizes: bool, forced: str | None = None, capability: tuple[int, int] = (0, 0)
+) -> str:
+    """The backend of a call: what is forced by the argument or by the environment, or else `large` from LARGE_FROM
+    slots an expert, where activations are as given, and `small` everywhere else. See `rule`.
 
     Raises ValueError for one that is not there, or that cannot take the call; it names those that can.
     """
-    possible = BACKENDS[:1] if quantizes else BACKENDS  # what lies between the products is quantized in `small` alone
     forced = forced or os.environ.get(VARIABLE) or None
     if forced is None:
-        return "large" if "large" in possible and slots / num_ids >= LARGE_FROM else "small"
+        return "large" if not quantizes and slots / num_ids >= LARGE_FROM else "small"
+    possible = list(BACKENDS)
+    if quantizes:  # what lies between the products is quantized in these alone
+        possible = ["small", SCALED] if capability[0] == 10 else ["small"]
     if forced not in possible:
-        why = "cannot quantize activations" if forced in BACKENDS else "does not exist"
+        why = "does not exist"
+        if forced == "large":
+            why = "cannot quantize activations"
+        elif forced == SCALED:
+            why = "needs sm_100" if quantizes else "needs quantized activations"
         raise ValueError(f"backend {forced!r} {why}; possible here: {', '.join(possible)} "
                          f"(argument backend=, environment {VARIABLE})")  # fmt: skip
     return forced
+
+
+def formats() -> tuple[str, ...]:
+    """The formats of activations that calls of this process may ask for: a backend that is forced takes some alone."""
+    return {"large": ("as_given",), SCALED: ("nvfp4",)}.get(os.environ.get(VARIABLE, ""), ("as_given", "nvfp4"))
+
+
+def rule() -> str:
+    """How backends are chosen in this process, for a person."""
+    forced = os.environ.get(VARIABLE)
+    if forced:
+        there = "" if forced in (*BACKENDS, SCALED) else f", which does not exist: {', '.join((*BACKENDS, SCALED))} do"
+        return f"backend {forced}, forced by {VARIABLE}{there}"
+    return (f"backend large from {LARGE_FROM} slots an expert where activations are as given, else small; "
+            f"{SCALED} only by {VARIABLE}")  # fmt: skip
+
+
+#: Of `scaled`, whose instruction multiplies 128 rows at once. It has run nowhere yet, so it is never chosen unasked.
+SCALED_PLAN = Plan(float("inf"), Tile(64, 128, 256, 4, 4, 3), Tile(64, 128, 256, 4, 4, 3))

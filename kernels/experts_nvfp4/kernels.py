@@ -7,7 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_fuzz.kernels.experts_bf16.kernels import _activate, _group, _rounded
+from moe_fuzz.kernels.experts_bf16.kernels import _activate, _rounded
+from moe_fuzz.kernels.experts_bf16.tiles import slots_of, tile_at, weights_of
 from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, place, shift_back
 from moe_fuzz.kernels.experts_nvfp4.prepare import scale_offset, usable
 
@@ -18,6 +19,7 @@ from moe_fuzz.kernels.experts_nvfp4.prepare import scale_offset, usable
 )  # fmt: skip
 def fp4_product_kernel(
     a_ptr, w_ptr, scale_ptr,  # [slots / per_row, pitch] in the order of `place`, [E, R, D/16] int64, scales
+    a_scale_ptr,  # [slots / per_row, D/16], where SCALED; then a is [slots / per_row, D/2] codes, w [E, R, D/2] bytes
     alpha_ptr, global_ptr, bias_ptr, weights_ptr, out_ptr,  # [E], [1], [E, R], [T, k], [slots, out_pitch]
     ids_ptr, map_ptr,  # [T, k], [G]: where the program groups the slots itself
     sorted_ptr, expert_ids_ptr, padded_ptr,  # where `align` has done it
@@ -28,10 +30,12 @@ def fp4_product_kernel(
     ACTIVATION: tl.constexpr,  # of gates and up-projections; relu2 and none have no gate
     WEIGHT: tl.constexpr,  # "none" | "input": on the product, before the bias | "output": on the result
     HAS_BIAS: tl.constexpr, HAS_MAP: tl.constexpr, HAS_GLOBAL: tl.constexpr, SWIZZLED: tl.constexpr,
+    SCALED: tl.constexpr,  # the tensor cores take codes and scales
     REORDERS: tl.constexpr,  # `out` is the next product's `a`: in its order, and 0 beyond the width
     GROUPED: tl.constexpr, SLOT_PAD: tl.constexpr,  # whether `align` has run; else the slots, padded
     EVEN: tl.constexpr, UNIT: tl.constexpr,  # D is a multiple of BLOCK_D; its blocks of 16 are multiples of UNIT
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
+    SORTED_LATE: tl.constexpr,  # the kernel before it, or the one before that, did the grouping
     OVERLAPS: tl.constexpr,  # launched while the kernel before it still runs, and lets the next one be
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -47,21 +51,15 @@ def fp4_product_kernel(
     tiles_n = tl.cdiv(out_pitch if REORDERS else width, COLUMNS)
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()  # they start once every program of this launch has
+        if SORTED_LATE:
+            tl.extra.cuda.gdc_wait()
     blocks = tl.load(padded_ptr) // BLOCK_M if GROUPED else most_blocks
     for tile in range(tl.program_id(0), blocks * tiles_n, tl.num_programs(0)):
-        # GROUP_M blocks take the same tile of w one after another, so that it is read from memory once, then from L2.
-        first = tile // (GROUP_M * tiles_n) * GROUP_M
-        beside = min(blocks - first, GROUP_M)
-        block = first + tile % (GROUP_M * tiles_n) % beside
-        tile_n = tile % (GROUP_M * tiles_n) // beside
-        if GROUPED:
-            expert = tl.load(expert_ids_ptr + block)
-            slot = tl.load(sorted_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))  # [M], N where there is none
-        else:
-            expert, slot = _group(
-                block, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
-                HAS_MAP, SLOT_PAD, BLOCK_M,
-            )  # fmt: skip
+        block, tile_n = tile_at(tile, blocks, tiles_n, GROUP_M)
+        expert, slot = slots_of(
+            block, sorted_ptr, expert_ids_ptr, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts,
+            ids_stride_t, ids_stride_k, map_stride, HAS_MAP, SLOT_PAD, BLOCK_M, GROUPED,
+        )  # fmt: skip
         if expert >= 0:
             ok = slot < slots  # [M]
             n = tl.arange(0, BLOCK_N)
@@ -74,18 +72,26 @@ def fp4_product_kernel(
             b = tl.arange(0, BLOCKS)
             p = tl.arange(0, BLOCK_D)
             # 64 bits throughout: E * 2I * H and T * H pass 2^31
-            stride = units.to(tl.int64) * UNIT
-            w = w_ptr + expert.to(tl.int64) * rows * stride + row.to(tl.int64)[:, None] * stride + b[None, :]  # [N, B]
+            stride = tl.cast(units, tl.int64) * UNIT  # not `units.to`: an argument that is 1 is a number there
             s = scale_ptr + scale_offset(expert, row, b, rows, units * UNIT, SWIZZLED)
-            a = a_ptr + (slot // per_row).to(tl.int64)[None, :] * pitch + p[:, None]  # [D', M]
+            if SCALED:
+                byte = tl.arange(0, BLOCK_D // 2)
+                line = expert.to(tl.int64) * rows + row.to(tl.int64)
+                w = w_ptr + line[:, None] * (stride * 8) + byte[None, :]  # [N, D'/2]
+                a = a_ptr + (slot // per_row).to(tl.int64)[None, :] * pitch + byte[:, None]  # [D'/2, M]
+                a_scale = a_scale_ptr + (slot // per_row).to(tl.int64)[:, None] * stride + b[None, :]  # [M, B]
+            else:
+                w = w_ptr + expert.to(tl.int64) * rows * stride + row.to(tl.int64)[:, None] * stride + b[None, :]
+                a = a_ptr + (slot // per_row).to(tl.int64)[None, :] * pitch + p[:, None]  # [D', M]
             # Of the epilogue, but read here, where nobody waits for it.
-            factor = tl.load(alpha_ptr + expert) * shift_back(DTYPE)
+            factor = tl.load(alpha_ptr + expert)
+            if not SCALED:
+                factor *= shift_back(DTYPE)
             if HAS_GLOBAL:
                 given = usable(tl.load(global_ptr))
                 factor = tl.where(given > 0.0, factor / given, factor)
             if WEIGHT != "none":
-                at = (slot // top_k).to(tl.int64) * weights_stride_t + (slot % top_k) * weights_stride_k
-                weight = tl.load(weights_ptr + at, mask=ok, other=0.0)[None, :]  # [1, M]
+                weight = weights_of(weights_ptr, slot, ok, top_k, weights_stride_t, weights_stride_k)[None, :]  # [1, M]
             if HAS_BIAS:
                 at = expert.to(tl.int64) * bias_stride_e + row.to(tl.int64) * bias_stride_r
                 bias = tl.load(bias_ptr + at).to(tl.float32)[:, None]  # [N, 1]
@@ -94,22 +100,28 @@ def fp4_product_kernel(
             sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             depth = tl.where(tile_n * COLUMNS < width, units * UNIT, 0)  # beyond the width: zeros alone
             for done in range(0, depth, BLOCKS):
-                if EVEN:
-                    here = ok[None, :]
-                    codes = tl.load(w)
-                    scales = tl.load(s)
+                if SCALED:
+                    sums = _scaled_step(w, s, a, a_scale, sums, ok, depth - done, BLOCKS)
+                    a += BLOCK_D // 2
+                    w += BLOCK_D // 2
+                    a_scale += BLOCKS
                 else:
-                    here = ok[None, :] & (p + done * 16 < pitch)[:, None]
-                    inside = (b < depth - done)[None, :]
-                    codes = tl.load(w, mask=inside, other=0)
-                    scales = tl.load(s, mask=inside, other=0)
-                left = decode_blocks(codes, scales, DTYPE, INTERPRETED)  # [N, D']
-                right = tl.load(a, mask=here, other=0.0)  # [D', M]
-                if INTERPRETED:  # its dot takes the bits of bfloat16 for integers
-                    right = right.to(tl.float32)
-                sums = tl.dot(left, right, sums)
-                a += BLOCK_D
-                w += BLOCKS
+                    if EVEN:
+                        here = ok[None, :]
+                        codes = tl.load(w)
+                        scales = tl.load(s)
+                    else:
+                        here = ok[None, :] & (p + done * 16 < pitch)[:, None]
+                        inside = (b < depth - done)[None, :]
+                        codes = tl.load(w, mask=inside, other=0)
+                        scales = tl.load(s, mask=inside, other=0)
+                    left = decode_blocks(codes, scales, DTYPE, INTERPRETED)  # [N, D']
+                    right = tl.load(a, mask=here, other=0.0)  # [D', M]
+                    if INTERPRETED:  # its dot takes the bits of bfloat16 for integers
+                        right = right.to(tl.float32)
+                    sums = tl.dot(left, right, sums)
+                    a += BLOCK_D
+                    w += BLOCKS
                 s += BLOCKS * 128 if SWIZZLED else BLOCKS
 
             sums *= factor
@@ -141,3 +153,24 @@ def fp4_product_kernel(
     if OVERLAPS:
         # Also where no tile did: else this launch might end before the one before it, and with it the whole call.
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _scaled_step(w, s, a, a_scale, sums, ok, left, BLOCKS: tl.constexpr):
+    """sums [N, M] and the product of codes and scales, as the tensor cores of sm_100 take them. left: blocks to come.
+
+    Their scales have no sign: that of w goes to its codes. Those of a have none, as `nvfp4_quantize` made them.
+    """
+    b = tl.arange(0, BLOCKS)
+    byte = tl.arange(0, BLOCKS * 8)
+    codes = tl.load(w, mask=(byte < left * 8)[None, :], other=0)
+    scales = tl.load(s, mask=(b < left)[None, :], other=0)
+    signs = tl.broadcast_to((scales & 0x80)[:, :, None], (scales.shape[0], BLOCKS, 8))
+    signs = tl.reshape(signs, codes.shape)
+    codes = codes ^ (signs | signs >> 4)
+    right = tl.load(a, mask=ok[None, :] & (byte < left * 8)[:, None], other=0)
+    right_scales = tl.load(a_scale, mask=ok[:, None] & (b < left)[None, :], other=0)
+    return tl.dot_scaled(
+        codes, (scales & 0x7F).to(tl.float8e4nv, bitcast=True), "e2m1",
+        right, right_scales.to(tl.float8e4nv, bitcast=True), "e2m1", sums,
+    )  # fmt: skip

@@ -6,8 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
+from moe_fuzz.kernels.align import Sorting
 from moe_fuzz.kernels.experts_bf16.launch import run
 from moe_fuzz.kernels.experts_bf16.launch import workspace_bytes as plain_bytes
+from moe_fuzz.kernels.experts_nvfp4.counting import counted
 from moe_fuzz.kernels.experts_nvfp4.prepare import decode_weights_kernel
 from moe_fuzz.kernels.experts_nvfp4.workspace import Parts, bytes_of, take
 
@@ -31,14 +33,19 @@ def large(
         rows = min(triton.next_power_of_2(experts * max(rows13, rows2)), (1 << 15) // blocks)
     programs13 = triton.cdiv(experts * rows13, rows) * triton.cdiv(blocks13, blocks)
     programs2 = triton.cdiv(experts * rows2, rows) * triton.cdiv(blocks2, blocks)
-    decode_weights_kernel[(programs13 + programs2,)](
-        w13, w13_scales, made["w13"], w2, w2_scales, made["w2"],  # operands
-        rows13, blocks13, rows2, blocks2, programs13, experts,  # sizes
-        SWIZZLED=swizzled, ROWS=rows, BLOCKS=blocks, INTERPRETED=_INTERPRETED, num_warps=4,
-    )  # fmt: skip
+
+    def decode(sorting: Sorting | None) -> None:
+        counting = counted(sorting)
+        decode_weights_kernel[(programs13 + programs2 + counting.programs,)](
+            w13, w13_scales, made["w13"], w2, w2_scales, made["w2"], *counting.operands,  # operands
+            rows13, blocks13, rows2, blocks2, programs13, experts, *counting.numbers,  # sizes
+            SWIZZLED=swizzled, ROWS=rows, BLOCKS=blocks, INTERPRETED=_INTERPRETED, **counting.constants,
+            num_warps=counting.warps,
+        )  # fmt: skip
+
     return run(
         x, made["w13"], made["w2"], weights, ids, expert_map, activation, gate_layout, b13, b2, apply_weight_on_input,
-        out, made.get("rest"), None, alphas, _SHIFT_BACK[x.dtype],
+        out, made.get("rest"), None, alphas, _SHIFT_BACK[x.dtype], decode,
     )  # fmt: skip
 
 

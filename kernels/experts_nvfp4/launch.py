@@ -8,18 +8,30 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_fuzz.kernels.align import align, align_shapes
+from moe_fuzz.kernels.align import Sorting, align_shapes, counts_shape
 from moe_fuzz.kernels.experts_bf16.kernels import sum_slots_kernel
 from moe_fuzz.kernels.experts_bf16.launch import _EARLY, _PROGRAMS, _multiprocessors
-from moe_fuzz.kernels.experts_nvfp4.blocks import PLANS, Plan, Tile, choose, choose_backend, interpreted
+from moe_fuzz.kernels.experts_nvfp4.blocks import (
+    PLANS,
+    SCALED,
+    SCALED_PLAN,
+    Plan,
+    Tile,
+    choose,
+    choose_backend,
+    interpreted,
+)
+from moe_fuzz.kernels.experts_nvfp4.counting import counted
 from moe_fuzz.kernels.experts_nvfp4.decode import GROUP
 from moe_fuzz.kernels.experts_nvfp4.kernels import fp4_product_kernel
 from moe_fuzz.kernels.experts_nvfp4.large import large, large_bytes
 from moe_fuzz.kernels.experts_nvfp4.prepare import reorder_kernel
 from moe_fuzz.kernels.experts_nvfp4.workspace import Parts, bytes_of, take
+from moe_fuzz.kernels.nvfp4 import nvfp4_quantize
 from moe_fuzz.reference.experts_nvfp4 import check
 
 _INTERPRETED = triton.knobs.runtime.interpret
+_SORTED = ("sorted_ids", "expert_ids", "padded", "inverse")  # the results of `align`
 
 
 def experts_nvfp4(
@@ -45,11 +57,11 @@ def experts_nvfp4(
     apply_weight_on_input: bool = False,
     out: Tensor | None = None,  # [T, H], dtype of x, contiguous, overlapping no input
     workspace: Tensor | None = None,  # [>= workspace_bytes(...)] uint8, contiguous, aligned to 16 bytes
-    backend: str | None = None,  # "small" | "large"; else MOE_FUZZ_EXPERTS_NVFP4_BACKEND; else as `choose_backend` says
+    backend: str | None = None,  # "small" | "large" | "scaled"; else by the environment; else as `choose_backend` says
     plan: Plan | None = None,  # block shapes of `small` other than the table's
 ) -> Tensor:  # [T, H], dtype of x: `out` where it was given
-    """A layer of experts in NVFP4. `small`: four launches (five with quantized activations), one or two more with many
-    slots. `large`: as `experts_bf16` and one. E up to 8192.
+    """A layer of experts in NVFP4. `small`: four launches; `large`: four; one more with quantized activations, and one
+    more, which groups the slots, with more than 256 of them. Nothing is filled. E up to 8192.
 
     The contract is that of `reference/experts_nvfp4.py::experts_nvfp4`. Beyond it, that of the kernel `experts_bf16`:
     float32 sums without atomics, deterministic, not batch-invariant. Products of codes and scales are exact.
@@ -67,7 +79,7 @@ def experts_nvfp4(
             raise ValueError(f"{name} must be aligned to 8 bytes; copy it into a tensor of its own")
     slots, num_ids = tokens * top_k, len(expert_map) if expert_map is not None else experts
     quantizes = activations == "nvfp4"
-    chosen = choose_backend(slots, num_ids, quantizes, backend)
+    chosen = choose_backend(slots, num_ids, quantizes, backend, _capability(x.device))
     if out is None:
         out = x.new_empty((tokens, hidden))
     if tokens == 0:
@@ -80,33 +92,41 @@ def experts_nvfp4(
             expert_map, activation, gate_layout, b13, b2, apply_weight_on_input, out, workspace,
         )  # fmt: skip
 
+    scaled = chosen == SCALED
     if plan is None:
-        plan = interpreted(hidden, inter) if _INTERPRETED else choose(slots, num_ids)
+        plan = SCALED_PLAN if scaled else interpreted(hidden, inter) if _INTERPRETED else choose(slots, num_ids)
     grouped, overlaps = slots > plan.inline_slots, not _INTERPRETED
-    parts = take(_parts(x, slots, inter, ids.shape, experts, plan, quantizes, grouped), x.device, workspace)
+    parts = take(_parts(x, slots, inter, ids.shape, experts, plan, quantizes, grouped, scaled), x.device, workspace)
     x_ordered, h, y = parts["x"], parts["h"], parts["y"]  # [T, H'], [N, I'], [N, H]
-    sorted_ids, expert_ids, padded = None, None, None
+    sorted_ids, expert_ids, padded, _ = (parts.get(name) for name in _SORTED)
+    sorting = None
     if grouped:
-        sorted_ids, expert_ids, padded, _ = align(
-            ids, plan.gate_up.m, experts, expert_map=expert_map,
-            out=(parts["sorted_ids"], parts["expert_ids"], parts["padded"], parts["inverse"]),
-        )  # fmt: skip
+        sorting = Sorting(ids, plan.gate_up.m, experts, expert_map, [parts[name] for name in _SORTED], parts["counts"])
 
     # Worst case, as `align` has it: each of these experts has one slot, and one of them all the rest.
     alone = min(slots, experts)
     most_blocks = alone + (slots - alone) // plan.gate_up.m
     programs = 8 if _INTERPRETED else _PROGRAMS * _multiprocessors(x.device)  # a program's launch is what costs there
 
-    def reorder(given: Tensor, global_scale: Tensor | None, result: Tensor, early: bool) -> None:
+    def reorder(given: Tensor, global_scale: Tensor | None, result: Tensor, sorting: Sorting | None,
+                early: bool) -> None:  # fmt: skip
+        if scaled:
+            if sorting is not None:
+                sorting.count()
+            of_blocks = parts["x_scales" if result is x_ordered else "h_scales"].view(torch.float8_e4m3fn)
+            nvfp4_quantize(given, global_scale, out=(result, of_blocks))  # type: ignore[arg-type]
+            return
+        counting = counted(sorting)
         rows, columns = given.shape
         at_once = (1, 1024) if rows > 64 else (1, 256)
         if _INTERPRETED:
             at_once = triton.next_power_of_2(triton.cdiv(rows, 4)), min(triton.next_power_of_2(result.shape[1]), 2048)
-        reorder_kernel[(triton.cdiv(rows, at_once[0]), triton.cdiv(result.shape[1], at_once[1]))](
-            given, global_scale, result,  # operands
-            rows, columns, result.shape[1], *given.stride(),  # sizes
-            QUANTIZE=quantizes, ROWS=at_once[0], COLUMNS=at_once[1], OVERLAPS=overlaps, INTERPRETED=_INTERPRETED,
-            num_warps=4, **_EARLY[early],
+        tiles = triton.cdiv(rows, at_once[0]) * triton.cdiv(result.shape[1], at_once[1])
+        reorder_kernel[(tiles + counting.programs,)](
+            given, global_scale, result, *counting.operands,  # operands
+            rows, columns, result.shape[1], *given.stride(), *counting.numbers,  # sizes
+            QUANTIZE=quantizes, TILE_ROWS=at_once[0], TILE_COLUMNS=at_once[1], OVERLAPS=overlaps,
+            INTERPRETED=_INTERPRETED, **counting.constants, num_warps=counting.warps, **_EARLY[early],
         )  # fmt: skip
 
     def product(a: Tensor, per_row: int, w: Tensor, scales: Tensor, alpha: Tensor, global_scale: Tensor | None,
@@ -114,34 +134,39 @@ def experts_nvfp4(
                 activation: str, weight: str, reorders: bool) -> None:  # fmt: skip
         columns = blocks.n // 2 if activation in ("silu", "gelu", "swiglu_oai") else blocks.n
         tiles_n = triton.cdiv(result.shape[1] if reorders else width, columns)
-        unit = math.gcd(w.shape[2], 16)
+        depth = w.shape[2] // 8 if scaled else w.shape[2]  # in blocks of 16
+        unit = math.gcd(depth, 16)
         fp4_product_kernel[(min(most_blocks * tiles_n, programs),)](
-            a, w, scales, alpha, global_scale, bias, weights, result,  # operands
+            a, w, scales, parts["x_scales" if a is x_ordered else "h_scales"] if scaled else None,
+            alpha, global_scale, bias, weights, result,  # operands
             ids, expert_map, sorted_ids, expert_ids, padded,  # grouping
             slots, most_blocks, top_k, per_row, num_ids, experts,
-            w.shape[1], w.shape[2] // unit, a.shape[1], width, result.shape[1],  # sizes
+            w.shape[1], depth // unit, a.shape[1], width, result.shape[1],  # sizes
             *rows,
             *(bias.stride() if bias is not None else (0, 0)), *weights.stride(), *ids.stride(),
             expert_map.stride(0) if expert_map is not None else 0,  # strides, in elements
             ACTIVATION=activation, WEIGHT=weight, HAS_BIAS=bias is not None,
             HAS_MAP=expert_map is not None and not grouped, HAS_GLOBAL=quantizes, SWIZZLED=scale_layout == "swizzled",
             REORDERS=reorders, GROUPED=grouped, SLOT_PAD=16 if grouped or slots <= 16 else 128,
-            EVEN=16 * w.shape[2] % blocks.d == 0, UNIT=unit,
+            SCALED=scaled, EVEN=16 * depth % blocks.d == 0, UNIT=unit,
             BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_D=blocks.d, GROUP_M=blocks.group,
-            OVERLAPS=overlaps, INTERPRETED=_INTERPRETED,
+            SORTED_LATE=grouped and a is x_ordered, OVERLAPS=overlaps, INTERPRETED=_INTERPRETED,
             num_warps=blocks.warps, num_stages=blocks.stages, **_EARLY[overlaps],
             **({"maxnreg": blocks.registers} if blocks.registers else {}),
         )  # fmt: skip
 
     # the first row of the gate, that of the up-projection, and the step to the next of either
     rows = {"first": (0, inter, 1), "up_first": (inter, 0, 1), "interleaved": (0, 1, 2)}[gate_layout]
-    reorder(x, x_global, x_ordered, False)
-    product(x_ordered, top_k, blocks13, scales13, w13_alpha, x_global, b13, parts["h_plain"] if quantizes else h, inter,
-            plan.gate_up, (0, 0, 1) if activation == "relu2" else rows, activation,
+    reorder(x, x_global, x_ordered, sorting, False)
+    if sorting is not None:
+        sorting.place()
+    product(x_ordered, top_k, w13 if scaled else blocks13, scales13, w13_alpha, x_global, b13,
+            parts["h_plain"] if quantizes else h, inter, plan.gate_up,
+            (0, 0, 1) if activation == "relu2" else rows, activation,
             "input" if apply_weight_on_input else "none", not quantizes)  # fmt: skip
     if quantizes:
-        reorder(parts["h_plain"], h_global, h, overlaps)
-    product(h, 1, blocks2, scales2, w2_alpha, h_global, b2, y, hidden, plan.down, (0, 0, 1), "none",
+        reorder(parts["h_plain"], h_global, h, None, overlaps)
+    product(h, 1, w2 if scaled else blocks2, scales2, w2_alpha, h_global, b2, y, hidden, plan.down, (0, 0, 1), "none",
             "none" if apply_weight_on_input else "output", False)
 
     # One row a program, and more programs for few tokens; a sum's bits do not depend on it.
@@ -160,21 +185,29 @@ def experts_nvfp4(
     return out
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    return (0, 0) if _INTERPRETED else torch.cuda.get_device_capability(device)
+
+
 def _parts(
-    x: Tensor, slots: int, inter: int, ids_shape: torch.Size, experts: int, plan: Plan, quantizes: bool, grouped: bool
-) -> Parts:
-    """What `small` keeps between its launches."""
+    x: Tensor, slots: int, inter: int, ids_shape: torch.Size, experts: int, plan: Plan, quantizes: bool, grouped: bool,
+    scaled: bool = False,
+) -> Parts:  # fmt: skip
+    """What `small` and `scaled` keep between their launches."""
     tokens, hidden = x.shape
     parts: Parts = {
         "x": ((tokens, hidden + -hidden % GROUP), x.dtype), "h": ((slots, inter + -inter % GROUP), x.dtype),
         "y": ((slots, hidden), x.dtype),
     }  # fmt: skip
+    if scaled:
+        for name, rows, columns in (("x", tokens, hidden), ("h", slots, inter)):
+            parts[name] = (rows, columns // 2), torch.uint8
+            parts[f"{name}_scales"] = (rows, columns // 16), torch.uint8
     if quantizes:
         parts["h_plain"] = (slots, inter), x.dtype
     if grouped:
-        names = ("sorted_ids", "expert_ids", "padded", "inverse")
-        shapes = align_shapes(ids_shape, plan.gate_up.m, experts)
-        parts |= {name: (shape, torch.int32) for name, shape in zip(names, shapes, strict=True)}
+        shapes = [*align_shapes(ids_shape, plan.gate_up.m, experts), counts_shape(slots, experts)]
+        parts |= {name: (shape, torch.int32) for name, shape in zip((*_SORTED, "counts"), shapes, strict=True)}
     return parts
 
 
@@ -188,6 +221,8 @@ def workspace_bytes(
     """
     quantizes = activations == "nvfp4"
     x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device="meta")
+    if backend == SCALED:  # what it keeps is less than what `small` keeps
+        backend = "small"
     if choose_backend(tokens * top_k, num_ids or experts, quantizes, backend) == "large":
         rows = inter if activation == "relu2" else 2 * inter
         return large_bytes(tokens, top_k, hidden, inter, rows, experts)

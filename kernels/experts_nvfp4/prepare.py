@@ -1,4 +1,5 @@
-"""What runs before the products: activations are quantized, if asked for, and reordered; or all weights decoded."""
+"""What runs before the products: activations are quantized, if asked for, and reordered; or all weights decoded. The
+first programs of either may count slots for `align`."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -7,24 +8,49 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe_fuzz.kernels.align import _NUMBERS, _SCALARS, count_slots
 from moe_fuzz.kernels.experts_bf16.kernels import _rounded
 from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, place, plain_code
 from moe_fuzz.kernels.nvfp4 import _e2m1_codes, _e4m3_bytes, _e4m3_values
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["rows", "columns", *_NUMBERS], do_not_specialize_on_alignment=_SCALARS)
 def reorder_kernel(
     x_ptr, global_ptr, out_ptr,  # [T, D], [1], [T, pitch]
+    ids_ptr, map_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,  # of the sorting
     rows, columns, pitch, x_stride_r, x_stride_c,
-    QUANTIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAPS: tl.constexpr,
+    slots, top_k, num_experts, num_ids, block_size, blocks, chunks, stride_t, stride_k, map_stride,
+    QUANTIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    COUNTS: tl.constexpr, HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, EXPERT_PAD: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
     """out[t, place(d)] = x[t, d], and 0 beyond D; with `QUANTIZE` what NVFP4 leaves of it, times the global scale."""
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    nth = tl.program_id(0)
+    if COUNTS:
+        if nth < chunks:
+            count_slots(
+                ids_ptr, map_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,
+                slots, top_k, num_experts, num_ids, block_size, blocks, chunks, stride_t, stride_k, map_stride,
+                HAS_MAP, CHUNK, COLUMNS, EXPERT_PAD, ONE,
+            )  # fmt: skip
+        nth -= chunks
+    if nth >= 0:
+        _reorder_tile(nth, x_ptr, global_ptr, out_ptr, rows, columns, pitch, x_stride_r, x_stride_c,
+                      QUANTIZE, TILE_ROWS, TILE_COLUMNS, INTERPRETED)  # fmt: skip
+
+
+@triton.jit
+def _reorder_tile(
+    nth, x_ptr, global_ptr, out_ptr, rows, columns, pitch, x_stride_r, x_stride_c,
+    QUANTIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    tiles_c = tl.cdiv(pitch, COLUMNS)
+    row = (nth // tiles_c).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = nth % tiles_c * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_stride_r + column.to(tl.int64)[None, :] * x_stride_c, mask=inside, other=0.0)
     x = x.to(tl.float32)
@@ -60,18 +86,32 @@ def _quantized(blocks, global_scale):
     return plain_code(code) * of_block[:, :, None]
 
 
-@triton.jit(do_not_specialize=["rows_13", "rows_2", "tiles_13", "experts"])
+@triton.jit(
+    do_not_specialize=["rows_13", "rows_2", "tiles_13", "experts", *_NUMBERS], do_not_specialize_on_alignment=_SCALARS
+)
 def decode_weights_kernel(
     w13_ptr, scales13_ptr, out13_ptr, w2_ptr, scales2_ptr, out2_ptr,  # [E, R, D/16] int64, scales, [E, R, D]
+    ids_ptr, map_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,  # of the sorting
     rows_13, blocks_13, rows_2, blocks_2, tiles_13, experts,  # rows of an expert, blocks of a row, programs of w13
+    slots, top_k, num_experts, num_ids, block_size, blocks, chunks, stride_t, stride_k, map_stride,
     SWIZZLED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
+    COUNTS: tl.constexpr, HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, EXPERT_PAD: tl.constexpr,
+    ONE: tl.constexpr,
 ):  # fmt: skip
     """Both weights over `shift_back`, in the dtype of the outputs, their columns in order."""
     nth = tl.program_id(0)
-    if nth < tiles_13:
+    if COUNTS:
+        if nth < chunks:
+            count_slots(
+                ids_ptr, map_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,
+                slots, top_k, num_experts, num_ids, block_size, blocks, chunks, stride_t, stride_k, map_stride,
+                HAS_MAP, CHUNK, COLUMNS, EXPERT_PAD, ONE,
+            )  # fmt: skip
+        nth -= chunks
+    if (nth >= 0) & (nth < tiles_13):
         _decode_tile(nth, w13_ptr, scales13_ptr, out13_ptr, rows_13, blocks_13, experts,
                      SWIZZLED, ROWS, BLOCKS, INTERPRETED)  # fmt: skip
-    else:
+    if nth >= tiles_13:
         _decode_tile(nth - tiles_13, w2_ptr, scales2_ptr, out2_ptr, rows_2, blocks_2, experts,
                      SWIZZLED, ROWS, BLOCKS, INTERPRETED)  # fmt: skip
 

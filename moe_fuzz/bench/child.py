@@ -63,7 +63,7 @@ class Bench:
                 _leave_if_lost()
                 continue
             self._say("doing", label=candidate.label, what="capture")
-            calls, moved = _calls(target, point, _copies(point), keep)
+            calls, moved = _calls(target, point, keep)
             try:
                 graphs[candidate.label] = _warm(calls[:1], launches)
                 if len(calls) > 1:
@@ -113,18 +113,18 @@ def _leave_if_lost() -> None:
         raise SystemExit(f"the device is lost: {error}") from error
 
 
-def _copies(point: Point) -> int:
-    size = point.tokens * int(point.config["experts"]) * (4 if point.config.get("dtype") == "float32" else 2)
+def _copies(size: int) -> int:
+    """Sets of inputs of so many bytes."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     return _COLD_COPIES if size * _COLD_COPIES > 2 * l2 else 1
 
 
-def _calls(target: Target, point: Point, copies: int, keep: list[Any]) -> tuple[list[timing.Call], int]:
-    """The call on each of `copies` sets of tensors, and the bytes one call has to move."""
+def _calls(target: Target, point: Point, keep: list[Any]) -> tuple[list[timing.Call], int]:
+    """The call on each set of tensors, and the bytes one call has to move."""
     inputs = FAMILIES[target.info.op].materialize(point.case(target.info, nan=True), 0, "cpu")
     calls: list[timing.Call] = []
     moved = 0
-    for _ in range(copies):
+    for _ in range(_copies(sum(tensor.numel() * tensor.element_size() for tensor in inputs.plain.values()))):
         tensors = {name: tensor.to("cuda") for name, tensor in inputs.plain.items()}
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         arguments: dict[str, Any] = {**inputs.options, **tensors}

@@ -141,6 +141,8 @@ def refuses(target: Target, point: Point) -> str:
         return "it takes no expert_map"
     if c["activation"] not in can.activations or c["gate_layout"] not in can.gate_layouts:
         return f"it has no {c['activation']} with the gate {c['gate_layout']}"
+    if int(c["hidden"]) % can.min_multiple_h or int(c["inter"]) % can.min_multiple_i:
+        return f"hidden must be a multiple of {can.min_multiple_h}, inter of {can.min_multiple_i}"
     return "it takes no biases" if c["bias"] and not can.biases else ""
 
 

@@ -55,7 +55,9 @@ _CANDIDATES: Mapping[str, Mapping[str, tuple[str, bool]]] = {
         "builtin": ("moe_fuzz.bench.layer_candidates:chosen", False),
         "builtin, small": ("moe_fuzz.bench.layer_candidates:small", False),
         "builtin, large": ("moe_fuzz.bench.layer_candidates:large", False),
+        "builtin, three fills": ("moe_fuzz.bench.layer_candidates:three_fills", False),
         "builtin, bf16": ("moe_fuzz.targets.builtin:experts_bf16", False),
+        "vllm, Marlin": ("moe_fuzz.targets.vllm_marlin:experts_nvfp4()", True),
     },
 }
 #: Candidates that are given the same weights decoded, and are bound as another op.

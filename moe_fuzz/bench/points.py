@@ -84,7 +84,9 @@ def points(op: str, presets: Sequence[str] = (), tokens: Sequence[int] = TOKENS)
     if op in EXTRA and (not presets or NAN_ROWS in presets):
         found.append(Point(op, NAN_ROWS, _NAN_TOKENS, _NAN_CONFIG, _NAN_EVERY))
     chosen = [name for name in known if not presets or name in presets]
-    return (*found, *(Point(op, name, count, dict(known[name])) for name in chosen for count in tokens))
+    # what a server quantizes is in bfloat16, whatever is the simplest to fuzz
+    fixed: Mapping[str, Scalar] = {"dtype": "bfloat16"} if op == "nvfp4_quantize" else {}
+    return (*found, *(Point(op, name, count, {**fixed, **known[name]}) for name in chosen for count in tokens))
 
 
 def candidates(op: str, targets: Sequence[str] = ()) -> tuple[Candidate, ...]:

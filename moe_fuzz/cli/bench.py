@@ -13,7 +13,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from moe_fuzz.bench import allreduce, layer_table, layers, table
+from moe_fuzz.bench import allreduce, layer_table, layers, nvfp4_table, table
 from moe_fuzz.bench.drive import Result, Timer, measure_all
 from moe_fuzz.bench.points import TOKENS, Candidate, candidates, points
 from moe_fuzz.cli import machine, params
@@ -116,6 +116,10 @@ def command(
     console.print((layer_table if of_layers else table).table(results, chosen))
     for line in table.notes(results) + (layer_table.notes(results) if of_layers else []):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if op == layers.OP_NVFP4:
+        console.print(nvfp4_table.facts(results, chosen))
+        for line in nvfp4_table.bars(results):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     for result, ratio in table.compare(results, *ab) if ab else ():
         console.print(
             f"{result.point.name} T={result.point.tokens}: {ab[0]} / {ab[1]} = {ratio.median:.4f} "  # type: ignore[index]

@@ -75,6 +75,7 @@ def examine(
         yield from judge_cuda(*probes.cuda(), probes.allocator(), shutil.which("compute-sanitizer"))
     yield judge_state(state_dir)
     if "torch" in found:
+        yield judge_backends(probes.backends())
         yield from _targets(chosen)
 
 
@@ -131,6 +132,13 @@ def judge_fence(answer: probes.Answer) -> Line:
     if answer.problem:
         return Line(FAIL, "fence", answer.problem, "without fences no access out of bounds is seen; report this line")
     return Line(OK, "fence", f"a read beyond a fenced tensor ends the process with {answer.said}, as it must")
+
+
+def judge_backends(answer: probes.Answer) -> Line:
+    if answer.problem:
+        return Line(FAIL, "backends", answer.problem, "reinstall moe-fuzz, torch and triton")
+    return Line(FAIL if "does not exist" in answer.said else OK, "backends", answer.said,
+                "unset the variable" if "does not exist" in answer.said else "")  # fmt: skip
 
 
 def judge_slots(gpus: tuple[machine.Gpu, ...]) -> Iterator[Line]:

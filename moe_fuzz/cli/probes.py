@@ -89,6 +89,14 @@ allocator.install()
 print("sum", float(torch.ones(3, device="cuda").sum()), allocator.installed().made > 0, flush=True)
 """
 
+# How kernels of ours that have several backends choose one.
+_BACKENDS = """
+import sys
+sys.path.append({root!r})
+from moe_fuzz.kernels.experts_nvfp4 import rule
+print("experts_nvfp4:", rule())
+"""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -151,6 +159,16 @@ def allocator(python: str = sys.executable, timeout: float = 120.0) -> Answer:
     if done.stdout.split() == ["sum", "3.0", "True"]:
         return Answer(said="replaced")
     return Answer(problem=f"torch's allocator cannot be replaced: {_end(done)}")
+
+
+def backends(python: str = sys.executable, timeout: float = 120.0) -> Answer:
+    """The rule by which backends are chosen, as the environment of a worker has it."""
+    done = _run(_BACKENDS.format(root=str(Path(moe_fuzz.__file__).parents[1])), python, timeout)
+    if isinstance(done, Answer):
+        return done
+    if done.returncode == 0:
+        return Answer(said=done.stdout.strip())
+    return Answer(problem=f"our kernels cannot be imported: {_end(done)}")
 
 
 def _run(program: str, python: str, timeout: float) -> subprocess.CompletedProcess[str] | Answer:

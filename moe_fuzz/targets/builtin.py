@@ -61,7 +61,10 @@ _FP4_EXPERTS: dict[str, Any] = {
 }
 _FP4_CAPABILITIES = Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, global_scales=GLOBAL_SCALES,
                                  backends=fp4_experts.BACKENDS)  # fmt: skip
-experts_nvfp4 = declares(**_FP4_EXPERTS, capabilities=_FP4_CAPABILITIES)(fp4_experts.experts_nvfp4)
+experts_nvfp4 = declares(
+    **_FP4_EXPERTS, capabilities=replace(_FP4_CAPABILITIES, activation_formats=fp4_experts.formats()),
+    origin=f"{fp4_experts.__name__}, {fp4_experts.rule()}",
+)(fp4_experts.experts_nvfp4)
 
 
 def _forced(backend: str, capabilities: Capabilities) -> Any:

@@ -44,6 +44,7 @@ _LIBRARIES = {
     "experts_bf16@vllm.moe_sum": "moe_fuzz.targets.vllm_parts:moe_sum()",
     "experts_nvfp4@builtin.large": "moe_fuzz.targets.builtin:experts_nvfp4_large()",
     "experts_nvfp4@builtin.small": "moe_fuzz.targets.builtin:experts_nvfp4_small()",
+    "experts_nvfp4@vllm": "moe_fuzz.targets.vllm_marlin:experts_nvfp4()",
     "grouped_topk@sglang": "moe_fuzz.targets.sglang:grouped_topk()",
     "grouped_topk@sglang.triton": "moe_fuzz.targets.sglang_triton:grouped_topk()",
     "grouped_topk@vllm": "moe_fuzz.targets.vllm:grouped_topk()",

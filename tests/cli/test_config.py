@@ -161,5 +161,6 @@ def test_file_that_is_no_text(tmp_path: Path) -> None:
 
 def test_environment_names() -> None:
     config.check_environment({"MOE_FUZZ_TIME": "3", "MOE": "x", "MOE_FUZZ_VLLM_LIB": "x", "MOE_FUZZ_SGLANG_LIB": "y"})
+    config.check_environment({"MOE_FUZZ_EXPERTS_NVFP4_BACKEND": "large"})
     with pytest.raises(UsageError, match=r"MOE_FUZZ_CASE \(did you mean MOE_FUZZ_CASES\?\)"):
         config.check_environment({"MOE_FUZZ_CASE": "3"})

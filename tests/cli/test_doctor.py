@@ -156,3 +156,15 @@ def test_a_broken_configuration_is_a_line(call: Callable, monkeypatch: pytest.Mo
     ran = call("doctor")
     assert ran.code == 3
     assert "did you mean time?" in ran.out
+
+
+def test_the_rule_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOE_FUZZ_EXPERTS_NVFP4_BACKEND", raising=False)
+    line = doctor.judge_backends(probes.backends())
+    assert line.state == OK
+    assert line.text.startswith("experts_nvfp4: backend large from ")
+    monkeypatch.setenv("MOE_FUZZ_EXPERTS_NVFP4_BACKEND", "cutlass")
+    line = doctor.judge_backends(probes.backends())
+    assert line.state == FAIL
+    assert "forced by MOE_FUZZ_EXPERTS_NVFP4_BACKEND, which does not exist: small, large, scaled do" in line.text
+    assert doctor.judge_backends(probes.backends(python="/nowhere")).state == FAIL

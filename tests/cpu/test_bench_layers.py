@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from moe_fuzz.bench import layer_table
+from moe_fuzz.bench import layer_table, nvfp4_table
 from moe_fuzz.bench.drive import Result, Timer
 from moe_fuzz.bench.layer_child import cost, make_sets, refuses, verify
 from moe_fuzz.bench.layer_weights import make_weights
@@ -67,6 +67,8 @@ def test_what_is_right_is_found_right(point: Point) -> None:
 def test_nvfp4_beside_the_same_weights_decoded(point: Point) -> None:
     (arguments, *_) = make_sets(point, make_weights(point, "cpu"))
     for candidate in candidates(op=OP_NVFP4):
+        if candidate.upstream:  # it needs a GPU
+            continue
         assert verify(bound(candidate, OP_NVFP4), arguments) < 2**-6, candidate.label
     dense = {**point.config, "experts": 8, "local": 8}
     moved = [cost(Point(op, "", 9, dense), make_sets(point, make_weights(point, "cpu")))[0] for op in (OP, OP_NVFP4)]
@@ -205,3 +207,21 @@ def test_a_hang_costs_its_own_line() -> None:
         result = timer.measure(small(1), [Candidate("hangs", "x:y"), Candidate("builtin", "x:y")], 6, 1)
     assert result.left_out["hangs"][0] == "hang"
     assert list(result.times) == ["builtin"]
+
+
+def test_bars_of_nvfp4() -> None:
+    point = Point(OP_NVFP4, "qwen3-30b-a3b", 64, MODELS[OP_NVFP4]["qwen3-30b-a3b"])
+    moved = 10**9 + 4 * 64 * 2048
+    floor = {"bytes_per_us": 4e6, "flops_per_us": 6e8, "flops": 1e9, "us": moved / 4e6}
+    times = {"builtin": 300.0, "builtin, small": 290.0, "builtin, large": 400.0, "builtin, three fills": 310.0,
+             "builtin, bf16": 600.0, "vllm, Marlin": 200.0}  # fmt: skip
+    result = Result(point, times={label: [us] * 3 for label, us in times.items()}, floor=floor, moved=moved)
+    assert nvfp4_table.bf16_floor(result) == pytest.approx(10**9 / 0.5625 * 2 / 4e6, rel=1e-3)
+    lines = nvfp4_table.bars([result])
+    counts = [line.split(": ")[-1].split(" points")[0] for line in lines]
+    assert counts == ["0 of 1", "1 of 1", "0 of 1", "1 of 1", "1 of 1", "0 of 1"]
+    assert "worst 1.50 at qwen3-30b-a3b T 64" in lines[0]
+    text = io.StringIO()
+    Console(file=text, width=200).print(nvfp4_table.facts([result], candidates(op=OP_NVFP4)))
+    assert text.getvalue().count("qwen3-30b-a3b") == 6
+    assert nvfp4_table.bars([])[0].endswith("nothing to hold to it")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_fuzz.kernels.experts_nvfp4 import BACKENDS, choose_backend, experts_nvfp4, workspace_bytes
-from moe_fuzz.kernels.experts_nvfp4.blocks import LARGE_FROM, PLANS, VARIABLE, Plan, Tile, choose
+from moe_fuzz.kernels.experts_nvfp4 import BACKENDS, choose_backend, experts_nvfp4, formats, rule, workspace_bytes
+from moe_fuzz.kernels.experts_nvfp4.blocks import LARGE_FROM, PLANS, SCALED, VARIABLE, Plan, Tile, choose
 from moe_fuzz.reference.experts_bf16 import experts_bf16 as reference_bf16
 from moe_fuzz.reference.experts_nvfp4 import experts_nvfp4 as reference
 from moe_fuzz.reference.experts_nvfp4 import values
@@ -383,6 +383,18 @@ def test_the_choice_of_a_backend(monkeypatch):
     monkeypatch.setenv(VARIABLE, "cutlass")
     with pytest.raises(ValueError, match="'cutlass' does not exist; possible here: small, large"):
         choose_backend(8, 128, False)
+    assert "backend cutlass, forced by" in rule()
+    monkeypatch.setenv(VARIABLE, "large")
+    assert formats() == ("as_given",)
+    monkeypatch.delenv(VARIABLE)
+    assert formats() == ("as_given", "nvfp4")
+    assert f"backend large from {LARGE_FROM} slots an expert" in rule()
+    assert choose_backend(8, 128, True, None, (10, 0)) == "small"  # never unasked
+    assert choose_backend(8, 128, True, SCALED, (10, 0)) == SCALED
+    with pytest.raises(ValueError, match="'scaled' needs sm_100; possible here: small"):
+        choose_backend(8, 128, True, SCALED, (9, 0))
+    with pytest.raises(ValueError, match="'scaled' needs quantized activations; possible here: small, large"):
+        choose_backend(8, 128, False, SCALED, (10, 0))
 
 
 def test_the_table_has_a_plan_for_everything():

@@ -249,6 +249,33 @@ def a_graph_replays_other_inputs_without_a_sync() -> None:
 
 
 @on_device
+def a_call_launches_what_it_must() -> None:
+    """The slots are grouped in one launch at most, and nothing is filled: vllm#31837 took three fills a product."""
+    import torch
+
+    from moe_fuzz.kernels.experts_nvfp4 import experts_nvfp4, workspace_bytes
+
+    for tokens, backend, activations, count in (
+        (1, "small", "as_given", 4), (32, "small", "as_given", 4), (33, "small", "as_given", 5),
+        (900, "small", "nvfp4", 6), (1, "large", "as_given", 4), (900, "large", "as_given", 5),
+    ):  # fmt: skip
+        given = integers(tokens, 8, 60, 256, 128)
+        if activations == "nvfp4":
+            given |= {"x_global": torch.ones(1, device="cuda"), "h_global": torch.ones(1, device="cuda")}
+        size = workspace_bytes(tokens, 8, 256, 128, 60, backend=backend, activations=activations)
+        given |= {"workspace": torch.empty(size, dtype=torch.uint8, device="cuda"), "activations": activations,
+                  "backend": backend, "out": torch.empty_like(given["x"])}  # fmt: skip
+        experts_nvfp4(**given)  # compiles
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            experts_nvfp4(**given)
+            torch.cuda.synchronize()
+        names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        assert len(names) == count, (tokens, backend, activations, names)
+        assert not [name for name in names if "fill" in name.lower() or name.startswith("Mem")], names
+
+
+@on_device
 def weights_past_2_to_31_bytes() -> None:
     import torch
 

@@ -43,7 +43,8 @@ def limits_of(info: TargetInfo) -> dict[str, tuple[Scalar, ...]]:
         "dtype": tuple(v for v in FIELDS["dtype"] if v in can.dtypes),
         "activation": tuple(v for v in FIELDS["activation"] if v in can.activations),
         "gate_layout": tuple(v for v in FIELDS["gate_layout"] if v in can.gate_layouts),
-        "recipe": tuple(v for v in RECIPES if v != "integer" or set(can.activations) - {"swiglu_oai"}),
+        "recipe": tuple(v for v in RECIPES if v in can.recipes
+                        and (v != "integer" or set(can.activations) - {"swiglu_oai"})),
         "dialect": tuple(v for v in FIELDS["dialect"] if v in info.contract.accepts),
     }
     return limits

@@ -1,0 +1,179 @@
+"""vLLM's experts with weights in NVFP4 on GPUs without FP4: `moe_wna16_marlin_gemm`, called as vLLM's own layers call
+it (fused_marlin_moe.py). Worker side.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_fuzz.contract import Capabilities, Contract, declares
+from moe_fuzz.errors import EnvironmentProblem
+from moe_fuzz.targets import extension, sources
+from moe_fuzz.targets.adapter import surface_launch_error
+from moe_fuzz.targets.marlin_layout import MarlinWeights, marlin_weights
+from moe_fuzz.targets.schema import BoundCall, Fixed, Names, bind_operator
+from moe_fuzz.targets.vllm_align import align
+
+Experts = Callable[..., Tensor]
+
+#: float4_e2m1f of vLLM's scalar types: exponent and mantissa of 8 bits each, signed, a bias of 32 bits, finite alone.
+_E2M1 = 2 | 1 << 8 | 1 << 16 | 1 << 49
+#: From 0.20 to 0.33. g_idx, perm and is_k_full are gone since 0.31. What has no value here is of other formats.
+_NAMES: Names = {
+    **{name: name for name in ("a", "b_q_weight", "b_scales", "global_scale", "workspace", "sorted_token_ids",
+                               "expert_ids", "topk_weights", "moe_block_size", "top_k", "mul_topk_weights", "size_m",
+                               "size_n", "size_k")},
+    "c_or_none": "c", "num_tokens_past_padded": "padded", "num_tokens_post_padded": "padded",
+    "b_type_id": Fixed(_E2M1), "is_k_full": Fixed(True), "use_atomic_add": Fixed(False),
+    "use_fp32_reduce": Fixed(True), "is_zp_float": Fixed(False), "thread_k": Fixed(-1), "thread_n": Fixed(-1),
+    "blocks_per_sm": Fixed(-1), "is_ep": Fixed(False),
+    **dict.fromkeys(("b_bias_or_none", "a_scales", "b_zeros_or_none", "g_idx_or_none", "perm_or_none"), Fixed(None)),
+}  # fmt: skip
+_REQUIRED = ("a", "c", "b_q_weight", "b_scales", "global_scale", "workspace", "sorted_token_ids", "expert_ids",
+             "padded", "topk_weights", "moe_block_size", "size_m", "size_n", "size_k")  # fmt: skip
+
+#: Sums and the global scale are float32; each product is stored in the dtype of x, multiplied by weights that were
+#: rounded to it, and stored again. silu and its product with the up-projection are rounded each.
+_CONTRACT = Contract(gate_up="dtype", activation="dtype", down="dtype", weight_dtype="dtype")
+#: A tile is 64 or 128 rows by 128 or 64 columns of the weights, and takes whole ones. An expert has scales within
+#: 16 powers of two, where the other recipes have 18.
+_CAPABILITIES = Capabilities(
+    dtypes=("bfloat16", "float16"), strided=False, int64_ids=False, max_experts=992, zero_tokens=False,
+    min_multiple_h=128, min_multiple_i=64, activations=("silu", "relu2"), gate_layouts=("first",), biases=False,
+    layouts=("linear",), recipes=("dense",), devices=("cuda",),
+)  # fmt: skip
+_SURVIVES = "no caller survives an access outside the tensors it passed"
+_CLAUSES = {
+    "written": "its caller adds up every slot of every token",
+    **dict.fromkeys(("crash", "fence", "canary"), _SURVIVES),
+    "capture": "vLLM captures it with the model",
+}
+_UNPROMISED = {
+    "error @ T=0": "callers pad an idle rank to a token; a batch of none does not reach this operator",
+    "* @ fault:num_experts_ids": "vLLM's own padding is -1",
+    "* @ fault:sentinel_ids": "no router of vLLM writes another id than an expert's or -1",
+}
+
+
+def experts_nvfp4() -> Experts:
+    """`_moe_C::moe_wna16_marlin_gemm`, twice, with vLLM's align before. Raises EnvironmentProblem."""
+    _require_tensor_cores()
+    library = extension.load(sources.VLLM)
+    call = bind_operator(library.operator("moe_wna16_marlin_gemm"), _NAMES, _REQUIRED)
+    layer = Layer(call, align())
+
+    @declares(_CONTRACT, _CAPABILITIES, _CLAUSES, _UNPROMISED, library.origin(call.text))
+    def experts(
+        x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, w13_scales: Tensor, w2_scales: Tensor,
+        w13_alpha: Tensor, w2_alpha: Tensor, *, expert_map: Tensor | None = None, activation: str = "silu",
+        apply_weight_on_input: bool = False, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        gate_up = layer.prepared(0, w13, w13_scales, w13_alpha, x.dtype)
+        down = layer.prepared(1, w2, w2_scales, w2_alpha, x.dtype)
+        found = layer.run(x, gate_up, down, weights, ids, expert_map, activation, apply_weight_on_input, out)
+        surface_launch_error(x)
+        return found
+
+    return experts
+
+
+class Layer:
+    """The calls of a layer, and the weights that were made ready last."""
+
+    def __init__(self, call: BoundCall, plan: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
+        self._call, self._plan = call, plan
+        self._ready: list[tuple[tuple[Any, ...], MarlinWeights] | None] = [None, None]
+        self._locks: dict[torch.device, Tensor] = {}
+
+    def prepared(self, nth: int, codes: Tensor, scales: Tensor, alpha: Tensor, dtype: torch.dtype) -> MarlinWeights:
+        """The weights in Marlin's order: of the last call, where these are the same tensors, as a server makes them
+        once. ValueError where the format does not hold their scales."""
+        given = (codes, scales, alpha)
+        known = self._ready[nth]
+        if known is not None:
+            references, versions, of_dtype = known[0]
+            if of_dtype == dtype and all(r() is t and v == t._version for r, v, t in zip(references, versions, given,
+                                                                                        strict=True)):  # fmt: skip
+                return known[1]
+        made = marlin_weights(codes, scales, alpha, dtype)
+        if codes.is_cuda and torch.cuda.is_current_stream_capturing():
+            return made  # a part of the graph: each replay makes them anew
+        if bool(made.problem):
+            raise ValueError("Marlin's scales have 16 powers of two above 0 for an expert, no sign and no NaN")
+        self._ready[nth] = ([weakref.ref(t) for t in given], [t._version for t in given], dtype), made
+        return made
+
+    def run(
+        self, x: Tensor, gate_up: MarlinWeights, down: MarlinWeights, weights: Tensor, ids: Tensor,
+        expert_map: Tensor | None, activation: str, on_input: bool, out: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        (tokens, hidden), top_k = x.shape, ids.shape[1]
+        experts, width, inter = len(gate_up.codes), gate_up.scales.shape[2], down.scales.shape[1] * 16
+        slots = tokens * top_k
+        block = next((m for m in (8, 16, 32, 48) if slots / experts / m < 0.9), 64)  # as vLLM chooses it
+        plan = self._plan(ids, block, experts if expert_map is None else len(expert_map), expert_map)
+        first = x.new_empty((slots, width))
+        h = x.new_empty((slots, inter))
+        y = x.new_empty((slots, hidden))
+        self._multiply(x, gate_up, first, plan, weights, block, top_k, on_input)
+        _activate(first, h, activation)
+        if expert_map is not None:
+            y.zero_()  # slots of other ranks: nothing writes them
+        self._multiply(h, down, y, plan, weights, block, 1, not on_input)
+        out = torch.empty_like(x) if out is None else out
+        return torch.sum(y.view(tokens, top_k, hidden), dim=1, out=out)
+
+    def _multiply(
+        self, a: Tensor, by: MarlinWeights, c: Tensor, plan: tuple[Tensor, Tensor, Tensor], weights: Tensor,
+        block: int, top_k: int, weighted: bool,
+    ) -> None:  # fmt: skip
+        if a.device not in self._locks:
+            count = 4 * torch.cuda.get_device_properties(a.device).multi_processor_count
+            self._locks[a.device] = torch.zeros(count, dtype=torch.int32, device=a.device)  # each call leaves zeros
+        self._call({
+            "a": a, "c": c, "b_q_weight": by.codes, "b_scales": by.scales, "global_scale": by.globals,
+            "workspace": self._locks[a.device], "sorted_token_ids": plan[0], "expert_ids": plan[1], "padded": plan[2],
+            "topk_weights": weights, "moe_block_size": block, "top_k": top_k, "mul_topk_weights": weighted,
+            "size_m": a.shape[0], "size_n": c.shape[1], "size_k": a.shape[1],
+        })  # fmt: skip
+
+
+def _require_tensor_cores() -> None:
+    if not torch.cuda.is_available():
+        raise EnvironmentProblem("vLLM's Marlin kernels need a GPU, and torch sees none here",
+                                 "experts_nvfp4@builtin runs on any device")  # fmt: skip
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise EnvironmentProblem(f"with activations in 16 bits, vLLM's Marlin kernels need sm_80 or later; this GPU is "
+                                 f"sm_{major}{minor}", "experts_nvfp4@builtin runs on any device")  # fmt: skip
+
+
+def _activate(a: Tensor, h: Tensor, activation: str) -> None:
+    """h of the first product, rounded as vLLM's silu_and_mul and relu2 round: they are in another of its libraries."""
+    slots, inter = h.shape
+    block = min(triton.next_power_of_2(inter), 1024)
+    _activate_kernel[(slots, triton.cdiv(inter, block))](
+        a, h, inter, a.shape[1], SILU=activation == "silu", BLOCK=block, num_warps=4
+    )
+
+
+@triton.jit(do_not_specialize=["inter", "width"])
+def _activate_kernel(a_ptr, h_ptr, inter, width, SILU: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    inside = column < inter
+    gate = tl.load(a_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    if SILU:
+        up = tl.load(a_ptr + row * width + inter + column, mask=inside, other=0.0).to(tl.float32)
+        gate = (gate / (1.0 + tl.exp(-gate))).to(h_ptr.dtype.element_ty).to(tl.float32) * up
+    else:
+        gate = tl.where(gate < 0.0, 0.0, gate)  # keeps a NaN
+        gate = gate * gate
+    tl.store(h_ptr + row * inter + column, gate.to(h_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,104 @@
+"""Every kernel of ours in every variant passes Triton's checks for Hopper, on a machine without a GPU.
+
+The first run on a card is dear, and Triton's interpreter does not specialize: an argument that is 1 is a plain number
+in a kernel that is compiled, and has no `.to`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# a process of its own: in this one Triton may have been imported to interpret
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+    "PYTHONPATH": str(ROOT)
+}
+GROUPS = {"nvfp4_quantize": "90", "experts_nvfp4": "90", "experts_nvfp4 options": "90", "experts_bf16": "90",
+          "experts_nvfp4 scaled": "100"}  # fmt: skip
+
+_PROGRAM = """
+import torch, triton, triton.language as tl
+from moe_fuzz.bench.ahead import Enqueued, ahead, resources
+
+@triton.jit
+def wide(pointer, size):
+    tl.store(pointer + {cast}, 1)
+
+def call():
+    wide[(1,)](torch.zeros(8), 1)
+    return torch.full((3,), 7).view(3, 1)  # a launch, and none
+
+with ahead(whole={whole}) as found:
+    call()
+print(found.names, *[resources(binary).shared for _, binary in found.binaries if {whole}])
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT, check=False)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_card_will_take_it(group: str) -> None:
+    pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no compiler for NVIDIA")
+    done = run(str(ROOT / "benchmarks" / "ahead.py"), "--capability", GROUPS[group], group)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    calls, failed = (int(word) for word in done.stdout.split() if word.isdecimal())
+    assert calls >= 4
+    assert failed == 0
+
+
+def test_it_refuses_what_a_card_would(tmp_path: Path) -> None:
+    pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no compiler for NVIDIA")
+    program = tmp_path / "program.py"
+    program.write_text(_PROGRAM.format(cast="size.to(tl.int64)", whole=False), encoding="utf-8")
+    assert "'int' object has no attribute 'to'" in run(str(program)).stderr
+    program.write_text(_PROGRAM.format(cast="tl.cast(size, tl.int64)", whole=True), encoding="utf-8")
+    done = run(str(program))
+    assert done.stdout == "['zeros', 'wide', 'full'] 0\n", done.stderr[-2000:]
+
+
+_LAUNCHES = """
+import torch
+from moe_fuzz.bench.ahead import ahead
+from moe_fuzz.bench.ahead_calls import layer
+from moe_fuzz.kernels.experts_nvfp4 import experts_nvfp4, workspace_bytes
+
+for tokens, options in {calls}:
+    given = layer(tokens, 8, 60, 256, 128) | options
+    if "activations" in options:
+        given |= {{"x_global": torch.ones(1), "h_global": torch.ones(1)}}
+    chosen = {{name: options[name] for name in ("activations", "backend") if name in options}}
+    size = workspace_bytes(tokens, 8, 256, 128, 60, **chosen)
+    given |= {{"out": torch.empty_like(given["x"]), "workspace": torch.empty(size, dtype=torch.uint8)}}
+    with ahead() as found:
+        experts_nvfp4(**given)
+    assert not found.allocated, found.allocated
+    print(*found.names)
+"""
+_CALLS = ((1, {}), (32, {}), (33, {}), (33, {"activations": "nvfp4"}), (1, {"backend": "large"}),
+          (900, {"backend": "large"}))  # fmt: skip
+_FIRST, _REST = "reorder_kernel", "fp4_product_kernel fp4_product_kernel sum_slots_kernel"
+_PLAIN = "grouped_product_kernel grouped_product_kernel sum_slots_kernel"
+
+
+def test_what_a_call_of_experts_nvfp4_enqueues(tmp_path: Path) -> None:
+    """The slots are grouped in one launch at most, and nothing is filled: vllm#31837 took three fills a product."""
+    pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no compiler for NVIDIA")
+    program = tmp_path / "program.py"
+    program.write_text(_LAUNCHES.format(calls=_CALLS), encoding="utf-8")
+    done = run(str(program))
+    assert done.stdout.splitlines() == [
+        f"{_FIRST} {_REST}",
+        f"{_FIRST} {_REST}",
+        f"{_FIRST} _place_kernel {_REST}",
+        f"{_FIRST} _place_kernel fp4_product_kernel reorder_kernel fp4_product_kernel sum_slots_kernel",
+        f"decode_weights_kernel {_PLAIN}",
+        f"decode_weights_kernel _place_kernel {_PLAIN}",
+    ], done.stderr[-2000:]
