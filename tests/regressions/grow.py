@@ -5,6 +5,7 @@
 It draws cases as `moe-fuzz selftest` does, reduces as a campaign does, and asks five fresh workers whether the case
 fails. A bug may show on more than its issue tells of: where the smallest case would be one of those, TRIGGERS holds on
 to the issue's own.
+One that races may need more rows than the reducer leaves: `"reproduces": "sometimes"` asks for a case by hand.
 What is written is for a person to look at: test_upstream.py holds it to its check from then on.
 """
 
@@ -120,8 +121,8 @@ def record(bug: Planted, pool: Pool, case: Case, device: str) -> dict[str, Any] 
         tensors = get_space(case.op).tensors
         violation = locate(pool, (case,), bug.target, options_of(bug), verdict, key, tensors)
     symptom: str | None = violation.symptom
-    if any(found[0] != key for found in seen) or bug.check == "error":  # errors have names of their own everywhere
-        symptom = None
+    if any(found[0] != key for found in seen) or bug.check in ("error", "determinism"):
+        symptom = None  # errors have names of their own everywhere; what differs first is up to the race
     return {
         "cause": bug.story,
         "upstream": bug.upstream,
