@@ -60,7 +60,8 @@ def nvfp4_quantize(
 def scale_bytes(blocks: Tensor, scale: Tensor) -> Tensor:
     """The scale byte of each block, uint8 [M, K/16]. blocks: float32 [M, K/16, 16]; scale: [M, 1], 0 for none."""
     amax = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=2) if blocks.numel() else blocks[..., 0]
-    ideal = torch.where(scale > 0, amax * (scale / 6), 0.0)
+    six = torch.full_like(scale, 6.0)  # by a number a GPU would multiply with its reciprocal: another rounding
+    ideal = torch.where(scale > 0, amax * (scale / six), 0.0)
     return nearest(ideal.clamp(max=448.0), E4M3)
 
 

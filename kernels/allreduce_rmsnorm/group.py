@@ -105,7 +105,7 @@ class LocalGroup(Group):
         self, world: int, device: torch.device | str = "cuda", *, capacity: int = 1 << 20, launches: str = "phases",
         timeout_s: float = 10.0,
     ) -> None:  # fmt: skip
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device  # "cuda" with its index, as tensors name it
         if launches not in LAUNCHES:
             raise ValueError(f"launches must be one of {', '.join(LAUNCHES)}, not {launches!r}")
         if launches == "single" and (_INTERPRETED or device.type != "cuda"):

@@ -50,9 +50,9 @@ def fp4_product_kernel(
     DTYPE: tl.constexpr = a_ptr.dtype.element_ty
     tiles_n = tl.cdiv(out_pitch if REORDERS else width, COLUMNS)
     if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()  # they start once every program of this launch has
-        if SORTED_LATE:
+        if SORTED_LATE:  # and not before the next launch may start, which takes the grouping for done
             tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # they start once every program of this launch has
     blocks = tl.load(padded_ptr) // BLOCK_M if GROUPED else most_blocks
     for tile in range(tl.program_id(0), blocks * tiles_n, tl.num_programs(0)):
         block, tile_n = tile_at(tile, blocks, tiles_n, GROUP_M)

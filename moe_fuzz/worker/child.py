@@ -191,7 +191,9 @@ def _error(error: Exception) -> dict[str, Any]:
         return error_to_json(error)
     traceback.print_exc()
     text = "".join(traceback.format_exception(error)).strip()
-    problem = MoeFuzzError(f"the worker failed inside moe-fuzz: {type(error).__name__}: {error}",
+    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    where = f" ({Path(frame.filename).name}:{frame.lineno} in {frame.name})" if frame else ""
+    problem = MoeFuzzError(f"the worker failed inside moe-fuzz: {type(error).__name__}: {error}{where}",
                            f"please report it with this traceback:\n{text[-4000:]}")
     return error_to_json(problem)
 
