@@ -23,10 +23,10 @@ from moe_fuzz.targets.bind import Target
 
 def general_step(case: Case, index: int, target: Target) -> dict[str, Any]:
     """One step of a case. CaseError for a case that is captured into graphs."""
-    if FAMILIES[case.op].staged is not None:
-        raise CaseError("op", f"a script with the ranks of {case.op} cannot be written yet", "use `moe-fuzz replay`")
     if case.mode not in ("eager", "ranks"):
         raise CaseError("mode", f"a script with graphs of {case.op} cannot be written yet", "use `moe-fuzz replay`")
+    if FAMILIES[case.op].staged is not None:
+        raise CaseError("op", f"a script with the ranks of {case.op} cannot be written yet", "use `moe-fuzz replay`")
     inputs = FAMILIES[case.op].materialize(case, index, "cpu")
     alignment = target.info.capabilities.alignment
     results = {name: {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
