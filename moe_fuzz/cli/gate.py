@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import click
 
 from moe_fuzz import config, report
+from moe_fuzz._version import __version__
+from moe_fuzz.campaign.events import CampaignFinished, CampaignStarted, Summary
 from moe_fuzz.campaign.gate import changed, ledger_file
 from moe_fuzz.campaign.gate.corpus import read as read_corpus
 from moe_fuzz.campaign.gate.engine import Gate
@@ -22,11 +24,12 @@ from moe_fuzz.campaign.repro import renderer
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.cli import params
 from moe_fuzz.cli.machine import architecture, gpus, human
-from moe_fuzz.cli.run import expand, runnable, screen
+from moe_fuzz.cli.run import expand, pick_sanitizer, runnable, screen
 from moe_fuzz.config_tables import TABLE
 from moe_fuzz.errors import EXIT_CLEAN, EnvironmentProblem, UsageError
 from moe_fuzz.options import ProviderOptions
 from moe_fuzz.restriction import Restriction
+from moe_fuzz.sanitize.automatic import automatic
 from moe_fuzz.worker.gpus import SLOT_BYTES, Gpu, default_workers
 from moe_fuzz.worker.pool import Pool
 
@@ -59,6 +62,8 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in PROFILES
 @_option("strict", "--strict", is_flag=True, help="Red on findings of class robustness too.")
 @_option("base-python", "--base-python", metavar="PYTHON",
          help="The interpreter of the build that the change is made to; what fails there too is not new.")
+@click.option("--sanitize/--no-sanitize", "sanitizing", default=True, show_default=True,
+              help="On a GPU: have compute-sanitizer name the line of the kernel, for findings about memory.")
 @_option("gpu-memory", "--gpu-memory", type=params.SIZE, metavar="SIZE",
          help="Of each GPU at most so much, e.g. 24GiB: fewer workers. [default: all that is free]")
 @params.target_op
@@ -75,7 +80,8 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in PROFILES
 def command(
     ctx: click.Context, targets: tuple[str, ...], changed_from: str | None, profile: str, cases: int | None,
     time: float | None, seed: int, ledger: Path | None, corpus: tuple[Path, ...], strict: bool,
-    base_python: str | None, gpu_memory: int | None, op: str | None, reports: tuple[tuple[str, Path | None], ...],
+    base_python: str | None, sanitizing: bool, gpu_memory: int | None, op: str | None,
+    reports: tuple[tuple[str, Path | None], ...],
     workers: int | None, device: str, deadline: float, memory: int | None, state_dir: Path,
 ) -> None:  # fmt: skip
     """Run a fixed plan on each TARGET; without one, on every target that this machine can run.
@@ -88,14 +94,16 @@ def command(
     too little ran to say anything.
     """
     names = expand(targets, op)
-    names, notes = touched(names, changed_from) if changed_from is not None else (names, ())
+    entries = read_ledger(ledger)  # one that cannot be read is told by the change that broke it
+    names, notes = touched(names, changed_from, ledger or ledger_path()) if changed_from is not None else (names, ())
     if not names:
         click.echo("\n".join(notes))
+        write_nothing(reports, notes, seed, params.pick_device(device), state_dir)
         ctx.exit(EXIT_CLEAN)
     chosen = PROFILES[profile]
-    entries = read_ledger(ledger)
     replayed, left_out = read_corpus(corpus)
     device = params.pick_device(device)
+    sanitizing, without = pick_sanitizer(sanitizing, device)
     cards = limited(gpus(), gpu_memory) if device == "cuda" else ()
     count = workers or (default_workers(cards) if cards else params.pick_workers(None, device))
     opened = report.open_reports(reports, os.environ)
@@ -120,11 +128,12 @@ def command(
                 seconds=time if time is not None or cases is not None else chosen.seconds,
                 seed=seed, device=device, workers=count, deadline=deadline, strict=strict, corpus=replayed,
                 entries=entries, arch=architecture(device) if any(entry.arch for entry in entries) else "",
-                notes=(*notes, *left_out),
+                notes=(*notes, *left_out, *without),
             )  # fmt: skip
             summary = Gate(
-                settings, pool, state, broadcast, base=base, render_repro=renderer(pool), health=pool.stats.to_json
-            ).run()
+                settings, pool, state, broadcast, base=base, render_repro=renderer(pool),
+                sanitize=automatic(pool, device) if sanitizing else None, health=pool.stats.to_json,
+            ).run()  # fmt: skip
     finally:
         broadcast.close()
     lost = [name for name in broadcast.failed if name in opened]
@@ -133,11 +142,14 @@ def command(
     ctx.exit(summary.exit_code)
 
 
-def touched(names: Sequence[str], revision: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The targets that the changes since a revision touch, and lines that say why these."""
+def touched(names: Sequence[str], revision: str, ledger: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The targets that the changes since a revision touch, and lines that say why these. A changed ledger touches all:
+    what an entry that went told of is new again."""
     found = _configuration()
     root, files = changed.changed_files(revision, Path.cwd())
-    change = changed.affected(names, root, files, found.paths, found.path.parent if found.path else None)
+    change = changed.affected(
+        names, root, files, found.paths, found.path.parent if found.path else None, for_all=(ledger,)
+    )
     lines = [f"changed since {revision}: {len(files)} files, {len(change.unmapped)} of them touch no target"]
     lines += [f"{name}: {reason} changed" for name, reason in change.reasons.items()]
     if not change.targets:
@@ -145,6 +157,24 @@ def touched(names: Sequence[str], revision: str) -> tuple[tuple[str, ...], tuple
         lines.append("nothing to gate" + (f": {some}" if some else ""))
         lines.append(f"what a path touches beside what is imported stands in [{TABLE}.paths]")
     return change.targets, tuple(lines)
+
+
+def write_nothing(
+    reports: Sequence[tuple[str, Path | None]], notes: tuple[str, ...], seed: int, device: str, state_dir: Path
+) -> None:
+    """The reports of a gate with nothing to gate: the next step of a workflow uploads them, and fails where there are
+    none."""
+    broadcast = report.Broadcast(report.open_reports(reports, os.environ), lambda text: click.echo(text, err=True))
+    try:
+        broadcast(CampaignStarted(__version__, (), device, 0, seed, 0, None, str(state_dir), False, notes))
+        broadcast(CampaignFinished(Summary(
+            seed=seed, cases=0, planned=0, seconds=0.0, verdicts={}, new=(), known=(), fixed=(), flaky=0, unexamined=0,
+            rows=(), interrupted=False, exit_code=EXIT_CLEAN,
+        )))  # fmt: skip
+    finally:
+        broadcast.close()
+    if broadcast.failed:
+        raise EnvironmentProblem(f"the report {broadcast.failed[0]} could not be written to its end")
 
 
 def read_ledger(path: Path | None) -> tuple[Entry, ...]:

@@ -17,8 +17,10 @@ from moe_fuzz.errors import EnvironmentProblem, UsageError
 
 
 @click.group(short_help="Write findings into the ledger of known ones.")
-def command() -> None:
+@click.pass_context
+def command(ctx: click.Context) -> None:
     """The ledger lists the findings that a project knows of: a gate tolerates them."""
+    ctx.default_map = {"add": ctx.default_map}  # click hands it on to one level only
 
 
 @command.command(short_help="Write the entry of a finding.")

@@ -109,9 +109,7 @@ def command(
     validate_checks(checks, names)
     device = params.pick_device(device)
     own, notes = params.pick_fence(fence, device)
-    sanitizing = sanitizing and device == "cuda"
-    if sanitizing and lane.find() is None:
-        sanitizing, notes = False, (*notes, f"{lane.NAME} is not here: findings about memory name no line of a kernel")
+    sanitizing, without = pick_sanitizer(sanitizing, device)
     count = params.pick_workers(workers, device)
     opened = report.open_reports(reports, os.environ)
     broadcast = report.Broadcast({**opened, "on the screen": screen()}, lambda text: click.echo(text, err=True))
@@ -133,7 +131,7 @@ def command(
                 deadline=deadline,
                 restriction=restriction,
                 own=own,
-                notes=(*notes, *restriction.lines()),
+                notes=(*notes, *without, *restriction.lines()),
                 minimize_seconds=chosen.minimize_seconds if minimize_time is None else minimize_time,
             )
             sanitize = automatic(pool, device) if sanitizing else None
@@ -158,6 +156,15 @@ def expand(targets: Sequence[str], op: str | None) -> tuple[str, ...]:
     if not targets:
         return tuple(target.name for target in registry.known() if op in (None, target.op))
     return tuple(dict.fromkeys(name for text in targets for name in registry.resolve(text, op)))
+
+
+def pick_sanitizer(wanted: bool, device: str) -> tuple[bool, tuple[str, ...]]:
+    """Whether findings about memory are shown to a sanitizer, and a note where one is missed."""
+    if not wanted or device != "cuda":
+        return False, ()
+    if lane.find() is None:
+        return False, (f"{lane.NAME} is not here: findings about memory name no line of a kernel",)
+    return True, ()
 
 
 def validate_checks(checks: tuple[str, ...] | None, targets: Sequence[str]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -191,6 +193,52 @@ def test_the_table_of_the_configuration(call: Callable, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("[tool.moe-fuzz.gate]\nledger = 'ci/known.toml'\n")
     ran = call("gate", "topk_softmax@torch")
     assert f"there is no ledger {tmp_path}/ci/known.toml" in ran.err
+
+
+def test_the_ledger_looks_where_the_configuration_says(call: Callable, tmp_path: Path) -> None:
+    """click hands defaults on to one level of commands only."""
+    (tmp_path / "pyproject.toml").write_text("[tool.moe-fuzz]\nstate-dir = 'mine'\n")
+    ran = call("ledger", "add", "abcdef0123", "--tracker", "a#1", "--owner", "@me")
+    assert ran.code == 2
+    assert f"in {tmp_path}/mine" in ran.err
+
+
+@pytest.fixture
+def committed(tmp_path: Path) -> Path:
+    """A repository with a kernel, a ledger and a text."""
+    shutil.copy(HERE / "gate_targets.py", tmp_path / "kernels.py")
+    (tmp_path / "moe-fuzz-ledger.toml").write_text("")
+    (tmp_path / "README.md").write_text("kernels")
+    (tmp_path / ".gitignore").write_text("reports\n.moe-fuzz\n__pycache__\n")
+    for words in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm all"):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def test_reports_are_written_where_there_is_nothing_to_gate(call: Callable, committed: Path) -> None:
+    (committed / "README.md").write_text("more")
+    kinds = {"junit": "j.xml", "sarif": "s.sarif", "html": "p.html", "ndjson": "e.ndjson", "github": "summary.md"}
+    asked = [word for kind, file in kinds.items() for word in ("--report", f"{kind}=reports/{file}")]
+    ran = call("gate", "kernels.py:sound", *CPU, "--changed-from", "HEAD", *asked)
+    assert (ran.code, "nothing to gate: README.md" in ran.out) == (0, True), ran.err
+    assert {file.name for file in (committed / "reports").iterdir()} == set(kinds.values())
+    [run] = json.loads((committed / "reports/s.sarif").read_text())["runs"]
+    assert run["results"] == []
+    suites = ElementTree.parse(committed / "reports/j.xml").getroot()
+    assert not suites.findall(".//error")
+    assert not suites.findall(".//failure")
+
+
+def test_a_change_of_the_ledger_is_gated(call: Callable, committed: Path) -> None:
+    (committed / "README.md").write_text("more")
+    (committed / "moe-fuzz-ledger.toml").write_text("# nothing is known\n")
+    words = ("gate", "kernels.py:sound", *CPU, "--changed-from", "HEAD", "--cases", "4")
+    ran = call(*words)
+    assert ran.code == 0, ran.out
+    assert "moe-fuzz-ledger.toml changed" in ran.out
+    assert "4 of 4 cases" in ran.out
+    (committed / "moe-fuzz-ledger.toml").write_text("[[known]\n")
+    assert call(*words).code == 2
 
 
 def test_a_budget_of_gpu_memory_is_fewer_workers() -> None:

@@ -15,6 +15,7 @@ from moe_fuzz.campaign.gate.engine import Gate
 from moe_fuzz.campaign.gate.ledger import Entry
 from moe_fuzz.campaign.gate.plan import PROFILES, QUARANTINED, Profile
 from moe_fuzz.campaign.gate.settings import GateSettings
+from moe_fuzz.campaign.interfaces import Sanitized
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.report import junit, text
 from moe_fuzz.report.story import Story
@@ -43,12 +44,12 @@ KNOWN = Entry(
 )  # fmt: skip
 
 
-def gate(tmp_path, judge, listener=None, *, base=None, pool=None, **changes):
+def gate(tmp_path, judge, listener=None, *, base=None, pool=None, sanitize=None, **changes):
     given = {"targets": (TARGET,), "profile": SMALL, "cases": 200, "seconds": None, "seed": 7, "device": "cuda",
              "workers": 1, "today": TODAY}  # fmt: skip
     made = Gate(
         GateSettings(**(given | changes)), pool or FakePool(judge, int(changes.get("workers", 1))), StateDir(tmp_path),
-        listener or Listener(), base=base, sources=SOURCES,
+        listener or Listener(), base=base, sources=SOURCES, sanitize=sanitize,
     )  # fmt: skip
     made.listener = made._emit
     return made
@@ -61,6 +62,14 @@ def judged(listener) -> list[tuple]:
 
 def statuses(summary) -> dict[str, str]:
     return {result.entry["name"]: result.status for result in summary.gate.entries}
+
+
+def test_a_finding_about_memory_gets_the_line_of_a_sanitizer(tmp_path):
+    listener, judge = Listener(), when(nan_on_odd, crash("illegal-access", "routing.py:40 in topk"))
+    made = gate(tmp_path, judge, listener, sanitize=lambda *_: Sanitized("routing.py:118 in _kernel", ("memcheck: x",)))
+    [finding] = made.run().new
+    assert finding.verdict.violations[0].site == "routing.py:118 in _kernel"
+    assert finding.sanitizer == ("memcheck: x",)
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------------
@@ -299,6 +308,14 @@ def test_an_expired_entry_is_red_and_still_explains(tmp_path, expires, code):
     summary = gate(tmp_path, when(nan_on_odd), entries=(replace(KNOWN, expires=expires),)).run()
     assert (summary.exit_code, summary.new) == (code, ())
     assert statuses(summary) == {"known-nan": "expired" if code else "known"}
+
+
+def test_an_expired_entry_is_red_although_its_case_did_not_run(tmp_path):
+    """Time was up, or so it says on the clock, before the first round."""
+    entries = (replace(KNOWN, name="late", expires=TODAY), KNOWN)
+    summary = gate(tmp_path, always_good, entries=entries, seconds=0.0).run()
+    assert statuses(summary) == {"late": "expired", "known-nan": "not-run"}
+    assert summary.exit_code == 1
 
 
 def test_an_entry_that_fails_otherwise_is_news(tmp_path):

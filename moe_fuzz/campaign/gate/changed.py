@@ -60,15 +60,19 @@ def changed_files(revision: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def affected(targets: Sequence[str], root: Path, files: Sequence[str], table: Mapping[str, Sequence[str]],
-             table_root: Path | None = None) -> Change:  # fmt: skip
+             table_root: Path | None = None, for_all: Sequence[Path] = ()) -> Change:  # fmt: skip
     """Which of `targets` the changed files touch. table: glob -> targets, ops, providers, or `*`; its globs stand for
-    paths from `table_root` on."""
+    paths from `table_root` on. for_all: files that every target depends on, as the ledger."""
     graph = ImportGraph(root, _own_paths(root))
     reasons: dict[str, str] = {}
     mapped: set[str] = set()
     made_of = {name: graph.files(registry.locate(name)) for name in targets}
+    everybody = {path.resolve() for path in for_all}
     for file in files:
         path = (root / file).resolve()
+        if path in everybody:
+            mapped.add(file)
+            reasons = {**dict.fromkeys(targets, file), **reasons}
         for name, parts in made_of.items():
             if path in parts:
                 reasons.setdefault(name, file)

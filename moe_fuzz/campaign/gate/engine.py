@@ -23,7 +23,7 @@ from moe_fuzz.campaign.gate.ledger import Entry
 from moe_fuzz.campaign.gate.plan import FixedPlan, Round, bare, fixed_plan, quotas
 from moe_fuzz.campaign.gate.settings import GateSettings
 from moe_fuzz.campaign.gate.summary import summarize, turns_red
-from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space, own_sources
+from moe_fuzz.campaign.interfaces import Cases, Pool, Sanitize, Sources, Space, own_sources
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.contract import TargetInfo
@@ -47,9 +47,10 @@ class Gate:
     def __init__(
         self, settings: GateSettings, pool: Pool, state: StateDir, emit: Callable[[events.Event], None], *,
         base: Pool | None = None, sources: Sources | None = None, render_repro: RenderRepro | None = None,
-        health: Callable[[], Mapping[str, float]] | None = None,
+        sanitize: Sanitize | None = None, health: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:  # fmt: skip
-        """base: workers of the build that the change is made to. health: what the pool counts of its processes."""
+        """base: workers of the build that the change is made to. sanitize: names the line of a kernel, for findings
+        about memory. health: what the pool counts of its processes."""
         self._settings = settings
         self._pool = pool
         self._state = state
@@ -63,6 +64,7 @@ class Gate:
         self._unavailable: dict[str, EnvironmentProblem] = {}
         self._tally = Tally()
         self._coverage = Coverage()
+        self._sanitize = sanitize
         self._health = health
         self._changed = threading.Condition()
         self._ran: dict[int, _Ran] = {}
@@ -85,7 +87,8 @@ class Gate:
             settings = self._settings
             self._judge = Judge(
                 self._state,
-                {name: Examiner(self._pool, info, space, self._options, settings.device, settings.profile.tries, False)
+                {name: Examiner(self._pool, info, space, self._options, settings.device, settings.profile.tries, False,
+                                self._sanitize)
                  for name, (info, space) in self._targets.items()},
                 self._emit, self._in_force, self._turns_red, self._base, self._render,
             )  # fmt: skip
@@ -280,7 +283,7 @@ class Gate:
             for entry in entries:
                 if (entry.name, name) in self._results:
                     continue
-                if entry.cases:
+                if entry.cases and not entry.expired(self._today):
                     result = not_run(entry, info, "not-run", "the time was up before its case ran")
                 else:
                     result = without_case(entry, info, self._judge.seen[entry.name], self._today)
