@@ -31,6 +31,14 @@ def read_text(path: Path) -> str:
         raise CaseError("", f"{path} is not text: {error.reason} at byte {error.start}") from error
 
 
+def read_member(path: Path) -> str:
+    """`read_text`, of a file that was met in a folder and that nobody named: a pipe there would be waited for for ever.
+    """
+    if path.exists() and not path.is_file():
+        raise CaseError("", f"{path} is no regular file")
+    return read_text(path)
+
+
 def parse_json(text: str) -> Any:
     """Strict JSON: no NaN, no Infinity, no key twice."""
 

@@ -24,7 +24,7 @@ from moe_fuzz.campaign import lattice
 from moe_fuzz.campaign.interfaces import Space
 from moe_fuzz.case import FORMAT as CASE_FORMAT
 from moe_fuzz.case import Case
-from moe_fuzz.case_json import parse_json, read_text
+from moe_fuzz.case_json import parse_json, read_member
 from moe_fuzz.errors import CaseError, EnvironmentProblem, UsageError
 
 FORMAT = 1
@@ -105,7 +105,7 @@ def load(folder: Path, get_space: GetSpace, limit: int = MAX_FILES) -> Corpus:
         raise _problem(f"{folder} cannot be read", error) from error
     for file in files[:limit]:
         try:
-            entry = read(read_text(file), get_space)
+            entry = read(read_member(file), get_space)
         except _Foreign as error:
             corpus.foreign[file] = str(error)
         except UsageError as error:

@@ -58,8 +58,7 @@ def add(cases: tuple[str, ...], reason: str, any_target: bool, folder: Path | No
 def merge(folders: tuple[Path, ...], folder: Path | None, state_dir: Path) -> None:
     """Take over the cases of each DIR, whose files stay. Cases that are there already are not doubled."""
     for one in folders:
-        if not one.is_dir():
-            raise UsageError(f"there is no folder {one}", "name the folder of a corpus, e.g. .moe-fuzz/corpus")
+        _must_be_there(one)
     with _open(folder, state_dir) as into:
         sources = [corpus.load(one, get_space) for one in folders]
         new = corpus.merge(into, sources)
@@ -75,6 +74,8 @@ def merge(folders: tuple[Path, ...], folder: Path | None, state_dir: Path) -> No
 def prune(dry_run: bool, folder: Path | None, state_dir: Path) -> None:
     """Keep the fewest cases that cover every point of the feature lattice (target, class of configs, fault, mode,
     nearness to the bound) that the corpus covers. Cases with a reason stay; so do files of another version."""
+    if folder is not None:
+        _must_be_there(folder)
     with _open(folder, state_dir) as into:
         stays, goes = corpus.prune(into, get_space)
         table(
@@ -88,6 +89,11 @@ def prune(dry_run: bool, folder: Path | None, state_dir: Path) -> None:
         verb = "would go" if dry_run else "went"
         click.echo(f"\n{len(stays)} cases stay, {pinned} of them for a reason; {len(goes)} {verb}")
         _tell(into)
+
+
+def _must_be_there(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}", "name the folder of a corpus, e.g. .moe-fuzz/corpus")
 
 
 @contextlib.contextmanager

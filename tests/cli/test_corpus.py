@@ -105,3 +105,8 @@ def test_the_configured_state_directory_is_used(call: Callable, case: Case) -> N
     Path("pyproject.toml").write_text('[tool.moe-fuzz]\nstate-dir = "mine"\n')
     assert call("corpus", "add", case.inline(), "--reason", "x").code == 0
     assert entries(Path("mine/corpus"))
+
+
+def test_a_folder_that_is_not_there_is_no_empty_corpus(call: Callable) -> None:
+    ran = call("corpus", "prune", "--corpus", "mistyped")
+    assert (ran.code, "there is no folder mistyped" in ran.err) == (2, True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moe_fuzz.campaign.interfaces import Cases
 from moe_fuzz.case import Case
-from moe_fuzz.case_json import read_text
+from moe_fuzz.case_json import parse_json, read_member
 from moe_fuzz.errors import UsageError
 from moe_fuzz.ops import get_space
 
@@ -26,7 +25,7 @@ def read(folders: Sequence[Path]) -> tuple[Cases, list[str]]:
             raise UsageError(f"there is no corpus {folder}", "name a folder of cases; without one, none is replayed")
         for file in sorted(folder.rglob("*.json")):
             try:
-                cases += _cases(json.loads(read_text(file)))
+                cases += _cases(parse_json(read_member(file)))
             except (ValueError, UsageError) as error:
                 notes.append(f"corpus: {file} is left out: {error}")
     return tuple(cases), notes
