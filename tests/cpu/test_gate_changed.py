@@ -75,6 +75,37 @@ def test_git_that_cannot_answer(repository: Path, tmp_path: Path) -> None:
         changed_files("main", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "moved_to", ["", "kernels/scores.py", "kernels/scoring/__init__.py", "kernels/deep/scoring.py"]
+)
+def test_a_module_that_is_deleted_or_renamed_touches_what_imports_it(repository: Path, moved_to: str) -> None:
+    """Also where the importing file was forgotten, which is when a gate has something to say."""
+    write(repository, kernels_="", kernels_router="from .scoring import scores\ndef topk(): scores()",
+          kernels_scoring="def scores(): 1", kernels_other="1")  # fmt: skip
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "kernels")
+    scoring = repository / "kernels" / "scoring.py"
+    if moved_to:
+        (repository / moved_to).parent.mkdir(exist_ok=True)
+        (repository / moved_to).write_text(scoring.read_text())
+    scoring.unlink()
+    root, files = changed_files("HEAD", repository)
+    target = "topk_softmax@kernels.router:topk"
+    assert affected((target,), root, files, {}).targets == (target,)
+    scoring.write_text("def scores(): 1")
+    (repository / "kernels" / "other.py").unlink()
+    assert "kernels/other.py" in affected((target,), *changed_files("HEAD", repository), {}).unmapped
+
+
+def test_the_packages_around_a_target_run_too(repository: Path) -> None:
+    write(repository, pack_="import pack.far", pack_far="1", pack_in_="1", pack_in_router="def topk(): 1")
+    target = "topk_softmax@pack.in.router:topk"
+    for file, touched in (("pack/__init__.py", True), ("pack/in/__init__.py", True), ("pack/far.py", False)):
+        assert bool(affected((target,), repository, (file,), {}).targets) == touched, file
+    (repository / "pack/in/__init__.py").unlink()
+    assert affected((target,), repository, ("pack/in/__init__.py",), {}).targets == (target,)
+
+
 # ---- imports --------------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +124,8 @@ def test_a_file_is_made_of_what_it_imports(tmp_path: Path) -> None:
         "def topk():\n    from pack.late import x\n    return first, s\n"
     )
     assert files(tmp_path, f"{tmp_path}/my.py:topk") == {
-        "my.py", "pack/first.py", "pack/second.py", "pack/third.py", "pack/fourth.py", "pack/late.py",
+        "my.py", "pack/__init__.py", "pack/first.py", "pack/second.py", "pack/third.py", "pack/fourth.py",
+        "pack/late.py",
     }  # fmt: skip
     assert files(tmp_path, "my:topk()") == files(tmp_path, f"{tmp_path}/my.py:topk")
     assert files(tmp_path, "torch:topk") == set()
@@ -109,15 +141,15 @@ def test_of_a_module_that_hands_out_several_only_what_the_name_needs(tmp_path: P
         hub2="import k.one\nfrom k.two import three\nother = k.one", src_lib_="from lib import deep",
         src_lib_deep="",
     )  # fmt: skip
-    assert files(tmp_path, "hub:a") == {"hub.py", "k/one.py", "shared.py"}
-    assert files(tmp_path, "hub:b") == {"hub.py", "k/two.py", "shared.py"}
+    assert files(tmp_path, "hub:a") == {"hub.py", "k/__init__.py", "k/one.py", "shared.py"}
+    assert files(tmp_path, "hub:b") == {"hub.py", "k/__init__.py", "k/two.py", "shared.py"}
     assert files(tmp_path, "hub:c") == {"hub.py", "fast.py", "slow.py"}
-    assert files(tmp_path, "hub:three") == {"hub.py", "hub2.py", "k/two.py", "shared.py"}
+    assert files(tmp_path, "hub:three") == {"hub.py", "hub2.py", "k/__init__.py", "k/two.py", "shared.py"}
     (tmp_path / "hub3.py").write_text("from hub import *\nimport hub2\n")
     assert files(tmp_path, "hub3:a") >= {"hub3.py", "hub.py", "hub2.py", "k/one.py", "k/two.py"}
     assert files(tmp_path, "lib:deep") == {"src/lib/__init__.py", "src/lib/deep.py"}
     (tmp_path / "k" / "one.py").write_text("def broken(:")
-    assert files(tmp_path, "hub:a") == {"hub.py", "k/one.py"}
+    assert files(tmp_path, "hub:a") == {"hub.py", "k/__init__.py", "k/one.py"}
 
 
 # ---- our own kernels, and the table ---------------------------------------------------------------------------------

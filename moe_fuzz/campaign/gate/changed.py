@@ -63,7 +63,8 @@ def affected(targets: Sequence[str], root: Path, files: Sequence[str], table: Ma
              table_root: Path | None = None, for_all: Sequence[Path] = ()) -> Change:  # fmt: skip
     """Which of `targets` the changed files touch. table: glob -> targets, ops, providers, or `*`; its globs stand for
     paths from `table_root` on. for_all: files that every target depends on, as the ledger."""
-    graph = ImportGraph(root, _own_paths(root))
+    gone = frozenset(path for file in files if not (path := root.resolve() / file).exists())
+    graph = ImportGraph(root, _own_paths(root), gone)
     reasons: dict[str, str] = {}
     mapped: set[str] = set()
     made_of = {name: graph.files(registry.locate(name)) for name in targets}

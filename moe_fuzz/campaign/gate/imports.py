@@ -14,9 +14,11 @@ from pathlib import Path
 
 
 class ImportGraph:
-    """Of the Python files below `root`. `paths`: where absolute imports are looked up, besides root and root/src."""
+    """Of the Python files below `root`. `paths`: where absolute imports are looked up, besides root and root/src.
+    `gone`: files that a change took away; what still imports one is touched by that."""
 
-    def __init__(self, root: Path, paths: tuple[Path, ...] = ()) -> None:
+    def __init__(self, root: Path, paths: tuple[Path, ...] = (), gone: frozenset[Path] = frozenset()) -> None:
+        self._gone = gone
         self._root = root.resolve()
         self._paths = (*paths, self._root, self._root / "src")
         self._direct: dict[Path, frozenset[Path]] = {}
@@ -37,7 +39,15 @@ class ImportGraph:
             if resolved not in whole and self._inside(resolved):
                 whole.add(resolved)
                 line += self._imports(path)
-        return frozenset(found | whole)
+        return frozenset(found | whole | set(self._packages(found | whole)))
+
+    def _packages(self, files: set[Path]) -> Iterator[Path]:
+        """The `__init__.py` that run before these files do. What those import in their turn is left alone: it would be
+        most of a project."""
+        for folder in {folder for file in files for folder in file.parents if self._inside(folder)}:
+            file = folder / "__init__.py"
+            if file.is_file() or file in self._gone:
+                yield file.resolve()
 
     def _inside(self, path: Path) -> bool:
         return path.is_relative_to(self._root)
@@ -87,6 +97,8 @@ class ImportGraph:
                     yield holder
 
     def _imports(self, path: Path) -> frozenset[Path]:
+        if path in self._gone:
+            return frozenset()
         if path not in self._direct:
             nodes = _imported(path, path.stat().st_mtime_ns)
             self._direct[path] = frozenset(file for node in nodes for file in self._of(path, node))
@@ -122,17 +134,15 @@ class ImportGraph:
         return node.module or ""
 
     def _module(self, name: str) -> Path | None:
-        return _find(name, self._paths) if name else None
+        return _find(name, self._paths, self._gone) if name else None
 
 
 @cache
-def _find(name: str, paths: tuple[Path, ...]) -> Path | None:
+def _find(name: str, paths: tuple[Path, ...], gone: frozenset[Path]) -> Path | None:
     relative = Path(*name.split("."))
-    for base in paths:
-        for file in (base / relative.with_suffix(".py"), base / relative / "__init__.py"):
-            if file.is_file():
-                return file
-    return None
+    files = [file for base in paths for file in (base / relative.with_suffix(".py"), base / relative / "__init__.py")]
+    there = next((file for file in files if file.is_file()), None)
+    return there or next((file for file in files if file in gone), None)
 
 
 def _tree(path: Path) -> ast.Module:
