@@ -29,6 +29,7 @@ SAYS_HERE = SAYS | {
     "capture": "cannot be captured into a CUDA graph: ",
 }  # fmt: skip
 BUGS = [bug for bug in SCRIPTED if "cuda" in bug.devices]
+PARTS = 6  # which run side by side
 HANG = 20  # seconds: compiled by then, or never
 
 
@@ -63,10 +64,12 @@ def batch(without_us: dict[str, str], elsewhere: Path) -> Iterator[Batch]:  # no
         yield run
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("bare", [False, True], ids=["fenced", "bare"])
-def test_every_planted_bug_shows(runner: Runner, tmp_path: Path, batch: Batch, bare: bool) -> None:
+def test_every_planted_bug_shows(runner: Runner, tmp_path: Path, batch: Batch, bare: bool, part: int) -> None:
     runs = []
     bugs = [bug for bug in BUGS if not bare or bug.check not in ("fence", "canary", "hang")]  # whose scripts are alike
+    bugs = bugs[part::PARTS]
     for bug in bugs:
         case, verdict = failing(runner, bug)
         text = render(finding_of(case, verdict), exhibit_of(runner, case) | GPU, bare=bare)
