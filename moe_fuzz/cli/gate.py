@@ -121,6 +121,7 @@ def command(
             base = None
             if base_python is not None:
                 base = stack.enter_context(base_pool(base_python, providers, device, limit, state_dir, pool))
+                check_base(base, base_python)
             able = runnable(names, targets, op, pool, broadcast, Restriction())
             read_quota(cases, able)
             settings = GateSettings(
@@ -209,6 +210,17 @@ def base_pool(
     others = {name: replace(options, python=None) for name, options in providers.items()}
     return Pool(workers=1, device=device, python=python, memory_limit=memory, log_dir=state_dir / "logs" / "base",
                 providers=others, beside=pool)  # fmt: skip
+
+
+def check_base(base: Pool, python: str) -> None:
+    """Raises EnvironmentProblem where nothing at all runs on the base build: everything would look new there, and be
+    laid at this change's door."""
+    try:
+        base.describe("topk_softmax@torch")
+    except EnvironmentProblem as problem:
+        hint = "it needs torch, Triton and numpy, as the base build has them"
+        said = f"--base-python {python} cannot be compared with: {problem.message}"
+        raise EnvironmentProblem(said, hint) from problem
 
 
 def _configuration() -> config.Config:

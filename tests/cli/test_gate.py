@@ -182,6 +182,14 @@ def test_words_that_make_no_sense(gate: Callable, call: Callable, tmp_path: Path
     assert said in ran.err
 
 
+def test_a_base_build_on_which_nothing_runs_is_no_base(gate: Callable) -> None:
+    """What was there before must not be called new because nobody could look."""
+    ran = gate("odd", words=("--base-python", "/bin/ls"))
+    assert ran.code == 3
+    assert "--base-python /bin/ls cannot be compared with" in ran.err
+    assert not of(ran, "case-judged")
+
+
 def test_the_table_of_the_configuration(call: Callable, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("[tool.moe-fuzz.gate]\nprofil = 'quick'\n")
     ran = call("gate", "topk_softmax@torch")
