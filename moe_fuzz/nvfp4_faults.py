@@ -42,7 +42,8 @@ class BlockCanvas(Canvas):
 
     def steps(self, positions: Sequence[int]) -> torch.Tensor:
         """float32 [P, 1]: what a block's maximum is multiplied by for its scale."""
-        return (self.scales[positions] / 6)[:, None]
+        scales = self.scales[positions]
+        return (scales / torch.full_like(scales, 6.0))[:, None]  # by a number a GPU would take its reciprocal
 
     def with_maximum(self, positions: Sequence[int], maximum: torch.Tensor) -> torch.Tensor:
         """The blocks shrunk or stretched to these maxima, [P, B]. Zeros and NaN give way to a one."""
