@@ -110,7 +110,7 @@ def run(options: argparse.Namespace, root: Path) -> int:
     blows(root, fixed, expected, end, chosen, book)
 
     flat = memory["growth"] <= GROWTH
-    if not flat:
+    if not flat and memory["seconds"] >= 60:  # before that it grows to its size
         book.problems.append(f"the parent's memory grew by {memory['growth']:.1%}")
     figures = {
         "minutes": round((time.monotonic() - start) / 60, 1), "workers": options.workers, "blows": dict(book.blows),
