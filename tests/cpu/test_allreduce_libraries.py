@@ -7,13 +7,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from moe_fuzz.errors import EnvironmentProblem  # noqa: E402
-from moe_fuzz.reference.allreduce_rmsnorm import allreduce_rmsnorm as reference  # noqa: E402
-from moe_fuzz.targets import library_allreduce as library  # noqa: E402
-from moe_fuzz.targets.bind import bind  # noqa: E402
+from moe_fuzz.errors import EnvironmentProblem
+from moe_fuzz.reference.allreduce_rmsnorm import allreduce_rmsnorm as reference
+from moe_fuzz.targets import library_allreduce as library
+from moe_fuzz.targets.bind import bind
 
 WORLD = 2
 

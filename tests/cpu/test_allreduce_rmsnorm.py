@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from moe_fuzz.execute.interpreter import hasten  # noqa: E402
-from moe_fuzz.kernels.allreduce_rmsnorm import LocalGroup, RankTimeout, allreduce_rmsnorm, dispatch  # noqa: E402
-from moe_fuzz.kernels.allreduce_rmsnorm.barrier import unpack_fault  # noqa: E402
-from moe_fuzz.reference.allreduce_rmsnorm import allreduce_rmsnorm as reference  # noqa: E402
+from moe_fuzz.execute.interpreter import hasten
+from moe_fuzz.kernels.allreduce_rmsnorm import LocalGroup, RankTimeout, allreduce_rmsnorm, dispatch
+from moe_fuzz.kernels.allreduce_rmsnorm.barrier import unpack_fault
+from moe_fuzz.reference.allreduce_rmsnorm import allreduce_rmsnorm as reference
 
 BACKENDS = pytest.mark.parametrize("backend", ["one_shot", "two_shot"])
 #: world, T, H: no token, fewer tokens than ranks, one column, less than a warp, odd, just past a power of two

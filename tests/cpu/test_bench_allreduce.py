@@ -9,8 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("torch")
-
 from moe_fuzz.bench import allreduce
 from moe_fuzz.bench import allreduce_choice as choice
 from moe_fuzz.bench.ranks import run_ranks

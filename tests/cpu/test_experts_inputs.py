@@ -218,7 +218,7 @@ def test_benign_rows_are_of_the_recipe():
 def test_layouts_keep_the_values(tensor, fault):
     if (fault, tensor) in {("transposed", "w13"), ("transposed", "w2"), ("int32_boundary", "weights"),
                            ("int32_boundary", "ids")}:  # fmt: skip
-        pytest.skip("no such place")
+        pytest.skip(f"{fault} cannot be laid into {tensor}: the space has no such place")
     inputs = materialize(case(faults=[Fault(fault, tensor)]), 0)
     with open_arena("cpu") as arena:
         placed = inputs.place(arena, Capabilities(alignment=1))
