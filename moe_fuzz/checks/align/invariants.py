@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_fuzz.checks import check
+from moe_fuzz.checks import check, outputs
 from moe_fuzz.checks.align.observation import AlignObservation
 from moe_fuzz.checks.coordinates import first, row_text
 from moe_fuzz.verdict import Violation
@@ -27,23 +27,16 @@ def structure(seen: AlignObservation) -> list[Violation]:
         if not seen.inputs.fits(name, tuple(tensor.shape)) or (room and tensor.shape[0] < room):
             at_least = "at least " if name in ("sorted_token_ids", "expert_ids") else ""
             wanted = (max(least[0], room),) if at_least else least
-            found.append(Violation("structure", f"{name}:shape", f"{name} has the wrong shape", name, (),
-                                   f"{at_least}{wanted}", str(tuple(tensor.shape))))  # fmt: skip
+            found.append(outputs.wrong(name, "shape", f"{at_least}{wanted}", tuple(tensor.shape)))
         elif tensor.dtype != dtype:
-            found.append(Violation("structure", f"{name}:dtype", f"{name} has the wrong dtype", name, (),
-                                   str(dtype), str(tensor.dtype)))  # fmt: skip
+            found.append(outputs.wrong(name, "dtype", dtype, tensor.dtype))
     return found
 
 
 @check(_FAMILY, "written")
 def written(seen: AlignObservation) -> list[Violation]:
     """No element still holds the poison it had before the call (flashinfer#3011)."""
-    found = []
-    for name, left in seen.unwritten.items():
-        if left.any():
-            message = f"{int(left.sum())} of {left.numel()} elements of {name} were never written"
-            found.append(Violation("written", f"{name}:unwritten", message, name, first(left), "a value", "poison"))
-    return found
+    return outputs.never_written(seen.unwritten)
 
 
 @check(_FAMILY, "count", parity=True)

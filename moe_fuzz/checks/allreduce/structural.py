@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from moe_fuzz.checks import check
+from dataclasses import replace
+
+from moe_fuzz.checks import check, outputs
 from moe_fuzz.checks.allreduce.observation import AllreduceObservation
 from moe_fuzz.checks.coordinates import first
 from moe_fuzz.execute import peers
@@ -14,29 +16,15 @@ from moe_fuzz.verdict import Violation
 @check("allreduce", "structure")
 def structure(seen: AllreduceObservation) -> list[Violation]:
     """Both outputs have the shape and the dtype of x."""
-    found = []
-    for name, (shape, dtype) in seen.inputs.results.items():
-        tensor = getattr(seen.outputs, name)
-        if tuple(tensor.shape) != shape:
-            found.append(Violation("structure", f"{name}:shape", f"{name} has the wrong shape", name, (), str(shape),
-                                   str(tuple(tensor.shape))))  # fmt: skip
-        elif tensor.dtype != dtype:
-            found.append(Violation("structure", f"{name}:dtype", f"{name} has the wrong dtype", name, (), str(dtype),
-                                   str(tensor.dtype)))  # fmt: skip
-    return found
+    return outputs.structure(seen.outputs, seen.inputs.results)
 
 
 @check("allreduce", "written")
 def written(seen: AllreduceObservation) -> list[Violation]:
     """No element still holds the poison that it had before the call."""
-    found = []
-    for name in ("normed", "residual_out"):
-        left = unwritten(getattr(seen.outputs, name))
-        if left.any():
-            where = first(left)
-            message = f"rank {where[0]}: {int(left.sum())} of {left.numel()} elements of {name} were never written"
-            found.append(Violation("written", f"{name}:unwritten", message, name, where, "a value", "poison"))
-    return found
+    left = {name: unwritten(getattr(seen.outputs, name)) for name in ("normed", "residual_out")}
+    found = outputs.never_written(left)
+    return [replace(one, message=f"rank {one.where[0]}: {one.message}") for one in found]
 
 
 @check("allreduce", "ranks")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_fuzz.checks import check
+from moe_fuzz.checks import check, outputs
 from moe_fuzz.checks.coordinates import first
 from moe_fuzz.checks.experts.observation import ExpertsObservation
 from moe_fuzz.verdict import Violation
@@ -24,11 +24,7 @@ def violation(seen: ExpertsObservation, check_name: str, symptom: str, wrong: to
 @check("experts", "structure")
 def structure(seen: ExpertsObservation) -> list[Violation]:
     """The shape of x, its dtype and its device."""
-    y, x = seen.outputs.y, seen.x
-    for what, expected, got in (("shape", tuple(x.shape), tuple(y.shape)), ("dtype", x.dtype, y.dtype)):
-        if expected != got:
-            return [Violation("structure", f"y:{what}", f"y has the wrong {what}", "y", (), str(expected), str(got))]
-    return []
+    return outputs.structure(seen.outputs, seen.inputs.results)
 
 
 @check("experts", "written")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from moe_fuzz.checks import check
-from moe_fuzz.checks.coordinates import first
+from moe_fuzz.checks import check, outputs
 from moe_fuzz.checks.layer.observation import LayerObservation
 from moe_fuzz.checks.routing import structural as router
 from moe_fuzz.fence import unwritten
@@ -13,16 +12,7 @@ from moe_fuzz.verdict import Violation
 @check("layer", "structure")
 def structure(seen: LayerObservation) -> list[Violation]:
     """y [T, H] in the dtype of hidden, weights [T, k] float32, ids [T, k] int32."""
-    found = []
-    for name, (shape, dtype) in seen.inputs.results.items():
-        tensor = getattr(seen.outputs, name)
-        if tuple(tensor.shape) != shape:
-            found.append(Violation("structure", f"{name}:shape", f"{name} has the wrong shape", name, (), str(shape),
-                                   str(tuple(tensor.shape))))  # fmt: skip
-        elif tensor.dtype != dtype:
-            found.append(Violation("structure", f"{name}:dtype", f"{name} has the wrong dtype", name, (), str(dtype),
-                                   str(tensor.dtype)))  # fmt: skip
-    return found
+    return outputs.structure(seen.outputs, seen.inputs.results)
 
 
 @check("layer", "written")
@@ -31,10 +21,7 @@ def written(seen: LayerObservation) -> list[Violation]:
     is the decision there under the dialect `garbage`."""
     found = router.written(seen.decision)
     left = unwritten(seen.outputs.y) & ~seen.flagged.view(-1, 1)
-    if left.any():
-        message = f"{int(left.sum())} of {left.numel()} elements of y were never written"
-        found.append(Violation("written", "y:unwritten", message, "y", first(left), "a value", "poison"))
-    return found
+    return found + outputs.never_written({"y": left})
 
 
 @check("layer", "finite")

@@ -5,9 +5,11 @@ own scale, a step off only beside a tie of E2M1. Below the least scale libraries
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from moe_fuzz.checks import check
+from moe_fuzz.checks import check, outputs
 from moe_fuzz.checks.coordinates import first, row_text
 from moe_fuzz.checks.nvfp4.observation import TINY, ULPS, QuantizeObservation, level, scale_range, value_of
 from moe_fuzz.reference.nvfp4 import E2M1, E4M3, nearest
@@ -19,28 +21,17 @@ _FAMILY = "nvfp4"
 @check(_FAMILY, "structure")
 def structure(seen: QuantizeObservation) -> list[Violation]:
     """Shapes and dtypes; scales of another dtype than float8_e4m3fn are a type that nobody reads right."""
-    found = []
-    for name, (shape, dtype) in seen.inputs.results.items():
-        tensor = getattr(seen.outputs, name)
-        for what, wanted, got in (("shape", shape, tuple(tensor.shape)), ("dtype", dtype, tensor.dtype)):
-            if wanted != got:
-                message = f"{name} has the wrong {what}"
-                found.append(Violation("structure", f"{name}:{what}", message, name, (), str(wanted), str(got)))
-                break
-    return found
+    return outputs.structure(seen.outputs, seen.inputs.results)
 
 
 @check(_FAMILY, "written")
 def written(seen: QuantizeObservation) -> list[Violation]:
     """No byte still holds the poison it had before the call (vllm#42988)."""
-    found = []
-    for name, left in seen.unwritten.items():
-        if left.any():
-            where = " (of the padding)" if name == "scales" and not (left & ~seen.padding).any() else ""
-            message = f"{int(left.sum())} of {left.numel()} bytes of {name} were never written{where}"
-            symptom = "scales:padding" if where else f"{name}:unwritten"
-            found.append(Violation("written", symptom, message, name, first(left), "a value", "poison"))
-    return found
+    found = outputs.never_written(seen.unwritten, "bytes")
+    if not found or (seen.unwritten["scales"] & ~seen.padding).any():
+        return found
+    return [replace(one, symptom="scales:padding", message=f"{one.message} (of the padding)")
+            if one.tensor == "scales" else one for one in found]  # fmt: skip
 
 
 @check(_FAMILY, "finite")

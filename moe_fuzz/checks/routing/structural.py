@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_fuzz.checks import check
+from moe_fuzz.checks import check, outputs
 from moe_fuzz.checks.coordinates import first, row_text
 from moe_fuzz.checks.routing.observation import RoutingObservation, U
 from moe_fuzz.fence import unwritten
@@ -14,44 +14,15 @@ from moe_fuzz.verdict import Violation
 @check("routing", "structure")
 def structure(seen: RoutingObservation) -> list[Violation]:
     """weights [T, k + n_shared] float32 and ids int32. Their device is judged where they are fetched."""
-    found = []
-    shape = (seen.tokens, seen.inputs.width)
-    for name, tensor, dtype in (
-        ("weights", seen.outputs.weights, torch.float32),
-        ("ids", seen.outputs.ids, torch.int32),
-    ):
-        if tuple(tensor.shape) != shape:
-            found.append(
-                Violation(
-                    "structure",
-                    f"{name}:shape",
-                    f"{name} has the wrong shape",
-                    name,
-                    (),
-                    str(shape),
-                    str(tuple(tensor.shape)),
-                )
-            )
-        elif tensor.dtype != dtype:
-            found.append(
-                Violation(
-                    "structure", f"{name}:dtype", f"{name} has the wrong dtype", name, (), str(dtype), str(tensor.dtype)
-                )
-            )
-    return found
+    return outputs.structure(seen.outputs, seen.inputs.results)
 
 
 @check("routing", "written")
 def written(seen: RoutingObservation) -> list[Violation]:
     """No element still holds the poison it had before the call; flagged rows may under the dialect `garbage`."""
-    found = []
     free = seen.flagged.view(-1, 1) if seen.dialect == "garbage" else torch.zeros_like(seen.flagged).view(-1, 1)
-    for name, tensor in (("weights", seen.outputs.weights), ("ids", seen.outputs.ids)):
-        left = unwritten(tensor) & ~free
-        if left.any():
-            message = f"{int(left.sum())} of {left.numel()} elements of {name} were never written"
-            found.append(Violation("written", f"{name}:unwritten", message, name, first(left), "a value", "poison"))
-    return found
+    results = {"weights": seen.outputs.weights, "ids": seen.outputs.ids}
+    return outputs.never_written({name: unwritten(tensor) & ~free for name, tensor in results.items()})
 
 
 @check("routing", "ids")
