@@ -6,13 +6,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from moe_fuzz.case import MODES, Case, Fault, Scalar
+from moe_fuzz.case import MODES, Case, Scalar
 from moe_fuzz.contract import Capabilities, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops import moves
 from moe_fuzz.ops.align import text
 from moe_fuzz.ops.align.presets import MODELS
 from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.validity import (
+    require_experts,
+    require_few_rows,
+    require_fields,
+    require_integer,
+    require_place,
+    require_rows,
+    require_stream,
+    require_values,
+)
 
 #: Never uniform random sizes: a warp, a block of threads and a scan end at each of these, or right before or after.
 EXPERTS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 60, 63, 64, 65, 67, 96, 127, 128, 129, 160, 192, 255, 256, 257,
@@ -129,55 +140,22 @@ class AlignSpace:
     # ---- what is valid ----------------------------------------------------------------------------------------------
 
     def validate(self, case: Case) -> None:
-        config = case.config
-        expected = {"experts", "top_k", "block_size", *FIELDS}
-        for key in sorted(set(config) ^ expected):
-            raise CaseError(
-                f"config.{key}",
-                "is missing" if key in expected else "unknown field",
-                f"the fields of {self.op} are {', '.join(sorted(expected))}",
-            )
-        experts = config["experts"]
-        try:
-            labels = Labels.parse(experts) if isinstance(experts, str) else Labels()
-        except ValueError as error:
-            raise CaseError("config.experts", str(error)) from error
-        if not 1 <= len(labels) <= MAX_EXPERTS:
-            raise CaseError("config.experts", f'must name 1 to {MAX_EXPERTS} experts as a string like "0-59", '
-                                              f"not {experts!r}")  # fmt: skip
-        for key, most in (("top_k", min(64, len(labels))), ("block_size", MAX_BLOCK)):
-            value = config[key]
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-                raise CaseError(f"config.{key}", f"must be an integer from 1 to {most}, not {value!r}")
-        for key, values in FIELDS.items():
-            value = config[key]
-            if not any(value == v and type(value) is type(v) for v in values):
-                raise CaseError(f"config.{key}", f"must be one of {', '.join(map(repr, values))}, not {value!r}")
+        require_fields(case, {"experts", "top_k", "block_size", *FIELDS})
+        labels = require_experts(case, MAX_EXPERTS)
+        require_integer(case, "top_k", min(64, len(labels)))
+        require_integer(case, "block_size", MAX_BLOCK)
+        require_values(case, FIELDS)
         for index, step in enumerate(case.steps):
             if step.tokens * len(labels) > MAX_ELEMENTS:
                 raise CaseError(f"steps[{index}].rows", f"{step.tokens} rows x {len(labels)} experts are too many")
             for number, fault in enumerate(step.faults):
-                self._validate_fault(case, step.tokens, fault, f"steps[{index}].faults[{number}]")
-
-    def _validate_fault(self, case: Case, tokens: int, fault: Fault, where: str) -> None:
-        place = next((p for p in self.places if (p.fault, p.tensor) == (fault.name, fault.tensor)), None)
-        if place is None:
-            raise CaseError(
-                where,
-                f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
-                f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
-            )
-        if case.mode not in place.modes:
-            hint = f"use mode {' or '.join(place.modes)}"
-            raise CaseError(where, f"{fault.name} cannot be laid in mode {case.mode}", hint)
-        if place.max_rows is not None and tokens > place.max_rows:
-            raise CaseError(where, f"{fault.name} is for {place.max_rows} rows at most, not {tokens}")
-        if place.on_rows != bool(fault.rows):
-            raise CaseError(f"{where}.rows", "must name rows" if place.on_rows else "must name no rows")
-        if fault.name == "wide_ids" and case.config["ids_dtype"] != "int64":
-            raise CaseError(where, "wide_ids needs config.ids_dtype int64")
-        if fault.stream is not None and fault.name != "stale_rows":
-            raise CaseError(f"{where}.stream", "only stale_rows hold what another step had")
+                where = f"steps[{index}].faults[{number}]"
+                place = require_place(self, case, fault, where)
+                require_few_rows(place, step.tokens, where)
+                require_rows(place, fault, where)
+                if fault.name == "wide_ids" and case.config["ids_dtype"] != "int64":
+                    raise CaseError(where, "wide_ids needs config.ids_dtype int64")
+                require_stream(fault, where)
 
     def refusal(self, case: Case, info: TargetInfo) -> str:
         refused = [what for hit, what in self._refusals(case, info) if hit]
@@ -217,10 +195,7 @@ class AlignSpace:
         return frozenset(found)
 
     def simplify(self, case: Case) -> Iterator[Case]:
-        for mode in MODES[: MODES.index(case.mode)]:
-            yield replace(case, mode=mode)
-        if any(step.stream is not None for step in case.steps):  # numbered anew, where nothing hangs on old values
-            yield replace(case, steps=tuple(replace(step, stream=None) for step in case.steps))
+        yield from moves.simpler_runs(case, MODES)
         top_k, block = int(case.config["top_k"]), self._block(case)
         for smaller in (k for k in TOP_K if k < top_k):
             yield case.with_config(top_k=smaller)
@@ -230,12 +205,15 @@ class AlignSpace:
             yield case.with_config(block_size=plainer)
         for name, values in FIELDS.items():
             for value in values[: values.index(case.config[name])]:
-                yield self._without_orphans(case.with_config(**{name: value}))
-        yield from self._plainer_faults(case)
+                changed = case.with_config(**{name: value})
+                if changed.config["ids_dtype"] != "int64":
+                    changed = moves.with_fitting_faults(changed, lambda fault: fault.name != "wide_ids")
+                yield changed
+        wide = case.config["ids_dtype"] == "int64"
+        yield from moves.plainer_faults(case, ROW_FAULTS, fits=lambda fault: wide or fault.name != "wide_ids")
 
     def sharpen(self, case: Case) -> Iterator[Case]:
-        if case.config["edge"] == "right":  # an access before a tensor is seen at any size only if it lies flush left
-            yield case.with_config(edge="left")
+        yield from moves.flush_left(case)
 
     def label_axes(self, case: Case) -> Mapping[str, Labels]:
         return {"experts": case.experts}
@@ -275,29 +253,6 @@ class AlignSpace:
 
     def _block(self, case: Case) -> int:
         return int(case.config["block_size"])
-
-    def _plainer_faults(self, case: Case) -> Iterator[Case]:
-        """Each fault on rows replaced by those listed before it: one bug, seen through many faults, is one finding."""
-        for index, step in enumerate(case.steps):
-            for number, fault in enumerate(step.faults):
-                if fault.name not in ROW_FAULTS:
-                    continue
-                plainer = [replace(fault, name=name, stream=None) for name in ROW_FAULTS[: ROW_FAULTS.index(fault.name)]
-                           if name != "wide_ids" or case.config["ids_dtype"] == "int64"]  # fmt: skip
-                plainer += [replace(fault, stream=None)] if fault.stream is not None else []
-                for other in plainer:
-                    faults = (*step.faults[:number], other, *step.faults[number + 1 :])
-                    yield case.with_step(index, replace(step, faults=faults))
-
-    def _without_orphans(self, case: Case) -> Case:
-        """Without the faults that the config no longer has room for."""
-        if case.config["ids_dtype"] == "int64":
-            return case
-        for index, step in enumerate(case.steps):
-            kept = tuple(fault for fault in step.faults if fault.name != "wide_ids")
-            if kept != step.faults:
-                case = case.with_step(index, replace(step, faults=kept))
-        return case
 
 
 def _takes_block(can: Capabilities, size: int) -> bool:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_fuzz.case import ALL_MODES, MODES, RANKS, Case, Fault, Scalar
+from moe_fuzz.case import MODES, RANKS, Case, Scalar
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops import moves
 from moe_fuzz.ops.allreduce import text
 from moe_fuzz.ops.allreduce.presets import MODELS
 from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.validity import require_fields, require_place, require_rows, require_stream, require_values
 
 WORLDS = (2, 1, 3, 4, 5, 6, 7, 8)
 #: On both sides of vectors, warps and blocks; and the sizes that people serve.
@@ -141,38 +143,20 @@ class AllreduceSpace:
 
     def validate(self, case: Case) -> None:
         config = case.config
-        for key in sorted(set(config) ^ set(FIELDS)):
-            raise CaseError(
-                f"config.{key}",
-                "is missing" if key in FIELDS else "unknown field",
-                f"the fields of {self.op} are {', '.join(sorted(FIELDS))}",
-            )
-        for key, values in FIELDS.items():
-            value = config[key]
-            if not any(value == v and type(value) is type(v) for v in values):
-                raise CaseError(f"config.{key}", f"must be one of {', '.join(map(repr, values))}, not {value!r}")
+        require_fields(case, FIELDS)
+        require_values(case, FIELDS)
         if case.mode == RANKS and config["ranks"] == 1:
             raise CaseError("config.ranks", "must be more than 1 in mode ranks")
         for index, step in enumerate(case.steps):
             if step.tokens * int(config["hidden"]) * int(config["ranks"]) > MAX_ELEMENTS:
                 raise CaseError(f"steps[{index}].rows", f"{step.tokens} rows of {config['hidden']} are too many")
             for number, fault in enumerate(step.faults):
-                self._validate_fault(case, fault, f"steps[{index}].faults[{number}]")
-
-    def _validate_fault(self, case: Case, fault: Fault, where: str) -> None:
-        place = next((p for p in self.places if (p.fault, p.tensor) == (fault.name, fault.tensor)), None)
-        if place is None:
-            raise CaseError(
-                where,
-                f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
-                f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
-            )
-        if place.on_rows != bool(fault.rows):
-            raise CaseError(f"{where}.rows", "must name rows" if place.on_rows else "must name no rows")
-        if place.needs and not case.config[place.needs]:
-            raise CaseError(where, f"{fault.name} on {fault.tensor} needs config.{place.needs}")
-        if fault.stream is not None and fault.name != "stale_rows":
-            raise CaseError(f"{where}.stream", "only stale_rows hold what another step had")
+                where = f"steps[{index}].faults[{number}]"
+                place = require_place(self, case, fault, where)
+                require_rows(place, fault, where)
+                if place.needs and not config[place.needs]:
+                    raise CaseError(where, f"{fault.name} on {fault.tensor} needs config.{place.needs}")
+                require_stream(fault, where)
 
     def refusal(self, case: Case, info: TargetInfo) -> str:
         can = info.capabilities
@@ -211,33 +195,21 @@ class AllreduceSpace:
         return frozenset(found)
 
     def simplify(self, case: Case) -> Iterator[Case]:
-        for mode in ALL_MODES[: ALL_MODES.index(case.mode)]:
-            yield replace(case, mode=mode)
-        if any(step.stream is not None for step in case.steps):  # numbered anew, where nothing hangs on old values
-            yield replace(case, steps=tuple(replace(step, stream=None) for step in case.steps))
+        yield from moves.simpler_runs(case)
         for name, values in FIELDS.items():
             own = case.config[name]
             sizes = name in ("ranks", "hidden")
             for value in [v for v in values if int(v) < int(own)] if sizes else values[: values.index(own)]:
-                changed = self._without_orphans(case.with_config(**{name: value}))
+                changed = case.with_config(**{name: value})
+                if not changed.config["residual"]:
+                    changed = moves.with_fitting_faults(changed, lambda fault: fault.tensor != "residual")
                 if changed.mode != RANKS or changed.config["ranks"] != 1:
                     yield changed
-        for index, step in enumerate(case.steps):
-            for number, fault in enumerate(step.faults):
-                for other in self._plainer(fault):
-                    faults = (*step.faults[:number], other, *step.faults[number + 1 :])
-                    yield case.with_step(index, replace(step, faults=faults))
-
-    def _plainer(self, fault: Fault) -> list[Fault]:
-        """A fault on rows replaced by those listed before it: one bug, seen through many faults, is one finding."""
-        names = ROW_FAULTS[: ROW_FAULTS.index(fault.name)] if fault.name in ROW_FAULTS else ()
         known = {(place.fault, place.tensor) for place in self.places}
-        found = [replace(fault, name=name, stream=None) for name in names if (name, fault.tensor) in known]
-        return found + ([replace(fault, stream=None)] if fault.stream is not None else [])
+        yield from moves.plainer_faults(case, ROW_FAULTS, fits=lambda fault: (fault.name, fault.tensor) in known)
 
     def sharpen(self, case: Case) -> Iterator[Case]:
-        if case.config["edge"] == "right":  # an access before a tensor is seen at any size only if it lies flush left
-            yield case.with_config(edge="left")
+        yield from moves.flush_left(case)
 
     def label_axes(self, case: Case) -> Mapping[str, Labels]:
         return {}
@@ -268,16 +240,6 @@ class AllreduceSpace:
 
     def label(self, case: Case) -> str:
         return text.label(case)
-
-    def _without_orphans(self, case: Case) -> Case:
-        """Without the faults that the config no longer has room for."""
-        if case.config["residual"]:
-            return case
-        for index, step in enumerate(case.steps):
-            kept = tuple(fault for fault in step.faults if fault.tensor != "residual")
-            if kept != step.faults:
-                case = case.with_step(index, replace(step, faults=kept))
-        return case
 
 
 SPACES = (AllreduceSpace(),)

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.contract import PADDING_DIALECTS, TargetInfo
 from moe_fuzz.errors import CaseError
-from moe_fuzz.labels import Labels
+from moe_fuzz.ops.validity import require_experts, require_fields, require_integer, require_values
 
 SIZES = ("hidden", "intermediate")
 MAX_SIZE = 1 << 16
@@ -53,31 +53,11 @@ def limits_of(info: TargetInfo) -> dict[str, tuple[Scalar, ...]]:
 def config_of(case: Case, fields: Mapping[str, tuple[Scalar, ...]], most_experts: int, most_k: int) -> None:
     """Raises CaseError unless the config has every field, each with a value that it may have."""
     config = case.config
-    expected = {"experts", "top_k", *SIZES, *fields}
-    for key in sorted(set(config) ^ expected):
-        raise CaseError(
-            f"config.{key}",
-            "is missing" if key in expected else "unknown field",
-            f"the fields of {case.op} are {', '.join(sorted(expected))}",
-        )
-    experts = config["experts"]
-    try:
-        labels = Labels.parse(experts) if isinstance(experts, str) else Labels()
-    except ValueError as error:
-        raise CaseError("config.experts", str(error)) from error
-    if not 1 <= len(labels) <= most_experts:
-        raise CaseError("config.experts", f'must name 1 to {most_experts} experts as a string like "0-59", '
-                                          f"not {experts!r}")  # fmt: skip
-    for key, most in (("top_k", min(most_k, len(labels))), *((name, MAX_SIZE) for name in SIZES)):
-        value = config[key]
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise CaseError(f"config.{key}", f"must be an integer from 1 to {most}, not {value!r}")
-    for key, values in fields.items():
-        if not _among(config[key], values):
-            raise CaseError(f"config.{key}", f"must be one of {', '.join(map(repr, values))}, not {config[key]!r}")
+    require_fields(case, {"experts", "top_k", *SIZES, *fields})
+    labels = require_experts(case, most_experts)
+    require_integer(case, "top_k", min(most_k, len(labels)))
+    for name in SIZES:
+        require_integer(case, name, MAX_SIZE)
+    require_values(case, fields)
     if config["recipe"] == "integer" and config["activation"] == "swiglu_oai":
         raise CaseError("config.recipe", "no gate makes swiglu_oai exact", "use one_hot, which its bound judges")
-
-
-def _among(value: Scalar, values: Sequence[Scalar]) -> bool:
-    return any(value == other and type(value) is type(other) for other in values)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from moe_fuzz.case import MODES, Case, Fault, Scalar
+from moe_fuzz.case import MODES, Case, Scalar
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts.fields import FIELDS
+from moe_fuzz.ops.moves import plainer_faults, simpler_runs
 
 Fields = Mapping[str, tuple[Scalar, ...]]
 
@@ -67,10 +68,7 @@ def simplify(
 ) -> Iterator[Case]:  # fmt: skip
     """Valid and strictly simpler cases, the most ambitious first. row_faults: each the faults of a tensor, the plainest
     first."""
-    for mode in MODES[: MODES.index(case.mode)]:
-        yield replace(case, mode=mode)
-    if any(step.stream is not None for step in case.steps):  # numbered anew, where nothing hangs on old values
-        yield replace(case, steps=tuple(replace(step, stream=None) for step in case.steps))
+    yield from simpler_runs(case, MODES)
     for smaller in (k for k in top_k if k < int(case.config["top_k"])):
         yield case.with_config(top_k=smaller)
     for fewer in (e for e in experts if e < len(case.experts)):
@@ -86,17 +84,4 @@ def simplify(
             if simpler != case and simpler.config[name] == other:  # else it has been mended back
                 yield simpler
     for faults in row_faults:
-        yield from _plainer_faults(case, faults)
-
-
-def _plainer_faults(case: Case, names: Sequence[str]) -> Iterator[Case]:
-    """Each fault on rows replaced by those listed before it: one bug, seen through many faults, is one finding."""
-    for index, step in enumerate(case.steps):
-        for number, fault in enumerate(step.faults):
-            if fault.name not in names:
-                continue
-            plainer = [Fault(name, fault.tensor, fault.rows) for name in names[: names.index(fault.name)]]
-            plainer += [replace(fault, stream=None)] if fault.stream is not None else []
-            for other in plainer:
-                faults = (*step.faults[:number], other, *step.faults[number + 1 :])
-                yield case.with_step(index, replace(step, faults=faults))
+        yield from plainer_faults(case, faults)

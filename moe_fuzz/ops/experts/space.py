@@ -14,7 +14,9 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts import cost, moves, text
 from moe_fuzz.ops.experts.fields import FIELDS, SIZES, config_of, limits_of
 from moe_fuzz.ops.experts.presets import MODELS
+from moe_fuzz.ops.moves import flush_left
 from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.validity import require_place, require_rows, require_stream
 
 #: Never uniform random sizes: blocks, vectors and warps end at each of these, or right before or after.
 EXPERTS = (1, 2, 3, 5, 7, 8, 10, 13, 16, 17, 33, 60, 64, 67, 96, 127, 128, 129, 160, 192, 256, 257, 320, 512)
@@ -135,22 +137,11 @@ class ExpertsSpace:
                 raise CaseError(f"steps[{index}].rows", f"{step.tokens} rows of {case.config['hidden']} are too many")
             for number, fault in enumerate(step.faults):
                 where = f"steps[{index}].faults[{number}]"
-                place = next((p for p in self.places if (p.fault, p.tensor) == (fault.name, fault.tensor)), None)
-                if place is None:
-                    raise CaseError(
-                        where,
-                        f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
-                        f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
-                    )
-                if case.mode not in place.modes:
-                    hint = f"use mode {' or '.join(place.modes)}"
-                    raise CaseError(where, f"{fault.name} cannot be laid in mode {case.mode}", hint)
+                place = require_place(self, case, fault, where)
                 if place.max_rows is not None and max(step.tokens, len(case.experts) * (place.tensor != "x")) > 64:
                     raise CaseError(where, f"{fault.name} is for 64 rows or experts at most")
-                if place.on_rows != bool(fault.rows):
-                    raise CaseError(f"{where}.rows", "must name rows" if place.on_rows else "must name no rows")
-                if fault.stream is not None and fault.name != "stale_rows":
-                    raise CaseError(f"{where}.stream", "only stale_rows hold what another step had")
+                require_rows(place, fault, where)
+                require_stream(fault, where)
 
     def refusal(self, case: Case, info: TargetInfo) -> str:
         refused = [what for hit, what in self._refusals(case, info) if hit]
@@ -184,8 +175,7 @@ class ExpertsSpace:
         yield from moves.simplify(case, self.fields, EXPERTS, TOP_K, sizes, X_FAULTS, IDS_FAULTS)
 
     def sharpen(self, case: Case) -> Iterator[Case]:
-        if case.config["edge"] == "right":  # an access before a tensor is seen at any size only if it lies flush left
-            yield case.with_config(edge="left")
+        yield from flush_left(case)
 
     def label_axes(self, case: Case) -> Mapping[str, Labels]:
         return {"experts": case.experts}

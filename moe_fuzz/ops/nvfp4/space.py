@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from moe_fuzz.case import MODES, Case, Fault, Scalar
+from moe_fuzz.case import MODES, Case, Scalar
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops import moves
 from moe_fuzz.ops.nvfp4 import text
 from moe_fuzz.ops.nvfp4.presets import MODELS
 from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.validity import (
+    require_few_rows,
+    require_fields,
+    require_labels,
+    require_place,
+    require_rows,
+    require_stream,
+    require_values,
+)
 
 #: Of 16 columns: on both sides of whole tiles of 4 scales, of a warp's and a block's loads.
 BLOCKS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 29, 31, 32, 33, 63, 64, 65, 96, 128, 168, 180, 256, 320, 448, 1025)
@@ -127,48 +137,22 @@ class QuantizeSpace:
     # ---- what is valid ----------------------------------------------------------------------------------------------
 
     def validate(self, case: Case) -> None:
-        config, expected = case.config, {"blocks", *FIELDS}
-        for key in sorted(set(config) ^ expected):
-            raise CaseError(
-                f"config.{key}",
-                "is missing" if key in expected else "unknown field",
-                f"the fields of {self.op} are {', '.join(sorted(expected))}",
-            )
-        try:
-            blocks = Labels.parse(config["blocks"]) if isinstance(config["blocks"], str) else Labels()
-        except ValueError as error:
-            raise CaseError("config.blocks", str(error)) from error
+        require_fields(case, {"blocks", *FIELDS})
+        blocks = require_labels(case, "blocks")
         if not 1 <= len(blocks) <= MAX_BLOCKS:
             raise CaseError("config.blocks", f'must name 1 to {MAX_BLOCKS} blocks of 16 columns as a string like "0-5"')
-        for key, values in FIELDS.items():
-            value = config[key]
-            if not any(value == v and type(value) is type(v) for v in values):
-                raise CaseError(f"config.{key}", f"must be one of {', '.join(map(repr, values))}, not {value!r}")
+        require_values(case, FIELDS)
         for index, step in enumerate(case.steps):
             if step.tokens * 16 * len(blocks) > MAX_ELEMENTS:
                 raise CaseError(f"steps[{index}].rows", f"{step.tokens} rows of {len(blocks)} blocks are too many")
             for number, fault in enumerate(step.faults):
-                self._validate_fault(case, step.tokens, fault, f"steps[{index}].faults[{number}]")
-
-    def _validate_fault(self, case: Case, tokens: int, fault: Fault, where: str) -> None:
-        place = next((p for p in self.places if (p.fault, p.tensor) == (fault.name, fault.tensor)), None)
-        if place is None:
-            raise CaseError(
-                where,
-                f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
-                f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
-            )
-        if case.mode not in place.modes:
-            hint = f"use mode {' or '.join(place.modes)}"
-            raise CaseError(where, f"{fault.name} cannot be laid in mode {case.mode}", hint)
-        if place.max_rows is not None and tokens > place.max_rows:
-            raise CaseError(where, f"{fault.name} is for {place.max_rows} rows at most, not {tokens}")
-        if place.on_rows != bool(fault.rows):
-            raise CaseError(f"{where}.rows", "must name rows" if place.on_rows else "must name no rows")
-        if place.needs and case.config[place.needs] == "none":
-            raise CaseError(where, f"{fault.name} needs config.{place.needs}")
-        if fault.stream is not None and fault.name != "stale_rows":
-            raise CaseError(f"{where}.stream", "only stale_rows hold what another step had")
+                where = f"steps[{index}].faults[{number}]"
+                place = require_place(self, case, fault, where)
+                require_few_rows(place, step.tokens, where)
+                require_rows(place, fault, where)
+                if place.needs and case.config[place.needs] == "none":
+                    raise CaseError(where, f"{fault.name} needs config.{place.needs}")
+                require_stream(fault, where)
 
     def refusal(self, case: Case, info: TargetInfo) -> str:
         refused = [f"{name}={case.config[name]}" for name in FIELDS if self._without(name, case.config[name], info)]
@@ -196,31 +180,20 @@ class QuantizeSpace:
         return frozenset(found)
 
     def simplify(self, case: Case) -> Iterator[Case]:
-        for mode in MODES[: MODES.index(case.mode)]:
-            yield replace(case, mode=mode)
-        if any(step.stream is not None for step in case.steps):  # numbered anew, where nothing hangs on old values
-            yield replace(case, steps=tuple(replace(step, stream=None) for step in case.steps))
+        yield from moves.simpler_runs(case, MODES)
         labels = self.label_axes(case)["blocks"]
         for fewer in (count for count in BLOCKS if count < len(labels)):
             yield self.keep(case, "blocks", labels.first(fewer))
         for name, values in FIELDS.items():
             for value in values[: values.index(case.config[name])]:
-                yield self._without_orphans(case.with_config(**{name: value}))
-        for index, step in enumerate(case.steps):
-            for number, fault in enumerate(step.faults):
-                for other in self._plainer(fault):
-                    faults = (*step.faults[:number], other, *step.faults[number + 1 :])
-                    yield case.with_step(index, replace(step, faults=faults))
-
-    def _plainer(self, fault: Fault) -> list[Fault]:
-        """A fault on rows replaced by those listed before it: one bug, seen through many faults, is one finding."""
-        kinds = next((kinds for kinds in (ROW_FAULTS, ID_FAULTS) if fault.name in kinds), ())
-        found = [replace(fault, name=name, stream=None) for name in kinds[: kinds.index(fault.name) if kinds else 0]]
-        return found + ([replace(fault, stream=None)] if fault.stream is not None else [])
+                changed = case.with_config(**{name: value})
+                if changed.config["expert_ids"] == "none":
+                    changed = moves.with_fitting_faults(changed, lambda fault: fault.tensor != "expert_ids")
+                yield changed
+        yield from moves.plainer_faults(case, ROW_FAULTS, ID_FAULTS)
 
     def sharpen(self, case: Case) -> Iterator[Case]:
-        if case.config["edge"] == "right":  # an access before a tensor is seen at any size only if it lies flush left
-            yield case.with_config(edge="left")
+        yield from moves.flush_left(case)
 
     def label_axes(self, case: Case) -> Mapping[str, Labels]:
         return {"blocks": Labels.parse(str(case.config["blocks"]))}
@@ -253,16 +226,6 @@ class QuantizeSpace:
 
     def _count(self, config: Mapping[str, Scalar]) -> int:
         return len(Labels.parse(str(config["blocks"])))
-
-    def _without_orphans(self, case: Case) -> Case:
-        """Without the faults that the config no longer has room for."""
-        if case.config["expert_ids"] != "none":
-            return case
-        for index, step in enumerate(case.steps):
-            kept = tuple(fault for fault in step.faults if fault.tensor != "expert_ids")
-            if kept != step.faults:
-                case = case.with_step(index, replace(step, faults=kept))
-        return case
 
 
 SPACES = (QuantizeSpace(),)

@@ -7,13 +7,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-from moe_fuzz.case import ALL_MODES, MODES, Case, Scalar
+from moe_fuzz.case import MODES, Case, Scalar
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops import moves
 from moe_fuzz.ops.routing import text
 from moe_fuzz.ops.routing.presets import SIGMOID_MODELS, SOFTMAX_MODELS
 from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.validity import (
+    require_experts,
+    require_few_rows,
+    require_fields,
+    require_integer,
+    require_place,
+    require_rows,
+    require_stream,
+    require_values,
+)
 
 #: Never uniform random sizes: each of these has broken a kernel, or stands next to one that has.
 EXPERTS = (1, 2, 3, 5, 6, 7, 8, 10, 13, 16, 17, 32, 33, 60, 61, 64, 67, 72, 96, 127, 128, 129, 160, 192, 256, 257, 288,
@@ -134,50 +145,21 @@ class RoutingSpace:
     # ---- what is valid ----------------------------------------------------------------------------------------------
 
     def validate(self, case: Case) -> None:
-        config = case.config
-        expected = {"experts", "top_k", *self.fields}
-        for key in sorted(set(config) ^ expected):
-            raise CaseError(
-                f"config.{key}",
-                "is missing" if key in expected else "unknown field",
-                f"the fields of {self.op} are {', '.join(sorted(expected))}",
-            )
-        experts, top_k = config["experts"], config["top_k"]
-        try:
-            labels = Labels.parse(experts) if isinstance(experts, str) else Labels()
-        except ValueError as error:
-            raise CaseError("config.experts", str(error)) from error
-        if not 1 <= len(labels) <= 1024:
-            raise CaseError("config.experts", f'must name 1 to 1024 experts as a string like "0-59", not {experts!r}')
-        if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= min(32, len(labels)):
-            raise CaseError("config.top_k", f"must be an integer from 1 to {min(32, len(labels))}, not {top_k!r}")
-        for key, values in self.fields.items():
-            value = config[key]
-            if not any(value == v and type(value) is type(v) for v in values):
-                raise CaseError(f"config.{key}", f"must be one of {', '.join(map(repr, values))}, not {value!r}")
+        require_fields(case, {"experts", "top_k", *self.fields})
+        labels = require_experts(case, 1024)
+        require_integer(case, "top_k", min(32, len(labels)))
+        require_values(case, self.fields)
         for index, step in enumerate(case.steps):
             if step.tokens * len(labels) > MAX_ELEMENTS:
                 raise CaseError(f"steps[{index}].rows", f"{step.tokens} rows x {len(labels)} experts are too many")
             for number, fault in enumerate(step.faults):
                 where = f"steps[{index}].faults[{number}]"
-                place = next((p for p in self.places if (p.fault, p.tensor) == (fault.name, fault.tensor)), None)
-                if place is None:
-                    raise CaseError(
-                        where,
-                        f"{self.op} knows no fault {fault.name!r} on {fault.tensor!r}",
-                        f"`moe-fuzz list faults` shows them: {', '.join(self.faults)}",
-                    )
-                if case.mode not in place.modes:
-                    hint = f"use mode {' or '.join(place.modes)}"
-                    raise CaseError(where, f"{fault.name} cannot be laid in mode {case.mode}", hint)
-                if place.max_rows is not None and step.tokens > place.max_rows:
-                    raise CaseError(where, f"{fault.name} is for {place.max_rows} rows at most, not {step.tokens}")
-                if place.needs and not config[place.needs]:
+                place = require_place(self, case, fault, where)
+                require_few_rows(place, step.tokens, where)
+                if place.needs and not case.config[place.needs]:
                     raise CaseError(where, f"needs config.{place.needs}")
-                if place.on_rows != bool(fault.rows):
-                    raise CaseError(f"{where}.rows", "must name rows" if place.on_rows else "must name no rows")
-                if fault.stream is not None and fault.name != "stale_rows":
-                    raise CaseError(f"{where}.stream", "only stale_rows hold what another step had")
+                require_rows(place, fault, where)
+                require_stream(fault, where)
 
     def refusal(self, case: Case, info: TargetInfo) -> str:
         refused = [what for hit, what in self.refusals(case, info) if hit]
@@ -222,10 +204,7 @@ class RoutingSpace:
         return frozenset(found)
 
     def simplify(self, case: Case) -> Iterator[Case]:
-        for mode in ALL_MODES[: ALL_MODES.index(case.mode)]:
-            yield replace(case, mode=mode)
-        if any(step.stream is not None for step in case.steps):  # numbered anew, where nothing hangs on old values
-            yield replace(case, steps=tuple(replace(step, stream=None) for step in case.steps))
+        yield from moves.simpler_runs(case)
         count, top_k = len(case.experts), int(case.config["top_k"])
         for smaller in (k for k in TOP_K if k < top_k):
             yield case.with_config(top_k=smaller)
@@ -236,11 +215,10 @@ class RoutingSpace:
                 simpler = self.without_orphans(replace(case, config=self.mended({**case.config, name: value})))
                 if simpler != case:  # mended back
                     yield simpler
-        yield from self._plainer_faults(case)
+        yield from moves.plainer_faults(case, self.row_faults)
 
     def sharpen(self, case: Case) -> Iterator[Case]:
-        if case.config["edge"] == "right":  # an access before a tensor is seen at any size only if it lies flush left
-            yield case.with_config(edge="left")
+        yield from moves.flush_left(case)
 
     def label_axes(self, case: Case) -> Mapping[str, Labels]:
         return {"experts": case.experts}
@@ -275,27 +253,12 @@ class RoutingSpace:
     def label(self, case: Case) -> str:
         return text.label(case)
 
-    def _plainer_faults(self, case: Case) -> Iterator[Case]:
-        """Each fault on rows replaced by those listed before it: one bug, seen through many faults, is one finding."""
-        for index, step in enumerate(case.steps):
-            for number, fault in enumerate(step.faults):
-                if fault.name not in self.row_faults:
-                    continue
-                names = self.row_faults[: self.row_faults.index(fault.name)]
-                plainer = [replace(fault, name=name, stream=None) for name in names]
-                plainer += [replace(fault, stream=None)] if fault.stream is not None else []
-                for other in plainer:
-                    faults = (*step.faults[:number], other, *step.faults[number + 1 :])
-                    yield case.with_step(index, replace(step, faults=faults))
-
     def without_orphans(self, case: Case) -> Case:
         """Without the faults that lie on a tensor the config no longer has."""
         needs = {(p.fault, p.tensor): p.needs for p in self.places}
-        for index, step in enumerate(case.steps):
-            kept = tuple(f for f in step.faults if not (need := needs[f.name, f.tensor]) or case.config[need])
-            if kept != step.faults:
-                case = case.with_step(index, replace(step, faults=kept))
-        return case
+        return moves.with_fitting_faults(
+            case, lambda fault: not (need := needs[fault.name, fault.tensor]) or bool(case.config[need])
+        )
 
 
 def takes_experts(can: Capabilities, count: int) -> bool:
