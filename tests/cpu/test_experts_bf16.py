@@ -17,6 +17,8 @@ from moe_fuzz.kernels.experts_bf16 import experts_bf16, workspace_bytes
 from moe_fuzz.kernels.experts_bf16.blocks import PLANS, Blocks, Plan, choose
 from moe_fuzz.reference.experts_bf16 import ACTIVATIONS, GATE_LAYOUTS
 from moe_fuzz.reference.experts_bf16 import experts_bf16 as reference
+from tests.cpu import experts_layers
+from tests.cpu.experts_layers import assert_near, drop_slots, shards, soiled, strided
 
 # numpy mentions the NaN and the infinity that some tests are about
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -46,59 +48,14 @@ class Layer:
         return found
 
 
-def integers(
-    tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, activation: str = "silu",
-    gate_layout: str = "first", dtype: torch.dtype = torch.bfloat16, biased: bool = False, seed: int = 0,
-    **options: Any,
-) -> Layer:  # fmt: skip
-    """Every sum is an integer times a power of two, so that its bits do not depend on the order of summation.
-
-    The gate is 32 (with weights on the input 16 to 64), where silu and gelu are the identity but for 1e-7.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high + 1, shape, generator=generator).double()
-
-    x = draw(-1, 1, tokens, hidden)
-    x[:, 0] = 1
-    up = draw(-1, 1, experts, inter, hidden) * (torch.rand(experts, inter, hidden, generator=generator) < 3 / hidden)
-    gate = torch.zeros(experts, inter, hidden, dtype=torch.float64)
-    gate[:, :, 0] = 32
-    w13 = {"first": torch.cat([gate, up], 1), "up_first": torch.cat([up, gate], 1),
-           "interleaved": torch.stack([gate, up], 2).flatten(1, 2)}[gate_layout]  # fmt: skip
-    if activation == "relu2":
-        w13 = up
-    w2 = draw(-2, 2, experts, hidden, inter)
-    if biased:
-        b13 = draw(-1, 1, experts, w13.shape[1])
-        if activation != "relu2":  # none on the gate
-            gates = {"first": slice(0, inter), "up_first": slice(inter, None), "interleaved": slice(0, None, 2)}
-            b13[:, gates[gate_layout]] = 0
-        options |= {"b13": b13.float(), "b2": draw(-8, 8, experts, hidden).to(dtype)}
-    return Layer(
-        x.to(dtype), w13.to(dtype), w2.to(dtype), 2.0 ** draw(-1, 1, tokens, top_k).float(),
-        torch.randint(-1, experts + 1, (tokens, top_k), dtype=torch.int32, generator=generator),
-        {"activation": activation, "gate_layout": gate_layout, **options},
-    )  # fmt: skip
+def integers(*sizes: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Layer:
+    values, more = experts_layers.integers(*sizes, dtype=dtype, **options)
+    return Layer(values.x, values.w13.to(dtype), values.w2.to(dtype), values.weights, values.ids, more)
 
 
-def sources(tokens: int, top_k: int, experts: int, width: int, seed: int = 0) -> tuple[Layer, Tensor]:
-    """Experts that move columns about, each its own way, and the answer: every value names where it came from."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.stack([torch.randperm(width, generator=generator) for _ in range(experts)])  # [E, H]
-    x = torch.arange(tokens * width).reshape(tokens, width) % 61 + 1.0
-    x[:, 0] = 1
-    w13 = torch.zeros(experts, 2 * width, width)
-    w13[:, :width, 0] = 32
-    w13[:, width:] = torch.eye(width)
-    w2 = torch.nn.functional.one_hot(order, width) / 32.0
-    ids = torch.randint(0, experts, (tokens, top_k), generator=generator)
-    expected = torch.stack([x[t][order[ids[t]]].sum(0) for t in range(tokens)])
-    assert expected.max() <= 256
-    bf16 = torch.bfloat16
-    layer = Layer(x.to(bf16), w13.to(bf16), w2.to(bf16), torch.ones(tokens, top_k), ids.int())
-    return layer, expected.to(bf16)
+def sources(*sizes: int, **options: Any) -> tuple[Layer, Tensor]:
+    values, expected = experts_layers.sources(*sizes, **options)
+    return Layer(values.x, values.w13.bfloat16(), values.w2.bfloat16(), values.weights, values.ids), expected
 
 
 def randoms(seed: int = 0, activation: str = "silu", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Layer:
@@ -112,12 +69,6 @@ def randoms(seed: int = 0, activation: str = "silu", dtype: torch.dtype = torch.
         draw(7, 33).to(dtype), (draw(4, rows, 33) / 2).to(dtype), (draw(4, 33, 20) / 4).to(dtype), draw(7, 3).abs(),
         torch.randint(0, 4, (7, 3), dtype=torch.int32, generator=generator), {"activation": activation, **options},
     )  # fmt: skip
-
-
-def assert_near(got: Tensor, expected: Tensor, ulps: float) -> None:
-    """Within so many steps of the dtype at each row's largest value."""
-    step = torch.finfo(expected.dtype).eps * expected.double().abs().amax(dim=1, keepdim=True)
-    assert ((got.double() - expected.double()).abs() <= ulps * step).all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -206,15 +157,10 @@ def test_near_the_reference_on_random_data(activation, dtype):
 def test_a_dropped_slot_counts_for_nothing_whatever_it_holds(layer, tokens):
     """Ids on both sides of the range; NaN where only dropped slots would read it, and in the workspace."""
     clean, _ = sources(tokens, 3, 4, 16, seed=3)
-    clean.ids[:, 1] = torch.tensor([-1, 4, 2**31 - 1, -(2**31)]).int().repeat(tokens // 4)
-    clean.ids[2] = torch.tensor([-1, 4, 7])
-    clean.weights[:, 1] = 0.0
+    drop_slots(clean)
     expected = clean.run(reference)
     assert not expected[2].any()
-    dirty = replace(clean, x=clean.x.clone(), weights=clean.weights.clone())
-    dirty.x[2] = math.nan
-    dirty.weights[2] = math.nan
-    dirty.weights[:, 1] = math.nan
+    dirty = soiled(clean)
     out = torch.full_like(clean.x, math.nan)
     more: dict[str, Any] = {}
     if layer is experts_bf16:
@@ -257,12 +203,9 @@ def test_an_id_that_stands_twice_counts_twice(layer):
 @BOTH
 @pytest.mark.parametrize("tokens", [4, 11])
 def test_the_shards_of_ranks_sum_to_the_whole(layer, tokens):
-    """Three ranks with 3, 2 and 1 of 6 experts, each in an order of its own."""
     whole, expected = sources(tokens, 3, 6, 16)
     total = torch.zeros(tokens, 16)
-    for here in ([4, 0, 2], [5, 1], [3]):
-        expert_map = torch.full((6,), -1, dtype=torch.int32)
-        expert_map[torch.tensor(here)] = torch.arange(len(here), dtype=torch.int32)
+    for here, expert_map in shards():
         shard = replace(whole, w13=whole.w13[here], w2=whole.w2[here])
         total += shard.run(layer, expert_map=expert_map).float()
     assert torch.equal(total.to(torch.bfloat16), expected)
@@ -288,20 +231,13 @@ def test_no_tokens(layer):
 def test_any_strides(view):
     layer = randoms(1)
     packed = layer
-    if view == "columns":
-        layer = replace(layer, x=layer.x.repeat_interleave(3, dim=1)[:, ::3], weights=layer.weights.t().clone().t())
-    elif view == "transposed":
-        layer = replace(layer, x=layer.x.t().clone().t())
-    elif view == "expanded":
+    if view == "expanded":
         layer = replace(layer, x=layer.x[:1].expand(7, 33))
         packed = replace(layer, x=layer.x.contiguous())
-    elif view == "ids":
-        layer = replace(layer, ids=torch.stack([layer.ids, layer.ids - 9], 2)[:, :, 0])
     elif view == "experts":
         layer = replace(layer, w13=layer.w13.permute(2, 0, 1).clone().permute(1, 2, 0), w2=layer.w2.mT.clone().mT)
     else:
-        layer = replace(layer, ids=layer.ids.long() + (layer.ids == 2) * 2**32)  # out of range, not expert 2
-        packed = replace(packed, ids=torch.where(packed.ids == 2, -1, packed.ids))
+        layer, packed = strided(layer, view)
     assert torch.equal(layer.run(experts_bf16), packed.run(experts_bf16))
     assert torch.equal(layer.run(reference), packed.run(reference))
 

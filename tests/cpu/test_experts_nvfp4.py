@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import pytest
 import torch
-from torch import Tensor
 
-from moe_fuzz.kernels.experts_nvfp4 import BACKENDS, choose_backend, experts_nvfp4, formats, rule, workspace_bytes
+from moe_fuzz.kernels.experts_nvfp4 import BACKENDS, choose_backend, formats, rule, workspace_bytes
 from moe_fuzz.kernels.experts_nvfp4.blocks import LARGE_FROM, PLANS, SCALED, VARIABLE, Plan, Tile, choose
 from moe_fuzz.reference.experts_bf16 import experts_bf16 as reference_bf16
-from moe_fuzz.reference.experts_nvfp4 import experts_nvfp4 as reference
 from moe_fuzz.reference.experts_nvfp4 import values
-from moe_fuzz.reference.nvfp4 import E2M1, E4M3, pack, swizzle
+from moe_fuzz.reference.nvfp4 import E2M1, E4M3, pack
+from tests.cpu.experts_layers import assert_near, drop_slots, shards, soiled, strided
+from tests.cpu.nvfp4_layers import integers, layer_of, quantized, randoms, sources
 
 # numpy mentions the NaN and the infinity that some tests are about
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -30,148 +30,6 @@ ALL = pytest.mark.parametrize(
 )
 EACH = pytest.mark.parametrize("backend", BACKENDS)
 TILES = Plan(0, Tile(16, 128, 128, 2, 4, 1), Tile(16, 64, 128, 1, 4, 1))  # several tiles of small sizes
-
-
-@dataclass
-class Layer:
-    """The arguments of a call."""
-
-    x: Tensor
-    w13: Tensor
-    w2: Tensor
-    weights: Tensor
-    ids: Tensor
-    w13_scales: Tensor
-    w2_scales: Tensor
-    w13_alpha: Tensor
-    w2_alpha: Tensor
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def run(self, backend: str | None, **more: Any) -> Tensor:
-        """By a backend of the kernel, or by the reference."""
-        operands = (self.x, self.w13, self.w2, self.weights, self.ids, self.w13_scales, self.w2_scales, self.w13_alpha,
-                    self.w2_alpha)  # fmt: skip
-        options = {**self.options, **more}
-        found = experts_nvfp4(*operands, **options, backend=backend) if backend else reference(*operands, **options)
-        assert isinstance(found, Tensor)
-        return found
-
-    def swizzled(self, padding: int = 0x7F) -> Layer:
-        """The same with swizzled scales, whose padding holds this byte."""
-        made = []
-        for scales in (self.w13_scales, self.w2_scales):
-            rows, columns = scales.shape[1:]
-            padded = torch.full((len(scales), rows + -rows % 128, columns + -columns % 4), padding, dtype=torch.uint8)
-            padded[:, :rows, :columns] = scales
-            made.append(torch.stack([swizzle(table) for table in padded]))
-        return replace(self, w13_scales=made[0], w2_scales=made[1],
-                       options={**self.options, "scale_layout": "swizzled"})  # fmt: skip
-
-
-def encoded(wanted: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Codes and scale bytes of values that are powers of two times -2..2 in each block, under scales that differ."""
-    blocks = wanted.double().view(*wanted.shape[:2], -1, 16)
-    amax = blocks.abs().amax(dim=3)
-    shift = torch.randint(-1, 2, amax.shape, generator=generator)
-    scale = torch.where(amax > 0, 2.0 ** (torch.log2(amax.clamp(min=2.0**-20)).floor() + shift - 1), 1.0)  # [E, R, B]
-    table = torch.cat([E2M1, -E2M1]).double()
-    code = (blocks[..., None] / scale[..., None, None] - table).abs().argmin(dim=4)
-    byte = (E4M3.double() - scale[..., None]).abs().argmin(dim=3).to(torch.uint8)
-    packed = torch.stack([pack(rows.flatten(1).to(torch.uint8)) for rows in code])
-    made = torch.stack([values(c, s) for c, s in zip(packed, byte, strict=True)])
-    assert torch.equal(made, wanted.double())
-    return packed, byte
-
-
-def layer_of(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, seed: int = 0, **options: Any) -> Layer:
-    """A layer of these values, each expert with a global scale of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    alphas = [2.0 ** torch.randint(-3, 1, (len(w13),), generator=generator).float() for _ in range(2)]
-    codes13, scales13 = encoded(w13.double() / alphas[0][:, None, None], generator)
-    codes2, scales2 = encoded(w2.double() / alphas[1][:, None, None], generator)
-    return Layer(x, codes13, codes2, weights, ids, scales13, scales2, *alphas, options)
-
-
-def integers(
-    tokens: int, top_k: int, experts: int, hidden: int, inter: int, *, activation: str = "silu",
-    gate_layout: str = "first", dtype: torch.dtype = torch.bfloat16, biased: bool = False, seed: int = 0,
-    **options: Any,
-) -> Layer:  # fmt: skip
-    """Every sum is an integer times a power of two, so that its bits do not depend on the order of summation.
-
-    The gate is 32 (with weights on the input 16 to 64), where silu and gelu are the identity but for 1e-7.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high + 1, shape, generator=generator).double()
-
-    x = draw(-1, 1, tokens, hidden)
-    x[:, 0] = 1
-    up = draw(-1, 1, experts, inter, hidden) * (torch.rand(experts, inter, hidden, generator=generator) < 3 / hidden)
-    gate = torch.zeros(experts, inter, hidden, dtype=torch.float64)
-    gate[:, :, 0] = 32
-    w13 = {"first": torch.cat([gate, up], 1), "up_first": torch.cat([up, gate], 1),
-           "interleaved": torch.stack([gate, up], 2).flatten(1, 2)}[gate_layout]  # fmt: skip
-    if activation == "relu2":
-        w13 = up
-    w2 = draw(-2, 2, experts, hidden, inter)
-    if biased:
-        b13 = draw(-1, 1, experts, w13.shape[1])
-        if activation != "relu2":  # none on the gate
-            gates = {"first": slice(0, inter), "up_first": slice(inter, None), "interleaved": slice(0, None, 2)}
-            b13[:, gates[gate_layout]] = 0
-        options |= {"b13": b13.float(), "b2": draw(-8, 8, experts, hidden).to(dtype)}
-    return layer_of(
-        x.to(dtype), w13, w2, 2.0 ** draw(-1, 1, tokens, top_k).float(),
-        torch.randint(-1, experts + 1, (tokens, top_k), dtype=torch.int32, generator=generator), seed,
-        activation=activation, gate_layout=gate_layout, **options,
-    )  # fmt: skip
-
-
-def sources(tokens: int, top_k: int, experts: int, width: int, seed: int = 0) -> tuple[Layer, Tensor]:
-    """Experts that move columns about, each its own way, and the answer: every value names where it came from."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.stack([torch.randperm(width, generator=generator) for _ in range(experts)])  # [E, H]
-    x = torch.arange(tokens * width).reshape(tokens, width) % 61 + 1.0
-    x[:, 0] = 1
-    w13 = torch.zeros(experts, 2 * width, width)
-    w13[:, :width, 0] = 32
-    w13[:, width:] = torch.eye(width)
-    w2 = torch.nn.functional.one_hot(order, width) / 32.0
-    ids = torch.randint(0, experts, (tokens, top_k), generator=generator)
-    expected = torch.stack([x[t][order[ids[t]]].sum(0) for t in range(tokens)])
-    assert expected.max() <= 256
-    layer = layer_of(x.to(torch.bfloat16), w13, w2, torch.ones(tokens, top_k), ids.int(), seed)
-    return layer, expected.to(torch.bfloat16)
-
-
-def randoms(seed: int = 0, activation: str = "silu", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Layer:
-    generator = torch.Generator().manual_seed(seed)
-
-    def bytes_(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=generator, dtype=torch.uint8)
-
-    rows = 32 if activation == "relu2" else 64
-    return Layer(
-        torch.randn(7, 48, generator=generator).to(dtype), bytes_(0, 256, 4, rows, 24), bytes_(0, 256, 4, 48, 16),
-        torch.randn(7, 3, generator=generator).abs(),
-        torch.randint(0, 4, (7, 3), dtype=torch.int32, generator=generator),
-        bytes_(0x20, 0x40, 4, rows, 3), bytes_(0x20, 0x40, 4, 48, 2),  # 2^-3 to 1.875
-        torch.rand(4, generator=generator) / 8, torch.rand(4, generator=generator) / 4,
-        {"activation": activation, **options},
-    )  # fmt: skip
-
-
-def quantized(layer: Layer, x_global: float, h_global: float) -> Layer:
-    globals_ = {"x_global": torch.tensor([x_global]), "h_global": torch.tensor([h_global])}
-    return replace(layer, options={**layer.options, "activations": "nvfp4", **globals_})
-
-
-def assert_near(got: Tensor, expected: Tensor, ulps: float) -> None:
-    """Within so many steps of the dtype at each row's largest value."""
-    step = torch.finfo(expected.dtype).eps * expected.double().abs().amax(dim=1, keepdim=True)
-    assert ((got.double() - expected.double()).abs() <= ulps * step).all()
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu2"])
@@ -285,15 +143,10 @@ def test_quantized_activations_are_near_the_reference():
 def test_a_dropped_slot_counts_for_nothing_whatever_it_holds(backend, tokens):
     """Ids on both sides of the range; NaN where only dropped slots would read it, and in the workspace."""
     clean, _ = sources(tokens, 3, 4, 16, seed=3)
-    clean.ids[:, 1] = torch.tensor([-1, 4, 2**31 - 1, -(2**31)]).int().repeat(tokens // 4)
-    clean.ids[2] = torch.tensor([-1, 4, 7])
-    clean.weights[:, 1] = 0.0
+    drop_slots(clean)
     expected = clean.run(None)
     assert not expected[2].any()
-    dirty = replace(clean, x=clean.x.clone(), weights=clean.weights.clone())
-    dirty.x[2] = math.nan
-    dirty.weights[2] = math.nan
-    dirty.weights[:, 1] = math.nan
+    dirty = soiled(clean)
     out = torch.full_like(clean.x, math.nan)
     more: dict[str, Any] = {}
     if backend:
@@ -316,12 +169,9 @@ def test_nan_stays_in_its_row_and_is_not_lost(backend):
 @ALL
 @pytest.mark.parametrize("tokens", [4])
 def test_the_shards_of_ranks_sum_to_the_whole(backend, tokens):
-    """Three ranks with 3, 2 and 1 of 6 experts, each in an order of its own."""
     whole, expected = sources(tokens, 3, 6, 16)
     total = torch.zeros(tokens, 16)
-    for here in ([4, 0, 2], [5, 1], [3]):
-        expert_map = torch.full((6,), -1, dtype=torch.int32)
-        expert_map[torch.tensor(here)] = torch.arange(len(here), dtype=torch.int32)
+    for here, expert_map in shards():
         names = ("w13", "w2", "w13_scales", "w2_scales", "w13_alpha", "w2_alpha")
         shard = replace(whole, **{name: getattr(whole, name)[here] for name in names})
         total += shard.run(backend, expert_map=expert_map).float()
@@ -343,16 +193,7 @@ def test_no_tokens(backend):
     [("columns", "small"), ("transposed", "small"), ("ids", "small"), ("int64", "small"), ("ids", "large")],
 )
 def test_any_strides_of_what_is_not_weights(view, backend):
-    layer = packed = randoms(1)
-    if view == "columns":
-        layer = replace(layer, x=layer.x.repeat_interleave(3, dim=1)[:, ::3], weights=layer.weights.t().clone().t())
-    elif view == "transposed":
-        layer = replace(layer, x=layer.x.t().clone().t())
-    elif view == "ids":
-        layer = replace(layer, ids=torch.stack([layer.ids, layer.ids - 9], 2)[:, :, 0])
-    else:
-        layer = replace(layer, ids=layer.ids.long() + (layer.ids == 2) * 2**32)  # out of range, not expert 2
-        packed = replace(packed, ids=torch.where(packed.ids == 2, -1, packed.ids))
+    layer, packed = strided(randoms(1), view)
     assert torch.equal(layer.run(backend), packed.run(backend))
 
 
