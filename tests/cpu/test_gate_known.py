@@ -1,0 +1,158 @@
+"""The gate and its ledger, on fakes: what is known, fixed, expired, held back, and what it explains."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from moe_fuzz.campaign import events
+from moe_fuzz.campaign.gate.ledger import Entry
+from moe_fuzz.campaign.gate.plan import QUARANTINED
+from tests.cpu.campaign_fakes import GOOD, TARGET, FakePool, Listener, always_good, bad, crash, nan_on_odd, when
+from tests.cpu.gate_runs import KNOWN, NAN_ON_ODD, TODAY, gate, statuses
+
+
+def test_a_known_finding_is_green_and_explains_its_kind_alone(tmp_path):
+    listener = Listener()
+    summary = gate(tmp_path / "1", when(nan_on_odd), listener, entries=(KNOWN,)).run()
+    assert (summary.exit_code, summary.new, statuses(summary)) == (0, (), {"known-nan": "known"})
+    [result] = summary.gate.entries
+    assert result.seen > 1
+    [reported] = listener.of(events.FindingReported)
+    assert (reported.status, reported.entry["tracker"]) == ("known", "toy#1")
+
+    def either(case):
+        return nan_on_odd(case) or (case.config["bias"] and "ties" in case.fault_names)
+
+    summary = gate(tmp_path / "2", when(either), entries=(KNOWN,)).run()
+    assert summary.exit_code == 1
+    assert [finding.features for finding in summary.new] == [("bias", "fault:ties")]
+
+
+def test_a_finding_is_known_by_its_fingerprint(tmp_path):
+    [finding] = gate(tmp_path / "1", when(nan_on_odd)).run().new
+    entry = Entry(finding.id, "toy#1", "@me", fingerprint=finding.id, cases=(finding.case,))
+    summary = gate(tmp_path / "2", when(nan_on_odd), entries=(entry,)).run()
+    assert (summary.exit_code, summary.new) == (0, ())
+    assert [f.id for f in summary.known] == [finding.id]
+    other = replace(entry, fingerprint="0" * 10, name="0" * 10)
+    assert gate(tmp_path / "3", when(nan_on_odd), entries=(other,)).run().exit_code == 1
+
+
+def test_an_entry_that_passes_three_times_is_red(tmp_path):
+    listener = Listener()
+    made = gate(tmp_path, always_good, listener, entries=(KNOWN,))
+    summary = made.run()
+    assert (summary.exit_code, statuses(summary)) == (1, {"known-nan": "fixed"})
+    assert "remove the entry" in summary.reason
+    assert made._pool.fresh_runs == 3
+    assert [event.entry["name"] for event in listener.of(events.FindingFixed)] == ["known-nan"]
+
+
+def test_an_entry_that_fails_sometimes_may_pass(tmp_path):
+    sometimes = replace(KNOWN, reproduces="sometimes")
+    summary = gate(tmp_path, always_good, entries=(sometimes,)).run()
+    assert (summary.exit_code, statuses(summary)) == (0, {"known-nan": "quiet"})
+
+
+def test_an_entry_that_should_fail_always_and_does_not_is_annotated(tmp_path):
+    runs = Counter()
+
+    def judge(case, history, options):
+        runs[case.digest] += 1
+        return bad() if case.digest == NAN_ON_ODD.digest and runs[case.digest] == 2 else GOOD
+
+    summary = gate(tmp_path, judge, entries=(KNOWN,)).run()
+    assert (summary.exit_code, statuses(summary)) == (0, {"known-nan": "flaky"})
+    assert 'reproduces = "sometimes"' in summary.gate.entries[0].message
+
+
+@pytest.mark.parametrize(("expires", "code"), [(TODAY, 1), (TODAY + datetime.timedelta(1), 0)])
+def test_an_expired_entry_is_red_and_still_explains(tmp_path, expires, code):
+    summary = gate(tmp_path, when(nan_on_odd), entries=(replace(KNOWN, expires=expires),)).run()
+    assert (summary.exit_code, summary.new) == (code, ())
+    assert statuses(summary) == {"known-nan": "expired" if code else "known"}
+
+
+def test_an_expired_entry_is_red_although_its_case_did_not_run(tmp_path):
+    """Time was up, or so it says on the clock, before the first round."""
+    entries = (replace(KNOWN, name="late", expires=TODAY), KNOWN)
+    summary = gate(tmp_path, always_good, entries=entries, seconds=0.0).run()
+    assert statuses(summary) == {"late": "expired", "known-nan": "not-run"}
+    assert summary.exit_code == 1
+
+
+def test_an_entry_that_fails_otherwise_is_news(tmp_path):
+    summary = gate(tmp_path, when(nan_on_odd, bad("routing", "worse")), entries=(KNOWN,)).run()
+    assert statuses(summary) == {"known-nan": "changed"}
+    assert summary.exit_code == 1
+    assert [finding.symptom for finding in summary.new] == ["worse"]
+
+
+def test_an_entry_without_a_case_is_known_by_what_the_plan_shows(tmp_path):
+    bare = replace(KNOWN, cases=(), reproduces="sometimes")
+    summary = gate(tmp_path / "1", when(nan_on_odd), entries=(bare,)).run()
+    assert (summary.exit_code, statuses(summary)) == (0, {"known-nan": "known"})
+    assert statuses(gate(tmp_path / "2", always_good, entries=(bare,)).run()) == {"known-nan": "unseen"}
+
+
+def test_versions_and_architectures_say_where_an_entry_is_in_force(tmp_path):
+    class Released(FakePool):
+        def describe(self, target):
+            return replace(super().describe(target), origin="toylib 0.33.0, /lib.so; toy(x)")
+
+    def run(name, **changes):
+        pool = Released(when(nan_on_odd))
+        made = gate(tmp_path / name, None, pool=pool, arch="sm90", entries=(replace(KNOWN, **changes),))
+        summary = made.run()
+        return summary.exit_code, statuses(summary)["known-nan"]
+
+    assert run("1", arch=("sm90", "sm100")) == (0, "known")
+    assert run("2", versions={"toylib": "<0.34"}) == (0, "known")
+    assert run("3", versions={"toylib": "<0.33"}) == (1, "absent")
+    assert run("4", versions={"torch": ">=1"}) == (1, "absent")
+    assert run("5", versions={"nobody": ">=1"}) == (0, "known")  # what cannot be told
+    assert run("6", arch=("sm100",)) == (1, "absent")
+
+
+def test_crash_class_entries_run_alone_and_are_held_back(tmp_path):
+    """Cases like a known crash run in processes of their own, and no more of them than are needed."""
+
+    def judge(case, history, options):
+        if nan_on_odd(case):
+            return crash()
+        return bad("routing", "after a crash's kind") if any(map(nan_on_odd, history)) else GOOD
+
+    entry = Entry("known-crash", "toy#2", "@me", target=TARGET, check="crash", symptom="SIGSEGV",
+                  features=("fault:nan_rows", "E odd"), cases=(NAN_ON_ODD,))  # fmt: skip
+    listener = Listener()
+    made = gate(tmp_path, judge, listener, entries=(entry,), cases=600)
+    summary = made.run()
+    assert (summary.exit_code, summary.new, statuses(summary)) == (0, (), {"known-crash": "known"})
+    alone = [event for event in listener.of(events.CaseJudged) if event.alone]
+    assert len(alone) == QUARANTINED
+    assert {event.verdict for event in alone} == {"crash"}
+    assert not any(nan_on_odd(case) for case in made._pool.leased)
+    assert summary.gate.held_back > 0
+    assert summary.cases == summary.planned == 600 - summary.gate.held_back
+    assert summary.gate.entries[0].seen == QUARANTINED
+
+
+def test_a_crash_that_the_ledger_does_not_cover_is_red(tmp_path):
+    entry = Entry("known-crash", "toy#2", "@me", target=TARGET, check="crash", symptom="SIGSEGV",
+                  features=("fault:nan_rows", "E odd"), cases=(NAN_ON_ODD,))  # fmt: skip
+
+    def either(case):
+        return nan_on_odd(case) or "ties" in case.fault_names
+
+    summary = gate(tmp_path, when(either, crash()), entries=(entry,), strict=True).run()
+    assert summary.exit_code == 1
+    assert {finding.features for finding in summary.new} == {("fault:ties",)}
+
+
+def test_entries_of_other_targets_do_not_run(tmp_path):
+    summary = gate(tmp_path, always_good, entries=(replace(KNOWN, target="toy@other", expires=TODAY),)).run()
+    assert (summary.exit_code, summary.gate.entries) == (0, ())

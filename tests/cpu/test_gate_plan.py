@@ -1,0 +1,93 @@
+"""The plan of a gate, on fakes: the same list of cases whatever the workers, and a prefix of it where time is short."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from moe_fuzz.campaign import events
+from moe_fuzz.campaign.gate.plan import PROFILES
+from moe_fuzz.report import text
+from tests.cpu.campaign_fakes import GOOD, TARGET, Listener, always_good, nan_on_odd, toy, when
+from tests.cpu.gate_runs import KNOWN, SMALL, gate, judged
+
+
+def test_two_gates_of_one_plan_say_the_same_whatever_the_workers(tmp_path):
+    def either(case):
+        return nan_on_odd(case) or (case.config["bias"] and "ties" in case.fault_names)
+
+    def slow(case, history, options):
+        time.sleep((int(case.digest, 16) % 3) / 2000)  # rounds end in another order than they began
+        return when(either)(case, history, options)
+
+    told, found = [], []
+    for name, workers in (("a", 1), ("b", 3)):
+        listener = Listener()
+        summary = gate(tmp_path / name, slow, listener, cases=300, workers=workers).run()
+        told.append(judged(listener))
+        found.append([(f.id, f.case.digest) for f in summary.new])
+    assert told[0] == told[1]
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+    assert len(told[0]) == len({row[4] + row[3] for row in told[0]}) == 300
+
+
+def test_a_timed_gate_is_a_prefix(tmp_path):
+    def slow(case, history, options):
+        time.sleep(0.01)
+        return GOOD
+
+    whole, cut = Listener(), Listener()
+    gate(tmp_path / "whole", always_good, whole, cases=400).run()
+    summary = gate(tmp_path / "cut", slow, cut, cases=400, seconds=2.0, workers=2).run()
+    ran = judged(cut)
+    assert 0 < len(ran) < 400
+    assert ran == judged(whole)[: len(ran)]
+    assert (summary.cases, summary.planned, summary.exit_code) == (len(ran), 400, 0)
+    assert f"{len(ran)} of 400 cases" in "\n".join(text.summary(summary, "x"))
+
+
+def test_the_plan_of_a_target_does_not_depend_on_the_others(tmp_path):
+    alone, among = Listener(), Listener()
+    gate(tmp_path / "1", always_good, alone, cases=None).run()
+    gate(tmp_path / "2", always_good, among, cases=None, targets=("toy@other", TARGET)).run()
+    assert judged(alone) == [row for row in judged(among) if row[2] == TARGET]
+    assert len(judged(among)) == 2 * SMALL.cases["cuda"]
+
+
+def test_a_file_has_one_plan_in_every_checkout(tmp_path):
+    told = []
+    for folder in ("/home/me/repo/kernels", "/ci/build"):
+        listener = Listener()
+        gate(tmp_path, always_good, listener, targets=(f"toy@{folder}/my.py:f",)).run()
+        plan = listener.of(events.CampaignStarted)[0].plan
+        told.append((plan, [row[3:] for row in judged(listener)]))
+    assert told[0] == told[1]
+
+
+def test_another_seed_is_another_plan_and_the_state_directory_has_no_part_in_it(tmp_path):
+    first, again, other = Listener(), Listener(), Listener()
+    for listener, seed in ((first, 1), (again, 1), (other, 2)):
+        gate(tmp_path, when(nan_on_odd), listener, seed=seed).run()
+    assert judged(first) == judged(again) != judged(other)
+    digests = [listener.of(events.CampaignStarted)[0].plan for listener in (first, again, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_phases_come_in_order_and_the_corpus_runs_on_each_target(tmp_path):
+    listener = Listener()
+    stored = (toy(experts=3), toy(experts=3), toy(experts=5), replace(toy(), op="another"))
+    gate(tmp_path, always_good, listener, corpus=stored, entries=(replace(KNOWN, reproduces="sometimes"),),
+         targets=(TARGET, "toy@other")).run()  # fmt: skip
+    assert [event.name for event in listener.of(events.PhaseStarted)] == ["ledger", "corpus", "grid", "generate"]
+    ran = [row[2:4] for row in judged(listener) if row[1] == "corpus"]
+    both = (stored[0], stored[2])
+    assert ran == [(target, replace(c, target="").digest) for target in (TARGET, "toy@other") for c in both]
+
+
+def test_the_profiles_grow_and_leave_room(tmp_path):
+    quick, default, deep = PROFILES.values()
+    assert (quick.seconds, default.seconds) < (120, 600)
+    for device in ("cpu", "cuda"):
+        assert quick.cases[device] < default.cases[device] < deep.cases[device]
+        assert all(0 < profile.floor[device] < profile.cases[device] for profile in PROFILES.values())
