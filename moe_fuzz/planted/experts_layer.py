@@ -135,8 +135,9 @@ class Fp4Layer(Layer):
 
     def factor(self, name: str, e: int) -> Tensor:
         given, alpha = self.globals[name], self.alphas[name][e]
-        usable = given is not None and bool((given >= 2.0**-126) & (given < torch.inf))
-        return alpha / given if usable and given is not None else alpha
+        if given is None:
+            return alpha
+        return torch.where((given >= 2.0**-126) & (given < torch.inf), alpha / given, alpha)
 
     def left(self, name: str, rows: Tensor) -> Tensor:
         """What is multiplied of these rows, without the global scale."""

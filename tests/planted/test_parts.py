@@ -53,6 +53,19 @@ def test_more_experts_are_no_more_waits() -> None:
     assert max(waits_of(4)) < 8
 
 
+@pytest.mark.parametrize(
+    ("scale", "expected"), [(0.5, 6.0), (0.0, 3.0), (torch.inf, 3.0), (torch.nan, 3.0), (None, 3.0)]
+)
+def test_a_factor_is_no_wait(scale: float | None, expected: float) -> None:
+    none, alphas = torch.zeros(2, 16, 8, dtype=torch.uint8), torch.tensor([1.0, 3.0])
+    given = None if scale is None else torch.tensor([scale])
+    layer = experts_layer.Fp4Layer(torch.ones(1, 16), none, none, torch.ones(1, 1), torch.zeros(1, 1), none, none,
+                                   alphas, alphas, x_global=given, h_global=None)  # fmt: skip
+    with Counted() as counted:
+        found = layer.factor("w13", 1)
+    assert (float(found), found.dtype, counted.waits) == (expected, torch.float32, 0)
+
+
 def test_a_scan_of_many_experts_is_no_more_launches() -> None:
     def launches(experts: int) -> int:
         with Counted() as counted:
