@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_fuzz.planted.layer_parts import by_expert
 from moe_fuzz.reference.align import expert_of_slot
 from moe_fuzz.reference.experts_bf16 import activate
 from moe_fuzz.reference.experts_nvfp4 import values
@@ -40,8 +41,8 @@ class Layer:
     def slots(self, expert: Tensor) -> Tensor:
         """The weighted outputs of the slots, dtype of x [T, k, H]; those of dropped slots are unset."""
         slots = self.x.new_empty((*expert.shape, self.hidden))
-        for e in self.present(expert):
-            token, slot = (expert == e).nonzero(as_tuple=True)
+        for e, at in by_expert(expert):
+            token, slot = at // self.top_k, at % self.top_k
             slots[token, slot] = self.of_expert(e, token, slot)
         return slots
 
@@ -146,8 +147,9 @@ class Fp4Layer(Layer):
 
     def factor(self, name: str, e: int) -> Tensor:
         given, alpha = self.globals[name], self.alphas[name][e]
-        usable = given is not None and bool((given >= 2.0**-126) & (given < torch.inf))
-        return alpha / given if usable and given is not None else alpha
+        if given is None:
+            return alpha
+        return torch.where((given >= 2.0**-126) & (given < torch.inf), alpha / given, alpha)
 
     def left(self, name: str, rows: Tensor) -> Tensor:
         """What is multiplied of these rows, without the global scale."""
