@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from moe_fuzz.kernels.align import local_experts
+from moe_fuzz.kernels.experts_bf16.epilogue import biases_of, gated, relu2, rounded, weighted
 from moe_fuzz.kernels.experts_bf16.tiles import slots_of, tile_at, weights_of
 
 
@@ -74,8 +75,7 @@ def grouped_product_kernel(
             if WEIGHT != "none":
                 weight = weights_of(weights_ptr, slot, ok, top_k, weights_stride_t, weights_stride_k)[:, None]  # [M, 1]
             if HAS_BIAS:
-                at = expert.to(tl.int64) * bias_stride_e + row.to(tl.int64) * bias_stride_r
-                bias = tl.load(bias_ptr + at).to(tl.float32)[None, :]  # [1, N]
+                bias = biases_of(bias_ptr, expert, row, bias_stride_e, bias_stride_r)[None, :]  # [1, N]
             if HAS_ALPHA:
                 alpha = tl.load(alpha_ptr + expert) * ALPHA
             if OVERLAPS:
@@ -98,48 +98,26 @@ def grouped_product_kernel(
             if HAS_ALPHA:
                 sums *= alpha
             if WEIGHT == "input":
-                sums = tl.where(weight == 0.0, 0.0, sums * weight)
+                sums = weighted(sums, weight)
             if HAS_BIAS:
                 sums += bias
             if GATED:
                 gate, up = tl.split(tl.reshape(sums, (BLOCK_M, COLUMNS, 2)))
-                result = _activate(gate, up, ACTIVATION)  # [M, COLUMNS]
+                result = gated(gate, up, ACTIVATION)  # [M, COLUMNS]
             elif ACTIVATION == "relu2":
-                sums = tl.where(sums < 0.0, 0.0, sums)  # keeps a NaN, as tl.maximum does not
-                result = sums * sums
+                result = relu2(sums)
             else:
                 result = sums
             if WEIGHT == "output":
-                result = tl.where(weight == 0.0, 0.0, result * weight)
+                result = weighted(result, weight)
             column = tile_n * COLUMNS + tl.arange(0, COLUMNS)
             tl.store(
                 out_ptr + slot.to(tl.int64)[:, None] * width + column[None, :],
-                _rounded(result, out_ptr.dtype.element_ty, INTERPRETED), mask=ok[:, None] & (column < width)[None, :],
+                rounded(result, out_ptr.dtype.element_ty, INTERPRETED), mask=ok[:, None] & (column < width)[None, :],
             )  # fmt: skip
     if OVERLAPS:
         # Programs without a tile too: whoever waits for this launch takes the one before it for done as well.
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def _activate(gate, up, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return gate / (1.0 + tl.exp(-gate)) * up
-    if ACTIVATION == "gelu":
-        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    gate = tl.where(gate > 7.0, 7.0, gate)  # comparisons keep a NaN, as tl.minimum does not
-    up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
-    return gate / (1.0 + tl.exp(-1.702 * gate)) * (up + 1.0)
-
-
-@triton.jit
-def _rounded(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """To the nearest, ties to even, in the interpreter too, whose own conversion to bfloat16 truncates."""
-    if INTERPRETED and DTYPE.is_bf16():
-        bits = value.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        value = tl.where(value != value, value, bits.to(tl.float32, bitcast=True))
-    return value.to(DTYPE)
 
 
 @triton.jit(
@@ -168,6 +146,6 @@ def sum_slots_kernel(
             at = (row * top_k + first + nth)[:, None] * hidden + column[None, :]
             total += tl.load(slots_ptr + at, mask=inside & kept[:, None], other=0.0).to(tl.float32)
     tl.store(
-        out_ptr + row[:, None] * hidden + column[None, :], _rounded(total, out_ptr.dtype.element_ty, INTERPRETED),
+        out_ptr + row[:, None] * hidden + column[None, :], rounded(total, out_ptr.dtype.element_ty, INTERPRETED),
         mask=inside,
     )  # fmt: skip

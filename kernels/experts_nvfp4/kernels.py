@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_fuzz.kernels.experts_bf16.kernels import _activate, _rounded
+from moe_fuzz.kernels.experts_bf16.epilogue import biases_of, gated, relu2, rounded, weighted
 from moe_fuzz.kernels.experts_bf16.tiles import slots_of, tile_at, weights_of
 from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, place, shift_back
 from moe_fuzz.kernels.experts_nvfp4.prepare import scale_offset, usable
@@ -93,8 +93,7 @@ def fp4_product_kernel(
             if WEIGHT != "none":
                 weight = weights_of(weights_ptr, slot, ok, top_k, weights_stride_t, weights_stride_k)[None, :]  # [1, M]
             if HAS_BIAS:
-                at = expert.to(tl.int64) * bias_stride_e + row.to(tl.int64) * bias_stride_r
-                bias = tl.load(bias_ptr + at).to(tl.float32)[:, None]  # [N, 1]
+                bias = biases_of(bias_ptr, expert, row, bias_stride_e, bias_stride_r)[:, None]  # [N, 1]
             if OVERLAPS:
                 tl.extra.cuda.gdc_wait()  # `a` is what the kernel before writes; all read so far is older
             sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -126,20 +125,19 @@ def fp4_product_kernel(
 
             sums *= factor
             if WEIGHT == "input":
-                sums = tl.where(weight == 0.0, 0.0, sums * weight)
+                sums = weighted(sums, weight)
             if HAS_BIAS:
                 sums += bias
             if GATED:
                 pairs = tl.permute(tl.reshape(sums, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
                 gate, up = tl.split(pairs)
-                result = tl.reshape(_activate(gate, up, ACTIVATION), (COLUMNS, BLOCK_M))
+                result = tl.reshape(gated(gate, up, ACTIVATION), (COLUMNS, BLOCK_M))
             elif ACTIVATION == "relu2":
-                sums = tl.where(sums < 0.0, 0.0, sums)  # keeps a NaN, as tl.maximum does not
-                result = sums * sums
+                result = relu2(sums)
             else:
                 result = sums
             if WEIGHT == "output":
-                result = tl.where(weight == 0.0, 0.0, result * weight)
+                result = weighted(result, weight)
             column = tile_n * COLUMNS + tl.arange(0, COLUMNS)
             if REORDERS:
                 result = tl.where((column < width)[:, None], result, 0.0)
@@ -148,7 +146,7 @@ def fp4_product_kernel(
                 at, last = column, width
             tl.store(
                 out_ptr + slot.to(tl.int64)[None, :] * out_pitch + at[:, None],
-                _rounded(result, out_ptr.dtype.element_ty, INTERPRETED), mask=ok[None, :] & (column < last)[:, None],
+                rounded(result, out_ptr.dtype.element_ty, INTERPRETED), mask=ok[None, :] & (column < last)[:, None],
             )  # fmt: skip
     if OVERLAPS:
         # Also where no tile did: else this launch might end before the one before it, and with it the whole call.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from moe_fuzz.kernels.align import _NUMBERS, _SCALARS, count_slots
-from moe_fuzz.kernels.experts_bf16.kernels import _rounded
+from moe_fuzz.kernels.experts_bf16.epilogue import rounded
 from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, place, plain_code
 from moe_fuzz.kernels.nvfp4 import _e2m1_codes, _e4m3_bytes, _e4m3_values
 
@@ -58,7 +58,7 @@ def _reorder_tile(
         blocks = tl.reshape(x, (ROWS, COLUMNS // 16, 16))
         x = tl.reshape(_quantized(blocks, tl.load(global_ptr)), (ROWS, COLUMNS))
     tl.store(
-        out_ptr + row[:, None] * pitch + place(column)[None, :], _rounded(x, out_ptr.dtype.element_ty, INTERPRETED),
+        out_ptr + row[:, None] * pitch + place(column)[None, :], rounded(x, out_ptr.dtype.element_ty, INTERPRETED),
         mask=(row < rows)[:, None] & (column < pitch)[None, :],
     )  # fmt: skip
 
