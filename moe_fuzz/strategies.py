@@ -74,14 +74,16 @@ def rounds(
     return tuple(cases)
 
 
-# Kept, for Hypothesis keeps each list strategy too, 1,024 of them for each thread: 20 MiB if every round has a new one.
+# Both are small in memory. Kept, for Hypothesis keeps each list strategy too, 1,024 of them for each thread; and drawn
+# as numbers, for it notes in words from what it drew, each time it draws again.
 @lru_cache(maxsize=512)
 def _swarms(places: tuple[FaultPlace, ...]) -> st.SearchStrategy[list[FaultPlace]]:
     """At most 4 of the places."""
     # The tensor first, then the fault: else a tensor with few faults of its own would hardly ever have one.
-    by_tensor = [[p for p in places if p.tensor == tensor] for tensor in dict.fromkeys(p.tensor for p in places)]
+    tensors = [place.tensor for place in places]
+    by_tensor = [[at for at, name in enumerate(tensors) if name == tensor] for tensor in dict.fromkeys(tensors)]
     one = st.sampled_from(by_tensor).flatmap(st.sampled_from)
-    return st.lists(one, max_size=4, unique=True)
+    return st.lists(one, max_size=4, unique=True).map(lambda chosen: [places[at] for at in chosen])
 
 
 def _in_mode(config: Mapping[str, Scalar], run: str, info: TargetInfo) -> dict[str, Scalar]:
