@@ -17,12 +17,7 @@ from hypothesis.internal.conjecture.providers import HypothesisProvider
 
 from moe_fuzz.campaign.interfaces import Cases
 
-
 FRUITLESS = 64  # draws that give no round, beyond one for each that did: what a drive may take before it is ended
-
-
-class _Fruitless(BaseException):
-    """Ends a drive from inside a draw."""
 
 
 class Enough(BaseException):
@@ -48,13 +43,15 @@ def drive(
 
     failed: list[Exception] = []
     drawn = given_out = 0
+    tired = False
 
     @strategies.composite
     def counted(draw: strategies.DrawFn) -> Cases:
-        nonlocal drawn, given_out
+        nonlocal drawn, given_out, tired
         drawn += 1
         if drawn > FRUITLESS + 2 * given_out:
-            raise _Fruitless
+            tired = True
+            raise Enough
         cases = draw(rounds)
         given_out += 1
         return cases
@@ -85,12 +82,10 @@ def drive(
     _driving.now = True
     try:
         body()
-    except Enough:
+    except (Enough, Flaky) as error:
         if failed:
             raise failed[0] from None
-        return False
-    except (_Fruitless, Flaky) as error:  # that a draw ends where another went on is flaky, to Hypothesis
-        if not isinstance(error.__context__ or error, _Fruitless):
+        if isinstance(error, Flaky) and not tired:  # a draw that ends where another one went on is flaky, to Hypothesis
             raise
         return False
     finally:

@@ -8,6 +8,7 @@ from itertools import combinations, islice
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.strategies._internal.utils import _STRATEGY_CACHE
 
 from moe_fuzz import (  # noqa: F401 - faults register
     align_faults,
@@ -221,3 +222,12 @@ def test_what_is_compiled_once_is_run_in_several_ways_with_several_faults():
     assert len(long) > 2 * strategies.MAX_ROUND
     assert len({case.mode for case in long}) > 1
     assert len({fault for case in long for fault in case.fault_names}) > 4
+
+
+def test_a_round_leaves_hypothesis_no_strategies_to_keep():
+    """A list strategy of its own for each round is 20 MiB in all: Hypothesis keeps 1,024 for each thread."""
+    rounds = strategies.rounds(SPACE, EVERYTHING, "cpu")
+    drive(rounds, 1, 50, lambda cases: None)
+    before = len(_STRATEGY_CACHE)
+    drive(rounds, 2, 200, lambda cases: None)
+    assert len(_STRATEGY_CACHE) - before < 20
