@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import combinations
 
 from hypothesis import strategies as st
@@ -60,10 +61,7 @@ def rounds(
     drawn = draw(st.sampled_from(kinds))
     run, tokens = sequences.afforded(space, _in_mode(config, drawn, info), drawn, kinds, device)
     places = _places(space, info, _in_mode(config, run, info), run)
-    # The tensor first, then the fault: else a tensor with few faults of its own would hardly ever have one.
-    by_tensor = [[p for p in places if p.tensor == tensor] for tensor in dict.fromkeys(p.tensor for p in places)]
-    one = st.sampled_from(by_tensor).flatmap(st.sampled_from)
-    swarm = draw(st.lists(one, max_size=4, unique=True)) if places else []
+    swarm = draw(_swarms(tuple(places))) if places else []
     # Hypothesis repeats and recombines what it has drawn. A seed from the whole round makes each repeat a new one.
     chosen = random.Random(repr((draw(_SEEDS), config, swarm, run)))
     cases = _alike(space, info, device, config, run, tokens, swarm, chosen)
@@ -74,6 +72,18 @@ def rounds(
         swarm = chosen.sample(places, min(chosen.randint(0, 4), len(places)))
         cases += _alike(space, info, device, config, run, tokens, swarm, chosen)
     return tuple(cases)
+
+
+# Both are small in memory. Kept, for Hypothesis keeps each list strategy too, 1,024 of them for each thread; and drawn
+# as numbers, for it notes in words from what it drew, each time it draws again.
+@lru_cache(maxsize=512)
+def _swarms(places: tuple[FaultPlace, ...]) -> st.SearchStrategy[list[FaultPlace]]:
+    """At most 4 of the places."""
+    # The tensor first, then the fault: else a tensor with few faults of its own would hardly ever have one.
+    tensors = [place.tensor for place in places]
+    by_tensor = [[at for at, name in enumerate(tensors) if name == tensor] for tensor in dict.fromkeys(tensors)]
+    one = st.sampled_from(by_tensor).flatmap(st.sampled_from)
+    return st.lists(one, max_size=4, unique=True).map(lambda chosen: [places[at] for at in chosen])
 
 
 def _in_mode(config: Mapping[str, Scalar], run: str, info: TargetInfo) -> dict[str, Scalar]:

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings, strategies, target
+from hypothesis.errors import Flaky
 from hypothesis.internal.conjecture.providers import HypothesisProvider
 
 from moe_fuzz.campaign.interfaces import Cases
+
+FRUITLESS = 64  # draws that give no round, beyond one for each that did: what a drive may take before it is ended
 
 
 class Enough(BaseException):
@@ -32,11 +35,26 @@ def drive(
 ) -> bool:
     """Draws up to `examples` rounds from the seed `root` and hands each to `run`, which gives the score to climb on.
 
-    Returns False if `run` raised Enough; its errors come out as they are. Thread-safe. What is drawn depends on `root`,
+    Returns False if `run` raised Enough, or most draws gave no round: climbing, Hypothesis puts parts of rounds into
+    others, and allows itself 45 that run out of choices for each that does not. It keeps a record of every one, and
+    meanwhile nothing is tested. Errors of `run` come out as they are. Thread-safe. What is drawn depends on `root`,
     `examples` and the scores alone.
     """
 
     failed: list[Exception] = []
+    drawn = given_out = 0
+    tired = False
+
+    @strategies.composite
+    def counted(draw: strategies.DrawFn) -> Cases:
+        nonlocal drawn, given_out, tired
+        drawn += 1
+        if drawn > FRUITLESS + 2 * given_out:
+            tired = True
+            raise Enough
+        cases = draw(rounds)
+        given_out += 1
+        return cases
 
     @seed(root)
     @settings(
@@ -51,7 +69,7 @@ def drive(
         suppress_health_check=list(HealthCheck),
         verbosity=Verbosity.quiet,
     )
-    @given(rounds)
+    @given(counted())
     def body(cases: Cases) -> None:
         try:
             score = run(cases)
@@ -64,9 +82,11 @@ def drive(
     _driving.now = True
     try:
         body()
-    except Enough:
+    except (Enough, Flaky) as error:
         if failed:
             raise failed[0] from None
+        if isinstance(error, Flaky) and not tired:  # a draw that ends where another one went on is flaky, to Hypothesis
+            raise
         return False
     finally:
         _driving.now = False

@@ -26,13 +26,13 @@ TARGET = "topk_softmax@planted.int64_ids"
 KILLED = crash("killed:SIGKILL")
 
 
-def script(name: str, *arguments: object) -> str:
-    """What an endurance script prints; it must end well."""
+def script(name: str, *arguments: object, code: int = 0) -> str:
+    """What an endurance script prints; it must end with this exit code."""
     root = str(Path(str(moe_fuzz.__file__)).parents[1])
     env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
     command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 
@@ -57,6 +57,14 @@ def test_a_full_or_closed_disk_is_told_and_the_next_run_goes_on() -> None:
 def test_everything_at_once_loses_nothing() -> None:
     out = script("chaos.py", "--minutes", 0.4, "--cases", 16, "--targets", TARGET)
     assert '"problems": []' in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("leak", "code"), [((), 0), (("--leak",), 1)], ids=["as it is", "keeps each event"])
+def test_the_memory_of_a_parent_is_flat_and_a_leak_is_seen(leak: tuple[str, ...], code: int) -> None:
+    told = json.loads(script("parent_memory.py", "--cases", 4200, *leak, code=code))
+    assert bool(told["problems"]) == bool(code)
+    assert told["cases"] > 4000
 
 
 def test_broken_files_are_refused() -> None:

@@ -9,9 +9,11 @@ import types
 from collections import Counter
 
 import pytest
+from hypothesis import assume
 from hypothesis import strategies as st
+from hypothesis.errors import Flaky
 
-from moe_fuzz.campaign.drive import Enough, derive_seed, drive
+from moe_fuzz.campaign.drive import FRUITLESS, Enough, derive_seed, drive
 from moe_fuzz.campaign.engine import Campaign
 from moe_fuzz.campaign.interfaces import Sources
 from moe_fuzz.campaign.state import StateDir
@@ -48,6 +50,44 @@ def test_the_same_seed_draws_the_same_on_three_threads_at_once():
         thread.join()
     assert results == expected
     assert len({str(rounds) for rounds in expected}) == 3
+
+
+def test_a_drive_in_which_most_draws_give_no_round_is_ended():
+    drawn, given = 0, []
+
+    @st.composite
+    def rounds(draw):
+        nonlocal drawn
+        drawn += 1
+        value = draw(numbers)
+        assume(len(given) < 20)  # as when a climb puts together what does not fit
+        return value
+
+    def run(value):
+        given.append(value)
+        return float(value[1])
+
+    assert not drive(rounds(), 3, 500, run)
+    assert (len(given), drawn) == (20, FRUITLESS + 2 * 20)
+
+
+def test_a_climb_is_not_ended_while_most_of_its_draws_give_rounds():
+    given = []
+    assert drive(numbers, 3, 500, given.append)
+    assert len(given) == 500
+
+
+def test_a_strategy_that_is_flaky_by_itself_is_told():
+    times = 0
+
+    @st.composite
+    def rounds(draw):
+        nonlocal times
+        times += 1
+        return draw(st.integers(0, 3) if times % 2 else st.text())
+
+    with pytest.raises(Flaky):
+        drive(rounds(), 3, 500, lambda value: 1.0)
 
 
 def test_number_literals_of_loaded_modules_are_not_mixed_in(tmp_path, monkeypatch):

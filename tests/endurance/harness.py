@@ -189,6 +189,8 @@ def problems_on_disk(state: Path, announced: Sequence[str]) -> list[str]:
             continue  # half-written beside its place, and not in it
         try:
             json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue  # a campaign that lives is done with it
         except ValueError as error:
             problems.append(f"{file.relative_to(state)}: {error}")
     problems += [f"{file.relative_to(state)} was set aside" for file in state.rglob("*.damaged")]

@@ -185,10 +185,11 @@ def _drawn(
     rounds = sources.rounds(space, info, device)
     for number in itertools.count():
         before = len(seen)
-        if before >= count or not drive(rounds, root(f"generate {number}"), max(MIN_EXAMPLES, count // ROUND), take):
-            return found
+        if before >= count:
+            break
+        drive(rounds, root(f"generate {number}"), max(MIN_EXAMPLES, count // ROUND), take)
         if len(seen) == before:
-            return found  # a space so small that there is nothing new in it
+            break  # a space so small that there is nothing new in it
     return found
 
 
