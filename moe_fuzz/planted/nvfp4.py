@@ -97,6 +97,13 @@ def minus_one_is_the_last_expert(
     return _right(x, global_scale, layout, expert_ids)
 
 
+def ids_cut_to_32_bits(
+    x: Tensor, global_scale: Tensor, layout: str = "linear", *, expert_ids: Tensor | None = None
+) -> Result:
+    """sglang#29929: the callee's ids are int32. An int64 id of no expert, cut to them, may pass for one."""
+    return _right(x, global_scale, layout, None if expert_ids is None else expert_ids.int())
+
+
 def infinity_zeroes_the_batch(
     x: Tensor, global_scale: Tensor, layout: str = "linear", *, expert_ids: Tensor | None = None
 ) -> Result:

@@ -30,13 +30,14 @@ TOP_K_LIMIT, EXPERTS_LIMIT = 64, 4096
 #: What may break one row. On x, the plainest first.
 X_FAULTS = ("zero_rows", "nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "huge_rows", "ladder",
             "stale_rows")  # fmt: skip
-IDS_FAULTS = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts", "sentinel_ids")
+IDS_FAULTS = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts", "sentinel_ids", "wide_ids")
+_EAGER_IDS = ("wide_ids",)  # they are int64, and a graph's buffer has one dtype for all its steps
 _DUPLICATES = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
 _NO_PIECES = ("eager", "graph")  # a producer's graph would need real memory for all that lies between rows
 PLACES = (
     *(FaultPlace(name, "x", on_rows=True) for name in X_FAULTS),
-    *(FaultPlace(name, "ids", on_rows=True) for name in IDS_FAULTS),
+    *(FaultPlace(name, "ids", on_rows=True, modes=("eager",) if name in _EAGER_IDS else MODES) for name in IDS_FAULTS),
     FaultPlace("extreme_weights", "weights", on_rows=True),
     FaultPlace("nan_dropped", "weights", on_rows=True),
     FaultPlace("int64_ids", "ids", on_rows=False),
@@ -113,9 +114,9 @@ class ExpertsSpace:
     def _refused(self, fault: str, tensor: str, info: TargetInfo) -> str:
         """Why the target does not take the fault; empty if it does."""
         can, contract = info.capabilities, info.contract
-        if fault == "sentinel_ids" and "garbage" not in contract.accepts:
+        if fault in ("sentinel_ids", "wide_ids") and "garbage" not in contract.accepts:
             return "ids of no expert"
-        if fault == "int64_ids" and not can.int64_ids:
+        if fault in ("int64_ids", "wide_ids") and not can.int64_ids:
             return "int64 ids"
         if fault in _DUPLICATES and not can.duplicate_ids:
             return "an expert twice in a row"

@@ -45,7 +45,7 @@ FIELDS: Mapping[str, tuple[Scalar, ...]] = {
 ROW_FAULTS = ("zero_rows", "code_grid", "zero_block", "lone_number", "scale_saturation", "tiny_block", "code_ties",
               "scale_ties", "nonfinite_block", "nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf",
               "huge_rows", "ladder", "stale_rows")  # fmt: skip
-ID_FAULTS = ("all_to_one", "minus_one_ids", "num_experts_ids", "sentinel_ids")
+ID_FAULTS = ("all_to_one", "minus_one_ids", "num_experts_ids", "sentinel_ids", "wide_ids")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
 PLACES = (
     *(FaultPlace(name, "x", on_rows=True) for name in ROW_FAULTS),
@@ -112,7 +112,11 @@ class QuantizeSpace:
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         return tuple(p for p in self.places if not self._refused(p.fault, info)
-                     and (not p.needs or config[p.needs] != "none"))  # fmt: skip
+                     and self._has_room(p.fault, p.needs, config))  # fmt: skip
+
+    def _has_room(self, fault: str, needs: str | None, config: Mapping[str, Scalar]) -> bool:
+        """Whether the config has what the fault is laid on: ids beyond 32 bits need more of them."""
+        return (not needs or config[needs] != "none") and (fault != "wide_ids" or config["expert_ids"] == "int64")
 
     def _refused(self, fault: str, info: TargetInfo) -> str:
         """Why the target does not take the fault; empty if it does."""
@@ -165,8 +169,9 @@ class QuantizeSpace:
             raise CaseError(where, f"{fault.name} is for {place.max_rows} rows at most, not {tokens}")
         if place.on_rows != bool(fault.rows):
             raise CaseError(f"{where}.rows", "must name rows" if place.on_rows else "must name no rows")
-        if place.needs and case.config[place.needs] == "none":
-            raise CaseError(where, f"{fault.name} needs config.{place.needs}")
+        if not self._has_room(fault.name, place.needs, case.config):
+            wide = " int64" if fault.name == "wide_ids" else ""
+            raise CaseError(where, f"{fault.name} needs config.{place.needs}{wide}")
         if fault.stream is not None and fault.name != "stale_rows":
             raise CaseError(f"{where}.stream", "only stale_rows hold what another step had")
 
@@ -256,10 +261,9 @@ class QuantizeSpace:
 
     def _without_orphans(self, case: Case) -> Case:
         """Without the faults that the config no longer has room for."""
-        if case.config["expert_ids"] != "none":
-            return case
         for index, step in enumerate(case.steps):
-            kept = tuple(fault for fault in step.faults if fault.tensor != "expert_ids")
+            kept = tuple(f for f in step.faults
+                         if f.tensor != "expert_ids" or self._has_room(f.name, "expert_ids", case.config))  # fmt: skip
             if kept != step.faults:
                 case = case.with_step(index, replace(step, faults=kept))
         return case

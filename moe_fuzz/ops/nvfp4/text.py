@@ -46,6 +46,7 @@ FAULTS = {
     "minus_one_ids": "rows of no expert: id -1",
     "num_experts_ids": "rows of no expert: id E",
     "sentinel_ids": "rows of no expert: -1, -2, E, E + 1, the largest and smallest int32",
+    "wide_ids": "int64 ids beyond 32 bits, whose low 32 bits are an expert's",
     "all_to_one": "all rows are of one expert",
     "noncontiguous": "rows stand apart in a wider buffer",
     "int32_boundary": "rows so far apart that offsets pass 2^31 elements",
