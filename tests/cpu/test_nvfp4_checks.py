@@ -287,6 +287,21 @@ def test_faults_on_ids_need_ids():
     assert not any(c.steps[0].faults for c in gone)
 
 
+def test_wide_ids_need_int64():
+    fault = Fault("wide_ids", "expert_ids", Labels.parse("0-7"))
+    with pytest.raises(CaseError, match="int64"):
+        case_of(fault, rows=8, expert_ids="int32")
+    case = case_of(fault, rows=8, expert_ids="int64")
+    ids = materialize(case, 0).plain["expert_ids"]
+    plain = materialize(case_of(rows=8, expert_ids="int64"), 0).plain["expert_ids"]
+    assert torch.equal(ids.int(), plain.int())  # the low 32 bits are an expert's
+    assert 0 < int((ids != plain).sum()) < 8
+    assert not judge(observe(case))
+    narrow = [c for c in SPACE.simplify(case) if c.config["expert_ids"] == "int32"]
+    assert narrow
+    assert not any(c.steps[0].faults for c in narrow)
+
+
 def test_capabilities_bound_what_is_drawn():
     can = Capabilities(layouts=("linear",), expert_scales=False, max_blocks=64, strided=False)
     info = replace(INFO, capabilities=can, contract=NEAR)
