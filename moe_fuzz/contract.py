@@ -97,7 +97,7 @@ class Capabilities:
     max_intermediate: int = 1 << 20
     min_multiple_h: int = 1  # hidden must be a multiple of it
     min_multiple_i: int = 1
-    activations: tuple[str, ...] = ("silu", "gelu", "relu2", "swiglu_oai")
+    activations: tuple[str, ...] = ("silu", "gelu", "relu2", "swiglu_oai")  # of nvfp4_quantize: that it fuses
     gate_layouts: tuple[str, ...] = ("first", "up_first", "interleaved")
     biases: bool = True
     recipes: tuple[str, ...] = ("dense", "integer", "one_hot", "ladder")  # of numbers; not every format holds all

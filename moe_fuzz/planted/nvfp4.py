@@ -214,6 +214,17 @@ def scales_as_integers(
     return codes, scales.view(torch.uint8)
 
 
+def fused_halves_exchanged(
+    x: Tensor, global_scale: Tensor, layout: str = "linear", *, expert_ids: Tensor | None = None,
+    activation: str | None = None,
+) -> Result:  # fmt: skip
+    """vllm#34673: what fuses the activation takes the up-projection for the gate."""
+    if activation:
+        up, gate = x.float().chunk(2, dim=1)
+        x = (gate / (1 + (-gate).exp()) * up).to(x.dtype)
+    return _right(x, global_scale, layout, expert_ids)
+
+
 def no_rows_raise(
     x: Tensor, global_scale: Tensor, layout: str = "linear", *, expert_ids: Tensor | None = None
 ) -> Result:

@@ -58,6 +58,7 @@ NVFP4: tuple[Planted, ...] = (
            "codes are those of the scale before it was rounded", only=True),
     _exact("codes_by_two_reciprocals", "codes", "flashinfer#3656", "promises exact codes, multiplies by reciprocals",
            only=True),
+    _exact("fused_halves_exchanged", "scale", "vllm#34673", "fused with an activation, takes up for the gate"),
     # what else is written
     _exact("padding_of_the_last_column", "padding", "vllm#31097",
            "the last scale of a row again in its padding, where 64 does not divide K", only=True),

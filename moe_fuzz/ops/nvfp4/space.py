@@ -32,6 +32,7 @@ GLOBAL_SCALES = ("power", "six", "fitted", "small", "large", "least", "greatest"
 #: What each field of a config may be; `blocks` is a labels string, and stands apart.
 FIELDS: Mapping[str, tuple[Scalar, ...]] = {
     "layout": ("linear", "swizzled"),
+    "activation": ("none", "silu"),  # fused before the quantizing: x has gate and up-projection
     "dtype": ("float32", "bfloat16", "float16"),
     "global_scale": GLOBAL_SCALES,
     "scale_dtype": ("float32", "bfloat16"),
@@ -89,6 +90,7 @@ class QuantizeSpace:
         can = info.capabilities
         return {
             "layout": value not in can.layouts,
+            "activation": value != "none" and value not in can.activations,
             "dtype": value not in can.dtypes,
             "global_scale": value not in can.global_scales,
             "scale_dtype": value not in can.scale_dtypes,
@@ -251,7 +253,8 @@ class QuantizeSpace:
         elements = 16 * tokens * blocks
         if config["layout"] == "swizzled":
             elements = 16 * (-(-tokens // 128) * 128) * (-(-blocks // 4) * 4)
-        return 2 * (0.015 + 2.5e-7 * elements) + 5e-7 * tokens * 16 * blocks
+        halves = 2 if config["activation"] != "none" else 1
+        return 2 * (0.015 + 2.5e-7 * halves * elements) + 5e-7 * halves * tokens * 16 * blocks
 
     def label(self, case: Case) -> str:
         return text.label(case)

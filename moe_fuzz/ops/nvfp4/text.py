@@ -61,6 +61,7 @@ def label(case: Case) -> str:
     parts = [case.op] + ([case.mode] if case.mode != "eager" else [])
     parts += [f"T={step.tokens}" for step in case.steps]
     parts += [f"K={16 * len(Labels.parse(str(config['blocks'])))}", str(config["dtype"]), str(config["layout"])]
+    parts += [f"of {config['activation']}"] if config["activation"] != "none" else []
     parts += [f"global_scale={config['global_scale']}"]
     parts += ["bfloat16 global_scale"] if config["scale_dtype"] != "float32" else []
     parts += [f"{config['expert_ids']} expert_ids"] if config["expert_ids"] != "none" else []
