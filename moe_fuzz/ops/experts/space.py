@@ -25,6 +25,7 @@ INTERMEDIATE = (16, 32, 64, 128, 1, 2, 3, 7, 8, 15, 17, 24, 31, 33, 40, 48, 63, 
                 257, 336, 384, 512, 704, 768, 1024, 1408, 2048, 2560, 2688, 2816, 2880, 8192, 14336)  # fmt: skip
 TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
           1023, 1025, 2049, 4097)  # fmt: skip
+_FEW = 4  # token counts
 TOP_K_LIMIT, EXPERTS_LIMIT = 64, 4096
 
 #: What may break one row. On x, the plainest first.
@@ -100,8 +101,8 @@ class ExpertsSpace:
 
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
         found = tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device))
-        # Where nothing but a token or none can be afforded, none would be every second case.
-        return found if len(found) > 2 else TOKENS[:1]
+        # Where hardly more than a token or none can be afforded, none would be every second or third case.
+        return found if len(found) > _FEW else tuple(t for t in found if t)
 
     def affordable(self, case: Case, device: str) -> bool:
         return device != "cpu" or self.cost(case, device) <= cost.CPU_BUDGET
