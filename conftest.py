@@ -79,6 +79,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return gpu_slots() if GPUS else cpu_count()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Whoever is done takes tests from others: a file with a minute of tests would be one worker's alone."""
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "worksteal"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         reason = _why_not(item)

@@ -13,6 +13,9 @@ from moe_fuzz.reference.nvfp4 import BLOCK, E2M1, E4M3, nvfp4_quantize, unswizzl
 SCALE_LAYOUTS = ("linear", "swizzled")
 ACTIVATION_FORMATS = ("as_given", "nvfp4")
 _SCALE_DTYPES = (torch.uint8, torch.float8_e4m3fn)
+#: What each byte of two codes stands for, [256, 2], the low nibble first, and each byte of a scale, [256].
+_PAIRS = torch.cat([E2M1, -E2M1]).double()[torch.stack([torch.arange(256) % 16, torch.arange(256) // 16], dim=1)]
+_SCALES = torch.cat([E4M3, torch.tensor([torch.nan]), -E4M3, torch.tensor([torch.nan])]).double()
 
 
 def experts_nvfp4(
@@ -83,11 +86,8 @@ def values(codes: Tensor, scales: Tensor, layout: str = "linear") -> Tensor:
     rows, blocks = codes.shape[0], codes.shape[1] * 2 // BLOCK
     if layout == "swizzled":
         scales = unswizzle(scales, rows, blocks)
-    codes, bytes_ = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1).long(), scales.view(torch.uint8).long()
-    signs = torch.tensor([1.0, -1.0], dtype=torch.float64, device=codes.device)
-    table = torch.cat([E4M3, torch.tensor([torch.nan])]).double().to(codes.device)
-    value = E2M1.double().to(codes.device)[codes % 8] * signs[codes // 8]
-    scale = table[bytes_ % 128] * signs[bytes_ // 128]
+    value = _PAIRS.to(codes.device)[codes.int()]  # [R, D/2, 2]
+    scale = _SCALES.to(codes.device)[scales.view(torch.uint8).int()]
     return (value.view(rows, blocks, BLOCK) * scale[:, :, None]).flatten(1)
 
 

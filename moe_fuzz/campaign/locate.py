@@ -7,7 +7,8 @@ access, and last whether it is a write into an input itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from moe_fuzz.campaign.confirm import Key, matching, rerun
@@ -51,12 +52,13 @@ def is_about_memory(check: str, key: Key) -> bool:
 
 def locate(
     pool: Pool, cases: Cases, target: str, options: RunOptions, verdict: Verdict, key: Key, tensors: Mapping[str, str],
-    tries: int = 1,
+    tries: int = 1, at_once: int = 1,
 ) -> Violation:  # fmt: skip
     """The memory fault of the last case as a violation of check `fence`; the crash itself if no fence explains it.
 
     Symptoms: `logits:right:read`, `ids:left:write`, `logits:inside:write` (an input was written to), `own:right:read`
-    (memory of the target's own). `tries`: runs a question, for a fault that is seen sometimes.
+    (memory of the target's own). `tries`: runs a question, for a fault that is seen sometimes. `at_once`: questions
+    asked at the same time, each of a worker with the memory of one: those that a serial search would ask next.
     """
     crash = matching(verdict, key)
     assert crash is not None
@@ -65,20 +67,36 @@ def locate(
         with_fence = replace(options, fence=fence)
         return any(matching(rerun(pool, cases, target, with_fence), key) is not None for _ in range(tries))
 
+    def answers(fences: Iterable[FenceOptions]) -> Iterator[bool]:
+        """In order; nobody is asked behind the answer that ended the search, but for those that were beside it."""
+        waiting = list(fences)
+        while waiting:
+            some, waiting = waiting[:at_once], waiting[at_once:]
+            if len(some) == 1:
+                yield crashes(some[0])
+                continue
+            with ThreadPoolExecutor(len(some)) as threads:
+                yield from list(threads.map(crashes, some))
+
+    def first(fences: Sequence[FenceOptions]) -> int | None:
+        return next((at for at, answer in enumerate(answers(fences)) if answer), None)
+
     # Soft guards stay everywhere: without them an overrun lands in somebody's heap, and crashes when it likes.
     soft = FenceOptions(hard=(), sides="both", access="any", readonly=(), own=options.fence.own)
-    if crashes(soft):
-        return crash
     there = {name: role for name, role in tensors.items() if _is_there(cases[-1], name)}
-    for name, hard in ({name: (name,) for name in there} | {OWN: _ALL_OWN}).items():
-        fence = replace(soft, hard=hard)
-        if crashes(fence):
-            side = next((side for side in ("right", "left") if crashes(replace(fence, sides=side))), "both")
-            writes = crashes(replace(fence, access="write"))
-            return _located(crash, name, side, "write" if writes else "read")
+    fenced = {name: replace(soft, hard=(name,)) for name in there} | {OWN: replace(soft, hard=_ALL_OWN)}
+    culprit = first([soft, *fenced.values()])
+    if culprit == 0:
+        return crash
+    if culprit is not None:
+        name = list(fenced)[culprit - 1]
+        fence = fenced[name]
+        right, writes = answers([replace(fence, sides="right"), replace(fence, access="write")])
+        side = "right" if right else "left" if crashes(replace(fence, sides="left")) else "both"
+        return _located(crash, name, side, "write" if writes else "read")
     inputs = [name for name, role in there.items() if role == "input"]
-    written = next((name for name in inputs if crashes(replace(soft, readonly=(name,)))), None)
-    return _located(crash, written, "inside", "write") if written else crash
+    written = first([replace(soft, readonly=(name,)) for name in inputs])
+    return _located(crash, inputs[written], "inside", "write") if written is not None else crash
 
 
 def _is_there(case: Case, tensor: str) -> bool:

@@ -7,23 +7,28 @@ version find the same bugs in the same cases.
 from __future__ import annotations
 
 import itertools
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from moe_fuzz import strategies
 from moe_fuzz.campaign.drive import derive_seed, drive
-from moe_fuzz.campaign.interfaces import Pool
+from moe_fuzz.campaign.interfaces import Cases, Pool, Worker
 from moe_fuzz.campaign.locate import is_memory_fault, locate
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import FenceOptions, RunOptions
+from moe_fuzz.verdict import CRASH, HANG, REJECTED, Verdict, Violation
 from moe_fuzz.verdict import OOM as OOM_VERDICT
-from moe_fuzz.verdict import REJECTED, Verdict, Violation
 
 BATCH = 16  # cases handed to a worker at once, at most: it begins with one, because a bug found ends the batch's use
+_BATCH_SECONDS = 0.25  # that a batch may take, by what the last one took; what is run behind the bug is run for nothing
+_AT_ONCE = min(3, os.cpu_count() or 1)  # fresh workers that are asked at the same time where a fault lies
 DEADLINE = 3.0  # seconds for a case: planted bugs are small
 COMPILE_DEADLINE = 60.0
 _ROUNDS = 8  # drawn from one seed: of many more, most are variations of each other
@@ -97,11 +102,22 @@ def run_planted(
     cases = itertools.islice(draw(planted.op, pool.describe(target), device, seed), max_cases)
     outcome = Outcome(planted.name, target, planted.check, planted.upstream, False, 0, 0.0)
     options = _options(checks, planted.fence)
-    for case, verdict in _verdicts(cases, target, pool, options, start + max_seconds):
+    with closing(_verdicts(cases, target, pool, options, start + max_seconds)) as verdicts:
+        outcome = _until_found(planted, pool, options, verdicts, outcome)
+    return replace(outcome, seconds=time.monotonic() - start - outcome.compile_seconds)
+
+
+def _until_found(
+    planted: Planted, pool: Pool, options: RunOptions, verdicts: Iterator[tuple[Case, Verdict]], outcome: Outcome
+) -> Outcome:  # fmt: skip
+    """The outcome after the first verdict that shows the bug by its check, or after all of them."""
+    target = planted.target
+    for case, verdict in verdicts:
         violations = violations_of(verdict)
         if planted.check == FENCE and is_memory_fault(verdict.key):
             tensors = get_space(case.op).tensors
-            violations = (locate(pool, (case,), target, options, verdict, verdict.key, tensors), *violations[1:])
+            fault = locate(pool, (case,), target, options, verdict, verdict.key, tensors, at_once=_AT_ONCE)
+            violations = (fault, *violations[1:])
         fired = {violation.check for violation in violations}
         caught = next((violation for violation in violations if _is_it(violation, planted)), None)
         outcome = replace(
@@ -113,9 +129,8 @@ def run_planted(
             found=caught is not None,
         )
         if caught is not None:
-            outcome = replace(outcome, inline=replace(case, target=target).inline(), message=caught.message)
-            break
-    return replace(outcome, seconds=time.monotonic() - start - outcome.compile_seconds)
+            return replace(outcome, inline=replace(case, target=target).inline(), message=caught.message)
+    return outcome
 
 
 def run_alone(
@@ -189,14 +204,38 @@ def _is_it(violation: Violation, planted: Planted) -> bool:
 
 def _verdicts(
     cases: Iterator[Case], target: str, pool: Pool, options: RunOptions, until: float
-) -> Iterator[tuple[Case, Verdict]]:
-    """Runs batches until the cases or the time are spent; verdicts in the order of the cases."""
-    size = 1
-    while time.monotonic() < until:
-        batch: Sequence[Case] = tuple(itertools.islice(cases, size))
-        size = min(2 * size, BATCH)
-        if not batch:
-            return
-        with pool.lease() as worker:
-            verdicts = worker.run(batch, target, options)
-        yield from zip(batch, verdicts, strict=True)
+) -> Generator[tuple[Case, Verdict]]:
+    """Runs batches until the cases or the time are spent; verdicts in the order of the cases. All in one worker: in
+    another's process every kernel is loaded anew, and a bug that outlives a call is not there."""
+    size, waiting = 1, deque[Case]()
+    with pool.lease() as worker:
+        while time.monotonic() < until:
+            waiting.extend(itertools.islice(cases, max(0, size - len(waiting))))
+            batch = tuple(itertools.islice(waiting, size))
+            if not batch:
+                return
+            began = time.monotonic()
+            verdicts = _up_to_a_death(worker, batch, target, options)
+            each = (time.monotonic() - began) / len(verdicts)
+            size = max(1, min(2 * size, BATCH, int(_BATCH_SECONDS / max(each, 1e-6))))
+            yield from [(waiting.popleft(), verdict) for verdict in verdicts]
+
+
+class _Died(Exception):
+    """A case has cost the worker its process."""
+
+
+def _up_to_a_death(worker: Worker, batch: Cases, target: str, options: RunOptions) -> list[Verdict]:
+    """The verdicts of a batch, up to the first that ended the process: each case behind it may end another, which takes
+    seconds to start, and if that was the bug nobody asks."""
+    seen: list[Verdict] = []
+
+    def take(index: int, verdict: Verdict, history: Cases) -> None:
+        seen.append(verdict)
+        if verdict.spent or verdict.kind in (CRASH, HANG, OOM_VERDICT):
+            raise _Died
+
+    try:
+        return worker.run(batch, target, options, take)
+    except _Died:
+        return seen

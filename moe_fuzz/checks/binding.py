@@ -15,5 +15,6 @@ SAMPLE = 32  # rows
 
 
 def rejected(wrong: Any, family: str, judges: Sequence[str] = ()) -> bool:
-    """Whether a parity check of the family, or one of `judges`, finds this observation wrong."""
-    return any(CHECKS[family][name](wrong) for name in (*judges, *PARITY[family]))
+    """Whether a parity check of the family, or one of `judges`, finds this observation wrong. Most are for the parity
+    checks to reject, so they are asked first."""
+    return any(CHECKS[family][name](wrong) for name in (*PARITY[family], *judges))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moe_fuzz.execute import meeting
 from moe_fuzz.execute.buckets import Bucket, clobber
 from moe_fuzz.execute.call import CaptureFailed, TargetError, guarded
 from moe_fuzz.execute.calls import Results
@@ -24,6 +25,7 @@ from moe_fuzz.ops.inputs import Inputs
 from moe_fuzz.targets.bind import Target
 
 _MAX_IDLE = 1 << 30  # bytes
+
 
 @dataclass
 class GraphPool:
@@ -50,7 +52,7 @@ class GraphPool:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(self.stream):
-                graph.capture_begin(pool=self.handle)
+                graph.capture_begin(pool=self.handle, capture_error_mode=_error_mode())
                 try:
                     result = function()
                 except (Exception, SystemExit):
@@ -150,6 +152,12 @@ def _consume(given: Results, staging: torch.Tensor) -> Results:
     """The layer behind: it may get the memory of the first tensor, and takes over the results."""
     clobber(staging)
     return tuple(None if tensor is None else tensor.clone() for tensor in given)
+
+
+def _error_mode() -> str:
+    """Whose forbidden calls break a capture: any thread's, as by torch's default. But a rank's process has NCCL's
+    watchdog beside it, which asks for events when it likes."""
+    return "thread_local" if meeting.present() else "global"
 
 
 def _extent(tensor: torch.Tensor) -> int:

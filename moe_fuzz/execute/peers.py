@@ -81,8 +81,10 @@ class Peers:
 
     def check(self) -> None:
         """Waits until all calls have ended. Raises what a rank reports."""
+        meeting.state("device")
         for wait in self.waits:
             wait()
+        meeting.state("call")
 
     def close(self) -> None:
         for close in self.closes:

@@ -221,7 +221,7 @@ class CudaArena(PooledArena[_Placed]):
             self._coming = False
 
     def fill(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
-        there = self._twins.get(tensor.data_ptr(), tensor)
+        there = self._writable(tensor)
         if self._moves is not None and _stageable(value) and is_small(there) and there.dtype == value.dtype:
             self._moves.append(staged(value.expand(there.shape), there.data_ptr()))
             return

@@ -45,7 +45,7 @@ class PooledArena(Arena, Generic[P]):
         self._kept = kept
         self._own_count = self._own_bytes = 0
         self._protected = self._closed = False
-        self._twins: dict[int, torch.Tensor] = {}  # by the address of the tensor that is read-only
+        self._twins: dict[int, torch.Tensor] = {}  # flat, from its first element on, by the read-only tensor's address
         self._recycle()
         self.seconds = time.perf_counter() - began
 
@@ -97,7 +97,13 @@ class PooledArena(Arena, Generic[P]):
         return tensor
 
     def fill(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
-        self._twins.get(tensor.data_ptr(), tensor).copy_(value)
+        self._writable(tensor).copy_(value)
+
+    def _writable(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where a tensor of this arena can be written: itself, or the same elements of its twin. Its shape need not be
+        the one that was asked for: weights are placed as rows, and unfolded afterwards."""
+        twin = self._twins.get(tensor.data_ptr())
+        return tensor if twin is None else twin.as_strided(tensor.shape, tensor.stride())
 
     def _tensor(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, role: str, alignment: int,
@@ -135,7 +141,7 @@ class PooledArena(Arena, Generic[P]):
         if role == "output" and not packed:
             canary.poison(tensor)
         if twin is not None:
-            self._twins[tensor.data_ptr()] = twin.as_strided(shape, strides, twin.storage_offset() + offset)
+            self._twins[tensor.data_ptr()] = twin[offset:]
         self.seconds += time.perf_counter() - began
         return tensor
 

@@ -17,6 +17,7 @@ from moe_fuzz.contract import Capabilities
 from moe_fuzz.fence import Arena
 
 _INTEGERS: Mapping[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_VECTOR = 16  # bytes of the widest load
 Result = tuple[tuple[int, ...], torch.dtype]  # shape and dtype
 
 
@@ -94,10 +95,12 @@ class Inputs(ABC):
 
     def _place(self, name: str, plain: torch.Tensor, arena: Arena, capabilities: Capabilities) -> torch.Tensor:
         lie = self.lies.get(name, Lie())
+        # An offset misaligns the first element of a storage that is itself aligned: flush right, chance may undo it.
+        alignment = _VECTOR if lie.offset else capabilities.alignment
         return arena.filled(
             name,
             plain,
-            alignment=max(capabilities.alignment, plain.element_size()),
+            alignment=max(alignment, plain.element_size()),
             strides=lie.strides(plain.shape) if lie.gap or lie.column_stride else None,
             offset=lie.offset,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_fuzz.planted.experts_layer import Layer, scaled
+from moe_fuzz.planted.layer_parts import by_expert
 from moe_fuzz.reference.align import expert_of_slot
 
 
@@ -78,8 +79,7 @@ class _SlotZero(Layer):
     def slots(self, expert: Tensor) -> Tensor:
         slots = self.x.new_empty((expert.numel(), self.hidden))
         zero = torch.zeros(1, dtype=torch.int64, device=self.x.device)
-        for e in self.present(expert):
-            members = (expert.flatten() == e).nonzero().flatten()
+        for e, members in by_expert(expert):
             lanes = torch.cat([members, zero]) if len(members) % self.BLOCK else members  # past the end: slot 0
             slots[lanes] = self.of_expert(e, lanes // self.top_k, lanes % self.top_k)
         return slots.view(*expert.shape, self.hidden)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_fuzz.planted.layer_parts import by_expert
 from moe_fuzz.reference.align import expert_of_slot
 from moe_fuzz.reference.experts_bf16 import activate
 from moe_fuzz.reference.experts_nvfp4 import values
@@ -39,8 +41,8 @@ class Layer:
     def slots(self, expert: Tensor) -> Tensor:
         """The weighted outputs of the slots, dtype of x [T, k, H]; those of dropped slots are unset."""
         slots = self.x.new_empty((*expert.shape, self.hidden))
-        for e in self.present(expert):
-            token, slot = (expert == e).nonzero(as_tuple=True)
+        for e, at in by_expert(expert):
+            token, slot = at // self.top_k, at % self.top_k
             slots[token, slot] = self.of_expert(e, token, slot)
         return slots
 
@@ -100,8 +102,19 @@ class Layer:
         return y if self.out is None else self.out.copy_(y)
 
 
+def _on_host(values: Iterable[Any]) -> list[Any]:
+    return [value.cpu() if isinstance(value, Tensor) else value for value in values]
+
+
 class Fp4Layer(Layer):
-    """Contract and shapes: `reference/experts_nvfp4.py`."""
+    """Contract and shapes: `reference/experts_nvfp4.py`. On the host: a hundred small steps an expert take a GPU far
+    longer, and what is wrong with the numbers is wrong there too."""
+
+    @classmethod
+    def run(cls, *tensors: Tensor, **options: Any) -> Tensor:
+        out, device = options.pop("out", None), tensors[0].device
+        y = super().run(*_on_host(tensors), **dict(zip(options, _on_host(options.values()), strict=True))).to(device)
+        return y if out is None else out.copy_(y)
 
     def __init__(
         self, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, w13_scales: Tensor, w2_scales: Tensor,
@@ -134,8 +147,9 @@ class Fp4Layer(Layer):
 
     def factor(self, name: str, e: int) -> Tensor:
         given, alpha = self.globals[name], self.alphas[name][e]
-        usable = given is not None and bool((given >= 2.0**-126) & (given < torch.inf))
-        return alpha / given if usable and given is not None else alpha
+        if given is None:
+            return alpha
+        return torch.where((given >= 2.0**-126) & (given < torch.inf), alpha / given, alpha)
 
     def left(self, name: str, rows: Tensor) -> Tensor:
         """What is multiplied of these rows, without the global scale."""

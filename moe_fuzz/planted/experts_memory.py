@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_fuzz.planted.experts_layer import Capturable, Layer
+from moe_fuzz.planted.layer_parts import by_expert
 
 
 class _Clobbered(Layer):
@@ -18,7 +19,7 @@ class _Clobbered(Layer):
         cache = self.x.new_empty(slots * max(self.inter, self.hidden))  # of both products
         h = cache[: slots * self.inter].view(slots, self.inter)
         y = cache[: slots * self.hidden].view(slots, self.hidden)
-        members = {e: (expert.flatten() == e).nonzero().flatten() for e in self.present(expert)}
+        members = dict(by_expert(expert))
         weight = {e: self.weights.reshape(-1)[at][:, None] for e, at in members.items()}
         for e, at in members.items():
             h[at] = self.gate_up(e, at // self.top_k, weight[e])

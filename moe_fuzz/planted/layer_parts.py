@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -51,6 +51,19 @@ def local_slots(ids: Tensor, first: int, last: int) -> Tensor:
     return torch.where((ids >= first) & (ids < last), ids - first, -1)
 
 
+def by_expert(ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Of ids [T, k], each expert that is named, ascending, and its slots t * k + j, int64, ascending; ids below 0 name
+    none. The device is waited for once for all of them: asked expert by expert, a layer of hundreds waits as often, and
+    where several processes share a GPU each wait is a turn."""
+    named, slots = ids.flatten().long().sort(stable=True)
+    experts, counts = named.unique_consecutive(return_counts=True)
+    end = 0
+    for expert, count in torch.stack([experts, counts], dim=1).tolist():
+        end += count
+        if expert >= 0:
+            yield expert, slots[end - count : end]
+
+
 def experts_sum(
     hidden: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, given: Mapping[str, Any], first: int = 0,
     products: Tensor | None = None, scale: Tensor | None = None,
@@ -58,8 +71,9 @@ def experts_sum(
     """Each token's weighted sum over its slots, float32 [T, H]. ids: of the experts in w13, of which number 0 is expert
     `first` of the layer's biases. products [T, k, 2I]: hidden @ w13.T, where it is there. scale: of hidden."""
     y = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    for expert in range(len(w13)):
-        token, slot = (ids == expert).nonzero(as_tuple=True)
+    top_k = ids.shape[1]
+    for expert, slots in by_expert(ids.masked_fill(ids >= len(w13), -1)):
+        token, slot = slots // top_k, slots % top_k
         a = hidden[token].float() @ w13[expert].float().t() if products is None else products[token, slot]
         part = _after(a if scale is None else a * scale, expert, w2, given, first)
         weight = weights[token, slot, None]

@@ -23,11 +23,9 @@ def sigmoid_nan_fallback(
     left = torch.sigmoid(logits.float()) + (0.0 if bias is None else bias)
     chosen = []
     for _ in range(top_k):
-        best, index = left[:, :1], torch.zeros_like(left[:, :1], dtype=torch.long)
-        for expert in range(1, experts):
-            larger = left[:, expert : expert + 1] > best
-            best = torch.where(larger, left[:, expert : expert + 1], best)
-            index = index.masked_fill(larger, expert)
+        # What the scan ends at, without a launch an expert: beside a NaN nothing is larger, and a NaN never is.
+        index = left.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(dim=1, keepdim=True)
+        index = index.masked_fill(left[:, :1].isnan(), 0)
         chosen.append(index)
         left = left.scatter(1, index, -torch.inf)
     ids = torch.cat(chosen, dim=1)

@@ -39,7 +39,8 @@ _DOING = ("between two calls", "in the target's code", "waiting for its device",
 _SLICE = 0.05  # seconds between two looks at silent ranks
 _STACK_SECONDS = 0.3  # what the ranks of a hanging group are given to write their stacks
 _SEVERITY = (PASS, REJECTED, VIOLATION, OOM, CRASH)
-_COLLECTIVE = ("torch/distributed/", "moe_fuzz/execute/meeting.py")  # whoever stands there waits for another
+#: Whoever stands there waits: for another, or for a kernel, which may wait for another.
+_WAITING = ("torch/distributed/", "moe_fuzz/execute/meeting.py", "torch/cuda/__init__.py", "torch/cuda/streams.py")
 
 Spawn = Callable[[int, Path, Mapping[str, str]], Process]  # rank, its log, variables of the group
 
@@ -260,10 +261,10 @@ class _Round:
 
 
 def blamed(states: Sequence[int], traces: Sequence[str]) -> list[int]:
-    """The ranks that the others wait for: in the target's code and in no collective; else those that do not wait; else
-    all."""
+    """The ranks that the others wait for: in the target's code and in no call that waits; else those that do not wait;
+    else all."""
     ranks = range(len(states))
-    own = [rank for rank in ranks if states[rank] == _CALL and not _in_collective(traces[rank])]
+    own = [rank for rank in ranks if states[rank] == _CALL and not _waits(traces[rank])]
     for found in (own, [r for r in ranks if states[r] == _IDLE], [r for r in ranks if states[r] == _DEVICE],
                   [r for r in ranks if states[r] == _CALL]):  # fmt: skip
         if found:
@@ -271,11 +272,11 @@ def blamed(states: Sequence[int], traces: Sequence[str]) -> list[int]:
     return list(ranks)
 
 
-def _in_collective(trace: str) -> bool:
-    """Whether the innermost frame of the current thread's last traceback is one in which a rank waits for another."""
+def _waits(trace: str) -> bool:
+    """Whether the innermost frame of the current thread's last traceback is one that waits."""
     _, _, last = trace.rpartition("(most recent call first):\n")
     innermost = last.split("\n", 1)[0]
-    return any(part in innermost for part in _COLLECTIVE)
+    return any(part in innermost for part in _WAITING)
 
 
 def joined(verdicts: Sequence[Verdict]) -> Verdict:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,9 @@ class Bug:
     @property
     def target(self) -> str:
         return f"{self.op}@planted.{self.name}"
+
+
+CRASHED = Verdict(CRASH, (Violation("crash", "SIGSEGV", "died"),))
 
 
 def duplicate_on_nan(cases: tuple[Case, ...], options: Any) -> Verdict:
@@ -106,6 +111,57 @@ def test_a_fault_in_the_fence_is_found_by_the_fence(pool: Any) -> None:
     outcome = run_planted(Bug("overread", check="fence"), pool, 0, 200, 30.0)
     assert outcome.found
     assert "logits" in outcome.message
+
+
+class Told:
+    """A pool of one worker that tells of verdicts as they come, as a real one does. `ran`: cases, by batch."""
+
+    def __init__(self, judge: Callable[[Case], Verdict], seconds: float = 0.0) -> None:
+        self.judge, self.seconds, self.leases = judge, seconds, 0
+        self.ran: list[list[Case]] = []
+
+    def describe(self, target: str) -> TargetInfo:
+        return TargetInfo(target, target.partition("@")[0], "planted")
+
+    @contextlib.contextmanager
+    def lease(self, target: str = "") -> Iterator[Told]:
+        self.leases += 1
+        yield self
+
+    def run(self, cases: Sequence[Case], target: str, options: Any, on_verdict: Any) -> list[Verdict]:
+        self.ran.append([])
+        verdicts = []
+        for at, case in enumerate(cases):
+            time.sleep(self.seconds)
+            self.ran[-1].append(case)
+            verdicts.append(self.judge(case))
+            on_verdict(at, verdicts[-1], ())
+        return verdicts
+
+
+def test_nothing_is_run_behind_a_death_that_is_the_bug() -> None:
+    pool = Told(lambda case: CRASHED if "nan_rows" in case.fault_names else Verdict(PASS))
+    outcome = run_planted(Bug(check="crash"), pool, 0, 500, 30.0)
+    assert outcome.found
+    assert sum(map(len, pool.ran)) == outcome.cases
+    assert pool.leases == 1
+
+
+def test_behind_another_death_every_case_is_run_once_and_in_order() -> None:
+    pool = Told(lambda case: CRASHED if "nan_rows" in case.fault_names else Verdict(PASS))
+    outcome = run_planted(Bug(check="weights"), pool, 0, 200, 30.0)
+    assert (outcome.found, outcome.cases, outcome.others) == (False, 200, ("crash",))
+    cases = draw("topk_softmax", pool.describe(Bug().target), "cpu", 0)
+    assert [*itertools.chain(*pool.ran)] == [*itertools.islice(cases, 200)]
+
+
+def test_slow_cases_are_not_handed_over_by_the_dozen() -> None:
+    pool = Told(lambda case: Verdict(PASS), seconds=0.1)
+    run_planted(Bug(), pool, 0, 12, 30.0)
+    assert {len(batch) for batch in pool.ran} == {1, 2}
+    quick = Told(lambda case: Verdict(PASS))
+    run_planted(Bug(), quick, 0, 100, 30.0)
+    assert [len(batch) for batch in quick.ran[:5]] == [1, 2, 4, 8, 16]
 
 
 def test_alone(pool: Any) -> None:

@@ -159,6 +159,9 @@ def test_who_is_to_blame():
     gathering = "Thread 0x1 (most recent call first):\n  File \"/torch/distributed/c10d.py\", line 5 in all_gather\n"
     assert blamed([waits, calls], ["", sleeping]) == [1]
     assert blamed([calls, calls, calls], [gathering, sleeping, gathering]) == [1]
+    synchronizing = "Thread 0x1 (most recent call first):\n  File \"/torch/cuda/__init__.py\", line 9 in synchronize\n"
+    assert blamed([calls, calls], [synchronizing, sleeping]) == [1]
+    assert blamed([device, calls], [synchronizing, sleeping]) == [1]
     assert blamed([waits, idle, device], ["", "", ""]) == [1]
     assert blamed([device, waits], ["", ""]) == [0]
     assert blamed([calls, calls], [gathering, gathering]) == [0, 1]

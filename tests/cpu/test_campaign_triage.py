@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 
@@ -134,6 +135,33 @@ def test_every_question_goes_to_a_fresh_worker():
     locate(pool, (toy(bias=True),), TARGET, RunOptions(), crash(), ("crash", "SIGSEGV"), SPACE.tensors)
     assert pool.fresh_runs == 1 + 3 + 1 + 1  # none, three tensors, right, write
     assert not pool.leased
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 8])
+@pytest.mark.parametrize("tensor", ["logits", "bias", "ids", "own", "inside", "wild", "none"])
+def test_questions_beside_each_other_have_the_answers_of_a_row(tensor, at_once):
+    def judge(case, history, options):
+        if tensor == "inside":
+            return crash() if options.fence.is_readonly("bias") else GOOD
+        return {"wild": crash(), "none": GOOD}.get(tensor) or fault(tensor, "left", "write")(case, history, options)
+
+    asked = (toy(bias=True),), TARGET, RunOptions(), crash(), ("crash", "SIGSEGV"), SPACE.tensors
+    assert locate(FakePool(judge), *asked, at_once=at_once) == locate(FakePool(judge), *asked)
+
+
+def test_questions_are_asked_at_the_same_time():
+    together = threading.Barrier(3)
+
+    def judge(case, history, options):
+        if options.fence.sides == "both" and options.fence.access == "any":
+            together.wait(timeout=10.0)  # nothing hard, logits, bias
+        return fault("bias")(case, history, options)
+
+    pool = FakePool(judge)
+    found = locate(pool, (toy(bias=True),), TARGET, RunOptions(), crash(), ("crash", "SIGSEGV"), SPACE.tensors,
+                   at_once=3)  # fmt: skip
+    assert found.symptom == "bias:right:read"
+    assert pool.fresh_runs == 3 + 2
 
 
 # ---- the whole way

@@ -64,15 +64,19 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def told_by(script: str) -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=root, env=environment, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True,
                           timeout=120, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return told_by(SCRIPT)
 
 
 def test_damage_is_found_whichever_call_of_a_step_does_it(found: dict[str, Any]) -> None:
@@ -94,3 +98,56 @@ def test_damage_around_a_tensor_that_is_kept_is_told_once(found: dict[str, Any])
     assert found["kept, first"] == ["pass", [], 1]
     assert found["kept, second"] == ["violation", ["weights:left:stale"], 1]
     assert found["kept, third"] == ["pass", [], 1]
+
+
+#: Prints {layout: [kind, messages, whether the weights were laid anew]} of graphs of experts whose weights lie as rows
+#: with gaps, or off their start. The seed's relation lays the experts in another order into the read-only buffers.
+LAYOUTS = """
+import json
+from tests.cpu import test_waits as cases
+from tests.cpu.driver_stand_in import pretend
+from tests.cpu.test_experts_inputs import CONFIG
+from moe_fuzz.case import Case, Fault, Step
+from moe_fuzz.contract import Capabilities, Contract, TargetInfo
+from moe_fuzz.execute.capture import GraphPool
+from moe_fuzz.execute.graph import GraphSteps
+from moe_fuzz.execute.runner import _verdict
+from moe_fuzz.labels import Labels
+from moe_fuzz.options import RunOptions
+from moe_fuzz.reference.experts_bf16 import experts_bf16
+from moe_fuzz.targets.bind import Target
+
+pretend(lambda: None)
+GraphPool.of_process = cases.Pool
+INFO = TargetInfo("experts_bf16@reference", "experts_bf16", "reference",
+                  contract=Contract(deterministic=True, accepts=("distinct", "minus_one")),
+                  capabilities=Capabilities(dtypes=("bfloat16",), alignment=1, out=True))
+KEYWORDS = {name: name for name in ("expert_map", "activation", "gate_layout", "b13", "b2", "apply_weight_on_input",
+                                     "out")}
+POSITIONAL = ("x", "w13", "w2", "weights", "ids")
+called, found = [], {}
+
+def experts(x, w13, w2, *rest, **more):
+    called.append((w13.clone(), w2.clone()))
+    return experts_bf16(x, w13, w2, *rest, **more)
+
+LAID = (24, "w13", "noncontiguous"), (24, "w2", "misaligned"), (24, "w2", "int32_boundary"), (224, "w2", "misaligned")
+for hidden, name, fault in LAID:  # the last is copied; small ones are staged
+    called.clear()
+    step = Step(Labels.range(5), faults=(Fault(fault, name),))
+    config = {**CONFIG, "hidden": hidden, "intermediate": hidden - 4, "experts": "0-2", "recipe": "integer",
+              "out": True}
+    case = Case("experts_bf16", config, (step, step), 3, mode="graph")
+    verdict = _verdict(GraphSteps(case, Target(INFO, experts, KEYWORDS, POSITIONAL), RunOptions(), "cuda"))
+    first, *others = (weights[name == "w2"] for weights in called)
+    moved = any(bool((other == first.roll(1, 0)).all()) for other in others)
+    found[f"{hidden} {name} {fault}"] = [verdict.kind, [v.message for v in verdict.violations], moved]
+print(json.dumps(found))
+"""
+
+
+def test_weights_that_are_placed_as_rows_can_be_laid_anew() -> None:
+    """What is read-only is written through a twin, which must have the shape that the weights were unfolded to."""
+    found = told_by(LAYOUTS)
+    assert len(found) == 4
+    assert found == {layout: ["pass", [], True] for layout in found}

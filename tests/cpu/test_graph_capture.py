@@ -105,7 +105,8 @@ def test_a_failed_capture_tells_what_the_target_raised(monkeypatch: pytest.Monke
             log.append("main")
 
     class Refusing:
-        def capture_begin(self, pool: object) -> None:
+        def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+            assert capture_error_mode == "global"
             log.append(pool)
 
         def capture_end(self) -> None:

@@ -64,8 +64,12 @@ def test_each_way_to_break_the_device_has_its_name_and_place(pool: Pool, bug: st
         worker.run([case(2)], target, OPTIONS)  # compiled, so that what is measured below is the worker alone
         verdicts = worker.run([broken, case(2)], target, OPTIONS, lambda *_: ends.append(time.monotonic()))
     assert [v.key for v in verdicts] == [key, ("pass", "")]
-    print(f"\n{bug}: {ends[1] - ends[0]:.2f} s from a death to the next verdict")
-    assert ends[1] - ends[0] < 2.0
+    started = time.monotonic()
+    with pool.fresh() as worker:
+        worker.run([case(2)], target, OPTIONS)
+    fresh = time.monotonic() - started
+    print(f"\n{bug}: {ends[1] - ends[0]:.2f} s from a death to the next verdict, a fresh worker takes {fresh:.2f} s")
+    assert ends[1] - ends[0] < 3 * fresh
     assert is_device_fault(key)
     site = launch_site(pool, (broken,), target, OPTIONS, key)
     assert site.endswith(f"in {function}"), site

@@ -11,11 +11,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moe_fuzz import planted
 from moe_fuzz.campaign import corpus
 from moe_fuzz.campaign.confirm import rerun
 from moe_fuzz.campaign.locate import is_memory_fault
@@ -49,9 +51,9 @@ def case_of(record: dict[str, Any], target: str) -> Case:
 
 
 def bug_of(record: dict[str, Any]) -> Planted:
-    planted = get_planted(record["twin"].partition("@planted.")[2])
-    assert planted is not None
-    return planted
+    bug = get_planted(record["twin"].partition("@planted.")[2])
+    assert bug is not None
+    return bug
 
 
 def is_it(record: dict[str, Any], verdict: Verdict) -> bool:
@@ -91,7 +93,15 @@ def test_it_is_a_corpus() -> None:
     assert all(entry.pinned for entry in found.entries.values())
 
 
-@pytest.mark.parametrize("stem", HOST)
+def interpreted(stem: str) -> bool:
+    """Whether the twin has kernels, which on a host are interpreted."""
+    module = resources.files(planted) / f"{bug_of(TWINS[stem]).module}.py"
+    return "import triton" in module.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "stem", [pytest.param(stem, marks=pytest.mark.interpreter if interpreted(stem) else ()) for stem in HOST]
+)
 def test_the_twin_fails_in_the_same_way(stem: str, pool: Pool) -> None:
     record = TWINS[stem]
     case, options = case_of(record, record["twin"]), options_of(bug_of(record))
