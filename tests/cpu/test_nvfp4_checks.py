@@ -22,7 +22,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.nvfp4.inputs import materialize
 from moe_fuzz.ops.nvfp4.space import GLOBAL_SCALES, ID_FAULTS, ROW_FAULTS
-from moe_fuzz.reference.nvfp4 import E4M3, nvfp4_quantize
+from moe_fuzz.reference.nvfp4 import E4M3, nvfp4_quantize, swizzle, unswizzle
 from moe_fuzz.targets.torch_nvfp4 import nvfp4_quantize as in_torch
 
 SPACE = get_space("nvfp4_quantize")
@@ -195,6 +195,17 @@ def test_a_scale_that_is_no_number():
         assert by_bytes(with_byte(seen, "scales", (0, 1), byte))["finite"].symptom == symptom
     nan = observe(case_of(on_x("nan_rows")), NEAR)  # whose own policy is not promised
     assert not by_bytes(with_byte(nan, "scales", (0, 1), 0x7F))
+
+
+def test_rows_that_lie_elsewhere_are_named():
+    seen = observe(case_of(rows=6, layout="swizzled"))
+    table = seen.outputs.scales.view(torch.uint8).clone()
+    exchanged = unswizzle(table, 6, 5)
+    exchanged[[1, 4]] = exchanged[[4, 1]]
+    found = by_bytes(seen.with_outputs(replace(seen.outputs, scales=swizzle(exchanged).view(seen.outputs.scales.dtype))))
+    assert "row 1 has the scales that row 4 should have" in found["scale"].message
+    one = by_bytes(with_byte(observe(case_of()), "scales", (0, 1), 0x08))["scale"]
+    assert "should have" not in one.message
 
 
 def test_padding_and_poison():

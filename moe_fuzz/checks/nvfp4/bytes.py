@@ -73,6 +73,7 @@ def scale(seen: QuantizeObservation) -> list[Violation]:
     got, expected = int(seen.bytes[row, block]), int(seen.expected[row, block])
     symptom = "large" if got > expected else "small"
     message = f"the scale of block {block} of row {row} is too {symptom}; {_about(seen, row, block)}"
+    message += _misplaced(seen, row, wrong[row])
     return [Violation("scale", symptom, message, "scales", (row, block), f"{expected:#04x} = {float(E4M3[expected]):g}",
                       f"{got:#04x} = {float(E4M3[got]):g}")]  # fmt: skip
 
@@ -101,6 +102,16 @@ def codes(seen: QuantizeObservation) -> list[Violation]:
     if symptom == "swapped":
         message += "; the two nibbles of each byte are exchanged"
     return [Violation("codes", symptom, message, "codes", (row, column // 2), _code(expected), _code(got))]
+
+
+def _misplaced(seen: QuantizeObservation, row: int, wrong: torch.Tensor) -> str:
+    """`; row 1 has the scales of row 129`, or nothing. For a person: several wrong bytes that are right elsewhere."""
+    if int(wrong.sum()) < 2:
+        return ""
+    fits = (seen.expected == seen.bytes[row]).all(dim=1)
+    fits[row] = False
+    others = fits.nonzero().flatten().tolist()
+    return f"; row {row} has the scales that row {others[0]} should have" if others else ""
 
 
 def _not_right(seen: QuantizeObservation) -> torch.Tensor:
