@@ -135,6 +135,7 @@ class WideIds(IdsFault):
     name = "wide_ids"
 
     def lay_ids(self, canvas: IdsCanvas, positions: Sequence[int]) -> None:
+        canvas.values = canvas.values.long()
         shift = canvas.table([1 << 32, -(1 << 32), 1 << 62, -(1 << 63)], torch.int64)
         pick = canvas.choose(positions, 2 * len(shift), self.name)
         wide = canvas.values[positions] + shift[pick.clamp(max=len(shift) - 1)]

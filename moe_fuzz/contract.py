@@ -97,7 +97,7 @@ class Capabilities:
     max_intermediate: int = 1 << 20
     min_multiple_h: int = 1  # hidden must be a multiple of it
     min_multiple_i: int = 1
-    activations: tuple[str, ...] = ("silu", "gelu", "relu2", "swiglu_oai")
+    activations: tuple[str, ...] = ("silu", "gelu", "relu2", "swiglu_oai")  # of nvfp4_quantize: that it fuses
     gate_layouts: tuple[str, ...] = ("first", "up_first", "interleaved")
     biases: bool = True
     recipes: tuple[str, ...] = ("dense", "integer", "one_hot", "ladder")  # of numbers; not every format holds all
@@ -110,6 +110,7 @@ class Capabilities:
     layouts: tuple[str, ...] = ("linear", "swizzled")  # of scales
     global_scales: tuple[str, ...] = ("power", "six", "fitted", "small", "large")  # see ops/nvfp4/space.py
     scale_dtypes: tuple[str, ...] = ("float32",)  # of global scales
+    nan_scales: bool = False  # of experts_nvfp4: a block whose scale is NaN is NaN, as it reads such bytes
     expert_scales: bool = True  # takes a global scale for each expert
     activation_formats: tuple[str, ...] = ("as_given", "nvfp4")  # of experts_nvfp4
     backends: tuple[str, ...] = ()  # which take activations as they are, and can be forced by the argument `backend`

@@ -65,13 +65,13 @@ class BlockCanvas(Canvas):
 
 @dataclass
 class ScaleCanvas(Canvas):
-    """Swizzled tables of scales uint8 [E, bytes] while faults are laid into their padding."""
+    """Tables of scales uint8 [E, bytes] while faults are laid into some of their bytes."""
 
-    padding: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))  # [E, bytes]
+    hit: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))  # [E, bytes]
 
     def fill(self, what: torch.Tensor) -> None:
-        """Bytes of the padding."""
-        self.values = torch.where(self.padding, what, self.values)
+        """The bytes that are hit: those of the padding where the layout is swizzled, or of some blocks."""
+        self.values = torch.where(self.hit, what, self.values)
 
 
 @register
@@ -97,6 +97,19 @@ class StaleScales(Fault):
         rows, columns = canvas.values.shape
         word = (torch.arange(columns, device=canvas.device) * 0x9E3779B1 + 0x5BD1 * canvas.seed % (1 << 20)) >> 7
         canvas.fill((word & 0xFF).to(torch.uint8).expand(rows, columns))
+
+
+@register
+class NanBlocks(Fault):
+    """The scales of some blocks are NaN, of either sign: what a checkpoint holds whose weights were quantized without a
+    clamp (Model-Optimizer#1397, Model-Optimizer#1633). Of some experts; others have none."""
+
+    name = "nan_blocks"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        assert isinstance(canvas, ScaleCanvas), f"{self.name} is laid on scales, not on {canvas.name}"
+        place = torch.arange(canvas.values.shape[1], device=canvas.device)
+        canvas.fill((0x7F | (place % 3 == 0).to(torch.uint8) << 7).expand_as(canvas.values))
 
 
 class SenselessScale(Fault):

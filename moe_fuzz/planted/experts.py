@@ -237,6 +237,18 @@ def int64_ids_read_as_int32(*tensors: Tensor, **options: Any) -> Tensor:
     return _NarrowIds.run(*tensors, **options)
 
 
+class _CutIds(Layer):
+    def expert_of_slots(self) -> Tensor:
+        self.ids = self.ids.int()
+        return super().expert_of_slots()
+
+
+def int64_ids_cut_to_32_bits(*tensors: Tensor, **options: Any) -> Tensor:
+    """sglang#29929: int64 ids are cast to the callee's int32 before anybody looked at them: one of no expert may pass
+    for an expert."""
+    return _CutIds.run(*tensors, **options)
+
+
 class _BatchScale(Layer):
     def first(self, x: Tensor, w: Tensor) -> Tensor:
         scale = self.x.float().abs().amax().clamp(min=2.0**-20).log2().floor().exp2()

@@ -64,6 +64,7 @@ EXPERTS: tuple[Planted, ...] = (
     _experts("duplicate_counted_once", "exact", "flashinfer#3011", "an expert that a row names twice counts once"),
     _experts("mean_of_local_slots", "exact", "flashinfer#3191", "scales the sum of the slots that are here up to k"),
     _experts("int64_ids_read_as_int32", "bound", "sglang#29929", "of int64 ids takes the halves for ids"),
+    _experts("int64_ids_cut_to_32_bits", "bound", "sglang#29929", "of int64 ids takes the low 32 bits"),
     _experts("amax_of_the_layer", "finite", "aiter#6568", "scales by the largest value of the batch: Inf is all's"),
     _memory("workspace_clobbered", "exact", "vllm#29219", "the second product overwrites its own input"),
     _experts("float32_result", "structure", "flashinfer#3644", "returns the accumulator's dtype for k = 1", only=True),

@@ -76,6 +76,18 @@ def subnormal_block_scales_flushed(*tensors: Tensor, **options: Any) -> Tensor:
     return _Flushed.run(*tensors, **options)
 
 
+class _Largest(Fp4Layer):
+    def scales(self, name: str, e: int) -> Tensor:
+        found = super().scales(name, e)
+        return torch.where(found % 128 == 127, found - 1, found)
+
+
+def nan_scales_are_the_largest(*tensors: Tensor, **options: Any) -> Tensor:
+    """Model-Optimizer#1397: the byte 0x7F that an export left is read as the number after 0x7E would be, or as that:
+    nobody is told that the weights are broken."""
+    return _Largest.run(*tensors, **options)
+
+
 # ---- where scales lie -----------------------------------------------------------------------------------------------
 
 

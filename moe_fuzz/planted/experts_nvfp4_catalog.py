@@ -27,6 +27,8 @@ EXPERTS_NVFP4: tuple[Planted, ...] = (
     _bug("last_scale_a_step_off", "exact", "Model-Optimizer#2243", "scales of the last row are a step too small"),
     _bug("blocks_of_32", "exact", "vllm#43557", "two blocks have the scale of the first"),
     _bug("subnormal_block_scales_flushed", "exact", "vllm#34577", "a subnormal scale is 0"),
+    _bug("nan_scales_are_the_largest", "finite", "Model-Optimizer#1397", "takes the NaN of a scale for 448", only=True,
+         capabilities={"nan_scales": True}),
     # where they lie
     _bug("few_rows_are_not_swizzled", "exact", "flashinfer#1611", "up to 32 rows, takes swizzled scales for linear",
          capabilities=_SWIZZLED),

@@ -97,6 +97,13 @@ def minus_one_is_the_last_expert(
     return _right(x, global_scale, layout, expert_ids)
 
 
+def ids_cut_to_32_bits(
+    x: Tensor, global_scale: Tensor, layout: str = "linear", *, expert_ids: Tensor | None = None
+) -> Result:
+    """sglang#29929: the callee's ids are int32. An int64 id of no expert, cut to them, may pass for one."""
+    return _right(x, global_scale, layout, None if expert_ids is None else expert_ids.int())
+
+
 def infinity_zeroes_the_batch(
     x: Tensor, global_scale: Tensor, layout: str = "linear", *, expert_ids: Tensor | None = None
 ) -> Result:
@@ -205,6 +212,17 @@ def scales_as_integers(
     """flashinfer#3644: the buffer is of another dtype than what its reader takes it for: uint8 where E4M3 is meant."""
     codes, scales = _right(x, global_scale, layout, expert_ids)
     return codes, scales.view(torch.uint8)
+
+
+def fused_halves_exchanged(
+    x: Tensor, global_scale: Tensor, layout: str = "linear", *, expert_ids: Tensor | None = None,
+    activation: str | None = None,
+) -> Result:  # fmt: skip
+    """vllm#34673: what fuses the activation takes the up-projection for the gate."""
+    if activation:
+        up, gate = x.float().chunk(2, dim=1)
+        x = (gate / (1 + (-gate).exp()) * up).to(x.dtype)
+    return _right(x, global_scale, layout, expert_ids)
 
 
 def no_rows_raise(

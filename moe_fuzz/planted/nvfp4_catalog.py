@@ -45,6 +45,8 @@ NVFP4: tuple[Planted, ...] = (
            only=True, capabilities={"scale_dtypes": ("float32", "bfloat16"), "expert_scales": False}),
     _exact("minus_one_is_the_last_expert", "scale", "vllm#42034", "a row of expert -1 takes the last one's scale",
            only=True),
+    _exact("ids_cut_to_32_bits", "scale", "sglang#29929", "of int64 ids takes the low 32 bits",
+           only=True),
     _exact("infinity_zeroes_the_batch", "scale", "aiter#6275", "one infinite row, and every row is stored as zero"),
     _exact("swizzled_by_real_columns", "scale", "vllm#35497",
            "past 128 rows, tiles begin where real columns end: 64 must not divide K"),
@@ -56,6 +58,7 @@ NVFP4: tuple[Planted, ...] = (
            "codes are those of the scale before it was rounded", only=True),
     _exact("codes_by_two_reciprocals", "codes", "flashinfer#3656", "promises exact codes, multiplies by reciprocals",
            only=True),
+    _exact("fused_halves_exchanged", "scale", "vllm#34673", "fused with an activation, takes up for the gate"),
     # what else is written
     _exact("padding_of_the_last_column", "padding", "vllm#31097",
            "the last scale of a row again in its padding, where 64 does not divide K", only=True),

@@ -60,7 +60,7 @@ _FP4_EXPERTS: dict[str, Any] = {
     "clauses": {"*": "the contract in the docstring of moe_fuzz.reference.experts_nvfp4"},
 }
 _FP4_CAPABILITIES = Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, global_scales=GLOBAL_SCALES,
-                                 backends=fp4_experts.BACKENDS)  # fmt: skip
+                                 nan_scales=True, backends=fp4_experts.BACKENDS)  # fmt: skip
 experts_nvfp4 = declares(
     **_FP4_EXPERTS, capabilities=replace(_FP4_CAPABILITIES, activation_formats=fp4_experts.formats()),
     origin=f"{fp4_experts.__name__}, {fp4_experts.rule()}",

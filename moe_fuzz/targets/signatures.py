@@ -80,6 +80,7 @@ def _cut_quantize(can: Capabilities, takes: Collection[str]) -> Capabilities:
         _cut_common(can, takes),
         layouts=can.layouts if "layout" in takes else can.layouts[:1],
         expert_scales=can.expert_scales and "expert_ids" in takes,
+        activations=can.activations if "activation" in takes else (),
     )
 
 
@@ -129,8 +130,8 @@ SIGNATURES: Mapping[str, Signature] = {
     ),
     "nvfp4_quantize": Signature(
         ("x", "global_scale"),
-        {"layout": ("layout",), "expert_ids": ("expert_ids",), "out": ("out",)},
-        ("expert_ids", "out"),
+        {name: (name,) for name in ("layout", "expert_ids", "activation", "out")},
+        ("expert_ids", "activation", "out"),
         _cut_quantize,
     ),
     "experts_bf16": Signature(

@@ -9,15 +9,20 @@ from moe_fuzz.contract import Capabilities, Contract, declares
 
 @declares(
     contract=Contract(deterministic=True, batch_invariant=True, scale_padding="zero"),
-    capabilities=Capabilities(compiles=False, alignment=1, scale_dtypes=("float32", "bfloat16")),
+    capabilities=Capabilities(compiles=False, alignment=1, activations=("silu",),
+                              scale_dtypes=("float32", "bfloat16")),
 )
 def nvfp4_quantize(
-    x: torch.Tensor, global_scale: torch.Tensor, layout: str = "linear"
+    x: torch.Tensor, global_scale: torch.Tensor, layout: str = "linear", *, activation: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales by reciprocals, rounds by thresholds: what is as good as the contract's bytes, and seldom not the same.
 
-    x [M, K], global_scale [1] float32 or bfloat16 -> codes [M, K/2] uint8, scales float8_e4m3fn.
+    x [M, K], with activation="silu" [M, 2K], global_scale [1] float32 or bfloat16 -> codes [M, K/2] uint8, scales
+    float8_e4m3fn.
     """
+    if activation:
+        gate, up = x.float().chunk(2, dim=1)
+        x = (torch.nn.functional.silu(gate) * up).to(x.dtype)
     rows, columns = x.shape
     blocks, scale = x.float().reshape(rows, columns // 16, 16), global_scale.float()
     amax = blocks.abs().amax(dim=-1)

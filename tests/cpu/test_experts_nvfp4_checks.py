@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_fuzz.case import Fault
 from moe_fuzz.checks.experts.binding import miswritten
 from moe_fuzz.checks.experts.requantized import quantized, requantized
+from moe_fuzz.checks.experts.structural import finite
 from moe_fuzz.contract import Contract
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts.fp4_inputs import Fp4Inputs, decoded, linear, materialize, swizzled
@@ -96,6 +97,55 @@ def test_faults_of_scales() -> None:
         assert 0 < int(hit.sum()) < 12
         scale = made(Fault(name, "x_global")).plain["x_global"]
         assert bool((scale == value) | (scale.isnan() & (value != value)))
+
+
+@pytest.mark.parametrize("layout", ["linear", "swizzled"])
+def test_blocks_of_nan(layout: str) -> None:
+    """Of some experts; and where a NaN reaches y, nobody may hide it, while all else is judged as ever."""
+    case = fp4_case_of(scale_layout=layout, experts=12, rows=24, recipe="dense")
+    plain = materialize(case, 0)
+    for name, whole_rows in (("w13", True), ("w2", False)):
+        broken = case.with_step(0, replace(case.steps[0], faults=(Fault("nan_blocks", f"{name}_scales"),)))
+        inputs = materialize(broken, 0)
+        nan = inputs.matrix(name).isnan()
+        hit = nan.flatten(1).any(dim=1)
+        assert 0 < int(hit.sum()) < 12
+        assert torch.equal(inputs.matrix(name)[~nan], plain.matrix(name)[~nan])
+        seen = observe(broken, contract=FP4_STRICT)
+        assert judge(seen) == {}
+        token = (hit[seen.expert] & seen.kept).any(dim=1)
+        lost = seen.hopeless
+        assert torch.equal(lost.any(dim=1), token)
+        assert torch.equal(lost, seen.outputs.y.isnan())
+        assert bool(lost[token].all()) == whole_rows
+        assert bool(seen.claimed[~lost].all())  # of a token with a NaN in one column, the others too
+        hidden = seen.with_outputs(torch.where(lost, 0.0, seen.outputs.y).to(seen.outputs.y.dtype))
+        assert [found.symptom for found in finite(hidden)] == ["nonfinite-lost"]
+
+
+@FORMATS
+@pytest.mark.parametrize("fault", ["nan_scale", "infinite_scale"])
+def test_a_global_scale_that_is_not_finite_is_not_hidden(fault: str, activations: str) -> None:
+    for name in ("w13_alpha", "w2_alpha"):
+        seen = observe(fp4_case_of(experts=12, rows=24, recipe="dense", activations=activations,
+                                   faults=(Fault(fault, name),)), contract=FP4_STRICT)  # fmt: skip
+        assert judge(seen) == {}
+        quantized_away = name == "w13_alpha" and activations == "nvfp4"
+        assert bool(seen.hopeless.any()) != quantized_away
+        assert not (seen.hopeless & seen.outputs.y.isfinite()).any()
+
+
+def test_an_infinity_in_x_is_not_hidden() -> None:
+    """Not where the activation clamps either: an infinity times a weight of 0 is a NaN."""
+    for activation in ACTIVATIONS:
+        infinite = Fault("inf_rows", "x", Labels.of([2]))
+        case = fp4_case_of(activation=activation, recipe="dense", rows=9, faults=(infinite,))
+        seen = observe(case, contract=FP4_STRICT)
+        assert judge(seen) == {}
+        assert bool(seen.hopeless[2].any())
+        assert not seen.hopeless[torch.arange(9) != 2].any()
+        hidden = seen.with_outputs(seen.outputs.y.nan_to_num(0.0, 1.0, -1.0))
+        assert [found.symptom for found in finite(hidden)] == ["nonfinite-lost"]
 
 
 # ---- right answers --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.nvfp4.inputs import materialize
 from moe_fuzz.ops.nvfp4.space import GLOBAL_SCALES, ID_FAULTS, ROW_FAULTS
-from moe_fuzz.reference.nvfp4 import E4M3, nvfp4_quantize
+from moe_fuzz.reference.nvfp4 import E4M3, nvfp4_quantize, swizzle, unswizzle
 from moe_fuzz.targets.torch_nvfp4 import nvfp4_quantize as in_torch
 
 SPACE = get_space("nvfp4_quantize")
@@ -196,6 +196,18 @@ def test_a_scale_that_is_no_number():
     assert not by_bytes(with_byte(nan, "scales", (0, 1), 0x7F))
 
 
+def test_rows_that_lie_elsewhere_are_named():
+    seen = observe(case_of(rows=6, layout="swizzled"))
+    table = seen.outputs.scales.view(torch.uint8).clone()
+    exchanged = unswizzle(table, 6, 5)
+    exchanged[[1, 4]] = exchanged[[4, 1]]
+    scales = swizzle(exchanged).view(seen.outputs.scales.dtype)
+    found = by_bytes(seen.with_outputs(replace(seen.outputs, scales=scales)))
+    assert "row 1 has the scales that row 4 should have" in found["scale"].message
+    one = by_bytes(with_byte(observe(case_of()), "scales", (0, 1), 0x08))["scale"]
+    assert "should have" not in one.message
+
+
 def test_padding_and_poison():
     case = case_of(layout="swizzled")
     seen = observe(case)
@@ -285,6 +297,21 @@ def test_faults_on_ids_need_ids():
     gone = [c for c in SPACE.simplify(case) if c.config["expert_ids"] == "none"]
     assert gone
     assert not any(c.steps[0].faults for c in gone)
+
+
+def test_wide_ids_need_int64():
+    fault = Fault("wide_ids", "expert_ids", Labels.parse("0-7"))
+    with pytest.raises(CaseError, match="int64"):
+        case_of(fault, rows=8, expert_ids="int32")
+    case = case_of(fault, rows=8, expert_ids="int64")
+    ids = materialize(case, 0).plain["expert_ids"]
+    plain = materialize(case_of(rows=8, expert_ids="int64"), 0).plain["expert_ids"]
+    assert torch.equal(ids.int(), plain.int())  # the low 32 bits are an expert's
+    assert 0 < int((ids != plain).sum()) < 8
+    assert not judge(observe(case))
+    narrow = [c for c in SPACE.simplify(case) if c.config["expert_ids"] == "int32"]
+    assert narrow
+    assert not any(c.steps[0].faults for c in narrow)
 
 
 def test_capabilities_bound_what_is_drawn():

@@ -115,6 +115,7 @@ MINUS = torch.tensor([[0], [-1], [4], [3]], dtype=torch.int32)
         ("duplicate_counted_once", layer(ids=torch.tensor([[1, 1]] * 4, dtype=torch.int32))),
         ("mean_of_local_slots", layer(ids=torch.tensor([[1, -1]] * 4, dtype=torch.int32))),
         ("int64_ids_read_as_int32", layer(ids=torch.tensor([[1, 2]] * 4))),
+        ("int64_ids_cut_to_32_bits", layer(ids=torch.tensor([[1], [2 + (1 << 32)], [-1], [0]]))),
         ("workspace_clobbered", layer()),
     ],
 )

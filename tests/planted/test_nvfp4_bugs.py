@@ -147,6 +147,20 @@ def test_minus_one_is_the_last():
                                         expert_ids=ids)[1]} == {0}  # fmt: skip
 
 
+def test_ids_lose_their_upper_half():
+    ids = torch.tensor([1, 1 + (1 << 32), -(1 << 63)])
+    assert {row for row, _ in differing("ids_cut_to_32_bits", data(3, 32), scale_of(1.0, 9.0), expert_ids=ids)[1]} == {
+        1, 2}  # fmt: skip
+
+
+def test_the_gate_is_the_first_half():
+    x = data(3, 64)
+    found, right = (quantize(x, scale_of(9.0), activation="silu")
+                    for quantize in (load("fused_halves_exchanged"), reference))  # fmt: skip
+    assert not same(found, right)
+    assert same(load("fused_halves_exchanged")(x.roll(32, 1), scale_of(9.0), activation="silu"), right)
+
+
 def test_one_infinity_zeroes_all_rows():
     x = data(4, 32)
     x[2, 3] = math.inf

@@ -125,7 +125,7 @@ class _Evaluation:
         a = x @ w
         w, x = w.abs_(), x.abs()
         sizes = x @ w
-        below = w.shape[1] * TINY * (1 + w.amax())
+        below = w.shape[1] * TINY * (1 + _largest(w))
         e_a = torch.zeros_like(a)
         if self.e_x is not None:
             e_a = self.e_x[batch.token] @ w
@@ -219,7 +219,7 @@ class _Evaluation:
         g = gamma(self._depth(h.shape[-1]), self.u_sum)
         sizes = (h.abs() + e_h) @ w
         e = e_h @ w
-        v, e, sizes, below = self._scaled("w2", batch, v, e, sizes, h.shape[-1] * TINY * (1 + w.amax()))
+        v, e, sizes, below = self._scaled("w2", batch, v, e, sizes, h.shape[-1] * TINY * (1 + _largest(w)))
         if (b2 := self.plain.get("b2")) is not None:
             bias = b2[batch.experts].double()[:, None]
             v, sizes = v + bias, sizes + bias.abs()
@@ -270,6 +270,12 @@ class _Evaluation:
             ties = 1.5 if self.contract.slot == "dtype" or narrow else 1.0
             variance = variance + ties * self._steps(value.abs() + 4 * variance.sqrt())
         return Numbers(value, bound.nan_to_num(torch.inf, torch.inf), variance, spread, largest, self.open)
+
+
+def _largest(sizes: Tensor) -> Tensor:
+    """The largest of the sizes that are numbers: one expert's NaN is not a matter of the others."""
+    most = sizes.amax()
+    return most if bool(most.isfinite()) else sizes.nan_to_num(0.0, 0.0).amax()
 
 
 def _random_gamma(terms: int) -> float:

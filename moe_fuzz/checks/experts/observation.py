@@ -13,6 +13,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.checks.experts import others
 from moe_fuzz.checks.experts.bounds import Numbers, evaluate
 from moe_fuzz.checks.experts.known import exact_answer
+from moe_fuzz.checks.experts.nonfinite import never_finite
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.fence import unwritten
 from moe_fuzz.ops.experts.inputs import ExpertsInputs, benign_rows
@@ -56,7 +57,7 @@ class ExpertsObservation:
         positions = rows.tolist()
         part = replace(self, inputs=self.rows_of(self.inputs, rows), outputs=Outputs(self.outputs.y[rows]), budget={},
                        rows=positions if self.rows is None else [self.rows[at] for at in positions])  # fmt: skip
-        for name in ("expert", "kept", "sound", "real", "random", "claimed"):
+        for name in ("expert", "kept", "sound", "real", "random", "claimed", "hopeless"):
             part.__dict__[name] = getattr(self, name)[rows]
         part.__dict__["numbers"] = self.numbers.take(rows)
         return part
@@ -140,6 +141,11 @@ class ExpertsObservation:
     def claimed(self) -> torch.Tensor:
         """bool [T, H]: values that the contract determines, of sound tokens with an expert here."""
         return self.numbers.bound.isfinite() & (self.kept.any(dim=1) & self.sound)[:, None]
+
+    @cached_property
+    def hopeless(self) -> torch.Tensor:
+        """bool [T, H]: values that no right target has finite."""
+        return never_finite(self.inputs, self.expert)
 
     @cached_property
     def limits(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,4 +247,4 @@ class ExpertsObservation:
         return self.claimed & ~self.missing & self.outputs.y.isfinite()
 
 
-_OF_INPUTS = ("expert", "kept", "sound", "real", "random", "numbers", "claimed", "limits", "exact")
+_OF_INPUTS = ("expert", "kept", "sound", "real", "random", "numbers", "claimed", "hopeless", "limits", "exact")

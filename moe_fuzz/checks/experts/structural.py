@@ -36,7 +36,7 @@ def written(seen: ExpertsObservation) -> list[Violation]:
 @check("experts", "finite")
 def finite(seen: ExpertsObservation) -> list[Violation]:
     """Where the result is determined there is no NaN, and an infinity only where the dtype may overflow. A NaN in x is
-    one in y: nothing on the way hides it."""
+    one in y, and so is one in a scale; an infinity is a NaN there or an infinity: nothing on the way hides them."""
     y = seen.outputs.y
     wrong = seen.claimed & y.isnan() & ~seen.missing
     if wrong.any():
@@ -49,7 +49,11 @@ def finite(seen: ExpertsObservation) -> list[Violation]:
     weighty = (seen.kept & (seen.weights != 0)).any(dim=1)
     lost = torch.full_like(weighty, seen.inputs.quantizes)  # a code has no NaN
     wrong = (seen.x.isnan().any(dim=1) & weighty & ~lost)[:, None] & ~y.isnan() & ~seen.missing
-    return violation(seen, "finite", "nan-lost", wrong, "x has a NaN, which is not seen in y", "nan")
+    if found := violation(seen, "finite", "nan-lost", wrong, "x has a NaN, which is not seen in y", "nan"):
+        return found
+    wrong = seen.hopeless & y.isfinite() & ~seen.missing
+    message = "y is finite, though a NaN or an infinity in x, in a scale or in a global scale goes into it"
+    return violation(seen, "finite", "nonfinite-lost", wrong, message, "nan or inf")
 
 
 @check("experts", "dropped")

@@ -53,17 +53,18 @@ def scale(seen: QuantizeObservation) -> list[Violation]:
     """A scale byte rounds its block's maximum."""
     judged = seen.lawful & seen.promised
     if seen.exact:
-        wrong = judged & (seen.bytes != seen.expected)
+        low, high = seen.scale_bytes
     else:
-        low, high = scale_range(seen.ideal)
-        judged &= (seen.ideal >= TINY) & (seen.row_scales > 0)
-        wrong = judged & ((seen.bytes < low) | (seen.bytes > high))
+        low, high = scale_range(*seen.ideals)
+        judged &= (seen.ideals[0] >= TINY) & (seen.row_scales > 0)
+    wrong = judged & ((seen.bytes < low) | (seen.bytes > high))
     if not wrong.any():
         return []
     row, block = first(wrong)
     got, expected = int(seen.bytes[row, block]), int(seen.expected[row, block])
     symptom = "large" if got > expected else "small"
     message = f"the scale of block {block} of row {row} is too {symptom}; {_about(seen, row, block)}"
+    message += _misplaced(seen, row, wrong[row])
     return [Violation("scale", symptom, message, "scales", (row, block), f"{expected:#04x} = {float(E4M3[expected]):g}",
                       f"{got:#04x} = {float(E4M3[got]):g}")]  # fmt: skip
 
@@ -72,11 +73,13 @@ def scale(seen: QuantizeObservation) -> list[Violation]:
 def codes(seen: QuantizeObservation) -> list[Violation]:
     """A code is the nearest under its scale. Where the scale is to be exact and is not, `scale` has said so."""
     fit = seen.lawful & seen.promised
-    fit = fit & (seen.bytes == seen.expected) if seen.exact else fit
+    if seen.exact:
+        least, greatest = seen.scale_bytes
+        fit = fit & (least <= seen.bytes) & (seen.bytes <= greatest)
     judged = fit[..., None].expand_as(seen.codes).clone()
     left = seen.unwritten["codes"].repeat_interleave(2, dim=1).view_as(judged)
     judged &= ~left
-    wrong = judged & (seen.codes != seen.right_codes if seen.exact else _not_nearest(seen))
+    wrong = judged & (_not_right(seen) if seen.exact else _not_nearest(seen))
     if not wrong.any():
         return []
     row, block, at = first(wrong)
@@ -92,20 +95,38 @@ def codes(seen: QuantizeObservation) -> list[Violation]:
     return [Violation("codes", symptom, message, "codes", (row, column // 2), _code(expected), _code(got))]
 
 
+def _misplaced(seen: QuantizeObservation, row: int, wrong: torch.Tensor) -> str:
+    """`; row 1 has the scales of row 129`, or nothing. For a person: several wrong bytes that are right elsewhere."""
+    if int(wrong.sum()) < 2:
+        return ""
+    fits = (seen.expected == seen.bytes[row]).all(dim=1)
+    fits[row] = False
+    others = fits.nonzero().flatten().tolist()
+    return f"; row {row} has the scales that row {others[0]} should have" if others else ""
+
+
+def _not_right(seen: QuantizeObservation) -> torch.Tensor:
+    """bool [M, B, 16]: codes that are not the contract's, of any value that a target may have."""
+    one, other = seen.span_codes
+    low, high, place = level(one), level(other), level(seen.codes)
+    return torch.where(one == other, seen.codes != one, (place < low) | (place > high))
+
+
 def _not_nearest(seen: QuantizeObservation) -> torch.Tensor:
     """bool [M, B, 16]: codes that no order of float32 operations gives under the target's own scales. Under a scale of
     0 every code is 0; what is tiny is allowed to be 0, or anything that is as near."""
     scale = E4M3.double().to(seen.bytes.device)[seen.bytes.clamp(max=126).long()][..., None]  # [M, B, 1]
-    exact = seen.values.double() * seen.row_scales.double()[..., None]  # to be code * scale
-    scaled = torch.where(scale > 0, exact.abs() / torch.where(scale > 0, scale, 1.0), 0.0)
-    table = E2M1.double()
-    low, high = (nearest((scaled * factor).nan_to_num(0.0).clamp(max=6.0), table).int()
-                 for factor in (1 - ULPS, 1 + ULPS))  # fmt: skip
+    given, table = seen.row_scales.double()[..., None], E2M1.double()
+    exact, (least, greatest) = seen.values.double() * given, (part.double() * given for part in seen.sizes)
+    unit = torch.where(scale > 0, scale, 1.0)  # of what is to be code * scale
+    low, high = (nearest((size / unit * factor).nan_to_num(0.0).clamp(max=6.0), table).int()
+                 for size, factor in ((least, 1 - ULPS), (greatest, 1 + ULPS)))  # fmt: skip
     place = level(seen.codes)
-    wrong = (place.abs() < low) | (place.abs() > high) | ((place != 0) & (place.sign() != exact.sign()))
-    tiny = (seen.ideal < TINY)[..., None]
+    sided = (seen.span[0] >= 0) | (seen.span[1] <= 0)  # else it may have either sign
+    wrong = (place.abs() < low) | (place.abs() > high) | ((place != 0) & (place.sign() != exact.sign()) & sided)
+    tiny = (seen.ideals[0] < TINY)[..., None]
     error = (value_of(seen.codes) * scale - exact).abs()
-    wrong = torch.where(tiny, error > exact.abs() * (1 + ULPS), wrong)
+    wrong = torch.where(tiny, error > (greatest + (exact.abs() - least)) * (1 + ULPS), wrong)
     return wrong & (scale > 0) & (seen.row_scales > 0)[..., None]
 
 
@@ -126,7 +147,8 @@ def padding(seen: QuantizeObservation) -> list[Violation]:
 
 def _about(seen: QuantizeObservation, row: int, block: int) -> str:
     """The block, for a person."""
-    return (f"the block {row_text(seen.values[row, block], 16)}, global scale {float(seen.row_scales[row, 0]):g}, "
+    what = f"{seen.inputs.activation} of the gate times up" if seen.inputs.activation else "the block"
+    return (f"{what} {row_text(seen.values[row, block], 16)}, global scale {float(seen.row_scales[row, 0]):g}, "
             f"amax * global_scale / 6 = {float(seen.ideal[row, block]):.9g}")  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from moe_fuzz.case import Case
+from moe_fuzz.checks.nvfp4.activated import activated_span
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.fence import unwritten
 from moe_fuzz.ops.nvfp4.inputs import QuantizeInputs, fresh
@@ -20,6 +21,7 @@ from moe_fuzz.reference.nvfp4 import (
     nearest,
     row_scale,
     scale_bytes,
+    silu_and_mul,
     swizzle,
     unpack,
     unswizzle,
@@ -53,7 +55,7 @@ class QuantizeObservation:
     def with_outputs(self, outputs: Outputs) -> QuantizeObservation:
         """The same inputs and another answer; what is known of the inputs is not computed again."""
         other = replace(self, outputs=outputs, budget={})
-        for name in ("values", "row_scales", "ideal", "expected", "sound"):
+        for name in ("values", "span", "sizes", "row_scales", "ideal", "ideals", "scale_bytes", "expected", "sound"):
             other.__dict__[name] = getattr(self, name)
         return other
 
@@ -70,12 +72,31 @@ class QuantizeObservation:
 
     @property
     def blocks(self) -> int:
-        return self.inputs.plain["x"].shape[1] // BLOCK
+        return self.inputs.columns // BLOCK
 
     @cached_property
     def values(self) -> torch.Tensor:
-        """float32 [M, B, 16]"""
-        return self.inputs.plain["x"].float().reshape(self.rows, self.blocks, BLOCK)
+        """float32 [M, B, 16]: what is quantized, the activation's result where there is one."""
+        x = self.inputs.plain["x"]
+        held = silu_and_mul(x, self.inputs.activation) if self.inputs.activation else x
+        return held.float().reshape(self.rows, self.blocks, BLOCK)
+
+    @cached_property
+    def span(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least and the greatest that a target may have of `values`, float32 [M, B, 16]; of x there is one alone.
+        """
+        if not self.inputs.activation:
+            return self.values, self.values
+        low, high = activated_span(self.inputs.plain["x"])
+        shape = self.values.shape
+        return low.float().reshape(shape), high.float().reshape(shape)
+
+    @cached_property
+    def sizes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each value, the least and the greatest magnitude that it may have, float32 [M, B, 16]; 0 for NaN."""
+        low, high = (part.nan_to_num(0.0, torch.inf, -torch.inf) for part in self.span)
+        least = torch.where((low < 0) & (high > 0), 0.0, torch.minimum(low.abs(), high.abs()))
+        return least, torch.maximum(low.abs(), high.abs())
 
     @cached_property
     def row_scales(self) -> torch.Tensor:
@@ -85,9 +106,28 @@ class QuantizeObservation:
     @cached_property
     def ideal(self) -> torch.Tensor:
         """float64 [M, B]: amax * global_scale / 6, which a scale byte rounds."""
-        amax = self.values.abs().nan_to_num(nan=0.0, posinf=torch.inf).double().amax(dim=2)
+        return self._ideal_of(self.values.abs().nan_to_num(nan=0.0, posinf=torch.inf))
+
+    @cached_property
+    def ideals(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least and the greatest that `ideal` may be."""
+        if not self.inputs.activation:
+            return self.ideal, self.ideal
+        least, greatest = self.sizes
+        return self._ideal_of(least), self._ideal_of(greatest)
+
+    def _ideal_of(self, sizes: torch.Tensor) -> torch.Tensor:
         scale = self.row_scales.double()
-        return torch.where(scale > 0, amax * scale / 6, 0.0)
+        return torch.where(scale > 0, sizes.double().amax(dim=2) * scale / 6, 0.0)
+
+    @cached_property
+    def scale_bytes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [M, B]: the least and the greatest scale byte, as the contract rounds; one and the same without an
+        activation."""
+        if not self.inputs.activation:
+            return self.expected, self.expected
+        least, greatest = self.sizes
+        return scale_bytes(least, self.row_scales), scale_bytes(greatest, self.row_scales)
 
     @cached_property
     def expected(self) -> torch.Tensor:
@@ -96,8 +136,12 @@ class QuantizeObservation:
 
     @cached_property
     def sound(self) -> torch.Tensor:
-        """bool [M, B]: blocks of finite numbers only."""
-        return self.values.isfinite().all(dim=2)
+        """bool [M, B]: blocks of finite numbers only, in x as well."""
+        found = (self.values.isfinite() & self.span[0].isfinite() & self.span[1].isfinite()).all(dim=2)
+        if self.inputs.activation:
+            halves = self.inputs.plain["x"].isfinite().view(self.rows, 2, self.blocks, BLOCK)
+            found &= halves.all(dim=3).all(dim=1)
+        return found
 
     @property
     def promised(self) -> torch.Tensor:
@@ -112,7 +156,7 @@ class QuantizeObservation:
         x = self.inputs.plain["x"]
         stream = self.case.stream(self.step_index)
         ordinary = fresh(self.case, list(self.case.steps[self.step_index].rows), stream, x.device)
-        whole = self.sound.repeat_interleave(BLOCK, dim=1)
+        whole = self.sound.repeat_interleave(BLOCK, dim=1).repeat(1, x.shape[1] // self.inputs.columns)
         return self.inputs.replace(x=torch.where(whole, x, ordinary))
 
     @cached_property
@@ -157,9 +201,18 @@ class QuantizeObservation:
     @cached_property
     def right_codes(self) -> torch.Tensor:
         """uint8 [M, B, 16]: the contract's codes under the target's own scale bytes."""
+        return self._codes_of(self.values)
+
+    @cached_property
+    def span_codes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the least and of the greatest value."""
+        low, high = self.span
+        return (self.right_codes, self.right_codes) if low is high else (self._codes_of(low), self._codes_of(high))
+
+    def _codes_of(self, values: torch.Tensor) -> torch.Tensor:
         usable = torch.where(self.row_scales > 0, self.row_scales, 1.0)
         scales = torch.where(self.row_scales > 0, self.bytes.clamp(max=126), 0)
-        return codes_of(self.values, scales, usable)
+        return codes_of(values, scales, usable)
 
     @cached_property
     def unwritten(self) -> dict[str, torch.Tensor]:
@@ -181,9 +234,11 @@ class QuantizeObservation:
         return (unswizzle(left, self.rows, self.blocks) if self.inputs.layout == "swizzled" else left) > 0
 
 
-def scale_range(ideal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least and the greatest scale byte, uint8, that a few roundings may have made of `ideal`, float64."""
-    low, high = (nearest((ideal * factor).clamp(max=448.0), E4M3.double()) for factor in (1 - ULPS, 1 + ULPS))
+def scale_range(least: torch.Tensor, greatest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the greatest scale byte, uint8, that a few roundings may have made of what is in between, float64.
+    """
+    low, high = (nearest((ideal * factor).clamp(max=448.0), E4M3.double())
+                 for ideal, factor in ((least, 1 - ULPS), (greatest, 1 + ULPS)))  # fmt: skip
     return low, high
 
 

@@ -37,7 +37,8 @@ def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]], bud
 
 def affordable_tokens(tokens: int, config: Mapping[str, Scalar], device: str) -> bool:
     if device == "cpu":
-        return tokens <= 1 or _judged_call(tokens, config) <= CPU_BUDGET
+        # What a config costs with a token alone is not changed by refusing it a few more.
+        return tokens <= 1 or _judged_call(tokens, config) <= max(CPU_BUDGET, 2 * _judged_call(1, config))
     return tokens * int(config["hidden"]) * (1 + int(config["top_k"])) <= CUDA_BUDGET
 
 

@@ -25,6 +25,7 @@ FP4_FIELDS: Mapping[str, tuple[Scalar, ...]] = {
 }
 SCALES = ("w13_scales", "w2_scales")
 PADDING_FAULTS = ("poison_scales", "stale_scales")
+BLOCK_FAULT = "nan_blocks"  # in either layout
 #: A global scale that has no sense, as where calibration saw zeros; of weights, that of some experts.
 SENSELESS = {"zero_scale": "zero", "infinite_scale": "infinite", "nan_scale": "nan"}
 FACTORS, CALIBRATIONS = ("w13_alpha", "w2_alpha"), ("x_global", "h_global")
@@ -46,7 +47,7 @@ class Fp4Space(ExpertsSpace):
     faults: ClassVar[Mapping[str, str]] = text.FAULTS | text.FP4_FAULTS
     places: ClassVar[tuple[FaultPlace, ...]] = (
         *(place for place in PLACES if place.tensor not in ("w13", "w2") or place.fault not in _LAYOUTS),
-        *(FaultPlace(fault, scales, on_rows=False) for scales in SCALES for fault in PADDING_FAULTS),
+        *(FaultPlace(fault, scales, on_rows=False) for scales in SCALES for fault in (*PADDING_FAULTS, BLOCK_FAULT)),
         *(FaultPlace(fault, scale, on_rows=False) for scale in (*FACTORS, *CALIBRATIONS) for fault in SENSELESS),
     )
     fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = {**FIELDS, **FP4_FIELDS}
@@ -66,13 +67,16 @@ class Fp4Space(ExpertsSpace):
         }
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
-        without: tuple[str, ...] = SCALES if config["scale_layout"] == "linear" else ()
-        without += CALIBRATIONS if config["activations"] == "as_given" else ()
-        return tuple(p for p in super().places_for(config, info) if p.tensor not in without)
+        without = CALIBRATIONS if config["activations"] == "as_given" else ()
+        packed = config["scale_layout"] == "linear"  # there is no padding
+        return tuple(p for p in super().places_for(config, info)
+                     if p.tensor not in without and not (packed and p.fault in PADDING_FAULTS))  # fmt: skip
 
     def _refused(self, fault: str, tensor: str, info: TargetInfo) -> str:
         if fault in SENSELESS and SENSELESS[fault] not in info.capabilities.global_scales:
             return f"{SENSELESS[fault]} {tensor}"
+        if fault == BLOCK_FAULT and not info.capabilities.nan_scales:
+            return f"NaN in {tensor}"
         return super()._refused(fault, tensor, info)
 
 

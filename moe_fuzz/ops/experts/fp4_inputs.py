@@ -7,11 +7,12 @@ from functools import lru_cache
 
 import torch
 
+from moe_fuzz import generator
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.nvfp4_faults import ScaleCanvas
 from moe_fuzz.ops.experts import blocks, recipes
-from moe_fuzz.ops.experts.fp4 import CALIBRATIONS, FACTORS, SCALES
+from moe_fuzz.ops.experts.fp4 import BLOCK_FAULT, CALIBRATIONS, FACTORS, SCALES
 from moe_fuzz.ops.experts.inputs import ExpertsInputs, filled
 from moe_fuzz.reference.nvfp4 import BLOCK, E2M1, E4M3
 
@@ -34,6 +35,11 @@ class Fp4Inputs(ExpertsInputs):
     @property
     def has_factors(self) -> bool:
         return True
+
+    @property
+    def finite_weights(self) -> bool:
+        return all(bool(self.plain[f"{name}_alpha"].isfinite().all() & (self.linear_scales(name) % 128 < 127).all())
+                   for name in ("w13", "w2"))  # fmt: skip
 
     def matrix(self, name: str, experts: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         codes, scales = self.plain[name], self.plain[f"{name}_scales"]
@@ -58,23 +64,46 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     """The inputs of one step of a case, a function of the case alone; the same bits on every device."""
     fixed = dict(_fixed(case.seed, tuple(case.config.items()), str(device)))
     for fault in case.steps[step_index].faults:
-        name, kind = fault.tensor, FAULTS[fault.name]
-        if name in SCALES and case.config["scale_layout"] == "swizzled":
-            table = fixed[name]
-            rows, columns = fixed[name.removesuffix("_scales")].shape[1:]
-            real = swizzled(table.new_ones((len(table), rows, 2 * columns // BLOCK)))
-            canvas = ScaleCanvas(name, table.flatten(1), range(len(table)), range(table[0].numel()), case.seed,
-                                 padding=real.flatten(1) == 0)  # fmt: skip
-            kind.lay(canvas, range(len(table)))
-            fixed[name] = canvas.values.view(table.shape)
+        name = fault.tensor
+        if name in SCALES:
+            fixed[name] = _with_scales(case, fault.name, name, fixed[name], fixed[name.removesuffix("_scales")])
         elif name in (*FACTORS, *CALIBRATIONS) and name in fixed:
-            labels = recipes.shard(case)[0] if name in FACTORS else [0]
-            odds = max(3, 2 * int(case.config["top_k"])) if name in FACTORS else 1  # tokens are left that have none
-            scales = Canvas(name, fixed[name].clone()[:, None], labels, [0], case.seed)
-            hit = scales.choose(range(len(labels)), odds, fault.name)[:, 0] == 0
-            kind.lay(scales, hit.nonzero().flatten().tolist())
-            fixed[name] = scales.values[:, 0].contiguous()
+            fixed[name] = _with_factors(case, fault.name, name, fixed[name])
     return filled(Fp4Inputs, case, step_index, device, fixed)
+
+
+def _with_scales(case: Case, fault: str, name: str, table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """The table of scales with a fault in it: in its padding, or in blocks."""
+    rows, blocks = codes.shape[1], 2 * codes.shape[2] // BLOCK
+    if fault == BLOCK_FAULT:
+        labels = recipes.shard(case)[0]
+        word = generator.words(case.seed, f"{name}/{fault}", labels, range(rows), device=codes.device)  # [E, R]
+        some = _some(case, name, fault, codes.device)[:, None] & (word % 4 == 0)  # of a row in four, one block
+        there = torch.arange(blocks, device=codes.device) == ((word >> 8) % blocks)[..., None]
+        hit = there & some[..., None]
+        hit = hit if case.config["scale_layout"] == "linear" else swizzled(hit.byte()) > 0
+    elif case.config["scale_layout"] == "swizzled":
+        hit = swizzled(table.new_ones((len(table), rows, blocks))) == 0
+    else:
+        return table
+    canvas = ScaleCanvas(name, table.flatten(1), range(len(table)), range(table[0].numel()), case.seed,
+                         hit=hit.flatten(1))  # fmt: skip
+    FAULTS[fault].lay(canvas, range(len(table)))
+    return canvas.values.view(table.shape)
+
+
+def _with_factors(case: Case, fault: str, name: str, factors: torch.Tensor) -> torch.Tensor:
+    """Global scales with a fault: of activations, the one there is; of weights, those of some experts."""
+    scales = Canvas(name, factors.clone()[:, None], range(len(factors)), [0], case.seed)
+    hit = _some(case, name, fault, factors.device) if name in FACTORS else torch.ones(len(factors), dtype=torch.bool)
+    FAULTS[fault].lay(scales, hit.nonzero().flatten().tolist())
+    return scales.values[:, 0].contiguous()
+
+
+def _some(case: Case, name: str, fault: str, device: torch.device) -> torch.Tensor:
+    """bool [E]: a few of the experts that are here, so that tokens are left that have none of them."""
+    odds = max(3, 2 * int(case.config["top_k"]))
+    return generator.choice(case.seed, f"{name}/{fault}", recipes.shard(case)[0], [0], odds, device=device)[:, 0] == 0
 
 
 @lru_cache(maxsize=1)  # as in inputs.py

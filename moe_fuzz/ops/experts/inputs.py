@@ -58,6 +58,16 @@ class ExpertsInputs(Inputs):
         """Whether products are multiplied by global scales."""
         return False
 
+    @property
+    def finite_weights(self) -> bool:
+        """Whether all numbers of the projections are finite, and their global scales."""
+        return True
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that is multiplied is finite, but for the routing weights."""
+        return self.finite_weights and (self.quantizes or bool(self.plain["x"].isfinite().all()))
+
     def matrix(self, name: str, experts: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """float64 [e, R, C]: the numbers of w13 or w2 of these experts, as they are multiplied."""
         return self.plain[name][experts].double()

@@ -27,18 +27,20 @@ INTERMEDIATE = (16, 32, 64, 128, 1, 2, 3, 7, 8, 15, 17, 24, 31, 33, 40, 48, 63, 
                 257, 336, 384, 512, 704, 768, 1024, 1408, 2048, 2560, 2688, 2816, 2880, 8192, 14336)  # fmt: skip
 TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
           1023, 1025, 2049, 4097)  # fmt: skip
+_FEW = 4  # token counts
 TOP_K_LIMIT, EXPERTS_LIMIT = 64, 4096
 
 #: What may break one row. On x, the plainest first.
 X_FAULTS = ("zero_rows", "nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "huge_rows", "ladder",
             "stale_rows")  # fmt: skip
-IDS_FAULTS = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts", "sentinel_ids")
+IDS_FAULTS = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts", "sentinel_ids", "wide_ids")
+_EAGER_IDS = ("wide_ids",)  # they are int64, and a graph's buffer has one dtype for all its steps
 _DUPLICATES = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
 _NO_PIECES = ("eager", "graph")  # a producer's graph would need real memory for all that lies between rows
 PLACES = (
     *(FaultPlace(name, "x", on_rows=True) for name in X_FAULTS),
-    *(FaultPlace(name, "ids", on_rows=True) for name in IDS_FAULTS),
+    *(FaultPlace(name, "ids", on_rows=True, modes=("eager",) if name in _EAGER_IDS else MODES) for name in IDS_FAULTS),
     FaultPlace("extreme_weights", "weights", on_rows=True),
     FaultPlace("nan_dropped", "weights", on_rows=True),
     FaultPlace("int64_ids", "ids", on_rows=False),
@@ -101,8 +103,8 @@ class ExpertsSpace:
 
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
         found = tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device))
-        # Where nothing but a token or none can be afforded, none would be every second case.
-        return found if len(found) > 2 else TOKENS[:1]
+        # Where hardly more than a token or none can be afforded, none would be every second or third case.
+        return found if len(found) > _FEW else tuple(t for t in found if t)
 
     def affordable(self, case: Case, device: str) -> bool:
         return device != "cpu" or self.cost(case, device) <= cost.CPU_BUDGET
@@ -115,9 +117,9 @@ class ExpertsSpace:
     def _refused(self, fault: str, tensor: str, info: TargetInfo) -> str:
         """Why the target does not take the fault; empty if it does."""
         can, contract = info.capabilities, info.contract
-        if fault == "sentinel_ids" and "garbage" not in contract.accepts:
+        if fault in ("sentinel_ids", "wide_ids") and "garbage" not in contract.accepts:
             return "ids of no expert"
-        if fault == "int64_ids" and not can.int64_ids:
+        if fault in ("int64_ids", "wide_ids") and not can.int64_ids:
             return "int64 ids"
         if fault in _DUPLICATES and not can.duplicate_ids:
             return "an expert twice in a row"

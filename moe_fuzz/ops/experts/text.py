@@ -49,6 +49,7 @@ FAULTS = {
     "hot_expert": "one slot of each row goes to the same expert",
     "empty_experts": "the rows name an eighth of the experts only",
     "sentinel_ids": "ids of no expert: -1, -2, E, E + 1, the largest and smallest int32",
+    "wide_ids": "ids are int64, some beyond 32 bits, whose low 32 bits are an expert's",
     "int64_ids": "ids are int64",
     "noncontiguous": "rows stand apart in a wider buffer",
     "int32_boundary": "rows of x, or experts of a projection, so far apart that offsets pass 2^31 elements",
@@ -59,6 +60,7 @@ FAULTS = {
 
 FP4_FAULTS = {
     "poison_scales": "the padding of swizzled scales holds 0x7F, a NaN",
+    "nan_blocks": "the scales of some blocks are NaN, in some experts",
     "zero_scale": "a global scale is 0; of weights, that of some experts",
     "infinite_scale": "a global scale is infinite; of weights, that of some experts",
     "nan_scale": "a global scale is NaN; of weights, that of some experts",

@@ -19,12 +19,14 @@ from moe_fuzz.reference.nvfp4 import BLOCK, row_scale
 
 _STALE = 62  # the stream of rows that no step of the case has had
 _EXPERTS = (1, 2, 3, 4, 5, 6, 8, 10, 16, 17, 40, 128)  # 4 and 16 divide some (vllm#40351)
+_IDENTITY = 32.0
 _SENSELESS = {"zero": 0.0, "infinite": torch.inf, "nan": torch.nan}
 
 
 @dataclass
 class QuantizeInputs(Inputs):
-    """layout; x [M, K] float32, bfloat16 or float16, global_scale [1] or [E] float32 or bfloat16, expert_ids [M]."""
+    """layout; x [M, K] float32, bfloat16 or float16, [M, 2K] with an activation; activation where there is one;
+    global_scale [1] or [E] float32 or bfloat16, expert_ids [M]."""
 
     fluid: ClassVar[tuple[str, ...]] = ("x", "expert_ids")
 
@@ -33,8 +35,17 @@ class QuantizeInputs(Inputs):
         return str(self.options["layout"])
 
     @property
+    def activation(self) -> str | None:
+        return self.options.get("activation")
+
+    @property
+    def columns(self) -> int:
+        """K: those that are quantized."""
+        return self.plain["x"].shape[1] // (2 if self.activation else 1)
+
+    @property
     def results(self) -> dict[str, Result]:
-        rows, columns = self.plain["x"].shape
+        rows, columns = len(self.plain["x"]), self.columns
         blocks = columns // BLOCK
         scales = (-(-rows // 128) * 128, -(-blocks // 4) * 4) if self.layout == "swizzled" else (rows, blocks)
         return {"codes": ((rows, columns // 2), torch.uint8), "scales": (scales, torch.float8_e4m3fn)}
@@ -45,7 +56,9 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     config, step = case.config, case.steps[step_index]
     rows, stream = list(step.rows), case.stream(step_index)
     inputs = QuantizeInputs({"layout": str(config["layout"])})
-    inputs.plain["x"] = fresh(case, rows, stream, device)
+    if config["activation"] != "none":
+        inputs.options["activation"] = str(config["activation"])
+    inputs.plain["x"] = _plain(case, rows, stream, device)  # first of the tensors, as the op has it
     inputs.plain["global_scale"] = _global_scale(case, device)
     ids = None
     if config["expert_ids"] != "none":
@@ -59,20 +72,45 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
         if fault.name == "stale_rows":
             old = _STALE if fault.stream is None else fault.stream
-            canvas.values[positions] = fresh(case, [rows[p] for p in positions], old, device)
+            canvas.values[positions] = _plain(case, [rows[p] for p in positions], old, device)
         elif canvas.values.numel():
             FAULTS[fault.name].lay(canvas, positions)
+    inputs.plain["x"] = _activated(case, rows, stream, canvas.values)
     column_stride = max(1, len(rows) + canvas.stride_gap) if canvas.transposed else 0
     inputs.lies["x"] = Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
     return inputs
 
 
 def elements(case: Case, step_index: int) -> int:
-    return case.steps[step_index].tokens * BLOCK * len(Labels.parse(str(case.config["blocks"])))
+    halves = 2 if case.config["activation"] != "none" else 1
+    return case.steps[step_index].tokens * BLOCK * len(Labels.parse(str(case.config["blocks"]))) * halves
 
 
 def fresh(case: Case, rows: Sequence[int], stream: int, device: torch.device | str) -> torch.Tensor:
-    """Rows [R, K] of these labels before any fault."""
+    """Rows [R, K], or [R, 2K], of these labels before any fault."""
+    return _activated(case, rows, stream, _plain(case, rows, stream, device))
+
+
+def _activated(case: Case, rows: Sequence[int], stream: int, values: torch.Tensor) -> torch.Tensor:
+    """x [R, 2K], the gate first, whose activation has to do with `values`, [R, K]; these themselves without one.
+
+    Of each row, one of three: a gate of 32, where silu is the identity in float32, so that the product is the value, as
+    its faults have aimed it; any gate beside it; or it is the gate.
+    """
+    if case.config["activation"] == "none":
+        return values
+    if not rows:
+        return values.repeat(1, 2)
+    gates = 8 * generator.triangular(case.seed, "gate", rows, _columns(case), stream, values.device)
+    kind = generator.choice(case.seed, "gate/kind", rows, [0], 3, stream, values.device)
+    any_gate, one = gates.to(values.dtype), torch.full_like(values, _IDENTITY)
+    gate = torch.where(kind == 0, one, torch.where(kind == 1, any_gate, values))
+    up = torch.where(kind == 0, values / _IDENTITY, torch.where(kind == 1, values, any_gate))
+    return torch.cat([gate, up], dim=1)
+
+
+def _plain(case: Case, rows: Sequence[int], stream: int, device: torch.device | str) -> torch.Tensor:
+    """What is quantized of these rows, or is one of its factors, before any fault: [R, K]."""
     dtype, size = getattr(torch, str(case.config["dtype"])), 2.0 ** int(case.config["magnitude"])
     if not rows:
         return torch.empty((0, len(_columns(case))), dtype=dtype, device=device)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-from moe_fuzz.case import MODES, Case, Scalar
+from moe_fuzz.case import MODES, Case, Fault, Scalar
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
@@ -42,6 +43,7 @@ GLOBAL_SCALES = ("power", "six", "fitted", "small", "large", "least", "greatest"
 #: What each field of a config may be; `blocks` is a labels string, and stands apart.
 FIELDS: Mapping[str, tuple[Scalar, ...]] = {
     "layout": ("linear", "swizzled"),
+    "activation": ("none", "silu"),  # fused before the quantizing: x has gate and up-projection
     "dtype": ("float32", "bfloat16", "float16"),
     "global_scale": GLOBAL_SCALES,
     "scale_dtype": ("float32", "bfloat16"),
@@ -55,7 +57,7 @@ FIELDS: Mapping[str, tuple[Scalar, ...]] = {
 ROW_FAULTS = ("zero_rows", "code_grid", "zero_block", "lone_number", "scale_saturation", "tiny_block", "code_ties",
               "scale_ties", "nonfinite_block", "nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf",
               "huge_rows", "ladder", "stale_rows")  # fmt: skip
-ID_FAULTS = ("all_to_one", "minus_one_ids", "num_experts_ids", "sentinel_ids")
+ID_FAULTS = ("all_to_one", "minus_one_ids", "num_experts_ids", "sentinel_ids", "wide_ids")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
 PLACES = (
     *(FaultPlace(name, "x", on_rows=True) for name in ROW_FAULTS),
@@ -99,6 +101,7 @@ class QuantizeSpace:
         can = info.capabilities
         return {
             "layout": value not in can.layouts,
+            "activation": value != "none" and value not in can.activations,
             "dtype": value not in can.dtypes,
             "global_scale": value not in can.global_scales,
             "scale_dtype": value not in can.scale_dtypes,
@@ -122,7 +125,14 @@ class QuantizeSpace:
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         return tuple(p for p in self.places if not self._refused(p.fault, info)
-                     and (not p.needs or config[p.needs] != "none"))  # fmt: skip
+                     and self._has_room(p.fault, p.needs, config))  # fmt: skip
+
+    def _has_room_for(self, config: Mapping[str, Scalar], fault: Fault) -> bool:
+        return fault.tensor != "expert_ids" or self._has_room(fault.name, "expert_ids", config)
+
+    def _has_room(self, fault: str, needs: str | None, config: Mapping[str, Scalar]) -> bool:
+        """Whether the config has what the fault is laid on: ids beyond 32 bits need more of them."""
+        return (not needs or config[needs] != "none") and (fault != "wide_ids" or config["expert_ids"] == "int64")
 
     def _refused(self, fault: str, info: TargetInfo) -> str:
         """Why the target does not take the fault; empty if it does."""
@@ -150,8 +160,9 @@ class QuantizeSpace:
                 place = require_place(self, case, fault, where)
                 require_few_rows(place, step.tokens, where)
                 require_rows(place, fault, where)
-                if place.needs and case.config[place.needs] == "none":
-                    raise CaseError(where, f"{fault.name} needs config.{place.needs}")
+                if not self._has_room(fault.name, place.needs, case.config):
+                    wide = " int64" if fault.name == "wide_ids" else ""
+                    raise CaseError(where, f"{fault.name} needs config.{place.needs}{wide}")
                 require_stream(fault, where)
 
     def refusal(self, case: Case, info: TargetInfo) -> str:
@@ -187,10 +198,11 @@ class QuantizeSpace:
         for name, values in FIELDS.items():
             for value in values[: values.index(case.config[name])]:
                 changed = case.with_config(**{name: value})
-                if changed.config["expert_ids"] == "none":
-                    changed = moves.with_fitting_faults(changed, lambda fault: fault.tensor != "expert_ids")
-                yield changed
-        yield from moves.plainer_faults(case, ROW_FAULTS, ID_FAULTS)
+                room = partial(self._has_room_for, changed.config)
+                yield moves.with_fitting_faults(changed, room)
+        yield from moves.plainer_faults(
+            case, ROW_FAULTS, ID_FAULTS, fits=partial(self._has_room_for, case.config)
+        )
 
     def sharpen(self, case: Case) -> Iterator[Case]:
         yield from moves.flush_left(case)
@@ -219,7 +231,8 @@ class QuantizeSpace:
         elements = 16 * tokens * blocks
         if config["layout"] == "swizzled":
             elements = 16 * (-(-tokens // 128) * 128) * (-(-blocks // 4) * 4)
-        return 2 * (0.015 + 2.5e-7 * elements) + 5e-7 * tokens * 16 * blocks
+        halves = 2 if config["activation"] != "none" else 1
+        return 2 * (0.015 + 2.5e-7 * halves * elements) + 5e-7 * halves * tokens * 16 * blocks
 
     def label(self, case: Case) -> str:
         return text.label(case)

@@ -46,6 +46,7 @@ FAULTS = {
     "minus_one_ids": "rows of no expert: id -1",
     "num_experts_ids": "rows of no expert: id E",
     "sentinel_ids": "rows of no expert: -1, -2, E, E + 1, the largest and smallest int32",
+    "wide_ids": "int64 ids beyond 32 bits, whose low 32 bits are an expert's",
     "all_to_one": "all rows are of one expert",
     "noncontiguous": "rows stand apart in a wider buffer",
     "int32_boundary": "rows so far apart that offsets pass 2^31 elements",
@@ -60,6 +61,7 @@ def label(case: Case) -> str:
     parts = [case.op] + ([case.mode] if case.mode != "eager" else [])
     parts += [f"T={step.tokens}" for step in case.steps]
     parts += [f"K={16 * len(Labels.parse(str(config['blocks'])))}", str(config["dtype"]), str(config["layout"])]
+    parts += [f"of {config['activation']}"] if config["activation"] != "none" else []
     parts += [f"global_scale={config['global_scale']}"]
     parts += ["bfloat16 global_scale"] if config["scale_dtype"] != "float32" else []
     parts += [f"{config['expert_ids']} expert_ids"] if config["expert_ids"] != "none" else []
