@@ -135,7 +135,7 @@ class ExpertsObservation:
     @cached_property
     def numbers(self) -> Numbers:
         """The float64 result of each token, with its bound."""
-        return evaluate(self.inputs, self.expert, self.info.contract, random=bool(self.random.any()))
+        return evaluate(self.inputs, self.expert, self.info.contract, random=self.random)
 
     @cached_property
     def claimed(self) -> torch.Tensor:
