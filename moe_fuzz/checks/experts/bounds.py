@@ -256,8 +256,12 @@ class _Evaluation:
             scale = scale * factor.square().nan_to_num(0.0, 0.0)
         var = scale * (s @ self.inputs.matrix("w2", batch.experts).square().transpose(1, 2))
         if self.contract.down == "dtype":
-            near = 2 * (v.abs() + 4 * var.sqrt()) / weight.abs().clamp(min=TINY)
-            var = var + weight.square() * 2 * self._steps(near)
+            each = torch.ones_like(weight) if self.on_input else weight.abs()
+            each = each.clamp(min=TINY)
+            near = 2 * (v.abs() + 4 * var.sqrt()) / each
+            if (b2 := self.plain.get("b2")) is not None:  # which may cancel a product that is stored before
+                near = torch.maximum(near, (v / each - b2[batch.experts].double()[:, None]).abs())
+            var = var + each.square() * 2 * self._steps(near)
         if self.contract.slot == "dtype":
             var = var + self._steps(v.abs() + 4 * var.sqrt())
         return var, s * scale
@@ -269,7 +273,7 @@ class _Evaluation:
         """The sum over slots, and its store."""
         top_k = expert.shape[1]
         narrow = self.contract.reduce == "dtype"
-        bound = error + gamma(top_k + 2, self.u if narrow else U) * size
+        bound = error + gamma(top_k + 2, self.u if narrow else U) * size + top_k * narrow * self.floor
         bound = bound + self.u * (value.abs() + bound) + self.floor + TINY
         bound = bound.masked_fill(~(size < (self.most if narrow else LARGEST)), torch.inf)
         if self.random:

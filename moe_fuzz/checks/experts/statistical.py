@@ -20,6 +20,7 @@ from moe_fuzz.verdict import Violation
 
 ERROR = 1e-9  # the chance that a correct target is accused, a case
 _KINDS = 11  # of tests, which share it
+_MOSTLY = 0.9  # of the elements: far fewer are the same by chance, or where errors are larger than they should be
 _MODEL = 1.02  # the variances themselves are taken to be right to 2 %, however many values there are
 _Place = Callable[[int], tuple[tuple[int, ...], str]]  # by its number: coordinates, and a name for a person
 
@@ -33,6 +34,11 @@ class _Test:
     words: str  # what `got` is
     usual: float  # of a correct target
 
+    def used(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The share of what is allowed, `got` and `most`, at each place, flat."""
+        got, most = self.got.flatten(), self.most.expand_as(self.got).flatten()
+        return (got - self.usual) / (most - self.usual), got, most
+
 
 @check("experts", "statistical", parity=True)
 def statistical(seen: ExpertsObservation) -> list[Violation]:
@@ -42,10 +48,12 @@ def statistical(seen: ExpertsObservation) -> list[Violation]:
     tokens = tokens[~seen.numbers.open[tokens]]
     if not len(tokens):
         return []
-    share = 0.0
-    for test in _Tests(seen, tokens).all():
-        got, most = test.got.flatten(), test.most.expand_as(test.got).flatten()
-        used = (got - test.usual) / (most - test.usual)
+    share, from_rounded = 0.0, None
+    for number, test in enumerate(_Tests(seen, tokens, seen.numbers.value).all()):
+        used, got, most = test.used()
+        if bool((used > 1).any()) and _mostly_rounded(seen, tokens):
+            from_rounded = from_rounded or [test.used()[0] for test in _Tests(seen, tokens, seen.rounded).all()]
+            used = torch.minimum(used, from_rounded[number])
         at = int(used.argmax())
         if float(used[at]) > 1:
             where, text = test.place(at)
@@ -57,13 +65,19 @@ def statistical(seen: ExpertsObservation) -> list[Violation]:
     return []
 
 
+def _mostly_rounded(seen: ExpertsObservation, tokens: Tensor) -> bool:
+    """Whether the answer has the bits of `ExpertsObservation.rounded`, but for a few: where its errors are not those of
+    random numbers, then neither are those of a right answer, and they are to be measured from there."""
+    return float((seen.y[tokens] == seen.rounded[tokens]).double().mean()) > _MOSTLY
+
+
 class _Tests:
-    def __init__(self, seen: ExpertsObservation, tokens: Tensor) -> None:
-        """tokens: int64 [R], those that are judged."""
+    def __init__(self, seen: ExpertsObservation, tokens: Tensor, right: Tensor) -> None:
+        """tokens: int64 [R], those that are judged. right: float64 [T, H], what errors are the distance from."""
         self.seen, self.tokens = seen, tokens
         numbers = seen.numbers
         sigma = numbers.variance[tokens].sqrt()
-        self.z = (seen.y[tokens] - numbers.value[tokens]) / sigma  # [R, H]
+        self.z = (seen.y[tokens] - right[tokens]) / sigma  # [R, H]
         self.value = numbers.value[tokens] / sigma
         self.count, self.hidden = self.z.shape
         self.shared = numbers.shared[tokens]  # [R, H]
