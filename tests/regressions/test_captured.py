@@ -13,6 +13,7 @@ import pytest
 from moe_fuzz.case import Case
 from moe_fuzz.planted.entry import Planted
 from moe_fuzz.verdict import PASS, VIOLATION
+from tests.gpu.telling import told
 from tests.regressions.captured import DIVISION, verdict_of
 from tests.regressions.test_upstream import DEVICE, TWINS, bug_of, case_of, is_it
 
@@ -36,7 +37,7 @@ def test_there_are_such_cases() -> None:
 @pytest.mark.parametrize("stem", GRAPHS)
 def test_its_case_shows_the_bug(stem: str, division: str) -> None:
     verdict = verdict_of(*of(stem), division)
-    assert is_it(TWINS[stem], verdict), (verdict.kind, verdict.detail, verdict.violations)
+    assert is_it(TWINS[stem], verdict), told(verdict, of(stem)[1])
 
 
 @pytest.mark.parametrize("division", DIVISION)
@@ -45,13 +46,13 @@ def test_each_of_its_steps_does(stem: str, division: str) -> None:
     bug, case = of(stem)
     for step in (step for step in case.steps if not any(fault.name == "stale_rows" for fault in step.faults)):
         verdict = verdict_of(bug, replace(case, steps=(step,)), division)
-        assert is_it(TWINS[stem], verdict), (step, verdict.kind, verdict.detail)
+        assert is_it(TWINS[stem], verdict), told(verdict, replace(case, steps=(step,)))
 
 
 @pytest.mark.parametrize("stem", BRANCHES)
 def test_it_is_the_branch_that_shows_it(stem: str) -> None:
     verdict = verdict_of(*of(stem), told=False)
-    assert verdict.kind == PASS, verdict.violations
+    assert verdict.kind == PASS, told(verdict)
 
 
 @pytest.mark.parametrize(("name", "config"), [
