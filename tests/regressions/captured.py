@@ -48,7 +48,7 @@ _OPTIONS = RunOptions(fence=FenceOptions(hard=(), readonly=(), own="off"))
 class OnDevice(torch.Tensor):
     """A tensor of the host that says it is not."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
 
 @dataclass
