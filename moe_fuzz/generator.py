@@ -92,9 +92,9 @@ def _on_host(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], 
 @lru_cache(maxsize=16)
 def _round_keys(seed: int) -> Any:
     """uint32 [rounds, 2, 1, 1]."""
-    first = numpy.array([seed & _MASK, (seed >> 32) & _MASK], dtype=numpy.uint64)
-    steps = numpy.array([_W0, _W1], dtype=numpy.uint64) * numpy.arange(_ROUNDS, dtype=numpy.uint64)[:, None]
-    return (first + steps).astype(numpy.uint32).reshape(_ROUNDS, 2, 1, 1)  # modulo 2^32
+    low, high = seed & _MASK, (seed >> 32) & _MASK
+    keys = [((low + i * _W0) & _MASK, (high + i * _W1) & _MASK) for i in range(_ROUNDS)]
+    return numpy.array(keys, dtype=numpy.uint32).reshape(_ROUNDS, 2, 1, 1)
 
 
 @lru_cache(maxsize=256)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -11,7 +13,51 @@ from moe_fuzz.checks.binding import SAMPLE
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 
 _EXCHANGED = "rows exchanged"
-_JUDGES = ("ids", "shared", "expert_map", "finite")
+_JUDGES = ("ids", "shared", "expert_map", "finite")  # the first takes the least time, and rejects many
+
+
+@dataclass(frozen=True)
+class Answers(RoutingObservation):
+    """Several answers to one call as one of as many times its rows, for what goes row by row: those of the first
+    answer, then those of the second. The reference is not computed again, and repeated where it is asked for."""
+
+    of: RoutingObservation = field(kw_only=True)
+    times: int = field(kw_only=True)
+
+    @classmethod
+    def to(cls, seen: RoutingObservation, answers: Sequence[Outputs]) -> Answers:
+        weights, ids = torch.cat([one.weights for one in answers]), torch.cat([one.ids for one in answers])
+        return cls(seen.case, seen.step_index, seen.info, seen.inputs, Outputs(weights, ids), seen.call, of=seen,
+                   times=len(answers))  # fmt: skip
+
+    @property
+    def tokens(self) -> int:
+        return self.times * self.of.tokens
+
+    @cached_property
+    def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        scores, biased = self.of._reference
+        return self._again(scores), self._again(biased)
+
+    @cached_property
+    def error(self) -> torch.Tensor:
+        return self._again(self.of.error)
+
+    @cached_property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = self.of.bounds
+        return self._again(low), self._again(high)
+
+    @cached_property
+    def flagged(self) -> torch.Tensor:
+        return self._again(self.of.flagged)
+
+    @cached_property
+    def defined(self) -> torch.Tensor:
+        return self._again(self.of.defined)
+
+    def _again(self, table: torch.Tensor) -> torch.Tensor:
+        return torch.cat([table] * self.times)
 
 
 def wrong_answers(seen: RoutingObservation) -> Iterator[tuple[str, Outputs]]:
@@ -57,9 +103,9 @@ def rejected(seen: RoutingObservation, answers: Sequence[Outputs]) -> list[bool]
 
     They are judged together, as one call of as many more rows; where a check does not tell its rows, one by one.
     """
-    whole = seen.answered_by(answers)
+    whole = Answers.to(seen, answers)
     found = torch.zeros(len(answers), dtype=torch.bool)
-    for name in (*PARITY["routing"], *_JUDGES):
+    for name in (*_JUDGES[:1], *PARITY["routing"], *_JUDGES[1:]):
         judge = CHECKS["routing"][name]
         if judge in ROWS:
             found |= ROWS[judge](whole).view(len(answers), -1).any(dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -52,19 +52,6 @@ class RoutingObservation:
         other = replace(self, outputs=outputs, budget={})
         for name in ("_reference", "error", "bounds", "defined", "flagged"):
             other.__dict__[name] = getattr(self, name)
-        return other
-
-    def answered_by(self, answers: Sequence[Outputs]) -> RoutingObservation:
-        """The same rows again and again, each time with another answer. The reference is not computed again."""
-        times = len(answers)
-        plain = {name: _again(table, times) if name in self.inputs.fluid else table
-                 for name, table in self.inputs.plain.items()}  # fmt: skip
-        whole = Outputs(*(torch.cat([getattr(one, name) for one in answers]) for name in ("weights", "ids")))
-        other = replace(self, inputs=self.inputs.replace(**plain), outputs=whole, budget={}, rows=None)
-        for name in ("error", "defined", "flagged"):
-            other.__dict__[name] = _again(getattr(self, name), times)
-        for name in ("_reference", "bounds"):
-            other.__dict__[name] = tuple(_again(table, times) for table in getattr(self, name))
         return other
 
     def take(self, rows: torch.Tensor) -> RoutingObservation:
@@ -322,7 +309,3 @@ class RoutingObservation:
 def _repeating(ids: torch.Tensor) -> torch.Tensor:
     ordered = ids.sort(dim=1).values
     return (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
-
-
-def _again(table: torch.Tensor, times: int) -> torch.Tensor:
-    return table.repeat(times, *[1] * (table.dim() - 1))
