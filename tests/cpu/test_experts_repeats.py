@@ -16,8 +16,8 @@ from moe_fuzz.contract import Contract
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 from tests.cpu.experts_seen import FP4_STRICT, STEADY, case_of, fp4_case_of, observe, reference
 
-WIDE = {"hidden": 64, "intermediate": 192, "experts": 5, "bias": "float32", "weight_on_input": True, "weight_scale": -14,
-        "gate_layout": "interleaved", "expert_map": "permuted", "activations": "nvfp4"}  # fmt: skip
+WIDE = {"hidden": 64, "intermediate": 192, "experts": 5, "bias": "float32", "weight_on_input": True,
+        "weight_scale": -14, "gate_layout": "interleaved", "expert_map": "permuted", "activations": "nvfp4"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
