@@ -20,9 +20,10 @@ _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+_MULTIPLIERS = numpy.array([_M0, _M1], dtype=numpy.uint64).reshape(2, 1, 1)
 
 Device = torch.device | str
-Word = Any  # uint32 values: numpy uint64 or torch int64, of any shape, or int
+Word = Any  # uint32 values: torch int64, of any shape, or int
 
 
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
@@ -48,29 +49,52 @@ def words(
     """
     key = (seed & _MASK, (seed >> 32) & _MASK)
     tensor_id = zlib.crc32(name.encode())
-    here = torch.device(device).type == "cpu"
     if len(rows) == len(columns) == 1:
         lanes = philox((columns[0] >> 2, rows[0], tensor_id, stream), key)
         return torch.full((1, 1), lanes[columns[0] & 3], dtype=torch.int64, device=device)
-    row = numpy.asarray(rows, dtype=numpy.int64).reshape(-1, 1)  # [R, 1]
-    blocks, block_of, lane_of, straight = _blocks(tuple(columns))
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(_on_host(seed, name, rows, columns, stream).astype(numpy.int64))
+    row = numpy.asarray(rows, dtype=numpy.int64)  # [R]
+    blocks, block_of, lane_of, _ = _blocks(tuple(columns))
     shape = (len(rows), len(blocks))
-    if here:
-        counter: tuple[Word, ...] = (blocks.astype(numpy.uint64)[None, :], row.astype(numpy.uint64),
-                                     numpy.uint64(tensor_id), numpy.uint64(stream))  # fmt: skip
-        with numpy.errstate(over="ignore"):  # of scalars; arrays wrap in silence
-            lanes = philox(counter, key)
-        table = numpy.empty((*shape, 4), dtype=numpy.int64)
-        for at, lane in enumerate(lanes):
-            table[..., at] = lane
-        whole = table.reshape(len(rows), 4 * len(blocks))
-        values = whole[:, : len(columns)] if straight else table[:, block_of, lane_of]  # [R, C]
-        return torch.from_numpy(numpy.ascontiguousarray(values))
-    labels = torch.from_numpy(numpy.concatenate([blocks, row[:, 0], block_of, lane_of])).pin_memory()
+    labels = torch.from_numpy(numpy.concatenate([blocks, row, block_of, lane_of])).pin_memory()
     there = labels.to(device, non_blocking=True).split([len(blocks), len(row), len(columns), len(columns)])
     lanes = philox((there[0][None, :], there[1][:, None], tensor_id, stream), key)
     parts = [torch.as_tensor(lane, device=device).expand(shape) for lane in lanes]
     return torch.stack(parts, dim=-1)[:, there[2], there[3]]
+
+
+def _on_host(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int) -> Any:
+    """The words as numpy's uint32 [R, C], contiguous.
+
+    Both products of a round are taken at once, and their halves are looked at instead of shifted out (the low one comes
+    first on every machine that CUDA knows): for few elements the time is that of the number of operations.
+    """
+    blocks, block_of, lane_of, straight = _blocks(tuple(columns))
+    shape = (2, len(rows), len(blocks))
+    even, odd = numpy.empty(shape, dtype=numpy.uint32), numpy.empty(shape, dtype=numpy.uint32)  # words 0, 2 and 1, 3
+    even[0], even[1] = blocks, zlib.crc32(name.encode())
+    odd[0], odd[1] = numpy.asarray(rows, dtype=numpy.uint32).reshape(-1, 1), stream
+    product = numpy.empty(shape, dtype=numpy.uint64)
+    halves = product.view(numpy.uint32).reshape(*shape, 2)[::-1]
+    low, high = halves[..., 0], halves[..., 1]
+    for key in _round_keys(seed):
+        numpy.multiply(even, _MULTIPLIERS, out=product)
+        numpy.bitwise_xor(high, odd, out=even)
+        even ^= key
+        odd = low.copy()
+    table = numpy.empty((*shape[1:], 4), dtype=numpy.uint32)
+    table[..., 0], table[..., 1], table[..., 2], table[..., 3] = even[0], odd[0], even[1], odd[1]
+    whole = table.reshape(len(rows), 4 * len(blocks))
+    return numpy.ascontiguousarray(whole[:, : len(columns)] if straight else table[:, block_of, lane_of])
+
+
+@lru_cache(maxsize=16)
+def _round_keys(seed: int) -> Any:
+    """uint32 [rounds, 2, 1, 1]."""
+    low, high = seed & _MASK, (seed >> 32) & _MASK
+    keys = [((low + i * _W0) & _MASK, (high + i * _W1) & _MASK) for i in range(_ROUNDS)]
+    return numpy.array(keys, dtype=numpy.uint32).reshape(_ROUNDS, 2, 1, 1)
 
 
 @lru_cache(maxsize=256)
@@ -86,6 +110,12 @@ def triangular(
     seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: Device = "cpu"
 ) -> torch.Tensor:
     """float32 [R, C] in (-1, 1), steps of 2^-16, the density of a tent: the sum of two 16-bit uniforms, exact."""
+    if torch.device(device).type == "cpu":
+        halves = _on_host(seed, name, rows, columns, stream).view(numpy.uint16).reshape(len(rows), len(columns), 2)
+        value = numpy.add(halves[..., 0], halves[..., 1], dtype=numpy.float32)
+        value -= 0xFFFF
+        value *= 2.0**-16
+        return torch.from_numpy(value)
     word = words(seed, name, rows, columns, stream, device)
     return ((word & 0xFFFF) + (word >> 16) - 0xFFFF).to(torch.float32) * 2.0**-16
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, starmap
 
 MAX_LABEL = 2**31 - 1
 _SPAN = re.compile(r"(\d{1,10})(?:-(\d{1,10}))?")
@@ -69,8 +70,7 @@ class Labels:
         return bool(self.spans)
 
     def __iter__(self) -> Iterator[int]:
-        for start, stop in self.spans:
-            yield from range(start, stop)
+        return chain.from_iterable(starmap(range, self.spans))
 
     def __contains__(self, label: object) -> bool:
         if not isinstance(label, int):

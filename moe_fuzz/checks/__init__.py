@@ -20,10 +20,19 @@ PARITY: dict[str, list[str]] = {}
 RELATIONS: dict[str, list[str]] = {}
 
 
-def check(family: str, name: str, *, parity: bool = False, relation: bool = False) -> Callable[[Check], Check]:
+#: check -> (observation) -> bool [T], the rows that it finds wrong. Of those that judge row by row, and say so: binding
+#: then asks for many answers at once.
+ROWS: dict[Check, Callable[[Any], Any]] = {}
+
+
+def check(
+    family: str, name: str, *, parity: bool = False, relation: bool = False, rows: Callable[[Any], Any] | None = None
+) -> Callable[[Check], Check]:
     """Registers a check of a family of ops under its name."""
 
     def register(function: Check) -> Check:
+        if rows is not None:
+            ROWS[function] = rows
         CHECKS.setdefault(family, {})[name] = function
         if parity:
             PARITY.setdefault(family, []).append(name)

@@ -114,7 +114,9 @@ class CpuArena(PooledArena[_Placed]):
     def _take(self, name: str, role: str, what: str, layout: Layout, edge: str, fixed: bool = False) -> _Placed:
         return _Placed(name, role, what, layout, edge, self.options)
 
-    def _take_sparse(self, name: str, role: str, what: str, layout: Layout, rows: tuple[Island, ...]) -> _Placed:
+    def _take_sparse(
+        self, name: str, role: str, what: str, layout: Layout, rows: tuple[Island, ...], fixed: bool = False
+    ) -> _Placed:
         return _Sparse(name, role, what, layout, rows)
 
     def _give(self, placed: _Placed) -> None:

@@ -119,19 +119,35 @@ class _Sparse(_Placed):
 
     __slots__ = ("rows",)
 
-    def __init__(self, name: str, role: str, what: str, layout: Layout, device: int, rows: tuple[Island, ...]) -> None:
+    block: SparseBlock
+
+    def __init__(
+        self, name: str, role: str, what: str, layout: Layout, device: int, rows: tuple[Island, ...], twin: bool
+    ) -> None:
+        """twin: it is filled through its twin alone."""
         Placed.__init__(self, name, role, what)
         self.device = device
         body = layout.pages * cuda_driver.granularity(device)
-        parts = [(row.lo, row.hi - row.lo) for row in rows]
-        self.block = SparseBlock(device, body, max(MIN_GUARD, layout.guard), parts)
+        parts = tuple((row.lo, row.hi - row.lo) for row in rows)
+        block = _POOL.take(device, body, max(MIN_GUARD, layout.guard), HARD, HARD, twin, parts)
+        assert isinstance(block, SparseBlock)
+        self.block = block
         self.lo, self.hi = self.block.body, self.block.body + body
         self.start = self.block.body + layout.start
         self.end = self.start + layout.extent
         self.rows = [Island(*(self.block.body + at for at in row)) for row in rows]
 
+    def twin(self, dtype: torch.dtype) -> torch.Tensor | None:
+        start = self.block.writable + self.start - self.lo
+        return bytes_at(start, self.end - self.start).view(dtype) if self.block.kind.twin else None
+
     def reset(self, whole: bool) -> None:
-        for row in self.rows:
+        if self.block.kind.twin:  # beside it nobody can write: what was laid there is there
+            if self.block.laid == self.rows:
+                return
+            self.block.laid = self.rows
+        away = self.block.writable - self.lo
+        for row in (Island(*(away + at for at in row)) for row in self.rows):
             for lo, hi in ((row.lo, row.hi),) if whole else ((row.lo, row.start), (row.end, row.hi)):
                 odd = lo & 1  # a byte beside a row, where an element is one
                 if odd and hi > lo:
@@ -151,12 +167,6 @@ class _Sparse(_Placed):
         odd = lo & 1
         memory = bytes_at(lo - odd, hi - lo + odd).cpu()
         return canary.compare(memory.data_ptr() + odd, hi - lo, where)
-
-    def pieces(self, whole: bool) -> list[Piece]:
-        """The canaries: around the storage, or over it too."""
-        away = self.block.bytes.data_ptr() - self.lo  # of the twin, where there is one
-        spans = ((self.lo, self.hi),) if whole else ((self.lo, self.start), (self.end, self.hi))
-        return [Piece(lo + away, hi - lo, _CANARY) for lo, hi in spans if hi > lo]
 
     def differs(self) -> list[torch.Tensor]:
         found = []
@@ -193,14 +203,13 @@ class CudaArena(PooledArena[_Placed]):
     def _take(self, name: str, role: str, what: str, layout: Layout, edge: str, fixed: bool = False) -> _Placed:
         return _Placed(name, role, what, layout, self._index, self.options, fixed)
 
-    def _take_sparse(self, name: str, role: str, what: str, layout: Layout, rows: tuple[Island, ...]) -> _Placed:
-        return _Sparse(name, role, what, layout, self._index, rows)
+    def _take_sparse(
+        self, name: str, role: str, what: str, layout: Layout, rows: tuple[Island, ...], fixed: bool = False
+    ) -> _Placed:
+        return _Sparse(name, role, what, layout, self._index, rows, fixed and self.options.is_readonly(name))
 
     def _give(self, placed: _Placed) -> None:
-        if isinstance(placed, _Sparse):
-            placed.block.unmap()
-        else:
-            _POOL.give(placed.block)
+        _POOL.give(placed.block)
 
     @contextmanager
     def gathering(self) -> Iterator[None]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +38,7 @@ class Kind(NamedTuple):
     left: str
     right: str
     twin: bool = False
+    parts: tuple[tuple[int, int], ...] = ()  # (offset, size) in the body, whole granules: all of it that has memory
 
 
 class _Lent:
@@ -65,7 +65,7 @@ class Block:
         self._mapped: list[tuple[int, int]] = []
         self._lease: weakref.ref[_Lent] | None = None
         self._twin = cuda_driver.reserve(kind.body) if kind.twin else None
-        self.laid: tuple[int, int] | None = None  # of one with a twin: all around these addresses there are canaries
+        self.laid: object = None  # of one with a twin: around these addresses, all over the rest, there are canaries
         try:
             self._back(self.body, kind.body, twin=self._twin)
             for side, zone, guard in (
@@ -131,76 +131,97 @@ class Block:
 
 
 class SparseBlock(Block):
-    """A reservation of which only these parts of the body have memory. Not reused."""
+    """A reservation of which only the parts of the body that its kind names have memory, each by itself. Its guards are
+    hard, and so is what lies between the parts."""
 
-    def __init__(self, device: int, body: int, guard: int, parts: Sequence[tuple[int, int]]) -> None:
-        """parts: (offset, size) in the body, whole granules, in bytes."""
-        granule = cuda_driver.granularity(device)
-        guard = -(-guard // granule) * granule
-        self.kind = Kind(device, body, guard, HARD, HARD)
-        self._zone = granule
-        self.size = 2 * guard + body
+    def __init__(self, kind: Kind) -> None:
+        self.kind, self._zone = kind, 0
+        self.size = 2 * kind.guard + kind.body
         self.base = cuda_driver.reserve(self.size)
-        self.body = self.base + guard
+        self.body = self.base + kind.guard
         self._mapped = []
         self._lease = None
-        self._twin = None
+        self._twin = cuda_driver.reserve(kind.body) if kind.twin else None
         self.laid = None
         try:
-            for offset, size in parts:
-                self._back(self.body + offset, size)
-                cuda_driver.protect(self.body + offset, size, device, WRITE)
+            for offset, size in kind.parts:
+                twin = None if self._twin is None else self._twin + offset
+                self._back(self.body + offset, size, twin=twin)
+                cuda_driver.protect(self.body + offset, size, kind.device, READ if kind.twin else WRITE)
+                if twin is not None:
+                    cuda_driver.protect(twin, size, kind.device, WRITE)
         except MemoryError:
             self.unmap()
             raise
+
+    @property
+    def footprint(self) -> int:
+        return sum(size for _, size in self.kind.parts)
+
+    @property
+    def writable(self) -> int:
+        """Where the body can be written: its own address, or that of its twin."""
+        return self.body if self._twin is None else self._twin
 
 
 class Pool:
     """Idle blocks by kind."""
 
-    def __init__(self, max_bytes: int = 1 << 30, max_blocks: int = 512) -> None:
-        self.max_bytes, self.max_blocks = max_bytes, max_blocks
+    def __init__(self, max_bytes: int = 1 << 30, max_blocks: int = 512, max_addresses: int = 1 << 40) -> None:
+        """max_addresses: bytes of address space, of which a block whose rows lie far apart takes tens of gigabytes."""
+        self.max_bytes, self.max_blocks, self.max_addresses = max_bytes, max_blocks, max_addresses
         self.made = 0  # blocks, ever
-        self.idle_bytes = 0
+        self.idle_bytes = self.idle_addresses = 0
         self._idle: dict[Kind, list[Block]] = {}
         self._order: OrderedDict[Block, None] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def take(self, device: int, body: int, guard: int, left: str, right: str, twin: bool = False) -> Block:
+    def take(
+        self, device: int, body: int, guard: int, left: str, right: str, twin: bool = False,
+        parts: tuple[tuple[int, int], ...] = (),
+    ) -> Block:  # fmt: skip
         """A block with guards of at least `guard` bytes. Raises MemoryError when the device has no more memory."""
-        kind = Kind(device, body, -(-guard // _ALIAS) * _ALIAS, left, right, twin)
+        kind = Kind(device, body, -(-guard // _ALIAS) * _ALIAS, left, right, twin, parts)
         blocks = self._idle.get(kind)
         if blocks:
             block = blocks.pop()
             del self._order[block]
             self.idle_bytes -= block.footprint
+            self.idle_addresses -= block.size
             return block
         self.made += 1
+        make = SparseBlock if parts else Block
         try:
-            return Block(kind)
+            return make(kind)
         except MemoryError:
             self.shrink(0, 0)  # what others may have: our idle blocks, and torch's
             if allocator.installed() is None:  # which has no cache, and gave up its own idle memory before
                 torch.cuda.empty_cache()
-            return Block(kind)
+            return make(kind)
 
     def give(self, block: Block) -> None:
         """Takes back a block that nothing points to."""
         self._idle.setdefault(block.kind, []).append(block)
         self._order[block] = None
         self.idle_bytes += block.footprint
+        self.idle_addresses += block.size
         self.shrink(self.max_bytes, self.max_blocks)
 
     def shrink(self, max_bytes: int, max_blocks: int) -> None:
         """Frees the blocks that were not used for longest, down to these limits."""
-        if self.idle_bytes > max_bytes or len(self._order) > max_blocks:
+        def over() -> bool:
+            many = self.idle_bytes > max_bytes or len(self._order) > max_blocks
+            return many or self.idle_addresses > self.max_addresses
+
+        if over():
             cuda_driver.synchronize()
-        while self.idle_bytes > max_bytes or len(self._order) > max_blocks:
+        while over():
             oldest, _ = self._order.popitem(last=False)
             self._idle[oldest.kind].remove(oldest)
             self.idle_bytes -= oldest.footprint
+            self.idle_addresses -= oldest.size
             oldest.unmap(wait=False)
 
 

@@ -58,7 +58,9 @@ class PooledArena(Arena, Generic[P]):
         """Takes back the block of a tensor that nobody points to."""
 
     @abstractmethod
-    def _take_sparse(self, name: str, role: str, what: str, layout: Layout, rows: tuple[sparse.Island, ...]) -> P:
+    def _take_sparse(
+        self, name: str, role: str, what: str, layout: Layout, rows: tuple[sparse.Island, ...], fixed: bool = False
+    ) -> P:
         """Places a tensor whose rows lie far apart: in addresses of its own, with memory for the rows alone."""
 
     def _damaged(self, placed: Iterable[P]) -> Iterable[P]:
@@ -125,7 +127,7 @@ class PooledArena(Arena, Generic[P]):
             # An offset that wraps in 32 bits lies up to 2^31 elements before or behind the tensor: guard there too.
             layout = replace(layout, guard=max(layout.guard, dtype.itemsize << 31))
             rows = sparse.islands(name, layout, shape, strides, offset, dtype.itemsize, self.page)
-            placed = self._take_sparse(name, role, what, layout, rows)
+            placed = self._take_sparse(name, role, what, layout, rows, fixed)
         else:
             placed = self._take(name, role, what, layout, self.edge, fixed)
         self._placed.append(placed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,11 +65,15 @@ print(json.dumps(found))
 """
 
 
-def told_by(script: str) -> dict[str, Any]:
+def run_by(script: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True,
                           timeout=120, check=False)  # fmt: skip
+
+
+def told_by(script: str) -> dict[str, Any]:
+    done = run_by(script)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -151,3 +156,46 @@ def test_weights_that_are_placed_as_rows_can_be_laid_anew() -> None:
     found = told_by(LAYOUTS)
     assert len(found) == 4
     assert found == {layout: ["pass", [], True] for layout in found}
+
+
+#: Prints {mode: [kind, symptoms, switches of protection, blocks made]} for routing cases whose rows lie far apart, the
+#: same one twice; then a target writes into such an input.
+FAR = """
+import json
+from tests.cpu import test_waits as cases
+from tests.cpu.driver_stand_in import pretend
+from moe_fuzz.case import Fault
+from moe_fuzz.execute.capture import GraphPool
+from moe_fuzz.fence import cuda, cuda_driver
+from moe_fuzz.reference.routing import topk_softmax
+
+pretend(lambda: None)
+GraphPool.of_process = cases.Pool
+switches, found, protect = [], {}, cuda_driver.protect
+cuda_driver.protect = lambda *given: (switches.append(0), protect(*given))
+FAULT = Fault("int32_boundary", "logits")
+
+def writing(logits, top_k, **more):
+    print(json.dumps(found), flush=True)
+    logits[0, 0] = 0
+    return topk_softmax(logits, top_k, **more)
+
+for mode, count in (("eager", 1), ("graph", 3)):
+    for turn in ("first", "second"):
+        switches.clear()
+        made = cuda._POOL.made
+        verdict = cases.run(topk_softmax, mode, FAULT, count=count, out=True)
+        found[f"{turn} {mode}"] = [verdict.kind, [v.symptom for v in verdict.violations], len(switches),
+                                   cuda._POOL.made - made]
+cases.run(writing, "eager", FAULT)
+"""
+
+
+def test_far_rows_are_read_only_from_the_beginning_and_their_memory_is_used_again() -> None:
+    """Switching a granule for each row, twice a call, took longer than all else that a small case does."""
+    done = run_by(FAR)
+    assert done.returncode == -signal.SIGSEGV, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name: what[:2] for name, what in found.items()} == {name: ["pass", []] for name in found}
+    assert found["second eager"][2:] == found["second graph"][2:] == [0, 0]
+    assert found["first eager"][2] > 0

@@ -2,24 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
-from moe_fuzz.checks.binding import SAMPLE, rejected
+from moe_fuzz.checks import CHECKS, PARITY, ROWS
+from moe_fuzz.checks.binding import SAMPLE
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 
-_JUDGES = ("ids", "shared", "expert_map", "finite")
+_EXCHANGED = "rows exchanged"
+_JUDGES = ("ids", "shared", "expert_map", "finite")  # the first takes the least time, and rejects many
+
+
+@dataclass(frozen=True)
+class Answers(RoutingObservation):
+    """Several answers to one call as one of as many times its rows, for what goes row by row: those of the first
+    answer, then those of the second. The reference is not computed again, and repeated where it is asked for."""
+
+    of: RoutingObservation = field(kw_only=True)
+    times: int = field(kw_only=True)
+
+    @classmethod
+    def to(cls, seen: RoutingObservation, answers: Sequence[Outputs]) -> Answers:
+        weights, ids = torch.cat([one.weights for one in answers]), torch.cat([one.ids for one in answers])
+        return cls(seen.case, seen.step_index, seen.info, seen.inputs, Outputs(weights, ids), seen.call, of=seen,
+                   times=len(answers))  # fmt: skip
+
+    @property
+    def tokens(self) -> int:
+        return self.times * self.of.tokens
+
+    @cached_property
+    def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        scores, biased = self.of._reference
+        return self._again(scores), self._again(biased)
+
+    @cached_property
+    def error(self) -> torch.Tensor:
+        return self._again(self.of.error)
+
+    @cached_property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = self.of.bounds
+        return self._again(low), self._again(high)
+
+    @cached_property
+    def flagged(self) -> torch.Tensor:
+        return self._again(self.of.flagged)
+
+    @cached_property
+    def defined(self) -> torch.Tensor:
+        return self._again(self.of.defined)
+
+    def _again(self, table: torch.Tensor) -> torch.Tensor:
+        return torch.cat([table] * self.times)
 
 
 def wrong_answers(seen: RoutingObservation) -> Iterator[tuple[str, Outputs]]:
-    """All zero; rows exchanged (each gets another's answer); two experts swapped.
+    """All zero; rows exchanged (each gets the answer of the row before it; a single row, that to other logits); two
+    experts swapped.
 
     Where the op has them also: groups ignored, ids not looked up, shared experts left out.
     """
     weights, ids = seen.outputs.weights, seen.outputs.ids
     yield "all zero", Outputs(torch.zeros_like(weights), torch.zeros_like(ids))
-    yield "rows exchanged", _exchanged(seen)
+    alone = seen.tokens == 1
+    yield _EXCHANGED, _others(seen) if alone else Outputs(weights.roll(1, 0), ids.roll(1, 0))
     one = seen.ids[:, :1]
     neighbour = torch.where(one == 0, seen.experts - 1, one - 1)
     swapped = torch.where(seen.ids == one, neighbour, torch.where(seen.ids == neighbour, one, seen.ids))
@@ -36,27 +86,34 @@ def wrong_answers(seen: RoutingObservation) -> Iterator[tuple[str, Outputs]]:
         yield "shared experts left out", Outputs(weights, bare)
 
 
-def _exchanged(seen: RoutingObservation) -> Outputs:
-    """To each row the answer of the row before it. Where rows are too much alike for that to be wrong, or there is one
-    alone, the right answer to other logits, which takes a reference's time."""
-    other = Outputs(seen.outputs.weights.roll(1, 0), seen.outputs.ids.roll(1, 0))
-    if seen.tokens > 1 and _rejected(seen, other):
-        return other
-    return seen.right_answer(logits=seen.benign(torch.arange(seen.tokens)))
-
-
-def _rejected(seen: RoutingObservation, outputs: Outputs) -> bool:
-    known = seen.__dict__.setdefault("_rejected", {})  # by the answer's identity: some are asked about twice
-    if id(outputs) not in known:
-        known[id(outputs)] = (outputs, rejected(seen.with_outputs(outputs), "routing", _JUDGES))
-    return bool(known[id(outputs)][1])
-
-
 def _with_ids(seen: RoutingObservation, logical: torch.Tensor) -> Outputs:
     """The answer with these experts in the routed slots. An id that is none stays none."""
     experts = logical if seen.expert_map is None else seen.expert_map.long()[logical.clamp(0, seen.experts - 1)]
     ids = seen.outputs.ids
     return Outputs(seen.outputs.weights, torch.cat([experts.to(ids.dtype), ids[:, seen.top_k :]], dim=1))
+
+
+def _others(seen: RoutingObservation) -> Outputs:
+    """The right answer to other logits, which takes a reference's time."""
+    return seen.right_answer(logits=seen.benign(torch.arange(seen.tokens)))
+
+
+def rejected(seen: RoutingObservation, answers: Sequence[Outputs]) -> list[bool]:
+    """Of each answer, whether a parity check or one of `_JUDGES` finds a row of it wrong.
+
+    They are judged together, as one call of as many more rows; where a check does not tell its rows, one by one.
+    """
+    whole = Answers.to(seen, answers)
+    found = torch.zeros(len(answers), dtype=torch.bool)
+    for name in (*_JUDGES[:1], *PARITY["routing"], *_JUDGES[1:]):
+        judge = CHECKS["routing"][name]
+        if judge in ROWS:
+            found |= ROWS[judge](whole).view(len(answers), -1).any(dim=1)
+        else:
+            found |= torch.tensor([bool(judge(seen.with_outputs(one))) for one in answers])
+        if found.all():
+            break
+    return found.tolist()
 
 
 def binding(seen: RoutingObservation) -> list[str]:
@@ -66,4 +123,8 @@ def binding(seen: RoutingObservation) -> list[str]:
         return ["no row is defined"]
     # Every check goes row by row, so an answer that is rejected on some rows is rejected as a whole.
     seen = seen.take(judged[:: -(-len(judged) // SAMPLE)])
-    return [name for name, outputs in wrong_answers(seen) if not _rejected(seen, outputs)]
+    answers = dict(wrong_answers(seen))
+    known = dict(zip(answers, rejected(seen, list(answers.values())), strict=True))
+    if not known[_EXCHANGED] and seen.tokens > 1:  # the rows are too much alike for that to be wrong
+        known[_EXCHANGED] = rejected(seen, [_others(seen)])[0]
+    return [name for name, found in known.items() if not found]

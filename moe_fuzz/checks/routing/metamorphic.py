@@ -8,7 +8,7 @@ import torch
 
 from moe_fuzz.checks import check
 from moe_fuzz.checks.coordinates import first
-from moe_fuzz.checks.relations import differs, pick, steady
+from moe_fuzz.checks.relations import differs, pick, same, steady
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 from moe_fuzz.ops.inputs import Inputs, element_bits
 from moe_fuzz.verdict import Violation
@@ -34,8 +34,11 @@ def determinism(seen: RoutingObservation) -> list[Violation]:
     """The same input twice, the same bits, where the target declares it."""
     if not seen.info.contract.deterministic or not seen.tokens:
         return []
+    again = seen.call(seen.inputs)
+    if same(seen.outputs, again):
+        return []
     rows = (~seen.unwritten & ~(seen.flagged & (seen.dialect == "garbage"))).nonzero().flatten()
-    one, other = pick(seen.outputs, rows), pick(seen.call(seen.inputs), rows)
+    one, other = pick(seen.outputs, rows), pick(again, rows)
     if not differs(one, other).any():
         return []
     return violation("determinism", "the same input gave other bits when run again", rows, one, other)
@@ -44,11 +47,13 @@ def determinism(seen: RoutingObservation) -> list[Violation]:
 @check("routing", "isolation", relation=True)
 def isolation(seen: RoutingObservation) -> list[Violation]:
     """Other contents in the padding and undefined rows, the same bits in the real ones (P4 of the bug table)."""
-    rows = seen.defined.nonzero().flatten()
-    if not seen.info.contract.deterministic or seen.defined.all() or not len(rows):
+    if not seen.info.contract.deterministic or seen.defined.all() or not seen.defined.any():
         return []
     other_inputs, other = seen.healed
     one = seen.outputs
+    if same(one, other):
+        return []
+    rows = seen.defined.nonzero().flatten()
     if not differs(one, other)[rows].any() or not steady(seen, seen.inputs, other_inputs, rows, rows):
         return []
     message = "other contents in padding rows changed this real row"
@@ -63,6 +68,8 @@ def batch_invariance(seen: RoutingObservation) -> list[Violation]:
     rows, other_inputs = seen.fewer
     base_inputs, base = seen.healed
     one, other = pick(base, rows), seen.call(other_inputs)
+    if same(one, other):
+        return []
     everyone = torch.arange(len(rows), device=rows.device)
     if not differs(one, other).any() or not steady(seen, base_inputs, other_inputs, rows, everyone):
         return []

@@ -57,6 +57,8 @@ class RoutingObservation:
     def take(self, rows: torch.Tensor) -> RoutingObservation:
         """The call as seen on these rows alone, int64 [R], on the host: there, operations on a few rows take the least
         time. What has been computed of them is not computed again."""
+        if len(rows) == self.tokens and self.logits.device.type == "cpu":
+            return self
         plain, fluid = self.inputs.plain, self.inputs.fluid
         tables = {f"{name}/{at}": table[rows] for name in ("_reference", "bounds")
                   for at, table in enumerate(getattr(self, name))}  # fmt: skip
@@ -169,11 +171,11 @@ class RoutingObservation:
             relative = (2 * x.neg().clamp(min=0) + 12) * U
             floor = 2.0**-120 + (2 * U if self.info.contract.sigmoid == "tanh" else 0.0)
         else:
-            distance = (x - x.amax(dim=1, keepdim=True)).abs()
-            relative = (2 * distance + self.experts + 2 * math.log(self.experts) + 16) * U
+            distance = (x - x.amax(dim=1, keepdim=True)).abs_()
+            relative = distance.mul_(2).add_(self.experts).add_(2 * math.log(self.experts)).add_(16).mul_(U)
             floor = 2.0**-126
-        scaled = torch.where(self.scores > 0, self.scores * relative, torch.zeros_like(relative))
-        return torch.nan_to_num(scaled, nan=torch.inf) + floor
+        scaled = relative.mul_(self.scores).masked_fill_(self.scores == 0, 0.0)  # a score is never NaN
+        return scaled.nan_to_num_(nan=torch.inf).add_(floor)
 
     @cached_property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,8 +183,9 @@ class RoutingObservation:
 
         A masked expert (logit -inf) has a score of 0 + bias for some targets, for others it is out of the race.
         """
-        slack = self.error + U * torch.where(self.biased.isfinite(), self.biased.abs(), torch.zeros_like(self.biased))
-        return (self.biased - slack).masked_fill(self.logits == -torch.inf, -torch.inf), self.biased + slack
+        size = self.biased.abs()
+        slack = size.masked_fill_(size == torch.inf, 0.0).mul_(U).add_(self.error)  # neither is a biased score
+        return (self.biased - slack).masked_fill_(self.logits == -torch.inf, -torch.inf), slack.add_(self.biased)
 
     @cached_property
     def flagged(self) -> torch.Tensor:
@@ -230,9 +233,14 @@ class RoutingObservation:
         return tuple(self.outputs.weights.shape) == shape and tuple(self.outputs.ids.shape) == shape
 
     @cached_property
+    def all_weights(self) -> torch.Tensor:
+        """float64 [T, k + n_shared]."""
+        return self.outputs.weights.double()
+
+    @property
     def weights(self) -> torch.Tensor:
         """float64 [T, k]: of the routed slots."""
-        return self.outputs.weights[:, : self.top_k].double()
+        return self.all_weights[:, : self.top_k]
 
     @cached_property
     def routed(self) -> torch.Tensor:
@@ -256,24 +264,48 @@ class RoutingObservation:
     @cached_property
     def lawful(self) -> torch.Tensor:
         """bool [T]: rows bound to k distinct experts and finite weights: all but those under a padding dialect."""
-        speaks = self.flagged if self.dialect != "distinct" else torch.zeros_like(self.flagged)
-        return ~speaks & ~self.unwritten
+        return ~self.unwritten if self.dialect == "distinct" else ~(self.flagged | self.unwritten)
+
+    @cached_property
+    def repeating(self) -> torch.Tensor:
+        """bool [T]: rows that name an expert twice, as it was returned."""
+        return _repeating(self.routed)
 
     @cached_property
     def sound_ids(self) -> torch.Tensor:
         """bool [T]: lawful rows whose ids are distinct and in range."""
         in_range = ((self.ids >= 0) & (self.ids < self.experts)).all(dim=1)
-        ordered = self.ids.sort(dim=1).values
-        distinct = (ordered[:, 1:] != ordered[:, :-1]).all(dim=1)
-        return self.lawful & in_range & distinct
+        return self.lawful & in_range & ~(self.repeating if self.expert_map is None else _repeating(self.ids))
+
+    @cached_property
+    def sound_weights(self) -> torch.Tensor:
+        """bool [T, k + n_shared]: weights that are finite and >= 0."""
+        return (self.all_weights >= 0) & (self.all_weights < torch.inf)
 
     @cached_property
     def judged(self) -> torch.Tensor:
         """bool [T]: defined rows with sound ids, which the parity checks judge."""
         return self.defined & self.sound_ids
 
-    def gather(self, table: torch.Tensor) -> torch.Tensor:
-        """table [T, E] at the kernel's own ids -> [T, k]; unsound ids read column 0 and are judged by no one."""
-        ids = torch.where(self.sound_ids.view(-1, 1), self.ids, torch.zeros_like(self.ids))
-        return table.gather(1, ids)
+    @cached_property
+    def any_judged(self) -> bool:
+        return bool(self.judged.any())
 
+    @cached_property
+    def chosen(self) -> torch.Tensor:
+        """int64 [T, k]: the logical ids where they are sound, else 0, in rows that are judged by no one."""
+        return self.ids * self.sound_ids.view(-1, 1)
+
+    def gather(self, table: torch.Tensor) -> torch.Tensor:
+        """table [T, E] at the kernel's own ids -> [T, k]."""
+        return table.gather(1, self.chosen)
+
+    @cached_property
+    def highest(self) -> torch.Tensor:
+        """float64 [T, k]: the highest biased score that a target may compute for each chosen expert."""
+        return self.gather(self.bounds[1])
+
+
+def _repeating(ids: torch.Tensor) -> torch.Tensor:
+    ordered = ids.sort(dim=1).values
+    return (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)

@@ -10,8 +10,30 @@ from moe_fuzz.checks.routing.groups import Kept, kept_groups, same_groups
 from moe_fuzz.checks.routing.observation import RoutingObservation, U
 from moe_fuzz.verdict import Violation
 
+_AT_ONCE = 1 << 18  # elements of a comparison of all slots with all experts; of more, slot by slot
 
-@check("routing", "selection", parity=True)
+
+def _inverted(seen: RoutingObservation) -> tuple[torch.Tensor, Kept | None]:
+    """bool [T]: rows in which an expert that was not selected beats one that was; and with groups, those kept."""
+    low, high = seen.bounds
+    left = low.scatter(1, seen.chosen, -torch.inf)
+    kept = None
+    if seen.topk_group < seen.n_group:
+        taken = torch.zeros_like(low, dtype=torch.bool).scatter_(1, seen.chosen, True)
+        kept = kept_groups(low, high, taken, seen.n_group, seen.topk_group, seen.group_score)
+        left.masked_fill_(~kept.touched.repeat_interleave(seen.experts // seen.n_group, dim=1), -torch.inf)
+    return seen.judged & (left.amax(dim=1) > seen.highest.amin(dim=1)), kept
+
+
+def misselected(seen: RoutingObservation) -> torch.Tensor:
+    """bool [T]: the rows that `selection` finds wrong."""
+    if seen.top_k == seen.experts:
+        return torch.zeros_like(seen.judged)
+    wrong, kept = _inverted(seen)
+    return wrong if kept is None else wrong | (seen.judged & ~kept.lawful)
+
+
+@check("routing", "selection", parity=True, rows=misselected)
 def selection(seen: RoutingObservation) -> list[Violation]:
     """max(unselected) <= min(selected) + ε: set-valued, so that ties and near-ties may fall either way.
 
@@ -19,23 +41,17 @@ def selection(seen: RoutingObservation) -> list[Violation]:
     one number for each expert, c_j - slack_j <= c_i + slack_i. With groups, j counts only where its group was kept, and
     the groups that were kept must be a legal choice by the same rule (groups.py).
     """
-    if seen.top_k == seen.experts or not seen.judged.any():
+    if seen.top_k == seen.experts or not seen.any_judged:
         return []
-    low, high = seen.bounds
-    taken = torch.zeros_like(seen.biased, dtype=torch.bool)
-    taken.scatter_(1, torch.where(seen.sound_ids.view(-1, 1), seen.ids, torch.zeros_like(seen.ids)), True)
-    kept = None
-    eligible = ~taken
-    if seen.topk_group < seen.n_group:
-        kept = kept_groups(low, high, taken, seen.n_group, seen.topk_group, seen.group_score)
-        eligible &= kept.touched.repeat_interleave(seen.experts // seen.n_group, dim=1)
-    worst = high.masked_fill(~taken, torch.inf).min(dim=1)
-    best = low.masked_fill(~eligible, -torch.inf).max(dim=1)
-    wrong = seen.judged & (best.values > worst.values)
+    wrong, kept = _inverted(seen)
     if not wrong.any():
         return [] if kept is None else _groups(seen, kept)
     row = first(wrong)[0]
-    lost, won = int(best.indices[row]), int(worst.indices[row])
+    low, high = (bound[row] for bound in seen.bounds)
+    taken = torch.zeros_like(low, dtype=torch.bool).scatter_(0, seen.chosen[row], True)
+    eligible = ~taken if kept is None else ~taken & kept.touched[row].repeat_interleave(seen.experts // seen.n_group)
+    lost = int(low.masked_fill(~eligible, -torch.inf).argmax())
+    won = int(high.masked_fill(~taken, torch.inf).argmin())
     message = f"row {row} takes expert {won}, although expert {lost} has a higher score"
     return [
         Violation(
@@ -82,7 +98,9 @@ def ties(seen: RoutingObservation) -> list[Violation]:
     With groups that holds for a lower expert whose group was kept for certain: another expert of it was taken, or it
     holds the same as the group of the expert that was taken, and is the lower one of the two.
     """
-    if seen.info.contract.ties != "lowest_index_first" or seen.top_k == seen.experts or not seen.judged.any():
+    if seen.info.contract.ties != "lowest_index_first" or seen.top_k == seen.experts or not seen.any_judged:
+        return []
+    if seen.logits.numel() * seen.top_k <= _AT_ONCE and not _tied(seen).any():
         return []
     rows = seen.judged.nonzero().flatten()
     logits, chosen = seen.logits[rows].double(), seen.ids[rows]
@@ -110,17 +128,27 @@ def ties(seen: RoutingObservation) -> list[Violation]:
     return []
 
 
+def _tied(seen: RoutingObservation) -> torch.Tensor:
+    """bool [T, k, E]: a lower expert that was not taken has the same logit and bias, whatever its group."""
+    chosen = seen.chosen[:, :, None]  # [T, k, 1]
+    equal = seen.logits[:, None, :] == seen.logits.gather(1, seen.chosen)[:, :, None]
+    equal &= torch.arange(seen.experts, device=chosen.device) < chosen
+    if seen.bias is not None:
+        equal &= seen.bias == seen.bias[chosen]
+    return equal.scatter_(2, seen.chosen[:, None, :].expand(-1, seen.top_k, -1), False) & seen.judged.view(-1, 1, 1)
+
+
 @check("routing", "order")
 def order(seen: RoutingObservation) -> list[Violation]:
     """Slots stand in descending order of biased score, within ε, where the target declares it (sglang#8125)."""
-    if not seen.info.contract.ordered or not seen.judged.any():
+    if not seen.info.contract.ordered or seen.top_k == 1 or not seen.any_judged:
         return []
-    biased = seen.gather(seen.biased)
-    low, high = (seen.gather(bound) for bound in seen.bounds)
-    wrong = (low[:, 1:] > high[:, :-1]) & seen.judged.view(-1, 1)
+    low = seen.gather(seen.bounds[0])
+    wrong = (low[:, 1:] > seen.highest[:, :-1]) & seen.judged.view(-1, 1)
     if not wrong.any():
         return []
     row, slot = first(wrong)
+    biased = seen.gather(seen.biased)
     return [
         Violation(
             "order",
@@ -134,29 +162,41 @@ def order(seen: RoutingObservation) -> list[Violation]:
     ]
 
 
-@check("routing", "weights", parity=True)
-def weights(seen: RoutingObservation) -> list[Violation]:
-    """Weights against float64 scores of the kernel's own ids, within the rounding bound, elementwise.
-
-    Renormalized rows whose selected scores sum below 2^-40 are left to the target's epsilon: there only `finite` rules.
-    """
+def _weighed(seen: RoutingObservation) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 [T, k]: the weights expected, and the share of its bound that each error uses; 0 where none is judged."""
     score, error = seen.gather(seen.scores), seen.gather(seen.error)
     judged = seen.judged.view(-1, 1)
     if seen.renormalize:
         total, total_error = score.sum(1, keepdim=True), error.sum(1, keepdim=True)
         judged = judged & (total >= 2.0**-40)
-        total = torch.where(judged, total, torch.ones_like(total))
+        total = total.masked_fill(~judged, 1.0)
         expected = score / total
-        error = (error + expected * total_error) / (total - total_error).clamp(min=2.0**-41)
-        error = error + (seen.top_k + 4) * U * expected
+        error = (error + expected * total_error) / (total - total_error).clamp_(min=2.0**-41)
+        error += (seen.top_k + 4) * U * expected
     else:
         expected = score
-    bound = seen.scale * (error + 4 * U * expected) + 2.0**-126
+    bound = (error + 4 * U * expected).mul_(seen.scale).add_(2.0**-126)
     expected = seen.scale * expected
-    off = (seen.weights - expected).abs()
-    used = torch.where(judged, off / bound, torch.zeros_like(off))
+    off = (seen.weights - expected).abs_()
+    return expected, off.div_(bound).masked_fill_(~judged, 0.0)
+
+
+def misweighted(seen: RoutingObservation) -> torch.Tensor:
+    """bool [T]: the rows that `weights` finds wrong."""
+    _, used = _weighed(seen)
+    return (~(used <= 1) & seen.sound_weights[:, : seen.top_k]).any(dim=1)
+
+
+@check("routing", "weights", parity=True, rows=misweighted)
+def weights(seen: RoutingObservation) -> list[Violation]:
+    """Weights against float64 scores of the kernel's own ids, within the rounding bound, elementwise.
+
+    Renormalized rows whose selected scores sum below 2^-40 are left to the target's epsilon: there only `finite` rules.
+    """
+    expected, used = _weighed(seen)
     wrong = ~(used <= 1)  # NaN is wrong
-    wrong &= torch.isfinite(seen.weights) & (seen.weights >= 0)  # what is not, `finite` reports
+    if wrong.any():
+        wrong &= seen.sound_weights[:, : seen.top_k]  # what is not, `finite` reports
     if wrong.any():
         where = first(wrong)
         row, slot = where

@@ -20,14 +20,23 @@ def structure(seen: RoutingObservation) -> list[Violation]:
 @check("routing", "written")
 def written(seen: RoutingObservation) -> list[Violation]:
     """No element still holds the poison it had before the call; flagged rows may under the dialect `garbage`."""
+    if not seen.unwritten.any():
+        return []
     free = seen.flagged.view(-1, 1) if seen.dialect == "garbage" else torch.zeros_like(seen.flagged).view(-1, 1)
     results = {"weights": seen.outputs.weights, "ids": seen.outputs.ids}
     return outputs.never_written({name: unwritten(tensor) & ~free for name, tensor in results.items()})
 
 
-@check("routing", "ids")
+def misnamed(seen: RoutingObservation) -> torch.Tensor:
+    """bool [T]: the rows that `ids` finds wrong."""
+    return seen.lawful & (~seen.sound_ids if seen.expert_map is None else seen.repeating)
+
+
+@check("routing", "ids", rows=misnamed)
 def ids(seen: RoutingObservation) -> list[Violation]:
     """k distinct ids in [0, E) on every row that no padding dialect rules, undefined rows included (vllm#39391)."""
+    if not misnamed(seen).any():
+        return []
     outside = ((seen.ids < 0) | (seen.ids >= seen.experts)) & seen.lawful.view(-1, 1)
     if outside.any() and seen.expert_map is None:  # else `expert_map` reports it
         where = first(outside)
@@ -42,40 +51,49 @@ def ids(seen: RoutingObservation) -> list[Violation]:
                 str(int(seen.ids[where])),
             )
         ]
-    ordered = seen.routed.sort(dim=1).values
-    twice = seen.lawful & (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
-    if twice.any():
-        row = first(twice)[0]
-        return [
-            Violation(
-                "ids",
-                "duplicate",
-                f"row {row} names an expert twice",
-                "ids",
-                (row,),
-                f"{seen.top_k} distinct ids",
-                row_text(seen.routed[row]),
-            )
-        ]
-    return []
+    row = first(seen.lawful & seen.repeating)[0]
+    return [
+        Violation(
+            "ids",
+            "duplicate",
+            f"row {row} names an expert twice",
+            "ids",
+            (row,),
+            f"{seen.top_k} distinct ids",
+            row_text(seen.routed[row]),
+        )
+    ]
 
 
-@check("routing", "shared")
+def _unshared(seen: RoutingObservation) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [T, n_shared] each: slots of shared experts with another id, with another weight."""
+    slack = (seen.top_k + 4) * 2 * U
+    held = seen.all_weights[:, seen.top_k :]
+    off = held.isfinite() & ((held - 1).abs() > slack)
+    wanted = seen.experts + torch.arange(seen.n_shared, device=held.device)
+    rows = seen.lawful.view(-1, 1)
+    return (seen.outputs.ids[:, seen.top_k :] != wanted) & rows, off & rows
+
+
+def misshared(seen: RoutingObservation) -> torch.Tensor:
+    """bool [T]: the rows that `shared` finds wrong."""
+    ids, weights = _unshared(seen)
+    return (ids | weights).any(dim=1)
+
+
+@check("routing", "shared", rows=misshared)
 def shared(seen: RoutingObservation) -> list[Violation]:
     """The slots of fused shared experts hold the ids E, E + 1, … and the weight 1, on every row no dialect rules.
 
     A target may compute that 1, as the sum of the k renormalized weights divided by it: k + 4 roundings, each of 2u.
     A weight that is not finite is the business of `finite`, as in any other slot.
     """
-    slack = (seen.top_k + 4) * 2 * U
-    held = seen.outputs.weights[:, seen.top_k :].double()
-    off = held.isfinite() & ((held - 1).abs() > slack)
-    rows = seen.lawful.view(-1, 1)
+    if not seen.n_shared:
+        return []
     weights, ids = seen.outputs.weights[:, seen.top_k :], seen.outputs.ids[:, seen.top_k :]
-    wanted = seen.experts + torch.arange(seen.n_shared, device=seen.outputs.ids.device)
-    for symptom, name, wrong in (("id", "ids", ids != wanted), ("weight", "weights", off)):
-        if (wrong & rows).any():
-            row, slot = first(wrong & rows)
+    for (symptom, name), wrong in zip((("id", "ids"), ("weight", "weights")), _unshared(seen), strict=True):
+        if wrong.any():
+            row, slot = first(wrong)
             got = str(int(ids[row, slot])) if symptom == "id" else str(float(weights[row, slot]))
             message = f"row {row}: the slot of shared expert {slot} does not hold its {symptom}"
             expected = str(seen.experts + slot) if symptom == "id" else "1"
@@ -83,12 +101,21 @@ def shared(seen: RoutingObservation) -> list[Violation]:
     return []
 
 
-@check("routing", "expert_map")
+def _unknown(seen: RoutingObservation) -> torch.Tensor:
+    return (seen.ids < 0) & seen.lawful.view(-1, 1)
+
+
+def unmapped(seen: RoutingObservation) -> torch.Tensor:
+    """bool [T]: the rows that `expert_map` finds wrong."""
+    return torch.zeros_like(seen.lawful) if seen.expert_map is None else _unknown(seen).any(dim=1)
+
+
+@check("routing", "expert_map", rows=unmapped)
 def expert_map(seen: RoutingObservation) -> list[Violation]:
     """The ids of routed slots are in expert_map. Which expert each is, parity judges after the inverse map."""
     if seen.expert_map is None:
         return []
-    unknown = (seen.ids < 0) & seen.lawful.view(-1, 1)
+    unknown = _unknown(seen)
     if not unknown.any():
         return []
     where = first(unknown)
@@ -98,16 +125,22 @@ def expert_map(seen: RoutingObservation) -> list[Violation]:
     return [Violation("expert_map", symptom, message, "ids", where, "an id in expert_map", str(got))]
 
 
-@check("routing", "finite")
+def unsound(seen: RoutingObservation) -> torch.Tensor:
+    """bool [T]: the rows that `finite` finds wrong."""
+    return seen.lawful & ~seen.sound_weights.all(dim=1)
+
+
+@check("routing", "finite", rows=unsound)
 def finite(seen: RoutingObservation) -> list[Violation]:
     """Weights are finite and >= 0 on every row that no padding dialect rules (sglang#31017, flashinfer#3803)."""
-    weights = seen.outputs.weights.double()
-    wrong = ~(torch.isfinite(weights) & (weights >= 0)) & seen.lawful.view(-1, 1)
+    if seen.sound_weights.all():
+        return []
+    wrong = ~seen.sound_weights & seen.lawful.view(-1, 1)
     if not wrong.any():
         return []
     defined = wrong & seen.defined.view(-1, 1)
     where = first(defined if defined.any() else wrong)  # a real row's weight is the worse news, and another bug
-    value = float(weights[where])
+    value = float(seen.all_weights[where])
     kind = "nan" if value != value else "infinite" if abs(value) == float("inf") else "negative"
     symptom, row = (
         (kind, "") if bool(seen.defined[where[0]]) else (f"{kind} on an undefined row", ", which is undefined,")
