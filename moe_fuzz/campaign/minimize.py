@@ -107,6 +107,8 @@ class Reducer:
 
         at_first = now()
         ddmin(range(len(at_first.steps)), lambda kept: accept(at_first.keep_steps(kept)))
+        for index in range(len(now().steps)):  # before the config, under which another fault may fail in its place
+            self._reduce_faults(partial(accept_step, index), partial(step_now, index))
         self._leap(accept, now())
         if now().mode != "eager":  # together, as the steps of one bucket must
             ddmin(_every_row(now()), lambda rows: accept(_keep_rows(now(), Labels.of(rows))))
@@ -169,8 +171,11 @@ class Reducer:
             return False
         return True
 
-    def _reduce_step(self, accept: Callable[[Step], bool], now: Callable[[], Step]) -> None:
+    def _reduce_faults(self, accept: Callable[[Step], bool], now: Callable[[], Step]) -> None:
         ddmin(now().faults, lambda faults: accept(replace(now(), faults=faults)), may_be_empty=True)
+
+    def _reduce_step(self, accept: Callable[[Step], bool], now: Callable[[], Step]) -> None:
+        self._reduce_faults(accept, now)
         if not now().rows:  # one row is the plain case; having none is a feature, kept only if the failure needs it
             accept(replace(now(), rows=Labels.range(1)))
         ddmin(tuple(now().rows), lambda rows: accept(now().keep_rows(Labels.of(rows))))

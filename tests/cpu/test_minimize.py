@@ -162,6 +162,16 @@ def test_of_a_rich_config_only_what_is_needed_is_left_after_few_tries(target):
     assert set(needed_features(space, left)) - always == {"edge=left"}
 
 
+def test_the_config_does_not_lead_from_one_defect_to_another():
+    """With one expert in place of 60, the rows of NaN would fail too, and might be what is left."""
+
+    def fails(cases):
+        return has(cases[-1], "ties") or (has(cases[-1], "nan_rows") and len(cases[-1].experts) == 1)
+
+    case = reduce(toy(60, 8, 33, ["nan_rows", "ties"]), fails).case
+    assert case.fault_names == ("ties",)
+
+
 def test_an_invalid_candidate_is_never_run():
     class Sloppy(type(SPACE)):
         def simplify(self, case):
