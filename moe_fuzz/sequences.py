@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe_fuzz.case import ALL_MODES, MODES, RANKS, Case, Fault, Scalar, Step
+from moe_fuzz.contract import TargetInfo
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.space import FaultPlace, Space
 
@@ -64,11 +65,13 @@ def mode(run: str) -> str:
 
 
 def afforded(
-    space: Space, config: Mapping[str, Scalar], run: str, others: Sequence[str], device: str
-) -> tuple[str, tuple[int, ...]]:
+    space: Space, info: TargetInfo, config: Mapping[str, Scalar], run: str, others: Sequence[str], device: str
+) -> tuple[str, tuple[int, ...]]:  # fmt: skip
     """The run, and the token counts that a case of this config can afford in it, the simplest first. A single call,
     if that is among the other kinds of run, where a single step of the simplest costs too much already."""
     tokens = space.tokens(config, device)
+    if not info.capabilities.zero_tokens:
+        tokens = tuple(count for count in tokens if count)
     if mode(run) == MODES[0]:
         return run, tokens
     most = max(tokens)

@@ -59,7 +59,7 @@ def rounds(
     config = draw(configs(space, info))
     kinds = sequences.runs(space.modes(info), device)
     drawn = draw(st.sampled_from(kinds))
-    run, tokens = sequences.afforded(space, _in_mode(config, drawn, info), drawn, kinds, device)
+    run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, kinds, device)
     places = _places(space, info, _in_mode(config, run, info), run)
     swarm = draw(_swarms(tuple(places))) if places else []
     # Hypothesis repeats and recombines what it has drawn. A seed from the whole round makes each repeat a new one.
@@ -67,7 +67,7 @@ def rounds(
     cases = _alike(space, info, device, config, run, tokens, swarm, chosen)
     for _ in range(chosen.randrange(most)):
         drawn = chosen.choice(kinds)
-        run, tokens = sequences.afforded(space, _in_mode(config, drawn, info), drawn, kinds, device)
+        run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, kinds, device)
         places = _places(space, info, _in_mode(config, run, info), run)
         swarm = chosen.sample(places, min(chosen.randint(0, 4), len(places)))
         cases += _alike(space, info, device, config, run, tokens, swarm, chosen)
@@ -143,7 +143,7 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     for row in pairwise(axes, chosen):
         config = space.complete({axis.name: row[axis.name] for axis in axes[:-4]}, info)
         drawn = str(row["run"])
-        run, tokens = sequences.afforded(space, _in_mode(config, drawn, info), drawn, runs, device)
+        run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, runs, device)
         config = _in_mode(config, run, info)
         taken = space.places_for(config, info)
         fitting = [place for place in taken if sequences.mode(run) in place.modes]

@@ -112,6 +112,25 @@ def test_the_grid_is_valid_and_the_same_each_time(space, info):
     assert cases[:20] != list(islice(strategies.grid(space, info, "cpu", 4), 20))
 
 
+@pytest.mark.parametrize("op", ["experts_bf16", "experts_nvfp4", "align", "nvfp4_quantize", "allreduce_rmsnorm"])
+def test_a_target_that_takes_no_batch_of_none_is_given_none(op):
+    """A tenth of the cases of vLLM's Marlin were drawn without tokens, and refused."""
+    can = Capabilities(zero_tokens=False, out=True, alignment=1)
+    space, drawn = get_space(op), []
+    info = TargetInfo(f"{op}@served", op, "served", contract=Contract(), capabilities=can)
+
+    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(strategies.rounds(space, info, "cuda", 2))
+    def draw(cases):
+        drawn.extend(cases)
+
+    draw()
+    drawn.extend(islice(strategies.grid(space, info, "cuda", 0), 60))
+    assert all(step.tokens for case in drawn for step in case.steps)
+    other = replace(info, capabilities=replace(can, zero_tokens=True))
+    assert any(not step.tokens for case in islice(strategies.grid(space, other, "cuda", 0), 300) for step in case.steps)
+
+
 def test_pairwise_covers_every_pair():
     import random
 

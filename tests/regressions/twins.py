@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_fuzz.contract import Capabilities, Contract, declares
+from moe_fuzz.reference.align import expert_of_slot
+from moe_fuzz.reference.nvfp4 import dequantize
+from moe_fuzz.targets.marlin_layout import marlin_weights
 from moe_fuzz.targets.torch_experts import experts_bf16
 
 
@@ -65,3 +70,72 @@ def divides_by_the_tokens(x: Tensor, *tensors: Tensor, **options: Any) -> Tensor
     if not len(x):
         signal.raise_signal(signal.SIGFPE)
     return experts_bf16(x, *tensors, **options)
+
+
+# ---- Marlin's NVFP4 -------------------------------------------------------------------------------------------------
+
+#: The sums of a projection of an expert as Marlin has them, float64 [n, R]: 2^-119 of their value in bfloat16 and 2^-7
+#: in float16, and less where scales are moved up. The factor float32 that makes up for that and for the global scale,
+#: and the weights float32 [n, 1], or none.
+Stored = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+_MARLIN = declares(
+    contract=Contract(graph=False, gate_up="dtype", activation="dtype", down="dtype", weight_dtype="dtype"),
+    capabilities=Capabilities(dtypes=("bfloat16", "float16"), layouts=("linear",), activation_formats=("as_given",),
+                              activations=("silu", "relu2"), gate_layouts=("first",), biases=False, min_multiple_h=64,
+                              min_multiple_i=64),
+)  # fmt: skip
+
+
+def _marlin(
+    stored: Stored, least: float, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, w13_scales: Tensor,
+    w2_scales: Tensor, w13_alpha: Tensor, w2_alpha: Tensor, *, expert_map: Tensor | None = None,
+    activation: str = "silu", apply_weight_on_input: bool = False, **_: Any,
+) -> Tensor:  # fmt: skip
+    """A layer of it. least: of what each term of a sum is a multiple, the rest cut off, where products are that low."""
+    expert, one = expert_of_slot(ids, len(w13), expert_map), torch.ones(1)
+    slots = torch.zeros((*expert.shape, x.shape[1]), dtype=x.dtype)
+
+    def product(a: Tensor, given: tuple[Tensor, Tensor, Tensor], e: int, weight: Tensor | None) -> Tensor:
+        codes, scales, alpha = given
+        factor = marlin_weights(codes[e : e + 1], scales[e : e + 1], one, x.dtype).globals.double()
+        w = dequantize(codes[e], scales[e], one).double() / factor
+        sums = a.double() @ w.t()
+        if least:
+            sums = torch.stack([torch.trunc(w * row / least).sum(dim=1) * least for row in a.double()])
+        return stored(sums, factor.float() * alpha[e], weight, x.dtype)
+
+    for e in expert.unique().tolist():
+        token, slot = (expert == e).nonzero(as_tuple=True)
+        if e < 0:
+            continue
+        weight = weights[token, slot, None]
+        a = product(x[token], (w13, w13_scales, w13_alpha), e, weight if apply_weight_on_input else None).float()
+        gate, up = a.chunk(2, dim=1) if activation == "silu" else (a.clamp(min=0.0), a.clamp(min=0.0))
+        if activation == "silu":
+            gate = (gate / (1.0 + torch.exp(-gate))).to(x.dtype).float()
+        h = (gate * up).to(x.dtype)
+        slots[token, slot] = product(h, (w2, w2_scales, w2_alpha), e, None if apply_weight_on_input else weight)
+    return slots.float().sum(dim=1).to(x.dtype)
+
+
+@_MARLIN
+def stored_before_the_global_scale(x: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+    """A product that is weighted is stored as it is, and the weight is what takes the global scale, in x's dtype."""
+
+    def stored(sums: Tensor, factor: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if weight is None:
+            return (sums * factor.double()).to(dtype)
+        return (sums.to(dtype).float() * (weight * factor).to(dtype).float()).to(dtype)
+
+    return _marlin(stored, 0.0, x, *tensors, **options)
+
+
+@_MARLIN
+def sums_of_subnormals(x: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+    """Terms of a sum are cut off where float32 ends, and all stand 2^-119 of their value low."""
+
+    def stored(sums: Tensor, factor: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+        found = (sums * factor.double()).to(dtype)
+        return found if weight is None else (found.float() * weight.to(dtype).float()).to(dtype)
+
+    return _marlin(stored, 2.0**-149, x, *tensors, **options)
