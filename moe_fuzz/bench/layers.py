@@ -57,7 +57,7 @@ _CANDIDATES: Mapping[str, Mapping[str, tuple[str, bool]]] = {
         "builtin, large": ("moe_fuzz.bench.layer_candidates:large", False),
         "builtin, three fills": ("moe_fuzz.bench.layer_candidates:three_fills", False),
         "builtin, bf16": ("moe_fuzz.targets.builtin:experts_bf16", False),
-        "vllm, Marlin": ("moe_fuzz.targets.vllm_marlin:experts_nvfp4()", True),
+        "vllm, Marlin": ("moe_fuzz.targets.vllm_marlin:served()", True),
     },
 }
 #: Candidates that are given the same weights decoded, and are bound as another op.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from moe_fuzz.execute import clock
 from moe_fuzz.execute.call import TargetError
 from moe_fuzz.execute.calls import BadResult, Results, check_shapes
 from moe_fuzz.ops.inputs import Inputs
@@ -40,8 +41,9 @@ class Asked:
         at = next((at for at, (one, _) in enumerate(self._made) if one is inputs), None)
         if at is None:
             self.later += 1
-            results = self._run(inputs)
-            self._wait()
+            with clock.calling():
+                results = self._run(inputs)
+                self._wait()
         else:
             made = self._made.pop(at)[1]
             if isinstance(made, Exception):

@@ -1,5 +1,5 @@
-"""What does not count against a case's deadline: compiling, loading. The worker tells the parent when that begins and
-ends, and meanwhile the case's clock stands still. Free of torch.
+"""What does not count against a deadline: compiling, loading, our own judgement. The worker tells the parent when
+that begins and ends, and meanwhile the clock of the case stands still. Free of torch.
 
     with clock.stopped("compile"):
         …
@@ -17,35 +17,73 @@ _lock = threading.RLock()
 _tell: Callable[[dict[str, Any]], None] | None = None
 _depth = 0  # how many of the process's threads, and of their calls, have stopped it
 _since = 0.0  # when it was stopped
-_stood = 0.0  # seconds that it has stood still, up to then
+_why = ""
+_stood = 0.0  # seconds that it has stood still for the target, up to then
+_JUDGE = "judge"
+_judging = threading.local()  # .here: whether this thread judges, and no call of the target is under way
 
 
 @contextlib.contextmanager
 def stopped(why: str) -> Iterator[None]:
     """The clock of the case in flight stands still during the block. Blocks may nest, and overlap in several threads.
     """
-    global _depth, _since, _stood
-    with _lock:
-        _depth += 1
-        if _depth == 1:
-            _since = time.perf_counter()
-            if _tell is not None:
-                _tell({"still": why})
+    _stop(why)
     try:
         yield
     finally:
-        with _lock:
-            _depth -= 1
-            if _depth == 0:
-                _stood += time.perf_counter() - _since
-                if _tell is not None:
-                    _tell({"goes": why})
+        _go()
+
+
+@contextlib.contextmanager
+def judging() -> Iterator[None]:
+    """The block is ours: the deadline is the target's. Its calls in it go into `calling`."""
+    with stopped(_JUDGE):
+        _judging.here = True
+        try:
+            yield
+        finally:
+            _judging.here = False
+
+
+@contextlib.contextmanager
+def calling() -> Iterator[None]:
+    """A call of the target. Its time counts, in a block of `judging` too."""
+    if not getattr(_judging, "here", False):
+        yield
+        return
+    _judging.here = False
+    _go()
+    try:
+        yield
+    finally:
+        _stop(_JUDGE)
+        _judging.here = True
+
+
+def _stop(why: str) -> None:
+    global _depth, _since, _why
+    with _lock:
+        _depth += 1
+        if _depth == 1:
+            _since, _why = time.perf_counter(), why
+            if _tell is not None:
+                _tell({"still": why})
+
+
+def _go() -> None:
+    global _depth, _stood
+    with _lock:
+        _depth -= 1
+        if _depth == 0:
+            _stood += time.perf_counter() - _since if _why != _JUDGE else 0.0
+            if _tell is not None:
+                _tell({"goes": _why})
 
 
 def stood() -> float:
-    """Seconds that the clock has stood still in this process."""
+    """Seconds that the clock has stood still in this process while it compiled or loaded."""
     with _lock:
-        return _stood + (time.perf_counter() - _since if _depth else 0.0)
+        return _stood + (time.perf_counter() - _since if _depth and _why != _JUDGE else 0.0)
 
 
 @contextlib.contextmanager

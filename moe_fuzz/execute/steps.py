@@ -5,16 +5,18 @@ A mode (eager.py, graph.py) makes the calls. Here its results are judged and add
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from moe_fuzz.case import Case
 from moe_fuzz.checks import CHECKS, RELATIONS
 from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.checks.family import answered
+from moe_fuzz.execute import clock
 from moe_fuzz.execute.ahead import Asked, Runs
 from moe_fuzz.execute.call import CaptureFailed, TargetError
 from moe_fuzz.execute.calls import BadResult, Results
@@ -55,9 +57,10 @@ class Steps(ABC):
         elements = self.family.elements(self.case, index)
         # Where every allocation on the device is fenced, those of the judgement would be too.
         there = self.device != "cpu" and elements >= DEVICE_ELEMENTS and self.options.fence.own != "all"
-        return self.family.materialize(self.case, index, self.device if there else "cpu")
+        with self._ours(elements):
+            return self.family.materialize(self.case, index, self.device if there else "cpu")
 
-    @contextmanager
+    @contextlib.contextmanager
     def staged(self) -> Iterator[None]:
         """Around `run`: what the family sets up for a case, and the target as it is called there."""
         if self.family.staged is None:
@@ -66,7 +69,7 @@ class Steps(ABC):
         with self.family.staged(self.case, self.target, self.device, self.options) as self.target:
             yield
 
-    @contextmanager
+    @contextlib.contextmanager
     def arena(self) -> Iterator[Arena]:
         arena = open_arena(self.device, self.options.fence, str(self.case.config["edge"]))
         try:
@@ -144,6 +147,20 @@ class Steps(ABC):
                 other.ahead(inputs)
             looks = [arena.look() for arena in arenas]
             self.wait()
+        with self._ours(self.family.elements(self.case, self.index)):
+            self._judged(inputs, results, seen, names, asked, other, arenas, looks)
+
+    @staticmethod
+    def _ours(elements: int) -> contextlib.AbstractContextManager[None]:
+        """Around what is our own work and not the target's, where it may take long: to tell the parent takes time."""
+        return clock.judging() if elements >= DEVICE_ELEMENTS // 8 else contextlib.nullcontext()
+
+    def _judged(
+        self, inputs: Inputs, results: Results, seen: Any, names: Sequence[str], asked: Asked, other: Asked | None,
+        arenas: Sequence[Arena], looks: Sequence[Callable[[], list[Violation]]],
+    ) -> None:  # fmt: skip
+        """The second half of `judge`: the device has done what was asked of it."""
+        checks = CHECKS[self.family.name]
         if self.family.statistics is not None:
             self.stats.update(self.family.statistics(self.case, self.index, inputs))
         seen = answered(seen, self.family.outputs(*results))

@@ -15,7 +15,7 @@ from torch import Tensor
 #: Bytes that stand for scales that are not negative, less that of NaN.
 _LAST = 0x7E
 #: E2M1 times 2^-14 or 2^-126 is what the kernels multiply, by a scale times 2^7: the rest is the global scale's.
-_BIAS = {torch.float16: 2.0 ** (14 - 7), torch.bfloat16: 2.0 ** (126 - 7)}
+_BIAS = {torch.float16: 14 - 7, torch.bfloat16: 126 - 7}
 #: The least exponent of S0E5M3 that the kernels read rightly in this dtype: bfloat16's top bit is the format's.
 _LEAST = {torch.float16: 0, torch.bfloat16: 16}
 
@@ -37,7 +37,7 @@ def marlin_weights(codes: Tensor, scales: Tensor, alpha: Tensor, dtype: torch.dt
     """
     bytes_, shift, problem = _scale_bytes(scales.view(torch.uint8), dtype)
     return MarlinWeights(_ordered(codes), _ordered_scales(bytes_).view(torch.float8_e4m3fn),
-                         alpha * _BIAS[dtype] * torch.exp2(-shift.float()), problem)  # fmt: skip
+                         alpha * torch.exp2(_BIAS[dtype] - shift.float()), problem)  # fmt: skip
 
 
 def _ordered(codes: Tensor) -> Tensor:
@@ -45,11 +45,21 @@ def _ordered(codes: Tensor) -> Tensor:
     its low half holds even columns, its high half odd ones; in each, nibble 2 b + c is of row 8 b + lane / 4 and of
     column 8 c + 2 (lane % 4)."""
     experts, rows, half = codes.shape
-    tiles = codes.view(experts, rows // 64, 4, 2, 8, half // 8, 2, 4)  # [E, tile, j, b, lane / 4, tile, c, lane % 4]
-    found = tiles.permute(0, 5, 1, 4, 7, 2, 3, 6)  # [E, tile of columns, tile of rows, lane / 4, lane % 4, j, b, c]
-    first, second = found.unbind(-1)
-    even, odd = (first & 15) | second << 4, first >> 4 | (second & 0xF0)  # [..., b]
-    return torch.cat([even, odd], dim=-1).view(torch.int32).reshape(experts, half // 8, 2 * rows)
+    # The bytes of four lanes are one word here, so that a word is what is moved: [E, tile, j, b, lane / 4, tile, c].
+    words = codes.view(torch.int32).view(experts, rows // 64, 4, 2, 8, half // 8, 2)
+    first, second = words.unbind(-1)
+    low, high = _paired(first, second, 4, 0x0F0F0F0F)  # even columns, odd ones
+    even = _paired(low.select(3, 0), low.select(3, 1), 8, 0x00FF00FF)  # of lanes 0 and 2; 1 and 3
+    odd = _paired(high.select(3, 0), high.select(3, 1), 8, 0x00FF00FF)
+    lanes = [_paired(one, other, 16, 0x0000FFFF) for one, other in zip(even, odd, strict=True)]
+    found = torch.stack([lanes[lane % 2][lane // 2] for lane in range(4)])  # [lane % 4, E, tile, j, lane / 4, tile]
+    return found.permute(1, 5, 2, 4, 0, 3).reshape(experts, half // 8, 2 * rows)
+
+
+def _paired(one: Tensor, other: Tensor, bits: int, lower: int) -> tuple[Tensor, Tensor]:
+    """The lower halves of the groups of 2 * `bits` of both words beside each other, and the upper ones. `lower`: a mask
+    of the lower halves."""
+    return (one & lower) | (other & lower) << bits, (one >> bits & lower) | (other & ~lower)
 
 
 def _ordered_scales(bytes_: Tensor) -> Tensor:
@@ -60,19 +70,20 @@ def _ordered_scales(bytes_: Tensor) -> Tensor:
 
 
 @cache
-def _table(device: torch.device) -> Tensor:
-    """int16 [256]: of each scale byte its value times 2^7 with five bits of exponent, bias 15; 0 of 0; -1: none."""
-    found = [-1] * 256
-    for byte in range(_LAST + 1):
+def _tables(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """int16 [256] each: of a scale byte its value times 2^7 with five bits of exponent, bias 15, or 0 of 0 and of what
+    is no scale; and the powers of two by which an expert is moved whose least scale above 0 this is."""
+    found = [0] * 256
+    for byte in range(1, _LAST + 1):
         exponent, mantissa = byte >> 3, byte & 7
         if exponent:
             found[byte] = (exponent + 15) << 3 | mantissa
-        elif mantissa:  # a subnormal of E4M3 is none there
+        else:  # a subnormal of E4M3 is none there
             up = 4 - mantissa.bit_length()
             found[byte] = (16 - up) << 3 | (mantissa << up & 7)
-        else:
-            found[byte] = 0
-    return torch.tensor(found, dtype=torch.int16, device=device)
+    shifts = [max(_LEAST[dtype] - (wide >> 3), 0) if wide else 0 for wide in found]
+    return (torch.tensor(found, dtype=torch.int16, device=device),
+            torch.tensor(shifts, dtype=torch.int16, device=device))  # fmt: skip
 
 
 def _scale_bytes(scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,8 +91,12 @@ def _scale_bytes(scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 
     vLLM multiplies by one power for all experts (none before 0.20); one for each holds more, and is as well read.
     """
-    wide = _table(scales.device)[scales.int()]
-    least = torch.where(wide > 0, wide, 255).flatten(1).amin(dim=1)  # [E]
-    shift = (_LEAST[dtype] - (least >> 3)).clamp(min=0)
-    moved = torch.where(wide > 0, wide + 8 * shift[:, None, None], 0)
-    return moved.to(torch.uint8), shift, (wide < 0).any() | (moved > 255).any()
+    wide, shifts = _tables(scales.device, dtype)
+    flat = scales.flatten(1)
+    least = (flat - 1).amin(dim=1) + 1  # of those above 0, which stand in the order of their bytes: 0 comes last here
+    most = flat.amax(dim=1)
+    shift = shifts[least.int()]  # [E]
+    moved = torch.where(wide > 0, wide + 8 * shift[:, None], 0)  # [E, 256]
+    base = torch.arange(0, moved.numel(), 256, dtype=torch.int32, device=scales.device)
+    bytes_ = moved.to(torch.uint8).flatten()[scales.int() + base[:, None, None]]
+    return bytes_, shift, ((most > _LAST) | (wide[most.int()] + 8 * shift > 255)).any()

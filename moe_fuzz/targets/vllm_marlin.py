@@ -4,6 +4,7 @@ it (fused_marlin_moe.py). Worker side.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from moe_fuzz.contract import Capabilities, Contract, declares
 from moe_fuzz.errors import EnvironmentProblem
+from moe_fuzz.execute import clock
 from moe_fuzz.targets import extension, sources
 from moe_fuzz.targets.adapter import surface_launch_error
 from moe_fuzz.targets.marlin_layout import MarlinWeights, marlin_weights
@@ -22,6 +24,8 @@ from moe_fuzz.targets.schema import BoundCall, Fixed, Names, bind_operator
 from moe_fuzz.targets.vllm_align import align
 
 Experts = Callable[..., Tensor]
+Given = tuple[Tensor, Tensor, Tensor]  # codes, scales and global scales of a projection
+Prepare = Callable[[Given, Given, torch.dtype], tuple[MarlinWeights, MarlinWeights]]
 
 #: float4_e2m1f of vLLM's scalar types: exponent and mantissa of 8 bits each, signed, a bias of 32 bits, finite alone.
 _E2M1 = 2 | 1 << 8 | 1 << 16 | 1 << 49
@@ -57,13 +61,28 @@ _CLAUSES = {
 }
 _UNPROMISED = {
     "error @ T=0": "callers pad an idle rank to a token; a batch of none does not reach this operator",
+    "finite:nonfinite-lost": "nvfp4_marlin_process_scales takes scales to be 0 or more; nothing is said of NaN and Inf",
     "* @ fault:num_experts_ids": "vLLM's own padding is -1",
     "* @ fault:sentinel_ids": "no router of vLLM writes another id than an expert's or -1",
 }
 
 
 def experts_nvfp4() -> Experts:
-    """`_moe_C::moe_wna16_marlin_gemm`, twice, with vLLM's align before. Raises EnvironmentProblem."""
+    """`_moe_C::moe_wna16_marlin_gemm`, twice, with vLLM's align before. Raises EnvironmentProblem.
+
+    The weights are put into Marlin's order in each call, and in each replay of a graph: relations write other weights
+    into the same tensors, and no version that torch counts tells of it.
+    """
+    return _experts(prepared)
+
+
+def served() -> Experts:
+    """The same as a server calls it, for measurements: weights are made ready when their tensors are first seen. Those
+    must be written by torch alone, and not between a graph's capture and its replay. Raises EnvironmentProblem."""
+    return _experts(Prepared())
+
+
+def _experts(prepare: Prepare) -> Experts:
     _require_tensor_cores()
     library = extension.load(sources.VLLM)
     call = bind_operator(library.operator("moe_wna16_marlin_gemm"), _NAMES, _REQUIRED)
@@ -75,8 +94,7 @@ def experts_nvfp4() -> Experts:
         w13_alpha: Tensor, w2_alpha: Tensor, *, expert_map: Tensor | None = None, activation: str = "silu",
         apply_weight_on_input: bool = False, out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        gate_up = layer.prepared(0, w13, w13_scales, w13_alpha, x.dtype)
-        down = layer.prepared(1, w2, w2_scales, w2_alpha, x.dtype)
+        gate_up, down = prepare((w13, w13_scales, w13_alpha), (w2, w2_scales, w2_alpha), x.dtype)
         found = layer.run(x, gate_up, down, weights, ids, expert_map, activation, apply_weight_on_input, out)
         surface_launch_error(x)
         return found
@@ -84,31 +102,43 @@ def experts_nvfp4() -> Experts:
     return experts
 
 
+def prepared(gate_up: Given, down: Given, dtype: torch.dtype) -> tuple[MarlinWeights, MarlinWeights]:
+    """Codes, scales and global scales of both projections in Marlin's order. ValueError where the format does not hold
+    their scales; a graph's capture cannot ask."""
+    made = marlin_weights(*gate_up, dtype), marlin_weights(*down, dtype)
+    if gate_up[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return made  # a part of the graph: each replay makes them anew
+    if bool(made[0].problem | made[1].problem):
+        raise ValueError("Marlin's scales have 16 powers of two above 0 for an expert, no sign and no NaN")
+    return made
+
+
+class Prepared:
+    """`prepared`, and its last result again while the same tensors are given that torch has not written since."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[Any, ...], tuple[MarlinWeights, MarlinWeights]] | None = None
+
+    def __call__(self, gate_up: Given, down: Given, dtype: torch.dtype) -> tuple[MarlinWeights, MarlinWeights]:
+        given = (*gate_up, *down)
+        if self._last is not None:
+            (references, versions, of_dtype), made = self._last
+            if of_dtype == dtype and all(r() is t and v == t._version for r, v, t in zip(references, versions, given,
+                                                                                        strict=True)):  # fmt: skip
+                return made
+        made = prepared(gate_up, down, dtype)
+        if not (gate_up[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._last = ([weakref.ref(t) for t in given], [t._version for t in given], dtype), made
+        return made
+
+
 class Layer:
-    """The calls of a layer, and the weights that were made ready last."""
+    """The calls of a layer."""
 
     def __init__(self, call: BoundCall, plan: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
         self._call, self._plan = call, plan
-        self._ready: list[tuple[tuple[Any, ...], MarlinWeights] | None] = [None, None]
         self._locks: dict[torch.device, Tensor] = {}
-
-    def prepared(self, nth: int, codes: Tensor, scales: Tensor, alpha: Tensor, dtype: torch.dtype) -> MarlinWeights:
-        """The weights in Marlin's order: of the last call, where these are the same tensors, as a server makes them
-        once. ValueError where the format does not hold their scales."""
-        given = (codes, scales, alpha)
-        known = self._ready[nth]
-        if known is not None:
-            references, versions, of_dtype = known[0]
-            if of_dtype == dtype and all(r() is t and v == t._version for r, v, t in zip(references, versions, given,
-                                                                                        strict=True)):  # fmt: skip
-                return known[1]
-        made = marlin_weights(codes, scales, alpha, dtype)
-        if codes.is_cuda and torch.cuda.is_current_stream_capturing():
-            return made  # a part of the graph: each replay makes them anew
-        if bool(made.problem):
-            raise ValueError("Marlin's scales have 16 powers of two above 0 for an expert, no sign and no NaN")
-        self._ready[nth] = ([weakref.ref(t) for t in given], [t._version for t in given], dtype), made
-        return made
+        self._loaded: set[tuple[torch.device, torch.dtype]] = set()
 
     def run(
         self, x: Tensor, gate_up: MarlinWeights, down: MarlinWeights, weights: Tensor, ids: Tensor,
@@ -137,6 +167,24 @@ class Layer:
         if a.device not in self._locks:
             count = 4 * torch.cuda.get_device_properties(a.device).multi_processor_count
             self._locks[a.device] = torch.zeros(count, dtype=torch.int32, device=a.device)  # each call leaves zeros
+        with self._loading(a):
+            self._launch(a, by, c, plan, weights, block, top_k, weighted)
+
+    def _loading(self, a: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Around the first launch for a dtype: no code in the library is for sm_90 (MARLIN_MOE_ARCHS, 8.0+PTX), and the
+        driver compiles all kernels of a dtype from PTX there: 9 s for float16 and 19 s for bfloat16, on one core, and
+        again in each process until one of them lives to see its result kept. What the launched kernel takes counts: a
+        launch does not wait for it."""
+        key = (a.device, a.dtype)
+        if key in self._loaded:
+            return contextlib.nullcontext()
+        self._loaded.add(key)
+        return clock.stopped("compile")
+
+    def _launch(
+        self, a: Tensor, by: MarlinWeights, c: Tensor, plan: tuple[Tensor, Tensor, Tensor], weights: Tensor,
+        block: int, top_k: int, weighted: bool,
+    ) -> None:  # fmt: skip
         self._call({
             "a": a, "c": c, "b_q_weight": by.codes, "b_scales": by.scales, "global_scale": by.globals,
             "workspace": self._locks[a.device], "sorted_token_ids": plan[0], "expert_ids": plan[1], "padded": plan[2],

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict, Violation
+from moe_fuzz.verdict import CRASH, HANG, OOM, REJECTED, Verdict, Violation
 from moe_fuzz.worker.protocol import EXIT_PIPE
 
 _TAIL = 1 << 16  # bytes of the log that are looked at
@@ -93,10 +93,15 @@ def garbled(log: Path, offset: int, seconds: float, said: str) -> Verdict:
 
 
 def hang(
-    log: Path, offset: int, layout: Layout, deadline: float, seconds: float, compiling: bool = False
+    log: Path, offset: int, layout: Layout, deadline: float, seconds: float, still: str = ""
 ) -> Verdict:
-    """The verdict on a case that gave none within `deadline` seconds, and was then asked for its stack."""
+    """The verdict on a case that gave none within `deadline` seconds, and was then asked for its stack. still: why its
+    clock stood still then."""
     stack = read_trace(log)
+    if still == "judge":  # the target has answered
+        detail = f"its answer was not judged within {deadline:g} s, which is no fault of the target's\n"
+        return Verdict(REJECTED, seconds=seconds, detail=detail + _detail(log, offset, stack))
+    compiling = bool(still)
     message = f"no verdict within {deadline:g} s{' of compiling' * compiling}; the worker was killed"
     found = site(stack, layout)
     violation = Violation("hang", "compile" if compiling else "deadline", message, site=found, after=read_stages(log))

@@ -20,36 +20,37 @@ class CaseClock:
         """own, still: seconds of each kind that a case gets."""
         self._given = {False: own, True: still}
         self._spent = {False: 0.0, True: 0.0}
-        self._still = False
+        self._still = ""
         self._since = self._began = time.monotonic()
 
     def restart(self) -> None:
         """A case begins."""
         self._spent = {False: 0.0, True: 0.0}
-        self._still = False
+        self._still = ""
         self._since = self._began = time.monotonic()
 
-    def stand(self, still: bool) -> None:
-        """From now on time is of this kind."""
-        self._settle(self._still)
+    def stand(self, still: str) -> None:
+        """From now on the clock stands still, for this reason; or it goes again, where there is none."""
+        self._settle(bool(self._still))
         self._still = still
 
     def look(self, reads: bool) -> None:
         """The process was silent since the last event or look; `reads`: it read files meanwhile."""
-        self._settle(self._still or reads)
+        self._settle(bool(self._still) or reads)
 
     @property
     def until(self) -> float:
         """When the present allowance ends."""
-        return self._since + self._given[self._still] - self._spent[self._still]
+        return self._since + self._given[bool(self._still)] - self._spent[bool(self._still)]
 
     @property
     def limit(self) -> float:
         """Seconds of the present allowance."""
-        return self._given[self._still]
+        return self._given[bool(self._still)]
 
     @property
-    def still(self) -> bool:
+    def still(self) -> str:
+        """Why it stands still; empty: it goes."""
         return self._still
 
     @property

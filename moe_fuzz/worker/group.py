@@ -148,7 +148,7 @@ class _Round:
         self._processes, self._logs, self._states, self._cases = processes, logs, states, cases
         self._options, self._clock = options, CaseClock(options.deadline, options.first_deadline)
         self._readings = [Reading(process.pid) for process in processes]
-        self._still = [False] * len(processes)
+        self._still = [""] * len(processes)
         self._offsets = [log_size(log) for log in logs]
         self._given: list[dict[int, Verdict]] = [{} for _ in processes]  # of each rank: case -> verdict
         self._done = [False] * len(processes)
@@ -211,8 +211,8 @@ class _Round:
                 self._begun = number
                 self._clock.restart()
         elif "still" in event or "goes" in event:
-            self._still[rank] = "still" in event
-            self._clock.stand(any(self._still))
+            self._still[rank] = str(event.get("still", ""))
+            self._clock.stand(max(self._still))
         elif "verdict" in event:
             self._given[rank][int(str(event["verdict"]))] = Verdict.from_json(event["is"])  # type: ignore[arg-type]
         elif "done" in event:

@@ -246,7 +246,7 @@ class Worker:
                     current, offset = cases[event["start"]], event["log"]
                     clock.restart()
                 elif "still" in event or "goes" in event:
-                    clock.stand("still" in event)
+                    clock.stand(str(event.get("still", "")))
                 elif "verdict" in event:
                     current = None
                     verdict = Verdict.from_json(event["is"])
@@ -261,7 +261,7 @@ class Worker:
                 else:
                     raise _Told(error_from_json(event["error"]))
         except Expired:
-            dead = self._hang(process, offset, clock.limit, clock.seconds, compiling=clock.still)
+            dead = self._hang(process, offset, clock.limit, clock.seconds, still=clock.still)
         except ChannelClosed:
             seconds, status = clock.seconds, process.status(1.0)
             dead = autopsy.crash(status, self._log, offset, layout, autopsy.oom_kills() - kills, seconds)
@@ -275,7 +275,7 @@ class Worker:
         self.close()
 
     def _hang(
-        self, process: Process, offset: int, deadline: float, seconds: float, compiling: bool = False
+        self, process: Process, offset: int, deadline: float, seconds: float, still: str = ""
     ) -> Verdict:
         """Asks the process for its stack, kills it, and gives the verdict."""
         process.signal(signal.SIGUSR1)
@@ -287,7 +287,7 @@ class Worker:
         layout = self._layout(process)
         process.kill()
         self._process = None
-        return autopsy.hang(self._log, offset, layout, deadline, seconds, compiling)
+        return autopsy.hang(self._log, offset, layout, deadline, seconds, still)
 
     def _recycle(self, rss: int) -> None:
         if self._ran >= self._limits.cases or rss - self._rss > self._limits.growth:

@@ -25,14 +25,14 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_each_kind_of_time_has_its_allowance(now: list[float]) -> None:
     case = CaseClock(own=3.0, still=60.0)
     now[0] += 1
-    case.stand(True)
-    assert (case.until, case.limit, case.still) == (now[0] + 60, 60.0, True)
+    case.stand("compile")
+    assert (case.until, case.limit, case.still) == (now[0] + 60, 60.0, "compile")
     now[0] += 50
-    case.stand(False)
+    case.stand("")
     assert (case.until, case.limit, case.expired) == (now[0] + 2, 3.0, False)
-    case.stand(True)
+    case.stand("compile")
     assert case.until == now[0] + 10
-    case.stand(False)
+    case.stand("")
     now[0] += 2
     assert case.expired
     assert case.seconds == 53
@@ -98,6 +98,28 @@ def test_blocks_nest_and_overlap_and_nothing_is_told_afterwards() -> None:
     with clock.heard(told.append), pytest.raises(ZeroDivisionError), clock.stopped("load"):
         raise ZeroDivisionError
     assert told[2:] == [{"still": "load"}, {"goes": "load"}]
+
+
+def test_the_time_of_our_own_judgement_is_not_the_targets() -> None:
+    told: list[dict[str, str]] = []
+    stood = clock.stood()
+    with clock.heard(told.append):
+        with clock.calling():  # nobody judges: the clock goes anyway
+            pass
+        assert told == []
+        with clock.judging():
+            with clock.calling():
+                assert told == [{"still": "judge"}, {"goes": "judge"}]
+                with clock.calling(), clock.stopped("compile"):  # a call within a call
+                    pass
+                assert told[2:] == [{"still": "compile"}, {"goes": "compile"}]
+            assert told[4:] == [{"still": "judge"}]
+            time.sleep(0.01)
+        assert told[5:] == [{"goes": "judge"}]
+        with clock.stopped("compile"), clock.judging(), clock.calling():  # what compiles unseen goes on to
+            assert told[6:] == [{"still": "compile"}]
+    assert told[7:] == [{"goes": "compile"}]
+    assert clock.stood() - stood < 0.01, "what is judged is not compiled"
 
 
 HOOKS = """

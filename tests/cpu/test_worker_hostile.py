@@ -115,6 +115,7 @@ def test_the_clock_stands_still_while_a_case_compiles_or_loads(worker, do):
     ("spin", ("hang", "deadline"), 0.5),
     ("spin_after_compiling", ("hang", "deadline"), 0.6 + 0.5),
     ("compile_for_ever", ("hang", "compile"), 2.0),
+    ("spin_when_called_by_the_judge", ("hang", "deadline"), 0.6 + 0.5),
     ("die_compiling", ("crash", "SIGSEGV"), 0.6),
 ])
 def test_a_hang_costs_its_own_deadline_on_its_first_call_too(worker, do, key, seconds):
@@ -125,6 +126,13 @@ def test_a_hang_costs_its_own_deadline_on_its_first_call_too(worker, do, key, se
     assert seconds - 0.1 <= verdicts[0].seconds < seconds + 1.0
     assert time.monotonic() - started < seconds + 2.5
     assert verdicts[0].violations[0].site.endswith("in do_" + do)
+
+
+def test_a_target_is_not_to_blame_for_our_own_judgement(worker):
+    verdicts = worker.run([case("judge_for_ever"), case("pass")], TARGET, RunOptions(deadline=0.5, first_deadline=2.0))
+    assert [v.kind for v in verdicts] == ["rejected", "pass"]
+    assert "was not judged within 2 s" in verdicts[0].detail
+    assert "in do_judge_for_ever" in verdicts[0].detail
 
 
 def test_the_kernels_out_of_memory_killer_is_told_from_a_stranger(worker, monkeypatch):

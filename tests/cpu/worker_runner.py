@@ -92,6 +92,17 @@ class Runner:
         with clock.stopped("compile"):
             time.sleep(60)
 
+    def do_judge_for_ever(self, case: Case) -> None:
+        with clock.judging():
+            time.sleep(60)
+
+    def do_spin_when_called_by_the_judge(self, case: Case) -> None:
+        with clock.judging():
+            time.sleep(0.6)
+            with clock.calling():
+                while True:
+                    pass
+
     def do_spin_after_compiling(self, case: Case) -> None:
         with clock.stopped("compile"):
             time.sleep(0.6)

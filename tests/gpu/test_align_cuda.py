@@ -15,8 +15,9 @@ from moe_fuzz.ops import get_space
 from moe_fuzz.options import LIB_VARIABLES, RunOptions
 from moe_fuzz.restriction import NO_FAULT, RestrictedSpace, Restriction
 from moe_fuzz.targets import sources
-from moe_fuzz.verdict import PASS, Verdict
+from moe_fuzz.verdict import Verdict
 from moe_fuzz.worker.pool import Pool
+from tests.gpu.telling import all_pass, told
 
 pytestmark = pytest.mark.gpu
 
@@ -47,8 +48,7 @@ def test_ours_pass_in_every_mode(pool: Pool, target: str) -> None:
     drawn = strategies.grid(SPACE, pool.describe(target), "cuda", seed=9)
     cases = list(itertools.islice(drawn, 64))  # most of them compile
     verdicts = run(pool, target, cases)
-    bad = [(SPACE.label(case), v) for case, v in zip(cases, verdicts, strict=True) if v.kind != PASS]
-    assert not bad, "\n".join(map(str, bad[:3]))
+    all_pass(cases, verdicts)
     assert {case.mode for case in cases} == {"eager", "graph", "piecewise"}
     assert sum(verdict.parity for verdict in verdicts) > 30
 
@@ -63,7 +63,9 @@ def test_sizes_that_a_cpu_does_not_afford(pool: Pool, target: str) -> None:
         case_of(Step(Labels.range(8192), faults=(one,)), experts="0-255", top_k=8),
         case_of(Step(Labels.range(65537)), experts="0-0", top_k=1, block_size=1, ids_dtype="int64"),
     ]
-    assert [(v.kind, v.parity) for v in run(pool, target, cases)] == [(PASS, True)] * len(cases)
+    verdicts = run(pool, target, cases)
+    all_pass(cases, verdicts)
+    assert all(verdict.parity for verdict in verdicts)
 
 
 @pytest.mark.parametrize("provider", LIB_VARIABLES)
@@ -78,8 +80,7 @@ def test_releases_pass_without_faults(pool: Pool, provider: str) -> None:
     drawn = (case for case in strategies.grid(plain, info, "cuda", seed=9) if all(s.tokens for s in case.steps))
     cases = list(itertools.islice(drawn, 60))
     verdicts = run(pool, target, cases)
-    bad = [(SPACE.label(case), v) for case, v in zip(cases, verdicts, strict=True) if v.kind != PASS]
-    assert not bad, "\n".join(map(str, bad[:3]))
+    all_pass(cases, verdicts)
     assert sum(verdict.parity for verdict in verdicts) > 40
 
 
@@ -97,4 +98,4 @@ def test_releases_pass_without_faults(pool: Pool, provider: str) -> None:
 )  # fmt: skip
 def test_planted_bugs_that_take_a_gpu_are_found(pool: Pool, name: str, check: str, case: Case) -> None:
     (verdict,) = run(pool, f"align@planted.{name}", [case])
-    assert check in {violation.check for violation in verdict.violations}, verdict
+    assert check in {violation.check for violation in verdict.violations}, told(verdict, case)

@@ -19,6 +19,7 @@ from moe_fuzz.planted.allreduce_catalog import ALLREDUCE
 from moe_fuzz.verdict import CRASH, HANG, PASS, Verdict
 from moe_fuzz.worker.gpus import gpus
 from moe_fuzz.worker.pool import Pool
+from tests.gpu.telling import all_pass, bug_found, told, told_all
 
 pytestmark = pytest.mark.gpu
 
@@ -44,8 +45,7 @@ def case(*faults: Fault, tokens: int = 33, mode: str = "eager", seed: int = 3, *
 def passed(pool: Pool, cases: list[Case], target: str) -> list[Verdict]:
     with pool.lease(target) as worker:
         verdicts = worker.run(cases, target, OPTIONS)
-    bad = [(SPACE.label(one), found) for one, found in zip(cases, verdicts, strict=True) if found.kind != PASS]
-    assert not bad, bad[:3]
+    all_pass(cases, verdicts)
     return verdicts
 
 
@@ -81,7 +81,7 @@ def test_bad_rows_of_one_rank_stay_where_they_are(pool: Pool, launches: str) -> 
                                   "cluster_of_seven", "order_of_arrival"])  # fmt: skip
 def test_planted_bugs_are_found(pool: Pool, name: str) -> None:
     outcome = run_planted(BUGS[name], pool, 0, 300, 60.0, device="cuda")
-    assert outcome.found, outcome
+    bug_found(outcome)
 
 
 # ---- several --------------------------------------------------------------------------------------------------------
@@ -123,9 +123,9 @@ def test_a_rank_that_is_lost_is_named_and_the_group_is_back(pool: Pool, name: st
         ends.append(time.monotonic())
         sound = worker.run([case(tokens=4, mode=RANKS)], OURS[0], OPTIONS)
         ends.append(time.monotonic())
-    assert bad.kind == kind, bad
-    assert bad.violations[0].message.startswith("rank 1 of 2")
-    assert sound[0].kind == PASS, sound
+    assert bad.kind == kind, told(bad)
+    assert bad.violations[0].message.startswith("rank 1 of 2"), told(bad)
+    assert sound[0].kind == PASS, told(sound[0])
     assert ends[1] - ends[0] < 30.0  # with a context on each GPU, and what may have to be compiled
 
 
@@ -147,8 +147,8 @@ def test_a_group_whose_kernel_waits_for_a_rank_is_back_within_five_seconds(pool:
     with pool.lease(target) as worker:
         verdicts = worker.run(cases, target, RunOptions(deadline=4.0, first_deadline=120.0),
                               lambda index, verdict, history: ends.append(time.monotonic()))  # fmt: skip
-    assert [verdict.kind for verdict in verdicts] == [PASS, HANG, PASS], verdicts
-    assert verdicts[1].violations[0].message.startswith("rank 1 of 2"), verdicts[1]
+    assert [verdict.kind for verdict in verdicts] == [PASS, HANG, PASS], told_all(verdicts, cases)
+    assert verdicts[1].violations[0].message.startswith("rank 1 of 2"), told(verdicts[1])
     print(f"back after {ends[2] - ends[1]:.2f} s")
     assert ends[2] - ends[1] < 5.0
 

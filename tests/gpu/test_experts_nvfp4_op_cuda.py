@@ -18,8 +18,8 @@ from moe_fuzz.ops.experts.fp4_inputs import materialize
 from moe_fuzz.ops.inputs import element_bits
 from moe_fuzz.options import RunOptions
 from moe_fuzz.planted.experts_nvfp4_catalog import EXPERTS_NVFP4
-from moe_fuzz.verdict import PASS
 from moe_fuzz.worker.pool import Pool
+from tests.gpu.telling import all_pass, bug_found
 
 pytestmark = pytest.mark.gpu
 OPTIONS = RunOptions(deadline=20.0, first_deadline=180.0)
@@ -52,8 +52,7 @@ def test_the_grid_passes_in_every_mode(pool: Pool, name: str) -> None:
     cases = list(itertools.islice(grid, 24))  # each compiles kernels of its own: a campaign runs more of them
     with pool.lease() as worker:
         verdicts = worker.run(cases, target, OPTIONS)
-    found = [(SPACE.label(c), v.violations, v.detail) for c, v in zip(cases, verdicts, strict=True) if v.kind != PASS]
-    assert not found
+    all_pass(cases, verdicts)
     assert sum(v.parity for v in verdicts) >= len(cases) // 4
     assert set(Counter(case.mode for case in cases)) == (set(MODES) if name != "torch" else {"eager"})
 
@@ -61,4 +60,4 @@ def test_the_grid_passes_in_every_mode(pool: Pool, name: str) -> None:
 @pytest.mark.parametrize("planted", EXPERTS_NVFP4, ids=lambda planted: planted.name)
 def test_planted_bugs_are_found(pool: Pool, planted) -> None:
     outcome = run_planted(planted, pool, seed=0, max_cases=1000, max_seconds=60.0, device="cuda")
-    assert outcome.passed
+    bug_found(outcome)

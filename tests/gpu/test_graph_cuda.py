@@ -20,6 +20,7 @@ from moe_fuzz.options import RunOptions
 from moe_fuzz.planted.catalog import PLANTED
 from moe_fuzz.verdict import CRASH, PASS, REJECTED, VIOLATION, Verdict
 from moe_fuzz.worker.pool import Pool
+from tests.gpu.telling import all_pass, bug_found, told, told_all, told_outcome
 
 pytestmark = pytest.mark.gpu
 
@@ -69,8 +70,8 @@ SEQUENCE = (
     ],
 )
 def test_our_kernel_passes_in_two_buckets_of_one_pool(pool: Pool, mode: str, config: dict[str, object]) -> None:
-    verdicts = run(pool, BUILTIN, case(*SEQUENCE, mode=mode, **config), case(step(0), step(1), mode=mode, **config))
-    assert [v.kind for v in verdicts] == [PASS, PASS], [(v.violations, v.detail) for v in verdicts]
+    cases = case(*SEQUENCE, mode=mode, **config), case(step(0), step(1), mode=mode, **config)
+    all_pass(cases, run(pool, BUILTIN, *cases))
 
 
 @pytest.mark.parametrize("target", [BUILTIN, "topk_softmax@torch", "right"])
@@ -81,21 +82,19 @@ def test_drawn_cases_pass(pool: Pool, target: str) -> None:
         drawn = (c for c in drawn if all(f.name in ("stale_rows", "zero_rows") for s in c.steps for f in s.faults))
     cases = list(itertools.islice(drawn, 24))
     verdicts = run(pool, target, *cases)
-    bad = [(SPACE.label(c), v.kind, v.violations) for c, v in zip(cases, verdicts, strict=True) if v.kind != PASS]
-    assert cases
-    assert bad == []
+    all_pass(cases, verdicts)
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_each_planted_bug_is_found(pool: Pool, bug: object) -> None:
     outcome = run_planted(bug, pool, 0, 400, 60.0, device="cuda")  # type: ignore[arg-type]
-    assert outcome.found, outcome
+    bug_found(outcome)
 
 
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.only], ids=lambda bug: bug.name)
 def test_some_are_found_by_one_check_alone(pool: Pool, bug: object) -> None:
     outcome = run_alone(bug, pool, 0, 400, 60.0, device="cuda")  # type: ignore[arg-type]
-    assert (outcome.found, outcome.silent) == (True, True), outcome
+    assert (outcome.found, outcome.silent) == (True, True), told_outcome(outcome)
 
 
 @pytest.mark.parametrize(
@@ -106,17 +105,18 @@ def test_a_failed_capture_is_a_violation_and_the_worker_goes_on(pool: Pool, name
     broken = case(step(8), step(8, 2), mode=mode)
     before, failed, after, again = run(pool, name, case(step(8), mode="eager"), broken,
                                        case(step(8), step(4), mode="eager"), broken)  # fmt: skip
-    assert (before.kind, after.kind) == (PASS, PASS)
-    assert (failed.kind, failed.violations[0].check, failed.spent) == (VIOLATION, "capture", True), failed
+    assert (before.kind, after.kind) == (PASS, PASS), told_all((before, after))
+    assert (failed.kind, failed.violations[0].check, failed.spent) == (VIOLATION, "capture", True), told(failed, broken)
     assert failed.violations[0].symptom == (symptom or failed.violations[0].symptom)
     assert "graph_targets.py" in failed.violations[0].site
-    assert again.key == failed.key
-    assert [v.kind for v in run(pool, BUILTIN, case(*SEQUENCE, mode=mode))] == [PASS]
+    assert again.key == failed.key, told_all((failed, again))
+    sound = case(*SEQUENCE, mode=mode)
+    all_pass([sound], run(pool, BUILTIN, sound))
 
 
 def test_a_failed_capture_is_no_violation_where_nobody_promised(pool: Pool) -> None:
     failed, after = run(pool, "waits_and_promises_nothing", case(step(8), step(8, 2)), case(step(8), mode="eager"))
-    assert (failed.kind, failed.violations, after.kind) == (REJECTED, (), PASS)
+    assert (failed.kind, failed.violations, after.kind) == (REJECTED, (), PASS), told_all((failed, after))
 
 
 def test_a_fault_inside_a_replay_is_a_crash_and_is_located(pool: Pool) -> None:
@@ -124,16 +124,16 @@ def test_a_fault_inside_a_replay_is_a_crash_and_is_located(pool: Pool) -> None:
     target = f"topk_softmax@{TARGETS}:reads_past_in_the_graph"
     broken = case(step(8), step(8, 2))
     eager, verdict, after = run(pool, target, case(step(8), mode="eager"), broken, case(step(8), mode="eager"))
-    assert (eager.kind, after.kind) == (PASS, PASS)
-    assert (verdict.kind, verdict.key) == (CRASH, ("crash", "illegal-access"))
+    assert (eager.kind, after.kind) == (PASS, PASS), told_all((eager, after))
+    assert (verdict.kind, verdict.key) == (CRASH, ("crash", "illegal-access")), told(verdict, broken)
     assert is_memory_fault(verdict.key)
-    found = locate(pool, (broken,), target, OPTIONS, verdict, verdict.key, SPACE.tensors)
-    assert (found.check, found.symptom) == ("fence", "logits:right:read")
+    place = locate(pool, (broken,), target, OPTIONS, verdict, verdict.key, SPACE.tensors)
+    assert (place.check, place.symptom) == ("fence", "logits:right:read"), place.message
 
 
 def test_a_buffer_that_the_target_keeps_need_not_be_written_again(pool: Pool) -> None:
     (verdict,) = run(pool, "keeps_its_ids", case(step(8), step(8, 2), step(4), top_k=16))
-    assert verdict.kind == PASS, verdict.violations
+    assert verdict.kind == PASS, told(verdict)
 
 
 def test_a_replay_costs_milliseconds(pool: Pool) -> None:
@@ -144,5 +144,5 @@ def test_a_replay_costs_milliseconds(pool: Pool) -> None:
     seconds = [v.seconds for v in verdicts[1:]]
     print(f"a graph case of four replays: median {1e3 * statistics.median(seconds):.1f} ms, "
           f"of them fences {1e3 * statistics.median(v.fence_seconds for v in verdicts[1:]):.1f} ms")  # fmt: skip
-    assert [v.kind for v in verdicts] == [PASS] * len(verdicts)
+    all_pass(cases, verdicts)
     assert statistics.median(seconds) < 0.5

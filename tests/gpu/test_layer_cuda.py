@@ -19,9 +19,9 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
 from moe_fuzz.planted.layer_catalog import LAYER
-from moe_fuzz.verdict import PASS
 from moe_fuzz.worker.pool import Pool
 from tests.gpu.conftest import compiling
+from tests.gpu.telling import all_pass, bug_found, told
 
 pytestmark = pytest.mark.gpu
 OPTIONS = RunOptions(deadline=20.0, first_deadline=120.0)
@@ -59,8 +59,7 @@ def test_the_grid_passes_in_every_mode(pool: Pool) -> None:
     cases = list(itertools.islice(grid, 24))  # each compiles four kernels or more: a campaign runs more of them
     with pool.lease() as worker:
         verdicts = worker.run(cases, "moe_layer@builtin", OPTIONS)
-    found = [(SPACE.label(c), v.violations, v.detail) for c, v in zip(cases, verdicts, strict=True) if v.kind != PASS]
-    assert not found
+    all_pass(cases, verdicts)
     assert sum(v.parity for v in verdicts) >= len(cases) // 4
     assert set(Counter(case.mode for case in cases)) == set(ALL_MODES)
 
@@ -68,7 +67,7 @@ def test_the_grid_passes_in_every_mode(pool: Pool) -> None:
 @pytest.mark.parametrize("planted", LAYER, ids=lambda planted: planted.name)
 def test_planted_layers_are_found(pool: Pool, planted) -> None:
     outcome = run_planted(planted, pool, seed=0, max_cases=1000, max_seconds=120.0, device="cuda")
-    assert outcome.passed
+    bug_found(outcome)
 
 
 def test_the_finding_of_vllm_37758_names_both_halves(pool: Pool) -> None:
@@ -79,7 +78,8 @@ def test_the_finding_of_vllm_37758_names_both_halves(pool: Pool) -> None:
     info = pool.describe(target)
     with pool.lease() as worker:
         verdict = worker.run((case,), target, OPTIONS)[-1]
-    found = Examiner(pool, info, SPACE, OPTIONS, "cuda").examine(BadCase(target, case, verdict), 20.0, lambda *_: None)
-    assert found is not None
-    assert found.message.startswith("the router gave row ")
-    assert ", one expert twice; then the experts began: " in found.message
+    examiner = Examiner(pool, info, SPACE, OPTIONS, "cuda")
+    finding = examiner.examine(BadCase(target, case, verdict), 20.0, lambda *_: None)
+    assert finding is not None, told(verdict, case)
+    assert finding.message.startswith("the router gave row "), told(verdict, case)
+    assert ", one expert twice; then the experts began: " in finding.message, told(verdict, case)

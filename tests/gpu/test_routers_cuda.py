@@ -16,8 +16,8 @@ from moe_fuzz.campaign.selftest import run_planted
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
 from moe_fuzz.planted.catalog import get_planted
-from moe_fuzz.verdict import PASS
 from moe_fuzz.worker.pool import Pool
+from tests.gpu.telling import all_pass, bug_found
 
 pytestmark = pytest.mark.gpu
 
@@ -53,8 +53,7 @@ def test_the_grid_passes(pool: Pool, op: str) -> None:
     cases = list(itertools.islice(strategies.grid(space, pool.describe(target), "cuda", seed=3), 40))
     with pool.lease() as worker:
         verdicts = worker.run(cases, target, OPTIONS)
-    found = [(space.label(c), v.violations) for c, v in zip(cases, verdicts, strict=True) if v.kind != PASS]
-    assert not found
+    all_pass(cases, verdicts)
     assert sum(v.parity for v in verdicts) >= len(cases) // 3
 
 
@@ -63,4 +62,4 @@ def test_bugs_that_need_a_device_are_found(pool: Pool, name: str) -> None:
     bug = get_planted(name)
     assert bug is not None
     outcome = run_planted(bug, pool, seed=0, max_cases=600, max_seconds=60.0, device="cuda")
-    assert outcome.passed
+    bug_found(outcome)

@@ -19,6 +19,7 @@ from moe_fuzz.ops.routing.space import SIMPLEST
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, HANG, PASS, VIOLATION
 from moe_fuzz.worker.pool import Pool
+from tests.gpu.telling import all_pass, told, told_all
 
 pytestmark = pytest.mark.gpu
 
@@ -42,7 +43,7 @@ def test_our_kernel_passes_and_counts_as_parity(pool: Pool) -> None:
     cases = list(itertools.islice(strategies.grid(SPACE, pool.describe(target), "cuda", seed=3), 24))
     with pool.lease() as worker:
         verdicts = worker.run(cases, target, OPTIONS)
-    assert [v.kind for v in verdicts] == [PASS] * len(cases), [v.violations for v in verdicts if v.kind != PASS]
+    all_pass(cases, verdicts)
     assert sum(v.parity for v in verdicts) >= len(cases) // 3
     assert all(v.fence_seconds > 0 for v in verdicts)
 
@@ -60,18 +61,18 @@ def test_a_memory_bug_is_a_crash_and_is_located(pool: Pool, bug: str, broken: Ca
     target = f"topk_softmax@planted.{bug}"
     with pool.lease() as worker:
         verdict, after = worker.run([broken, case(0, 16, 2)], target, OPTIONS)
-    assert (verdict.kind, verdict.key) == (CRASH, ("crash", "illegal-access"))
+    assert (verdict.kind, verdict.key) == (CRASH, ("crash", "illegal-access")), told(verdict, broken)
     assert is_memory_fault(verdict.key)
-    assert after.kind == PASS  # in a process that did not lose its context
+    assert after.kind == PASS, told(after)  # in a process that did not lose its context
     found = locate(pool, (broken,), target, OPTIONS, verdict, verdict.key, SPACE.tensors)
-    assert (found.check, found.symptom) == ("fence", symptom)
+    assert (found.check, found.symptom) == ("fence", symptom), found.message
 
 
 def test_a_write_into_the_slack_is_named_by_the_canary(pool: Pool) -> None:
     broken = case(3, 16, 3, out=True)  # 36 bytes of ids: 12 of slack
     with pool.lease() as worker:
         (verdict,) = worker.run([broken], "topk_softmax@planted.memset_rounded_up", OPTIONS)
-    assert (verdict.kind, verdict.key) == (VIOLATION, ("canary", "weights:right"))
+    assert (verdict.kind, verdict.key) == (VIOLATION, ("canary", "weights:right")), told(verdict, broken)
 
 
 def test_a_kernel_that_never_ends_is_a_hang_and_the_gpu_goes_on(pool: Pool) -> None:
@@ -80,5 +81,5 @@ def test_a_kernel_that_never_ends_is_a_hang_and_the_gpu_goes_on(pool: Pool) -> N
         started = time.monotonic()
         verdicts = worker.run([case(1, 8, 2), case(2, 8, 2), case(1, 8, 2)], target, replace(OPTIONS, deadline=3.0))
         seconds = time.monotonic() - started
-    assert [v.kind for v in verdicts] == [PASS, HANG, PASS]
+    assert [v.kind for v in verdicts] == [PASS, HANG, PASS], told_all(verdicts)
     assert seconds < 30

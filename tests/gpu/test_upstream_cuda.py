@@ -28,6 +28,7 @@ from moe_fuzz.targets import registry, sources
 from moe_fuzz.verdict import PASS, VIOLATION, Verdict, Violation
 from moe_fuzz.worker.pool import Pool
 from tests.cpu.repro_cases import finding_of, write
+from tests.gpu.telling import all_pass, told
 
 pytestmark = pytest.mark.gpu
 
@@ -59,7 +60,7 @@ def test_a_released_router_is_bound_and_runs(pool: Pool, target: str) -> None:
     cases = list(itertools.islice(strategies.grid(get_space(op), info, "cuda", seed=9), 24))
     with pool.lease(target) as worker:
         verdicts = worker.run(cases, target, OPTIONS)
-    assert {verdict.kind for verdict in verdicts} <= {PASS, VIOLATION}, [v for v in verdicts if v.kind not in (PASS,)]
+    all_pass(cases, verdicts, (PASS, VIOLATION))
     assert sum(verdict.parity for verdict in verdicts) > 0
 
 
@@ -75,7 +76,7 @@ def test_vllm_topk_softmax_is_clean_on_degenerate_rows(pool: Pool) -> None:
     cases = [degenerate(fault, experts) for fault in DEGENERATE for experts in (8, 60, 128)]
     with pool.lease("topk_softmax@vllm") as worker:
         verdicts = worker.run(cases, "topk_softmax@vllm", OPTIONS)
-    assert [v.kind for v in verdicts] == [PASS] * len(cases), [v.violations for v in verdicts if v.kind != PASS]
+    all_pass(cases, verdicts)
 
 
 def test_sglang_topk_softmax_is_clean_on_ties(pool: Pool) -> None:
@@ -83,7 +84,7 @@ def test_sglang_topk_softmax_is_clean_on_ties(pool: Pool) -> None:
     cases = [degenerate("ties", experts) for experts in (8, 128)]
     with pool.lease("topk_softmax@sglang") as worker:
         verdicts = worker.run(cases, "topk_softmax@sglang", OPTIONS)
-    assert [v.kind for v in verdicts] == [PASS] * len(cases), [v.violations for v in verdicts if v.kind != PASS]
+    all_pass(cases, verdicts)
 
 
 def layer_of(tokens: int, mode: str = "eager", **changes: Scalar) -> Case:
@@ -107,7 +108,7 @@ def test_a_released_part_of_experts_is_bound_and_runs(pool: Pool, target: str) -
     cases = list(itertools.islice(grid, 24))
     with pool.lease(target) as worker:
         verdicts = worker.run(cases, target, OPTIONS)
-    assert {verdict.kind for verdict in verdicts} <= {PASS, VIOLATION}, [v for v in verdicts if v.kind != PASS]
+    all_pass(cases, verdicts, (PASS, VIOLATION))
     assert sum(verdict.parity for verdict in verdicts) > 12
 
 
@@ -123,7 +124,7 @@ def test_a_released_part_of_experts_is_right_where_its_project_tests_it(pool: Po
         cases.append(layer_of(33, dialect="minus_one"))
     with pool.lease(target) as worker:
         verdicts = worker.run(cases, target, OPTIONS)
-    assert [v.kind for v in verdicts] == [PASS] * len(cases), [v.violations for v in verdicts if v.kind != PASS]
+    all_pass(cases, verdicts)
     assert all(verdict.parity for verdict in verdicts)
 
 
@@ -155,4 +156,4 @@ def test_a_finding_has_a_script_that_calls_the_library(pool: Pool, tmp_path: Pat
     if bad is None:
         pytest.skip(f"{info.origin} passes all of {len(cases)} cases")
     code, said = script_of(pool, tmp_path, target, *bad)
-    assert (code, said[: len(f"BUG: {op}")]) == (1, f"BUG: {op}"), (said, bad[1].violations)
+    assert (code, said[: len(f"BUG: {op}")]) == (1, f"BUG: {op}"), f"{said}\n{told(bad[1], bad[0])}"

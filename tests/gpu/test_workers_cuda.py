@@ -23,6 +23,7 @@ from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.verdict import CRASH, HANG, OOM, PASS, REJECTED, VIOLATION, Verdict
 from moe_fuzz.worker.gpus import gpus
 from moe_fuzz.worker.pool import Pool
+from tests.gpu.telling import all_pass, told, told_all
 
 pytestmark = pytest.mark.gpu
 
@@ -63,7 +64,7 @@ def test_each_way_to_break_the_device_has_its_name_and_place(pool: Pool, bug: st
     with pool.lease() as worker:
         worker.run([case(2)], target, OPTIONS)  # compiled, so that what is measured below is the worker alone
         verdicts = worker.run([broken, case(2)], target, OPTIONS, lambda *_: ends.append(time.monotonic()))
-    assert [v.key for v in verdicts] == [key, ("pass", "")]
+    assert [v.key for v in verdicts] == [key, ("pass", "")], told_all(verdicts)
     started = time.monotonic()
     with pool.fresh() as worker:
         worker.run([case(2)], target, OPTIONS)
@@ -80,7 +81,7 @@ def test_a_kernel_that_spins_on_its_first_call_costs_the_short_deadline(pool: Po
         worker.describe("topk_softmax@planted.waits_for_a_partner", 60.0)
         started = time.monotonic()
         (verdict,) = worker.run([case(1)], "topk_softmax@planted.waits_for_a_partner", OPTIONS)
-    assert verdict.kind == HANG
+    assert verdict.kind == HANG, told(verdict)
     assert time.monotonic() - started < 15  # compiling, from nothing, is not counted against the 3 s
 
 
@@ -88,14 +89,14 @@ def test_memory_beyond_the_share_of_a_worker_is_its_own_verdict(pool: Pool) -> N
     assert gpus()[0].budget, "NVML or nvidia-smi tells of the memory"
     with pool.lease() as worker:
         verdicts = worker.run([case(1), case(2), case(1)], f"{GREEDY}:takes_all", OPTIONS)
-    assert [v.kind for v in verdicts] == [PASS, OOM, PASS]
+    assert [v.kind for v in verdicts] == [PASS, OOM, PASS], told_all(verdicts)
 
 
 def test_a_launch_that_is_refused_is_an_error_and_the_worker_lives(pool: Pool) -> None:
     with pool.lease() as worker:
         verdicts = worker.run([case(1), case(2), case(1)], f"{GREEDY}:takes_too_large_a_grid", OPTIONS)
-    assert [v.kind for v in verdicts] == [PASS, VIOLATION, PASS]
-    assert verdicts[1].key == ("error", "RuntimeError")
+    assert [v.kind for v in verdicts] == [PASS, VIOLATION, PASS], told_all(verdicts)
+    assert verdicts[1].key == ("error", "RuntimeError"), told(verdicts[1])
 
 
 def test_our_router_takes_rows_beyond_two_to_the_31(pool: Pool) -> None:
@@ -105,7 +106,7 @@ def test_our_router_takes_rows_beyond_two_to_the_31(pool: Pool) -> None:
     with pool.lease() as worker:
         for target in ("topk_softmax@builtin", "topk_softmax@torch"):
             verdicts = worker.run(cases, target, replace(OPTIONS, deadline=20.0))
-            assert [v.kind for v in verdicts] == [PASS] * len(cases), [v.violations for v in verdicts]
+            all_pass(cases, verdicts)
 
 
 # ---- --fence all ----------------------------------------------------------------------------------------------------
@@ -116,10 +117,10 @@ def test_hidden_scratch_is_fenced_by_all_alone(pool: Pool) -> None:
     with pool.lease() as worker:
         assert worker.run([broken], target, OPTIONS)[0].kind == PASS
         verdict, after = worker.run([broken, case(4, 8)], target, ALL)
-    assert (verdict.kind, verdict.key) == (CRASH, ("crash", "illegal-access"))
-    assert after.kind == PASS
+    assert (verdict.kind, verdict.key) == (CRASH, ("crash", "illegal-access")), told(verdict, broken)
+    assert after.kind == PASS, told(after)
     found = locate(pool, (broken,), target, ALL, verdict, verdict.key, SPACE.tensors)
-    assert (found.check, found.symptom) == ("fence", "own:right:write")
+    assert (found.check, found.symptom) == ("fence", "own:right:write"), found.message
 
 
 @pytest.mark.parametrize("target", ["topk_softmax@builtin", "topk_softmax@torch"])
@@ -130,8 +131,7 @@ def test_sound_routers_pass_when_all_is_fenced(pool: Pool, target: str) -> None:
             started = time.monotonic()
             verdicts = worker.run(cases, target, replace(options, deadline=20.0))
             print(f"\n{target} fence {options.fence.own}: {len(cases) / (time.monotonic() - started):.0f} cases/s")
-            bad = [v for v in verdicts if v.kind not in (PASS, REJECTED) and not known_of(target, v)]
-            assert not bad, bad[0]
+            all_pass(cases, verdicts, (PASS, REJECTED), lambda v: known_of(target, v))
 
 
 def known_of(target: str, verdict: Verdict) -> bool:

@@ -21,6 +21,7 @@ from moe_fuzz.options import LIB_VARIABLES, RunOptions
 from moe_fuzz.targets import sources
 from moe_fuzz.verdict import PASS, VIOLATION, Verdict
 from moe_fuzz.worker.pool import Pool
+from tests.gpu.telling import told
 
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("*.json"))
@@ -60,7 +61,7 @@ def test_the_twin_fails_in_the_same_way(file: Path, runner: Runner) -> None:
         pytest.skip("no twin: the flaw shows on the library alone")
     target = record["twin"] if "@" in record["twin"] else f"{case.op}@{HERE / record['twin']}"
     verdict = runner.run(replace(case, target=target), target, RunOptions())
-    assert verdict.kind == VIOLATION, verdict.detail
+    assert verdict.kind == VIOLATION, told(verdict, case)
     assert is_it(record, verdict), found(verdict)
 
 
@@ -69,7 +70,7 @@ def test_a_sound_router_does_not(file: Path, runner: Runner) -> None:
     record, case = read(file)
     target = f"{case.op}@torch"
     verdict = runner.run(replace(case, target=target), target, RunOptions())
-    assert verdict.kind in (PASS, VIOLATION), verdict.detail
+    assert verdict.kind in (PASS, VIOLATION), told(verdict, case)
     assert not is_it(record, verdict)
     # torch's own routers give NaN weights on rows of NaN, and no more than that
     assert found(verdict) <= {("finite", "nan on an undefined row")}
@@ -84,4 +85,4 @@ def test_the_library_fails_in_that_way_or_not_at_all(file: Path) -> None:
         pytest.skip(f"{provider} is not installed, and {LIB_VARIABLES[provider]} is not set")
     with Pool(1, "cuda") as pool, pool.lease(case.target) as worker:
         verdict = worker.run([case], case.target, RunOptions(deadline=20.0, first_deadline=120.0))[0]
-    assert verdict.kind == PASS or is_it(record, verdict), (verdict.kind, verdict.detail, found(verdict))
+    assert verdict.kind == PASS or is_it(record, verdict), told(verdict, case)

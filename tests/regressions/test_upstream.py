@@ -30,6 +30,7 @@ from moe_fuzz.planted.catalog import PLANTED, get_planted
 from moe_fuzz.planted.entry import Planted
 from moe_fuzz.verdict import PASS, VIOLATION, Verdict
 from moe_fuzz.worker.pool import Pool
+from tests.gpu.telling import told, told_all
 
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "upstream").glob("*.json"))
@@ -111,7 +112,7 @@ def test_the_twin_fails_in_the_same_way(stem: str, pool: Pool) -> None:
         if is_it(record, verdict):
             return
         verdict = rerun(pool, (case,), case.target, options)
-    assert is_it(record, verdict), (verdict.kind, verdict.detail, violations_of(verdict))
+    assert is_it(record, verdict), told(verdict, case)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -149,4 +150,4 @@ def test_the_twin_fails_on_a_gpu(stem: str) -> None:
     case, options = case_of(record, record["twin"]), options_of(bug_of(record))
     with Pool(1, "cuda") as pool:
         verdicts = [rerun(pool, (case,), case.target, options) for _ in range(1 if record["check"] == "hang" else 2)]
-    assert any(is_it(record, verdict) for verdict in verdicts), [(v.kind, v.detail, v.violations) for v in verdicts]
+    assert any(is_it(record, verdict) for verdict in verdicts), told_all(verdicts, [case] * len(verdicts))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_fuzz.checks.experts.activations import CURVES, activated, halves
+from moe_fuzz.checks.experts.repeats import Repeats
 from moe_fuzz.checks.experts.requantized import requantized
 from moe_fuzz.checks.experts.rounding import LARGEST, TINY, U, depth, dtype_of, floor, gamma, store, ulp, unit
 from moe_fuzz.checks.experts.slots import Batch, batches
@@ -28,6 +29,7 @@ class Numbers:
     variance: Tensor  # of a target's error, where roundings are as of random numbers; empty unless asked for
     spread: Tensor  # [T, 2]: Σ s and Σ s² over the roundings of h, weighted as they reach y; empty likewise
     largest: Tensor  # [T]: the largest of these s
+    shared: Tensor  # [T, H]: 1, or for how many tokens an error counts that others have as well: `Repeats.shared`
     open: Tensor  # bool [T]: a quantization on the way may fall either way, so that errors are not those of roundings
 
     def take(self, rows: Tensor) -> Numbers:
@@ -35,14 +37,19 @@ class Numbers:
         return Numbers(*(part[rows] if len(part) else part for part in vars(self).values()))
 
 
-def evaluate(inputs: ExpertsInputs, expert: Tensor, contract: Contract, random: bool = False) -> Numbers:
-    """Values and bounds of the slots of `expert`, int64 [T, k], where -1 drops one. random: variances too."""
-    return _Evaluation(inputs, contract, random).run(expert)
+def evaluate(inputs: ExpertsInputs, expert: Tensor, contract: Contract, random: Tensor | None = None) -> Numbers:
+    """Values and bounds of the slots of `expert`, int64 [T, k], where -1 drops one. random: bool [T], the tokens whose
+    roundings are those of random numbers; where there are some, variances too."""
+    if random is None or not bool(random.any()):
+        return _Evaluation(inputs, contract).run(expert)
+    repeats = Repeats(random, expert, inputs.plain["w13"].shape[0], inputs.plain["x"].dtype)
+    return _Evaluation(inputs, contract, repeats).run(expert)
 
 
 class _Evaluation:
-    def __init__(self, inputs: ExpertsInputs, contract: Contract, random: bool) -> None:
-        self.inputs, self.plain, self.contract, self.random = inputs, inputs.plain, contract, random
+    def __init__(self, inputs: ExpertsInputs, contract: Contract, repeats: Repeats | None = None) -> None:
+        self.inputs, self.plain, self.contract, self.repeats = inputs, inputs.plain, contract, repeats
+        self.random = repeats is not None
         self.activation = str(inputs.options["activation"])
         self.layout = str(inputs.options["gate_layout"])
         self.on_input = bool(inputs.options["apply_weight_on_input"])
@@ -103,7 +110,7 @@ class _Evaluation:
         if self.inputs.quantizes:
             h, e_h = self._requantized(batch, h, e_h)
         v, e, size = self._second(batch, h, e_h)
-        held = LARGEST
+        product, held = v, LARGEST
         if "dtype" in (self.contract.down, self.contract.slot):
             held = self.most
         if not self.on_input:
@@ -116,7 +123,10 @@ class _Evaluation:
         v, e = v.masked_fill(nothing, 0.0), e.masked_fill(nothing, torch.inf)
         if s is None:
             return v, e, None, None
-        return v, e, *self._variance(batch, v, h, s.masked_fill(nothing[..., :1], 0.0), weight)
+        s = s.masked_fill(nothing[..., :1], 0.0)
+        if self.repeats is not None:  # a store before the weight rounds alike whatever the weight
+            self.repeats.see(batch, product if self.contract.down == "dtype" else v, h, s)
+        return v, e, *self._variance(batch, v, h, s, weight)
 
     def _first(self, batch: Batch, weight: Tensor, e_weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """x @ w13.T, weighted and biased: [e, n, 2I], its error, and that of its sum on random data."""
@@ -246,8 +256,12 @@ class _Evaluation:
             scale = scale * factor.square().nan_to_num(0.0, 0.0)
         var = scale * (s @ self.inputs.matrix("w2", batch.experts).square().transpose(1, 2))
         if self.contract.down == "dtype":
-            near = 2 * (v.abs() + 4 * var.sqrt()) / weight.abs().clamp(min=TINY)
-            var = var + weight.square() * 2 * self._steps(near)
+            each = torch.ones_like(weight) if self.on_input else weight.abs()
+            each = each.clamp(min=TINY)
+            near = 2 * (v.abs() + 4 * var.sqrt()) / each
+            if (b2 := self.plain.get("b2")) is not None:  # which may cancel a product that is stored before
+                near = torch.maximum(near, (v / each - b2[batch.experts].double()[:, None]).abs())
+            var = var + each.square() * 2 * self._steps(near)
         if self.contract.slot == "dtype":
             var = var + self._steps(v.abs() + 4 * var.sqrt())
         return var, s * scale
@@ -259,7 +273,7 @@ class _Evaluation:
         """The sum over slots, and its store."""
         top_k = expert.shape[1]
         narrow = self.contract.reduce == "dtype"
-        bound = error + gamma(top_k + 2, self.u if narrow else U) * size
+        bound = error + gamma(top_k + 2, self.u if narrow else U) * size + top_k * narrow * self.floor
         bound = bound + self.u * (value.abs() + bound) + self.floor + TINY
         bound = bound.masked_fill(~(size < (self.most if narrow else LARGEST)), torch.inf)
         if self.random:
@@ -269,7 +283,8 @@ class _Evaluation:
             # tie, and what is lost is 0 or half a step, which is more than of a continuous number.
             ties = 1.5 if self.contract.slot == "dtype" or narrow else 1.0
             variance = variance + ties * self._steps(value.abs() + 4 * variance.sqrt())
-        return Numbers(value, bound.nan_to_num(torch.inf, torch.inf), variance, spread, largest, self.open)
+        shared = value[:0] if self.repeats is None else self.repeats.shared(value)
+        return Numbers(value, bound.nan_to_num(torch.inf, torch.inf), variance, spread, largest, shared, self.open)
 
 
 def _largest(sizes: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from moe_fuzz.checks.experts import others
 from moe_fuzz.checks.experts.bounds import Numbers, evaluate
 from moe_fuzz.checks.experts.known import exact_answer
 from moe_fuzz.checks.experts.nonfinite import never_finite
+from moe_fuzz.checks.experts.values import rounded
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.fence import unwritten
 from moe_fuzz.ops.experts.inputs import ExpertsInputs, benign_rows
@@ -135,7 +136,12 @@ class ExpertsObservation:
     @cached_property
     def numbers(self) -> Numbers:
         """The float64 result of each token, with its bound."""
-        return evaluate(self.inputs, self.expert, self.info.contract, random=bool(self.random.any()))
+        return evaluate(self.inputs, self.expert, self.info.contract, random=self.random)
+
+    @cached_property
+    def rounded(self) -> torch.Tensor:
+        """float64 [T, H]: y where each declared store rounds to nearest and no sum does: a right answer."""
+        return rounded(self.inputs, self.expert, self.info.contract)
 
     @cached_property
     def claimed(self) -> torch.Tensor:
@@ -247,4 +253,5 @@ class ExpertsObservation:
         return self.claimed & ~self.missing & self.outputs.y.isfinite()
 
 
-_OF_INPUTS = ("expert", "kept", "sound", "real", "random", "numbers", "claimed", "hopeless", "limits", "exact")
+_OF_INPUTS = ("expert", "kept", "sound", "real", "random", "numbers", "rounded", "claimed", "hopeless", "limits",
+              "exact")

@@ -20,6 +20,7 @@ from moe_fuzz.verdict import Violation
 
 ERROR = 1e-9  # the chance that a correct target is accused, a case
 _KINDS = 11  # of tests, which share it
+_MOSTLY = 0.9  # of the elements: far fewer are the same by chance, or where errors are larger than they should be
 _MODEL = 1.02  # the variances themselves are taken to be right to 2 %, however many values there are
 _Place = Callable[[int], tuple[tuple[int, ...], str]]  # by its number: coordinates, and a name for a person
 
@@ -33,6 +34,11 @@ class _Test:
     words: str  # what `got` is
     usual: float  # of a correct target
 
+    def used(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The share of what is allowed, `got` and `most`, at each place, flat."""
+        got, most = self.got.flatten(), self.most.expand_as(self.got).flatten()
+        return (got - self.usual) / (most - self.usual), got, most
+
 
 @check("experts", "statistical", parity=True)
 def statistical(seen: ExpertsObservation) -> list[Violation]:
@@ -42,10 +48,12 @@ def statistical(seen: ExpertsObservation) -> list[Violation]:
     tokens = tokens[~seen.numbers.open[tokens]]
     if not len(tokens):
         return []
-    share = 0.0
-    for test in _Tests(seen, tokens).all():
-        got, most = test.got.flatten(), test.most.expand_as(test.got).flatten()
-        used = (got - test.usual) / (most - test.usual)
+    share, from_rounded = 0.0, None
+    for number, test in enumerate(_Tests(seen, tokens, seen.numbers.value).all()):
+        used, got, most = test.used()
+        if bool((used > 1).any()) and _mostly_rounded(seen, tokens):
+            from_rounded = from_rounded or [test.used()[0] for test in _Tests(seen, tokens, seen.rounded).all()]
+            used = torch.minimum(used, from_rounded[number])
         at = int(used.argmax())
         if float(used[at]) > 1:
             where, text = test.place(at)
@@ -57,15 +65,22 @@ def statistical(seen: ExpertsObservation) -> list[Violation]:
     return []
 
 
+def _mostly_rounded(seen: ExpertsObservation, tokens: Tensor) -> bool:
+    """Whether the answer has the bits of `ExpertsObservation.rounded`, but for a few: where its errors are not those of
+    random numbers, then neither are those of a right answer, and they are to be measured from there."""
+    return float((seen.y[tokens] == seen.rounded[tokens]).double().mean()) > _MOSTLY
+
+
 class _Tests:
-    def __init__(self, seen: ExpertsObservation, tokens: Tensor) -> None:
-        """tokens: int64 [R], those that are judged."""
+    def __init__(self, seen: ExpertsObservation, tokens: Tensor, right: Tensor) -> None:
+        """tokens: int64 [R], those that are judged. right: float64 [T, H], what errors are the distance from."""
         self.seen, self.tokens = seen, tokens
         numbers = seen.numbers
         sigma = numbers.variance[tokens].sqrt()
-        self.z = (seen.y[tokens] - numbers.value[tokens]) / sigma  # [R, H]
+        self.z = (seen.y[tokens] - right[tokens]) / sigma  # [R, H]
         self.value = numbers.value[tokens] / sigma
         self.count, self.hidden = self.z.shape
+        self.shared = numbers.shared[tokens]  # [R, H]
         self.free, self.peak = _freedom(seen, tokens, self.hidden)
         self.rows = tokens.tolist()
         local = seen.expert[tokens]
@@ -103,22 +118,25 @@ class _Tests:
     def _squares(self) -> Iterator[_Test]:
         square, words = self.z.square(), "the mean of z²"
         by_row = square.mean(dim=1)
-        one, wide = torch.ones_like(self.free[:1]), self.peak.amax()
+        one, wide = torch.ones_like(self.free[:1]), self.peak.amax() * self.shared.amax()
+        each, most = self.shared.mean(dim=1) / self.free, self.shared.amax(dim=0)  # [R], [H]
 
         def test(symptom: str, place: _Place, got: Tensor, free: Tensor, peak: Tensor) -> _Test:
             x = _log_chance(got.numel())
-            most = _MODEL * (1 + 2 * (x / free).sqrt() + 2 * x * peak)
-            return _Test(symptom, place, got, most, words, 1.0)
+            limit = _MODEL * (1 + 2 * (x / free).sqrt() + 2 * x * peak)
+            return _Test(symptom, place, got, limit, words, 1.0)
 
-        whole = self.count**2 / (1 / self.free).sum()[None]
+        whole = self.count**2 / each.sum()[None]
         yield test("all", self._everywhere, by_row.mean()[None], whole, wide / self.count)
         yield test("token", self._token, by_row, self.free, self.peak)
-        yield test("column", self._column, square.mean(dim=0), one * self.count, one / self.count)
+        free = self.count**2 / self.shared.sum(dim=0)
+        yield test("column", self._column, square.mean(dim=0), free, most / self.count)
         size = self.member.sum(dim=1)
-        free = size.square() / (self.member @ (1 / self.free))
+        free = size.square() / (self.member @ each)
         yield test("expert", self._expert, self.member @ by_row / size, free, wide / size)
         cells = self.member @ square / size[:, None]  # [E, H]
-        yield test("expert-column", self._cell, cells, size[:, None], 1 / size[:, None])
+        free = size.square()[:, None] / (self.member @ self.shared)
+        yield test("expert-column", self._cell, cells, free, most / size[:, None])
         yield test("element", self._element, square, one, one)
 
     # ---- what the errors have in common with y ----------------------------------------------------------------------
@@ -136,6 +154,7 @@ class _Tests:
         bias += 4 * gamma(self.hidden / 16 + 16) + 2 * gamma(inter / 16 + 16)  # where tensor cores cut off
         by_row, weight = product.sum(dim=1), square.sum(dim=1)
         variance = weight * self.peak * self.hidden
+        together = (square * self.shared).sum(dim=1) * self.peak * self.hidden
         words = "the share of y in its errors"
 
         def test(symptom: str, place: _Place, got: Tensor, variance: Tensor, weight: Tensor) -> _Test:
@@ -144,16 +163,18 @@ class _Tests:
             most = (2 * x * _MODEL * variance).sqrt() / weight + bias
             return _Test(symptom, place, got.abs() / weight, most, words, 0.0)
 
-        yield test("scale", self._everywhere, by_row.sum()[None], variance.sum()[None], weight.sum()[None])
+        yield test("scale", self._everywhere, by_row.sum()[None], together.sum()[None], weight.sum()[None])
         yield test("token-scale", self._token, by_row, variance, weight)
         columns = square.sum(dim=0)
-        yield test("column-scale", self._column, product.sum(dim=0), columns, columns)
-        of_expert = self.member @ torch.stack([by_row, variance, weight], dim=1)
+        yield test("column-scale", self._column, product.sum(dim=0), (square * self.shared).sum(dim=0), columns)
+        of_expert = self.member @ torch.stack([by_row, together, weight], dim=1)
         yield test("expert-scale", self._expert, *of_expert.unbind(dim=1))
         excess = (by_row.abs() - bias * weight).clamp(min=0.0).square() / variance.clamp(min=1e-300)
         x = _log_chance(1)
-        most = _MODEL * (1 + 2 * math.sqrt(x / self.count) + 2 * x / self.count)
-        yield _Test("token-scales", self._everywhere, excess.mean()[None], torch.full_like(excess[:1], most),
+        alike = self.shared.mean(dim=1)
+        free, peak = self.count**2 / alike.sum(), alike.amax() / self.count
+        most = _MODEL * (1 + 2 * (x / free).sqrt() + 2 * x * peak)
+        yield _Test("token-scales", self._everywhere, excess.mean()[None], most[None],
                     "the mean square of tokens' shares of y in their errors", 0.0)  # fmt: skip
 
 
