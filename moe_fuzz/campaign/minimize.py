@@ -107,10 +107,14 @@ class Reducer:
 
         at_first = now()
         ddmin(range(len(at_first.steps)), lambda kept: accept(at_first.keep_steps(kept)))
+        for index in range(len(now().steps)):  # before the config, under which another fault may fail in its place
+            self._reduce_faults(partial(accept_step, index), partial(step_now, index))
+        self._leap(accept, now())
         if now().mode != "eager":  # together, as the steps of one bucket must
             ddmin(_every_row(now()), lambda rows: accept(_keep_rows(now(), Labels.of(rows))))
         for index in range(len(now().steps)):
             self._reduce_step(partial(accept_step, index), partial(step_now, index))
+        self._halve(accept, now)
         while any(accept(simpler) for simpler in self._space.simplify(now())):
             pass
 
@@ -120,8 +124,58 @@ class Reducer:
         for axis, labels in self._space.label_axes(now()).items():
             ddmin(tuple(labels), partial(accept_labels, axis))
 
-    def _reduce_step(self, accept: Callable[[Step], bool], now: Callable[[], Step]) -> None:
+    def _leap(self, accept: Callable[[Case], bool], case: Case) -> None:
+        """Everything plain that can be plain, at once. A try is a fresh worker, on a GPU two seconds: one value at a
+        time, the budget ends in the middle of the sizes, and what nobody had time to take away counts as needed."""
+        plain = self._plainest(case).config
+        fancy = [name for name in case.config if case.config[name] != plain[name]]
+
+        def accept_fancy(kept: tuple[str, ...]) -> bool:
+            return accept(case.with_config(**{name: plain[name] for name in fancy if name not in kept}))
+
+        ddmin(fancy, accept_fancy, may_be_empty=True)
+
+    def _halve(self, accept: Callable[[Case], bool], now: Callable[[], Case]) -> None:
+        """Of the simpler values of each axis, the middle one first. Sizes mostly fail from one of them on, and trying
+        them in turn from the smallest, a case of 160 experts that needs 65 takes 15 tries. Those are tried anyway."""
+        case = now()
+        axes: dict[tuple[str, ...], list[Case]] = {}
+        for simpler in self._space.simplify(case):
+            changed = tuple(name for name in case.config if simpler.config[name] != case.config[name])
+            axes.setdefault(changed, []).append(simpler)
+        axes.pop((), None)
+        for changed, values in axes.items():
+            low, high = 0, len(values)
+            while low < high:
+                middle = (low + high) // 2
+                if accept(now().with_config(**{name: values[middle].config[name] for name in changed})):
+                    high = middle
+                else:
+                    low = middle + 1
+
+    def _plainest(self, case: Case) -> Case:
+        """Where it ends, if nothing holds it, taking the first valid step of each pass. Nothing is run."""
+        seen = {case.digest}
+        while True:
+            news = (new for new in self._space.simplify(case) if new.digest not in seen and self._valid(new))
+            simpler = next(news, None)
+            if simpler is None:
+                return case
+            seen.add(simpler.digest)
+            case = simpler
+
+    def _valid(self, case: Case) -> bool:
+        try:
+            self._space.validate(case)
+        except CaseError:
+            return False
+        return True
+
+    def _reduce_faults(self, accept: Callable[[Step], bool], now: Callable[[], Step]) -> None:
         ddmin(now().faults, lambda faults: accept(replace(now(), faults=faults)), may_be_empty=True)
+
+    def _reduce_step(self, accept: Callable[[Step], bool], now: Callable[[], Step]) -> None:
+        self._reduce_faults(accept, now)
         if not now().rows:  # one row is the plain case; having none is a feature, kept only if the failure needs it
             accept(replace(now(), rows=Labels.range(1)))
         ddmin(tuple(now().rows), lambda rows: accept(now().keep_rows(Labels.of(rows))))
@@ -133,10 +187,7 @@ class Reducer:
         digests = _digests(cases)
         if digests in self._tried:
             return False
-        try:
-            for case in cases:
-                self._space.validate(case)
-        except CaseError:
+        if not all(map(self._valid, cases)):
             return False
         if self._clock() >= self._end or (self._most is not None and len(self._tried) > self._most):
             raise OutOfTime

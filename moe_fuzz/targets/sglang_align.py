@@ -44,6 +44,8 @@ _CLAUSES = {
     "canary": _SURVIVES,
     "capture": "SGLang captures it with the model",
 }
+#: From 64 experts on, slots are sorted by a kernel of its own, whose grid has a block for each 256 of them.
+_NO_TOKENS = {"error @ T=0": "models answer an idle rank before; a batch of none does not reach this operator"}
 
 
 def align() -> Any:
@@ -52,7 +54,7 @@ def align() -> Any:
     operator = library.operator("moe_align_block_size")
     call = bind_operator(operator, _NAMES, (*REQUIRED, "cumsum_buffer"))
     capabilities = replace(_CAPABILITIES, devices=extension.devices(operator))
-    return declares(_CONTRACT, capabilities, _CLAUSES, {}, library.origin(call.text))(planned(call, _room))
+    return declares(_CONTRACT, capabilities, _CLAUSES, _NO_TOKENS, library.origin(call.text))(planned(call, _room))
 
 
 def _room(slots: int, num_experts: int, block_size: int) -> Room:

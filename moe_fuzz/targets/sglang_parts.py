@@ -37,6 +37,8 @@ _IN_DTYPE = Contract(deterministic=True, reduce="dtype", accepts=_DIALECTS)
 #: sgl-kernel/csrc/moe/moe_sum_reduce.cu: in float32, in ascending order of slots, then times the factor.
 _IN_FLOAT32 = Contract(deterministic=True, accepts=_DIALECTS)
 _REDUCE_TEST = "sgl-kernel/benchmark/bench_sum_scale.py compares it with torch to 1e-2"
+#: Its vector kernel steps by 16 elements, and its launcher gives it every multiple of 8 (sglang#10321).
+_REDUCE_WRITTEN = "its callers allocate the result empty, and return it; its own condition takes each multiple of 8"
 
 
 def moe_sum() -> Experts:
@@ -46,7 +48,7 @@ def moe_sum() -> Experts:
 
 def moe_sum_reduce() -> Experts:
     """`sgl_kernel::moe_sum_reduce`, likewise. Raises EnvironmentProblem."""
-    clauses = {"exact": _REDUCE_TEST, "bound": _REDUCE_TEST}
+    clauses = {"exact": _REDUCE_TEST, "bound": _REDUCE_TEST, "written": _REDUCE_WRITTEN}
     return _sum("moe_sum_reduce", _SUM_REDUCE, _IN_FLOAT32, clauses, {})
 
 
@@ -92,6 +94,11 @@ _SHUFFLES = Capabilities(
     dtypes=("bfloat16", "float16"), min_multiple_h=8, strided=False, weight_on_input=False, expert_map=False, out=True,
     alignment=16,
 )  # fmt: skip
+#: apply_shuffle_mul_sum means to take any size, but launches a thread for each 16 elements: for 8 it has none.
+_SHUFFLE_UNPROMISED = {
+    **_NO_TOKENS,
+    "error @ H not a multiple of 16": "sglang/srt/layers/moe/cutlass_moe.py quantizes rows in groups of 128",
+}
 _COMMENT = "the comment above apply_shuffle_mul_sum: equals (y[map] * weights.to(dtype)).sum(dim=1) of torch"
 
 
@@ -124,4 +131,4 @@ def shuffle() -> Experts:
     clauses = {**_CLAUSES, "exact": _COMMENT, "bound": _COMMENT}
     capabilities = replace(_SHUFFLES, devices=extension.devices(operator))
     origin = "; ".join([library.origin(prepare.text), copy.text, apply.text])
-    return declares(_SHUFFLED, capabilities, clauses, _NO_TOKENS, origin)(permuted(gather, combine))
+    return declares(_SHUFFLED, capabilities, clauses, _SHUFFLE_UNPROMISED, origin)(permuted(gather, combine))

@@ -19,7 +19,7 @@ _SURVIVES = "no caller survives an access outside the tensors it passed"
 _EMPTY = "vLLM's callers pad an idle rank to a token; a batch of none does not reach this operator"
 _CAPTURED = "vLLM captures it with the model"
 _MEMORY = {"crash": _SURVIVES, "fence": _SURVIVES, "canary": _SURVIVES, "capture": _CAPTURED}
-#: A launch over nothing; and with a map, on the host, a division by the size of a block of no threads.
+#: A launch over nothing; and with a map, before 0.33, a division on the host by the size of a block of no threads.
 _NO_TOKENS = {"* @ T=0": _EMPTY}
 
 # ---- moe_sum --------------------------------------------------------------------------------------------------------

@@ -13,11 +13,14 @@ from moe_fuzz.case import Fault
 from moe_fuzz.checks import CHECKS
 from moe_fuzz.checks.experts.observation import ExpertsObservation, Outputs
 from moe_fuzz.contract import Contract
+from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 from tests.cpu.experts_seen import FP4_STRICT, STEADY, case_of, fp4_case_of, observe, reference
 
-WIDE = {"hidden": 64, "intermediate": 192, "experts": 5, "bias": "float32", "weight_on_input": True,
-        "weight_scale": -14, "gate_layout": "interleaved", "expert_map": "permuted", "activations": "nvfp4"}  # fmt: skip
+WIDE = {
+    "hidden": 64, "intermediate": 192, "experts": 5, "bias": "float32", "weight_on_input": True, "weight_scale": -14,
+    "gate_layout": "interleaved", "expert_map": "permuted", "activations": "nvfp4",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +117,19 @@ def test_a_product_lost_beside_its_bias_counts_once() -> None:
     found = shared(with_inputs(seen, w2=columns))
     assert float(found[:, 3].min()) > 50
     assert torch.equal(found[:, 4:], torch.ones_like(found[:, 4:]))
+
+
+@pytest.mark.parametrize("down", ["float32", "dtype"])
+def test_what_is_lost_is_like_nothing(down: str) -> None:
+    """Experts with a NaN in their weights or their scale, and rows that are not finite."""
+    for seed in range(4):
+        faults = (Fault("nan_blocks", "w2_scales"), Fault("nan_scale", "w13_alpha"),
+                  Fault("nan_rows", "x", Labels.of([3, 4])))  # fmt: skip
+        case = fp4_case_of(rows=100, experts=8, faults=faults, bias="dtype", seed=seed)
+        seen = observe(case, contract=replace(FP4_STRICT, down=down))
+        assert bool(seen.numbers.shared.isfinite().all())
+        assert said(seen) == []
+        assert "statistical" in seen.budget
 
 
 def test_an_answer_of_zeros_rounds_nothing() -> None:

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_fuzz.campaign.finding import needed_features
 from moe_fuzz.campaign.minimize import Reducer, ddmin
 from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops import get_space
 from tests.cpu.campaign_fakes import SPACE, TARGET, toy
 
 
@@ -135,6 +137,39 @@ def test_the_experts_that_matter_are_found_wherever_they_stand():
     result = reduce(toy(experts=160, top_k=22), fails)
     assert str(result.case.experts) == "37,158"
     assert result.tries < 200
+
+
+@pytest.mark.parametrize("target", ["experts_bf16@torch", "align@torch"])
+def test_of_a_rich_config_only_what_is_needed_is_left_after_few_tries(target):
+    """On a GPU a try takes two seconds, and what nobody had time to take away made one defect into several findings."""
+    op = target.partition("@")[0]
+    space = get_space(op)
+    if op == "align":
+        config = {"block_size": 256, "edge": "left", "expert_map": "permuted", "experts": "0-383", "ids_dtype": "int64",
+                  "out": False, "top_k": 17}  # fmt: skip
+    else:
+        config = {"activation": "swiglu_oai", "bias": "float32", "dialect": "minus_one", "dtype": "float16",
+                  "edge": "left", "expert_map": "permuted", "experts": "0-256", "gate_layout": "interleaved",
+                  "hidden": 72, "intermediate": 1408, "magnitude": 7, "out": True, "recipe": "dense", "top_k": 9,
+                  "weight_on_input": False, "weight_scale": -14}  # fmt: skip
+    case = Case(op, config, (Step(Labels()),), 7, target=target)
+    space.validate(case)
+    result = Reducer(space, lambda cases: not cases[-1].steps[0].tokens, 60.0, tries=9).run(case)
+    always = {"T=0", "slots<E"}  # the latter says the same of align
+    assert set(needed_features(space, result.case)) <= always
+    assert result.complete
+    left = Reducer(space, lambda cases: cases[-1].config["edge"] == "left", 60.0, tries=16).run(case).case
+    assert set(needed_features(space, left)) - always == {"edge=left"}
+
+
+def test_the_config_does_not_lead_from_one_defect_to_another():
+    """With one expert in place of 60, the rows of NaN would fail too, and might be what is left."""
+
+    def fails(cases):
+        return has(cases[-1], "ties") or (has(cases[-1], "nan_rows") and len(cases[-1].experts) == 1)
+
+    case = reduce(toy(60, 8, 33, ["nan_rows", "ties"]), fails).case
+    assert case.fault_names == ("ties",)
 
 
 def test_an_invalid_candidate_is_never_run():

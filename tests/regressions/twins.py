@@ -1,9 +1,14 @@
-"""Twins of defects found in released routers that no planted bug stands for: the same flaw, in plain torch."""
+"""Twins of defects found in released kernels that no planted bug stands for: the same flaw, in plain torch."""
 
 from __future__ import annotations
 
+import signal
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from moe_fuzz.targets.torch_experts import experts_bf16
 
 
 def reciprocal_of_the_sum(
@@ -35,3 +40,28 @@ def infinite_logits_leave_the_race(
     ids = ids.masked_fill(value == -torch.inf, 0)
     weights = scores.gather(1, ids)
     return (weights / (weights.sum(dim=1, keepdim=True) + 1e-20) if renormalize else weights), ids.int()
+
+
+def steps_of_sixteen(x: Tensor, *tensors: Tensor, out: Tensor | None = None, **options: Any) -> Tensor:
+    """A kernel for many tokens writes whole steps of 16 elements, and its launcher lets it have every multiple of 8."""
+    y = experts_bf16(x, *tensors, **options)
+    tokens, hidden = y.shape
+    steps = tokens > 256 and hidden % 8 == 0 and y.dtype == torch.bfloat16
+    written = hidden // 16 * 16 if steps else hidden
+    result = torch.empty_like(y) if out is None else out
+    result[:, :written] = y[:, :written]
+    return result
+
+
+def thread_for_sixteen(x: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+    """A block of hidden / 16 threads, of which there are none below 16. On a GPU nobody hears of it."""
+    if len(x) and x.shape[1] < 16:
+        raise RuntimeError("CUDA error: invalid argument (a block of 0 threads)")
+    return experts_bf16(x, *tensors, **options)
+
+
+def divides_by_the_tokens(x: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+    """Slots by tokens gives top_k, on the host: of no tokens the process dies."""
+    if not len(x):
+        signal.raise_signal(signal.SIGFPE)
+    return experts_bf16(x, *tensors, **options)

@@ -125,7 +125,7 @@ class _Evaluation:
             return v, e, None, None
         s = s.masked_fill(nothing[..., :1], 0.0)
         if self.repeats is not None:  # a store before the weight rounds alike whatever the weight
-            self.repeats.see(batch, product if self.contract.down == "dtype" else v, h, s)
+            self.repeats.see(batch, product.masked_fill(nothing, 0.0) if self.contract.down == "dtype" else v, h, s)
         return v, e, *self._variance(batch, v, h, s, weight)
 
     def _first(self, batch: Batch, weight: Tensor, e_weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

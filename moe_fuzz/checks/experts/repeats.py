@@ -32,17 +32,15 @@ class Repeats:
 
     def see(self, batch: Batch, v: Tensor, h: Tensor, s: Tensor) -> None:
         """v: [e, n, H], the slots as they are stored. h: [e, n, I], and the variances s of its roundings."""
-        real = (batch.real & self.counted[batch.token]).flatten()
-        token, slot = batch.token.flatten()[real], batch.slot.flatten()[real]
-        expert = batch.experts[:, None].expand_as(batch.token).flatten()[real]
-        v, h, s = (part.flatten(0, 1)[real] for part in (v, h, s))
-        self.v.add(expert, v)
-        self.h.add(expert, h)
+        real = batch.real & self.counted[batch.token]  # [e, n]
+        self.v.add(batch.experts, v, real)
+        self.h.add(batch.experts, h, real)
         if not len(self.size):
-            self.size = s.new_zeros((self.experts, s.shape[1]))
-        self.size.index_add_(0, expert, s)
-        rounded = (s > 0).any(dim=1, keepdim=True)
-        self.keys[token, slot] = torch.cat([*_key(v), *(part * rounded for part in _key(h))], dim=1)
+            self.size = s.new_zeros((self.experts, s.shape[2]))
+        self.size.index_add_(0, batch.experts, _total(s, real))
+        rounded = (s > 0).any(dim=2)
+        keys = torch.stack([*_key(v), *(part * rounded for part in _key(h))], dim=2)  # [e, n, 4]
+        self.keys[batch.token[real], batch.slot[real]] = keys[real]
 
     def shared(self, value: Tensor) -> Tensor:
         """Of each element of y, 1 and the sum of its error's correlations with those of other tokens at most, [T, H].
@@ -71,7 +69,7 @@ class Repeats:
         ordered = self.expert.sort(dim=1).values
         group = ordered.unique(dim=0, return_inverse=True)[1]
         rows = _Spread(int(group.max()) + 1, self.dtype)
-        rows.add(group[self.counted], value[self.counted])
+        rows.add(group, value[:, None], self.counted[:, None])
         others = (rows.count - 1).clamp(min=0)[:, None]
         return (rows.likeness() * others)[group]
 
@@ -99,16 +97,17 @@ class _Spread:
         self.groups, self.dtype = groups, dtype
         self.count = self.sums = self.squares = self.largest = torch.zeros(0)
 
-    def add(self, group: Tensor, rows: Tensor) -> None:
-        """group: int64 [N]; rows: float64 [N, D]."""
+    def add(self, groups: Tensor, rows: Tensor, real: Tensor) -> None:
+        """Of each of e groups, int64 [e], n rows [e, n, D], where they are real, bool [e, n]."""
         if not len(self.count):
             self.count = rows.new_zeros(self.groups)
-            self.sums = rows.new_zeros((self.groups, rows.shape[1]))
+            self.sums = rows.new_zeros((self.groups, rows.shape[2]))
             self.squares, self.largest = self.sums.clone(), self.sums.clone()
-        self.count.index_add_(0, group, torch.ones_like(group, dtype=torch.float64))
-        self.sums.index_add_(0, group, rows)
-        self.squares.index_add_(0, group, rows.square())
-        self.largest.scatter_reduce_(0, group[:, None].expand_as(rows), rows.abs(), "amax")
+        self.count.index_add_(0, groups, real.sum(dim=1).double())
+        self.sums.index_add_(0, groups, _total(rows, real))
+        self.squares.index_add_(0, groups, _total(rows.square(), real))
+        largest = rows.abs().mul_(real[..., None]).amax(dim=1)
+        self.largest.scatter_reduce_(0, groups[:, None].expand_as(largest), largest, "amax")
 
     def likeness(self) -> Tensor:
         """[G, D]: the correlation of the roundings of two numbers of a group, in the mean.
@@ -122,9 +121,14 @@ class _Spread:
         return torch.exp(-4 * math.pi**2 * steps).masked_fill(self.largest == 0, 0.0)
 
 
+def _total(rows: Tensor, real: Tensor) -> Tensor:
+    """[e, D]: the sum of the real rows of [e, n, D]."""
+    return (real.double()[:, None] @ rows)[:, 0]
+
+
 def _key(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of rows [N, D] a number that two rows have in common if they are the same, and else by no chance; and how large
-    its terms are. Both [N, 1]."""
-    at = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
-    terms = rows * (0.5 + (at * 0.6180339887498949).frac())
-    return terms.sum(dim=1, keepdim=True), terms.abs().sum(dim=1, keepdim=True)
+    """Of rows [e, n, D] a number that two rows have in common if they are the same, and else by no chance; and how
+    large its terms are. Both [e, n]."""
+    at = torch.arange(1, rows.shape[2] + 1, dtype=torch.float64, device=rows.device)
+    factors = 0.5 + (at * 0.6180339887498949).frac()
+    return rows @ factors, rows.abs() @ factors
