@@ -10,7 +10,7 @@ import bisect
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, starmap
 
 MAX_LABEL = 2**31 - 1
@@ -40,6 +40,7 @@ class Labels:
         return cls(tuple(spans))
 
     @classmethod
+    @lru_cache(maxsize=256)
     def parse(cls, text: str) -> Labels:
         """Reads `0-6,9`; the empty string is the empty set. Raises ValueError unless written in ascending order."""
         spans: list[tuple[int, int]] = []

@@ -37,8 +37,9 @@ CAPS: Mapping[Key, Caps] = {
     # At two ranks both ways send as many bytes, and one shot waits once.
     (2, "sm90", "nvlink"): Caps(ALWAYS, {"nccl": ALWAYS, "symm_mem": ALWAYS, "multimem": 64 << 20},
                                 "measured up to 8 MB on 2 x NVIDIA H200, 2026-11-21; multimem: vLLM's cap of 64 MB"),
-    (4, "sm90", "nvlink"): Caps(512 << 10, {"nccl": ALWAYS, "symm_mem": ALWAYS, "multimem": 2 << 20},
-                                "one_shot: vLLM's custom all-reduce at four ranks; fused: vLLM's cap of 2 MB"),
+    # One cap for all sizes of rows is a compromise: two shots win from 768 KB on at H 2048, not below 1 MB at 7168.
+    (4, "sm90", "nvlink"): Caps(1022 << 10, {"nccl": ALWAYS, "symm_mem": 770 << 10, "multimem": 2 << 20},
+                                "measured on 4 x NVIDIA H200, 2026-11-21; multimem: vLLM's cap of 2 MB"),
     (8, "sm90", "nvlink"): Caps(256 << 10, {"nccl": ALWAYS, "symm_mem": ALWAYS, "multimem": 256 << 10},
                                 "one_shot: vLLM's custom all-reduce at eight ranks; fused: measured in vllm#44079"),
 }  # fmt: skip

@@ -8,7 +8,10 @@ memory of the host by itself.
 
 from __future__ import annotations
 
+import ctypes
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -49,6 +52,18 @@ class Ring:
 
     def take(self, size: int, like: int = 0) -> torch.Tensor:
         """uint8 [size], at an address that is as far from a multiple of 16 as `like`. Raises DeviceLost."""
+        memory, start = self._reserve(size, like)
+        return memory[start : start + size]
+
+    def hold(self, source: int, size: int, like: int = 0) -> int:
+        """The address of a copy of `size` bytes of the host's, as far from a multiple of 16 as `like`: of little memory
+        it takes less time than the operations of a tensor do. Raises DeviceLost."""
+        memory, start = self._reserve(size, like)
+        address = memory.data_ptr() + start
+        ctypes.memmove(address, source, size)
+        return address
+
+    def _reserve(self, size: int, like: int) -> tuple[torch.Tensor, int]:
         if self._memory is None:
             self._memory = torch.empty(self._size, dtype=torch.uint8, pin_memory=True)
         start = -(-self._used // 16) * 16 + like % 16
@@ -56,7 +71,7 @@ class Ring:
             cuda_driver.synchronize()  # nobody may read or write what stands there any more
             start = like % 16
         self._used = start + size
-        return self._memory[start : start + size]
+        return self._memory, start
 
 
 _RING_OF_PROCESS = Ring()
@@ -64,10 +79,8 @@ _RING_OF_PROCESS = Ring()
 
 def staged(value: torch.Tensor, to: int) -> Move:
     """What copies a small tensor of the host to a device address."""
-    flat = value.contiguous().reshape(-1).view(torch.uint8)
-    memory = _RING_OF_PROCESS.take(len(flat), to)
-    memory.copy_(flat)
-    return Move(to, len(flat), 0, memory.data_ptr())
+    packed = value.contiguous()
+    return Move(to, packed.nbytes, 0, _RING_OF_PROCESS.hold(packed.data_ptr(), packed.nbytes, to))
 
 
 def is_small(tensor: torch.Tensor) -> bool:
@@ -93,7 +106,7 @@ def move(moves: Sequence[Move]) -> None:
     """Does all of it, in no order: the pieces must not overlap. Asynchronous, on the current stream."""
     moves = [one for one in moves if one.size]
     if moves:
-        _move_kernel[(len(moves), _programs(moves))](_table(moves).data_ptr(), BLOCK=_BLOCK)
+        _move_kernel[(len(moves), _programs(moves))](_table(moves), BLOCK=_BLOCK)
 
 
 def lay(pieces: Sequence[Piece]) -> None:
@@ -112,15 +125,14 @@ def changed(pieces: Sequence[Piece]) -> torch.Tensor:
     flags = _RING_OF_PROCESS.take(4 * len(pieces)).view(torch.int32).zero_()
     if pieces:
         grid = (len(pieces), _programs(pieces))
-        _changed_kernel[grid](_table(pieces).data_ptr(), flags.data_ptr(), BLOCK=_BLOCK)
+        _changed_kernel[grid](_table(pieces), flags.data_ptr(), BLOCK=_BLOCK)
     return flags
 
 
-def _table(rows: Sequence[Piece] | Sequence[Move]) -> torch.Tensor:
-    """int64 [rows, fields], which a kernel can read."""
-    table = torch.tensor(rows, dtype=torch.int64)
-    memory = _RING_OF_PROCESS.take(table.nbytes).view(torch.int64)
-    return memory.copy_(table.view(-1))
+def _table(rows: Sequence[Piece] | Sequence[Move]) -> int:
+    """The address of an int64 [rows, fields], which a kernel can read."""
+    table = array("q", chain.from_iterable(rows))
+    return _RING_OF_PROCESS.hold(table.buffer_info()[0], len(table) * table.itemsize)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -130,7 +142,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _programs(pieces: Sequence[Piece] | Sequence[Move]) -> int:
-    return min(_PROGRAMS, triton.cdiv(max(piece.size for piece in pieces), 8 * _BLOCK) + 1)
+    return min(_PROGRAMS, -(-max(piece.size for piece in pieces) // (8 * _BLOCK)) + 1)
 
 
 @triton.jit

@@ -182,19 +182,13 @@ def alphas_in_sixteens(*tensors: Tensor, **options: Any) -> Tensor:
     return _Sixteens.run(*tensors, **options)
 
 
-class _Fours(Fp4Layer):
-    def slots(self, expert: Tensor) -> Tensor:
-        alphas = self.alphas["w2"]
-        copied = torch.empty_like(alphas)
-        size = triton.next_power_of_2(len(alphas) + 3)
-        _copy_in_fours_kernel[(1,)](alphas, copied, len(alphas), BLOCK=size)
-        self.alphas["w2"] = copied
-        return super().slots(expert)
-
-
 def alphas_read_in_fours(*tensors: Tensor, **options: Any) -> Tensor:
     """vllm#40351: global scales are read in fours, past the last expert's where 4 does not divide E."""
-    return _Fours.run(*tensors, **options)
+    alphas = tensors[8]
+    copied = torch.empty_like(alphas)
+    size = triton.next_power_of_2(len(alphas) + 3)
+    _copy_in_fours_kernel[(1,)](alphas, copied, len(alphas), BLOCK=size)
+    return Fp4Layer.run(*tensors[:8], copied, **options)
 
 
 class _Mixed(Fp4Layer):

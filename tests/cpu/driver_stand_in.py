@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moe_fuzz.fence import cuda, cuda_driver, cuda_mapping
+from moe_fuzz.fence import cuda_driver, cuda_mapping, cuda_placed
 
 _GRANULE = 1 << 12
 _PRIVATE, _FIXED_SHARED = 0x4022, 0x11  # anonymous, no reserve; at this very address
@@ -46,7 +46,7 @@ def pretend(synchronize: Callable[[], None]) -> None:
         "free": lambda address, size: None, "unmap": lambda address, size: None,
     }.items():  # fmt: skip
         setattr(cuda_driver, name, function)
-    cuda.MIN_GUARD = cuda_mapping._ALIAS = 1 << 20
+    cuda_placed.MIN_GUARD = cuda_mapping._ALIAS = 1 << 20
     torch.cuda.is_available, torch.cuda.current_device = (lambda: True), (lambda: 0)  # type: ignore[assignment]
     torch.Tensor.pin_memory = torch.Tensor.clone  # type: ignore[assignment, method-assign]
     moved, as_tensor = torch.Tensor.to, torch.as_tensor

@@ -166,7 +166,7 @@ from tests.cpu import test_waits as cases
 from tests.cpu.driver_stand_in import pretend
 from moe_fuzz.case import Fault
 from moe_fuzz.execute.capture import GraphPool
-from moe_fuzz.fence import cuda, cuda_driver
+from moe_fuzz.fence import cuda_driver, cuda_placed
 from moe_fuzz.reference.routing import topk_softmax
 
 pretend(lambda: None)
@@ -183,10 +183,10 @@ def writing(logits, top_k, **more):
 for mode, count in (("eager", 1), ("graph", 3)):
     for turn in ("first", "second"):
         switches.clear()
-        made = cuda._POOL.made
+        made = cuda_placed.POOL.made
         verdict = cases.run(topk_softmax, mode, FAULT, count=count, out=True)
         found[f"{turn} {mode}"] = [verdict.kind, [v.symptom for v in verdict.violations], len(switches),
-                                   cuda._POOL.made - made]
+                                   cuda_placed.POOL.made - made]
 cases.run(writing, "eager", FAULT)
 """
 

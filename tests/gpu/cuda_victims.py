@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_fuzz.fence import FenceOptions, cuda, cuda_driver, open_arena, unwritten
+from moe_fuzz.fence import FenceOptions, cuda, cuda_driver, cuda_placed, open_arena, unwritten
 from moe_fuzz.fence.cuda import CudaArena
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "cpu"))  # with -P nothing beside a script is found
@@ -118,7 +118,7 @@ def probe_pool(arena: CudaArena) -> dict[str, Any]:
             scribble(tensors[1], -8, 8)
             damaged.append([v.symptom for v in one.check()])
             tensors.clear()
-        made.append(cuda._POOL.made)
+        made.append(cuda_placed.POOL.made)
     with open_arena("cuda") as one:
         keeper = one.tensor("keeper", (64, 64), torch.float32, role="output").fill_(3)
     with open_arena("cuda") as two:

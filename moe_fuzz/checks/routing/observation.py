@@ -184,8 +184,13 @@ class RoutingObservation:
         A masked expert (logit -inf) has a score of 0 + bias for some targets, for others it is out of the race.
         """
         size = self.biased.abs()
-        slack = size.masked_fill_(size == torch.inf, 0.0).mul_(U).add_(self.error)  # neither is a biased score
-        return (self.biased - slack).masked_fill_(self.logits == -torch.inf, -torch.inf), slack.add_(self.biased)
+        if not self.finite:
+            size.masked_fill_(size == torch.inf, 0.0)  # neither is a biased score ever NaN
+        slack = size.mul_(U).add_(self.error)
+        low = self.biased - slack
+        if not self.finite:
+            low.masked_fill_(self.logits == -torch.inf, -torch.inf)
+        return low, slack.add_(self.biased)
 
     @cached_property
     def flagged(self) -> torch.Tensor:
@@ -194,11 +199,18 @@ class RoutingObservation:
         return torch.zeros(self.tokens, dtype=torch.bool, device=self.logits.device) if flags is None else flags
 
     @cached_property
+    def finite(self) -> bool:
+        """Whether no logit and no bias is NaN or infinite: most of what is asked of single rows then need not be."""
+        return bool(self.logits.isfinite().all()) and (self.bias is None or bool(self.bias.isfinite().all()))
+
+    @cached_property
     def defined(self) -> torch.Tensor:
         """bool [T]: not flagged, and selection and weights are determined by the contract."""
-        if "n_group" in self.inputs.options:
+        if "n_group" in self.inputs.options:  # also where all is finite: it may be that no choice of groups holds k
             groups = self.n_group, self.topk_group, self.group_score
             return grouped_topk.defined_rows(self.logits, self.bias, self.top_k, *groups) & ~self.flagged
+        if self.finite:
+            return ~self.flagged
         return routing.defined_rows(self.logits, self.bias, self.top_k) & ~self.flagged
 
     @cached_property
@@ -301,8 +313,13 @@ class RoutingObservation:
         return table.gather(1, self.chosen)
 
     @cached_property
+    def lowest(self) -> torch.Tensor:
+        """float64 [T, k]: the lowest biased score that a target may compute for each chosen expert."""
+        return self.gather(self.bounds[0])
+
+    @cached_property
     def highest(self) -> torch.Tensor:
-        """float64 [T, k]: the highest biased score that a target may compute for each chosen expert."""
+        """float64 [T, k]: the highest one."""
         return self.gather(self.bounds[1])
 
 

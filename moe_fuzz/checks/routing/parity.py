@@ -100,10 +100,10 @@ def ties(seen: RoutingObservation) -> list[Violation]:
     """
     if seen.info.contract.ties != "lowest_index_first" or seen.top_k == seen.experts or not seen.any_judged:
         return []
-    if seen.logits.numel() * seen.top_k <= _AT_ONCE and not _tied(seen).any():
-        return []
-    rows = seen.judged.nonzero().flatten()
+    rows = _near(seen).nonzero().flatten()
     logits, chosen = seen.logits[rows].double(), seen.ids[rows]
+    if logits.numel() * seen.top_k <= _AT_ONCE and not _tied(logits, chosen, seen.bias).any():
+        return []
     taken = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, chosen, True)
     column = torch.arange(seen.experts, device=logits.device)
     size = seen.experts // seen.n_group
@@ -128,14 +128,20 @@ def ties(seen: RoutingObservation) -> list[Violation]:
     return []
 
 
-def _tied(seen: RoutingObservation) -> torch.Tensor:
-    """bool [T, k, E]: a lower expert that was not taken has the same logit and bias, whatever its group."""
-    chosen = seen.chosen[:, :, None]  # [T, k, 1]
-    equal = seen.logits[:, None, :] == seen.logits.gather(1, seen.chosen)[:, :, None]
-    equal &= torch.arange(seen.experts, device=chosen.device) < chosen
-    if seen.bias is not None:
-        equal &= seen.bias == seen.bias[chosen]
-    return equal.scatter_(2, seen.chosen[:, None, :].expand(-1, seen.top_k, -1), False) & seen.judged.view(-1, 1, 1)
+def _near(seen: RoutingObservation) -> torch.Tensor:
+    """bool [T]: an expert that was not taken may have as high a score as one that was. Without that there is no tie."""
+    left = seen.bounds[1].scatter(1, seen.chosen, -torch.inf).amax(dim=1)
+    return seen.judged & (left >= seen.lowest.amin(dim=1))
+
+
+def _tied(logits: torch.Tensor, chosen: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """bool [R, k, E]: a lower expert that was not taken has the same logit and bias, whatever its group."""
+    slots = chosen[:, :, None]  # [R, k, 1]
+    equal = logits[:, None, :] == logits.gather(1, chosen)[:, :, None]
+    equal &= torch.arange(logits.shape[1], device=logits.device) < slots
+    if bias is not None:
+        equal &= bias == bias[slots]
+    return equal.scatter_(2, chosen[:, None, :].expand(-1, chosen.shape[1], -1), False)
 
 
 @check("routing", "order")
@@ -143,8 +149,7 @@ def order(seen: RoutingObservation) -> list[Violation]:
     """Slots stand in descending order of biased score, within ε, where the target declares it (sglang#8125)."""
     if not seen.info.contract.ordered or seen.top_k == 1 or not seen.any_judged:
         return []
-    low = seen.gather(seen.bounds[0])
-    wrong = (low[:, 1:] > seen.highest[:, :-1]) & seen.judged.view(-1, 1)
+    wrong = (seen.lowest[:, 1:] > seen.highest[:, :-1]) & seen.judged.view(-1, 1)
     if not wrong.any():
         return []
     row, slot = first(wrong)

@@ -46,7 +46,7 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     inputs = RoutingInputs({key: config[key] for key in _OPTIONS if key in config})
 
     rows = list(step.rows)
-    logits = _fresh(case, rows, case.stream(step_index), device)
+    logits = _fresh(case, rows, experts, case.stream(step_index), device)
     canvases = {"logits": Canvas("logits", logits, rows, experts, case.seed)}
     if config["bias"]:
         bias = generator.triangular(case.seed, "bias", [0], experts, device=device) * _BIAS_MAGNITUDE
@@ -59,7 +59,7 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
         canvas = canvases[fault.tensor]
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(canvas.rows)))
         if fault.stream is not None:  # what that step had put there, before its own faults
-            canvas.values[positions] = _fresh(case, [rows[p] for p in positions], fault.stream, device)
+            canvas.values[positions] = _fresh(case, [rows[p] for p in positions], experts, fault.stream, device)
         elif canvas.values.numel():
             FAULTS[fault.name].lay(canvas, positions)
 
@@ -75,10 +75,12 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     return inputs
 
 
-def _fresh(case: Case, rows: list[int], stream: int, device: torch.device | str) -> torch.Tensor:
+def _fresh(
+    case: Case, rows: list[int], experts: list[int], stream: int, device: torch.device | str
+) -> torch.Tensor:  # fmt: skip
     """Logits [R, E] of these row labels before any fault."""
-    values = generator.triangular(case.seed, "logits", rows, list(case.experts), stream, device)
-    return (values * 2.0 ** int(case.config["magnitude"])).to(getattr(torch, str(case.config["dtype"])))
+    values = generator.triangular(case.seed, "logits", rows, experts, stream, device)
+    return values.mul_(2.0 ** int(case.config["magnitude"])).to(getattr(torch, str(case.config["dtype"])))
 
 
 def _physical_ids(case: Case) -> torch.Tensor:

@@ -1,0 +1,172 @@
+"""Where one tensor lies on a GPU, between its guards: in a block of the process's pool.
+
+Memory is mapped and protected in granules of 2 MiB, so the side of a tensor that is not flush has up to 2 MiB of slack,
+all of it canaries. What nobody can write beside needs none: an input is filled through a twin mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from moe_fuzz.fence import FenceOptions, canary, cuda_driver
+from moe_fuzz.fence.cuda_driver import READ, WRITE
+from moe_fuzz.fence.cuda_mapping import HARD, READABLE, SOFT, WORD, Pool, SparseBlock, bytes_at
+from moe_fuzz.fence.cuda_regions import Piece
+from moe_fuzz.fence.layout import Layout
+from moe_fuzz.fence.placed import Placed
+from moe_fuzz.fence.sparse import Island
+from moe_fuzz.verdict import Violation
+
+MIN_GUARD = 256 << 20  # bytes
+POOL = Pool()  # one a process, and it outlives the arenas: see pooled.py
+_CANARY = int.from_bytes(canary.WORD * 4, "little")
+_LOW, _HIGH = canary.WORD  # a canary's bytes at even and at odd addresses
+
+
+class CudaPlaced(Placed):
+    """See Placed."""
+
+    __slots__ = ("block", "device")
+
+    def __init__(
+        self, name: str, role: str, what: str, layout: Layout, device: int, options: FenceOptions, fixed: bool
+    ) -> None:
+        """fixed: filled through `twin` alone. With soft guards the memory beside the tensor must be writable, so there
+        is none, and the protection is switched."""
+        super().__init__(name, role, what)
+        guard = READABLE if options.access == "write" else HARD
+        left, right = (guard if options.is_hard(name, side) else SOFT for side in ("left", "right"))
+        body = layout.pages * cuda_driver.granularity(device)
+        self.device = device
+        twin = fixed and options.is_readonly(name) and (left, right) == (HARD, HARD)
+        self.block = POOL.take(device, body, max(MIN_GUARD, layout.guard), left, right, twin)
+        self.lo, self.hi = self.block.lo, self.block.hi
+        self.start = self.block.body + layout.start
+        self.end = self.start + layout.extent
+
+    @property
+    def referenced(self) -> bool:
+        return self.block.referenced
+
+    def lend(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.block.lend(self.start, self.end - self.start).view(dtype)
+
+    def reset(self, whole: bool) -> None:
+        if whole:
+            self.block.words.fill_(WORD)
+            return
+        for words, edge, value in self._around():
+            words.fill_(WORD)
+            edge.fill_(value)
+
+    @property
+    def fixed(self) -> bool:
+        return self.block.kind.twin
+
+    def twin(self, dtype: torch.dtype) -> torch.Tensor | None:
+        start = self.start - self.lo
+        return self.block.bytes[start : start + self.end - self.start].view(dtype) if self.block.kind.twin else None
+
+    def protect(self, readonly: bool) -> None:
+        cuda_driver.protect(self.block.body, self.block.kind.body, self.device, READ if readonly else WRITE)
+
+    def compare(self, lo: int, hi: int, where: torch.Tensor | None = None) -> canary.Damage | None:
+        memory = self.block.bytes[lo - self.lo - (lo & 1) : hi - self.lo].cpu()  # even, as a canary's phase wants it
+        return canary.compare(memory.data_ptr() + (lo & 1), hi - lo, where)
+
+    def pieces(self, whole: bool) -> list[Piece]:
+        """The canaries: around the storage, or over it too."""
+        away = self.block.bytes.data_ptr() - self.lo  # of the twin, where there is one
+        spans = ((self.lo, self.hi),) if whole else ((self.lo, self.start), (self.end, self.hi))
+        return [Piece(lo + away, hi - lo, _CANARY) for lo, hi in spans if hi > lo]
+
+    def differs(self) -> list[torch.Tensor]:
+        """Flags on the device: bool [1] each, true where canaries changed."""
+        found: list[torch.Tensor] = []
+        if self.block.kind.twin:  # nobody can write there
+            return found
+        for words, edge, value in self._around():
+            found += [(part != wanted).any() for part, wanted in ((words, WORD), (edge, value)) if part.numel()]
+        if self.gaps is not None:
+            phase = torch.arange(self.start, self.end, device="cuda") & 1
+            wrong = self.block.bytes[self.start - self.lo : self.end - self.lo] != _LOW + (_HIGH - _LOW) * phase
+            found.append((wrong & self.gaps.to("cuda", non_blocking=True)).any())
+        return found
+
+    def _around(self) -> tuple[tuple[torch.Tensor, torch.Tensor, int], ...]:
+        """Left and right of the storage: whole words, the single byte next to it (or none), and that byte's canary."""
+        start, end = self.start - self.lo, self.end - self.lo
+        words, flat = self.block.words, self.block.bytes
+        return (
+            (words[: start // 2], flat[start - (start & 1) : start], _LOW),
+            (words[(end + 1) // 2 :], flat[end : end + (end & 1)], _HIGH),
+        )
+
+
+class CudaSparse(CudaPlaced):
+    """One whose rows lie far apart: granules of memory for each, all hard around them."""
+
+    __slots__ = ("rows",)
+
+    block: SparseBlock
+
+    def __init__(
+        self, name: str, role: str, what: str, layout: Layout, device: int, rows: tuple[Island, ...], twin: bool
+    ) -> None:
+        """twin: it is filled through its twin alone."""
+        Placed.__init__(self, name, role, what)
+        self.device = device
+        body = layout.pages * cuda_driver.granularity(device)
+        parts = tuple((row.lo, row.hi - row.lo) for row in rows)
+        block = POOL.take(device, body, max(MIN_GUARD, layout.guard), HARD, HARD, twin, parts)
+        assert isinstance(block, SparseBlock)
+        self.block = block
+        self.lo, self.hi = self.block.body, self.block.body + body
+        self.start = self.block.body + layout.start
+        self.end = self.start + layout.extent
+        self.rows = [Island(*(self.block.body + at for at in row)) for row in rows]
+
+    def twin(self, dtype: torch.dtype) -> torch.Tensor | None:
+        start = self.block.writable + self.start - self.lo
+        return bytes_at(start, self.end - self.start).view(dtype) if self.block.kind.twin else None
+
+    def reset(self, whole: bool) -> None:
+        if self.block.kind.twin:  # beside it nobody can write: what was laid there is there
+            if self.block.laid == self.rows:
+                return
+            self.block.laid = self.rows
+        away = self.block.writable - self.lo
+        for row in (Island(*(away + at for at in row)) for row in self.rows):
+            for lo, hi in ((row.lo, row.hi),) if whole else ((row.lo, row.start), (row.end, row.hi)):
+                odd = lo & 1  # a byte beside a row, where an element is one
+                if odd and hi > lo:
+                    bytes_at(lo, 1).fill_(_HIGH)
+                if hi - lo - odd > 1:
+                    bytes_at(lo + odd, (hi - lo - odd) // 2 * 2).view(torch.int16).fill_(WORD)
+                if (hi - lo - odd) % 2 and hi - lo > odd:
+                    bytes_at(hi - 1, 1).fill_(_LOW)
+
+    def protect(self, readonly: bool) -> None:
+        for row in self.rows:
+            cuda_driver.protect(row.lo, row.hi - row.lo, self.device, READ if readonly else WRITE)
+
+    def compare(self, lo: int, hi: int, where: torch.Tensor | None = None) -> canary.Damage | None:
+        if hi == lo:
+            return None
+        odd = lo & 1
+        memory = bytes_at(lo - odd, hi - lo + odd).cpu()
+        return canary.compare(memory.data_ptr() + odd, hi - lo, where)
+
+    def differs(self) -> list[torch.Tensor]:
+        found = []
+        for row in self.rows:
+            for lo, hi in ((row.lo, row.start), (row.end, row.hi)):
+                lo, hi = lo + (lo & 1), hi - (hi & 1)
+                if hi > lo:
+                    found.append((bytes_at(lo, hi - lo).view(torch.int16) != WORD).any())
+        return found
+
+    def damages(self) -> Iterator[Violation]:
+        yield from self.around(self.rows)
