@@ -43,8 +43,11 @@ _NAMES: Names = {
 _REQUIRED = ("a", "c", "b_q_weight", "b_scales", "global_scale", "workspace", "sorted_token_ids", "expert_ids",
              "padded", "topk_weights", "moe_block_size", "size_m", "size_n", "size_k")  # fmt: skip
 
-#: Sums and the global scale are float32; each product is stored in the dtype of x, multiplied by weights that were
-#: rounded to it, and stored again. silu and its product with the up-projection are rounded each.
+#: Sums are float32. A product without weights is multiplied by the global scale there and stored in the dtype of x. One
+#: with weights is stored first, multiplied by weight * global scale, rounded to that dtype, and stored again: as many
+#: roundings as are declared, but what is stored first has no global scale yet, and is 2^-119 of the number in bfloat16,
+#: 2^-7 in float16. What that loses at the ends of a dtype no contract allows: docs/targets.md, causes M, N and O.
+#: silu and its product with the up-projection are rounded each.
 _CONTRACT = Contract(gate_up="dtype", activation="dtype", down="dtype", weight_dtype="dtype")
 #: A tile is 64 or 128 rows by 128 or 64 columns of the weights, and takes whole ones. An expert has scales within
 #: 16 powers of two, where the other recipes have 18.
@@ -54,12 +57,16 @@ _CAPABILITIES = Capabilities(
     layouts=("linear",), recipes=("dense",), devices=("cuda",),
 )  # fmt: skip
 _SURVIVES = "no caller survives an access outside the tensors it passed"
+_DEFECT = "NaN and Inf in float16, of NVFP4 through Marlin, were mended as a defect: vllm#33972"
 _CLAUSES = {
+    **dict.fromkeys(("finite:nan", "finite:infinite"), _DEFECT),
     "written": "its caller adds up every slot of every token",
     **dict.fromkeys(("crash", "fence", "canary"), _SURVIVES),
     "capture": "vLLM captures it with the model",
 }
 _UNPROMISED = {
+    "bound": "tests/kernels/moe/test_moe.py compares to 4e-2",
+    "finite @ fault:extreme_weights": "no router of vLLM's gives weights that large",
     "error @ T=0": "callers pad an idle rank to a token; a batch of none does not reach this operator",
     "finite:nonfinite-lost": "nvfp4_marlin_process_scales takes scales to be 0 or more; nothing is said of NaN and Inf",
     "* @ fault:num_experts_ids": "vLLM's own padding is -1",

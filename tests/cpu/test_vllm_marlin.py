@@ -11,6 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 import pytest
 import torch
 
+from moe_fuzz.contract import TargetInfo
 from moe_fuzz.execute import clock
 from moe_fuzz.kernels.align import align
 from moe_fuzz.reference.experts_nvfp4 import experts_nvfp4 as reference
@@ -126,6 +127,16 @@ def test_experts_together_are_each_alone(experts: int, rows: int, columns: int, 
             assert torch.equal(made.scales[expert].view(torch.uint8), bytes_), (low, high)
             bias = 14 - 7 if dtype == torch.float16 else 126 - 7
             assert float(made.globals[expert]) == float(alpha[expert]) * 2.0 ** (bias - shift)
+
+
+def test_what_is_promised_of_findings() -> None:
+    info = TargetInfo("experts_nvfp4@vllm", "experts_nvfp4", "vllm", clauses=vllm_marlin._CLAUSES,
+                      unpromised=vllm_marlin._UNPROMISED)  # fmt: skip
+    assert info.classify("finite", "infinite", {"dtype=float16", "fault:ladder"})[0] == "contract"
+    assert info.classify("finite", "nan", {"fault:extreme_weights"}) == (
+        "robustness", vllm_marlin._UNPROMISED["finite @ fault:extreme_weights"])  # fmt: skip
+    assert info.classify("finite", "nonfinite-lost")[0] == "robustness"
+    assert info.classify("bound", "off") == ("robustness", vllm_marlin._UNPROMISED["bound"])
 
 
 # ---- the layer ------------------------------------------------------------------------------------------------------
