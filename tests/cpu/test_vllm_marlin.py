@@ -156,20 +156,23 @@ SCHEMAS = {
 
 
 def multiply(**given: Any) -> torch.Tensor:
-    """The operator, by what its threads see: float32 sums, stored in the dtype, times rounded weights, stored again."""
+    """The operator, by what its threads see: sums times the global scale, stored in the dtype. With weights it is the
+    sums that are stored, and then multiplied by weight * global scale, rounded to the dtype."""
     a, c, top_k = given["a"], given["c_or_none"], given["top_k"]
     assert (given["size_m"], given["size_n"], given["size_k"]) == (a.shape[0], c.shape[1], a.shape[1])
     assert given["b_type_id"] == 562949953487106
     block, slots = given["moe_block_size"], a.shape[0] * top_k
-    weights = MarlinWeights(given["b_q_weight"], given["b_scales"], given["global_scale"], torch.tensor(False))
+    factors, weighted = given["global_scale"], given["mul_topk_weights"]
+    weights = MarlinWeights(given["b_q_weight"], given["b_scales"], torch.ones_like(factors), torch.tensor(False))
     for nth in range(int(given["num_tokens_past_padded"]) // block):
         expert = int(given["expert_ids"][nth])
         matrix = seen(weights, expert, a.dtype)
         for slot in given["sorted_token_ids"][nth * block : (nth + 1) * block].tolist():
             if slot < slots:
-                c[slot] = (matrix @ a[slot // top_k].double()).to(a.dtype)
-                if given["mul_topk_weights"]:
-                    c[slot] *= given["topk_weights"].flatten()[slot].to(a.dtype)
+                sums = matrix @ a[slot // top_k].double()
+                c[slot] = (sums if weighted else sums * factors[expert].double()).to(a.dtype)
+                if weighted:
+                    c[slot] *= (given["topk_weights"].flatten()[slot] * factors[expert]).to(a.dtype)
     return c
 
 
