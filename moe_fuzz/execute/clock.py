@@ -15,9 +15,10 @@ from typing import Any
 
 _lock = threading.RLock()
 _tell: Callable[[dict[str, Any]], None] | None = None
-_depth = 0  # how many of the process's threads, and of their calls, have stopped it
-_since = 0.0  # when it was stopped
-_why = ""
+_depth = 0  # how many of the process's threads, and of their calls, have stopped it to compile or load
+_why = ""  # the first of them
+_judges = 0  # how many threads judge, and have no call of the target under way
+_since = 0.0  # when the reason changed
 _stood = 0.0  # seconds that it has stood still for the target, up to then
 _JUDGE = "judge"
 _judging = threading.local()  # .here: whether this thread judges, and no call of the target is under way
@@ -27,22 +28,26 @@ _judging = threading.local()  # .here: whether this thread judges, and no call o
 def stopped(why: str) -> Iterator[None]:
     """The clock of the case in flight stands still during the block. Blocks may nest, and overlap in several threads.
     """
-    _stop(why)
+    _change(depth=1, why=why)
     try:
         yield
     finally:
-        _go()
+        _change(depth=-1)
 
 
 @contextlib.contextmanager
 def judging() -> Iterator[None]:
-    """The block is ours: the deadline is the target's. Its calls in it go into `calling`."""
-    with stopped(_JUDGE):
-        _judging.here = True
-        try:
-            yield
-        finally:
-            _judging.here = False
+    """The block is ours: the deadline is the target's. Its calls in it go into `calling`. Blocks may nest."""
+    if getattr(_judging, "here", False):
+        yield
+        return
+    _change(judges=1)
+    _judging.here = True
+    try:
+        yield
+    finally:
+        _judging.here = False
+        _change(judges=-1)
 
 
 @contextlib.contextmanager
@@ -52,48 +57,51 @@ def calling() -> Iterator[None]:
         yield
         return
     _judging.here = False
-    _go()
+    _change(judges=-1)
     try:
         yield
     finally:
-        _stop(_JUDGE)
+        _change(judges=1)
         _judging.here = True
 
 
-def _stop(why: str) -> None:
-    global _depth, _since, _why
-    with _lock:
-        _depth += 1
-        if _depth == 1:
-            _since, _why = time.perf_counter(), why
-            if _tell is not None:
-                _tell({"still": why})
+def _reason() -> str:
+    """Judging before all else: whoever compiles beside it, or has patience with all of a case, does not answer for it.
+    """
+    return _JUDGE if _judges else _why if _depth else ""
 
 
-def _go() -> None:
-    global _depth, _stood
+def _change(depth: int = 0, judges: int = 0, why: str = "") -> None:
+    """So many more, or fewer, have stopped the clock. The parent hears of it when the reason is another one."""
+    global _depth, _judges, _since, _stood, _why
     with _lock:
-        _depth -= 1
-        if _depth == 0:
-            _stood += time.perf_counter() - _since if _why != _JUDGE else 0.0
-            if _tell is not None:
-                _tell({"goes": _why})
+        before, since = _reason(), _since
+        _why = why if why and not _depth else _why
+        _depth, _judges = _depth + depth, _judges + judges
+        after = _reason()
+        if after == before:
+            return
+        _since = time.perf_counter()
+        _stood += _since - since if before not in ("", _JUDGE) else 0.0
+        if _tell is not None:
+            _tell({"still": after} if after else {"goes": before})
 
 
 def stood() -> float:
     """Seconds that the clock has stood still in this process while it compiled or loaded."""
     with _lock:
-        return _stood + (time.perf_counter() - _since if _depth and _why != _JUDGE else 0.0)
+        return _stood + (time.perf_counter() - _since if _reason() not in ("", _JUDGE) else 0.0)
 
 
 @contextlib.contextmanager
 def heard(tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """`tell` gets {"still": why} and {"goes": why} during the block, and nothing after it."""
-    global _tell
+    global _tell, _why
     with _lock:
         _tell = tell
         if _depth:  # a thread of the target compiles from one case into the next
-            tell({"still": "compile"})
+            _why = "compile"
+            tell({"still": _why})
     try:
         yield
     finally:

@@ -116,10 +116,42 @@ def test_the_time_of_our_own_judgement_is_not_the_targets() -> None:
             assert told[4:] == [{"still": "judge"}]
             time.sleep(0.01)
         assert told[5:] == [{"goes": "judge"}]
+        told.clear()
         with clock.stopped("compile"), clock.judging(), clock.calling():  # what compiles unseen goes on to
-            assert told[6:] == [{"still": "compile"}]
-    assert told[7:] == [{"goes": "compile"}]
+            pass
+        again = {"still": "judge"}, {"still": "compile"}  # and is not to blame for what we do meanwhile
+        assert told == [{"still": "compile"}, *again, *again, {"goes": "compile"}]
+        told.clear()
+        with clock.judging():
+            with clock.judging():
+                pass
+            with clock.calling():
+                assert told == [{"still": "judge"}, {"goes": "judge"}]
     assert clock.stood() - stood < 0.01, "what is judged is not compiled"
+
+
+def test_whoever_compiles_beside_our_judgement_does_not_stop_the_clock_of_a_call() -> None:
+    told: list[dict[str, str]] = []
+    begin, inside, leave = threading.Event(), threading.Event(), threading.Event()
+
+    def beside() -> None:
+        begin.wait(10)
+        with clock.stopped("compile"):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    with clock.heard(told.append), clock.judging():
+        begin.set()
+        assert inside.wait(10)
+        assert told == [{"still": "judge"}]
+        with clock.calling():  # a hang of this call is one of compiling, and no judgement that takes too long
+            assert told[1:] == [{"still": "compile"}]
+            leave.set()
+            thread.join(10)
+            assert told[2:] == [{"goes": "compile"}]
+    assert told[3:] == [{"still": "judge"}, {"goes": "judge"}]
 
 
 HOOKS = """

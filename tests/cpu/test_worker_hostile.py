@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.case import Case, Step
 from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
 from moe_fuzz.labels import Labels
@@ -128,11 +129,16 @@ def test_a_hang_costs_its_own_deadline_on_its_first_call_too(worker, do, key, se
     assert verdicts[0].violations[0].site.endswith("in do_" + do)
 
 
-def test_a_target_is_not_to_blame_for_our_own_judgement(worker):
-    verdicts = worker.run([case("judge_for_ever"), case("pass")], TARGET, RunOptions(deadline=0.5, first_deadline=2.0))
+@pytest.mark.parametrize("do", ["judge_for_ever", "judge_for_ever_the_first_of_a_config"])
+def test_a_target_is_not_to_blame_for_our_own_judgement(worker, do):
+    verdicts = worker.run([case(do), case("pass")], TARGET, RunOptions(deadline=0.5, first_deadline=2.0))
     assert [v.kind for v in verdicts] == ["rejected", "pass"]
     assert "was not judged within 2 s" in verdicts[0].detail
-    assert "in do_judge_for_ever" in verdicts[0].detail
+    tally = Tally()
+    for verdict in verdicts:
+        tally.count(TARGET, verdict)
+    assert tally.row(TARGET, (), (), "").unjudged == 1
+    assert f"in do_{do}" in verdicts[0].detail
 
 
 def test_the_kernels_out_of_memory_killer_is_told_from_a_stranger(worker, monkeypatch):
