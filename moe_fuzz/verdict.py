@@ -11,7 +11,7 @@ VIOLATION = "violation"  # a check says no
 CRASH = "crash"  # the worker died: a signal, an abort, an exit
 HANG = "hang"  # the worker was killed at its deadline
 OOM = "out-of-memory"
-REJECTED = "rejected"  # outside the target's declared capabilities, refused with a clear error
+REJECTED = "rejected"  # outside the target's declared capabilities, refused with a clear error; or UNJUDGED
 FLAKY = "flaky"  # seen once, not seen again in fresh workers
 KINDS = (PASS, VIOLATION, CRASH, HANG, OOM, REJECTED, FLAKY)
 BAD = (VIOLATION, CRASH, HANG, OOM)
@@ -20,6 +20,9 @@ BAD = (VIOLATION, CRASH, HANG, OOM)
 #: Where `Verdict.stats` counts steps with padding: PADDING/kind of run/what, of PADDING_COUNTS.
 PADDING = "padding"
 PADDING_COUNTS = ("steps", "nan", "inf", "tokens")  # with padding; with NaN in it; with Inf in it; its rows in all
+
+#: Where `Verdict.stats` counts a case that is rejected for another reason: its answer was not judged in time.
+UNJUDGED = "unjudged"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_fuzz.campaign.events import BUDGET_BINS, TargetRow
-from moe_fuzz.verdict import PADDING, PADDING_COUNTS, PASS, Verdict
+from moe_fuzz.verdict import PADDING, PADDING_COUNTS, PASS, UNJUDGED, Verdict
 
 
 @dataclass
@@ -85,6 +85,7 @@ class Tally:
                 target, row.verdicts.total(), dict(row.verdicts), row.parity, row.budget, row.seconds,
                 row.fence_seconds, list(new).count(target), list(known).count(target), row.flaky, unavailable,
                 tuple(row.budgets[at] for at in range(BUDGET_BINS)) if row.budgets else (), _padding(row.stats),
+                int(row.stats[UNJUDGED]),
             )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:

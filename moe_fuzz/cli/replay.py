@@ -18,7 +18,7 @@ from moe_fuzz.cli import params, source
 from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EXIT_FINDING, EnvironmentProblem
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import PASS, REJECTED, Verdict, Violation
+from moe_fuzz.verdict import PASS, REJECTED, UNJUDGED, Verdict, Violation
 from moe_fuzz.worker.pool import Pool
 
 FIXED, FAILED, ERROR = "FIXED", "FAILED", "ERROR"
@@ -169,6 +169,8 @@ def describe(violation: Violation) -> list[str]:
 
 
 def _why_not(verdict: Verdict) -> str:
+    if UNJUDGED in verdict.stats:
+        return "the answer was not judged in time: is the machine overloaded?"
     if verdict.kind == REJECTED:
         return "the target refuses such a case: it lies outside what it declares to take"
     return f"the process was killed from outside ({verdict.key[1].removeprefix('killed:')})"

@@ -17,7 +17,7 @@ _MEANING = {
     CRASH: "the worker died in it",
     HANG: "the worker was killed at the deadline",
     OOM: "there was not enough memory to run it",
-    REJECTED: "refused with a clear error, outside what the target says it takes",
+    REJECTED: "refused with a clear error, outside what the target says it takes; or not judged in time",
     FLAKY: "seen once, not again in fresh workers",
 }
 
@@ -128,7 +128,11 @@ def target_row(row: TargetRow) -> str:
         return f"{row.target}: not run, {row.unavailable}"
     parts = [f"{row.target}: {count(row.cases, 'case')} ({verdicts(row.verdicts)})"]
     if row.cases and not row.ran:
-        parts.append("every one of them was refused: nothing was tested")
+        refused = "was refused" + " or not judged in time" * bool(row.unjudged)
+        parts.append(f"every one of them {refused}: nothing was tested")
+    if row.unjudged:
+        parts.append(f"{row.unjudged:,} of them took too long to judge, which says nothing of the target: "
+                     "is the machine overloaded?")  # fmt: skip
     if row.parity:
         parts.append(f"on {row.parity:,} of them wrong outputs were proved to be rejected")
     if row.budget:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_fuzz.verdict import CRASH, HANG, OOM, REJECTED, Verdict, Violation
+from moe_fuzz.verdict import CRASH, HANG, OOM, REJECTED, UNJUDGED, Verdict, Violation
 from moe_fuzz.worker.protocol import EXIT_PIPE
 
 _TAIL = 1 << 16  # bytes of the log that are looked at
@@ -100,7 +100,7 @@ def hang(
     stack = read_trace(log)
     if still == "judge":  # the target has answered
         detail = f"its answer was not judged within {deadline:g} s, which is no fault of the target's\n"
-        return Verdict(REJECTED, seconds=seconds, detail=detail + _detail(log, offset, stack))
+        return Verdict(REJECTED, seconds=seconds, detail=detail + _detail(log, offset, stack), stats={UNJUDGED: 1})
     compiling = bool(still)
     message = f"no verdict within {deadline:g} s{' of compiling' * compiling}; the worker was killed"
     found = site(stack, layout)

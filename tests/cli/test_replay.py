@@ -14,7 +14,7 @@ from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.findings import write_finding
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.case import Case, dumps_sequence
-from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
+from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, UNJUDGED, VIOLATION, Verdict, Violation
 
 DUPLICATE = Verdict(
     VIOLATION, (Violation("ids", "duplicate-id", "twice", "ids", (5, 1), "distinct", "0", site="f.py:3"),)
@@ -39,6 +39,7 @@ def always(verdict: Verdict) -> Callable[..., Verdict]:
         (Verdict(PASS), "FIXED", 0, "passes"),
         (DUPLICATE, "FAILED", 1, "ids duplicate-id at ids[5, 1]: twice"),
         (Verdict(REJECTED, detail="k is too large"), "ERROR", 3, "k is too large"),
+        (Verdict(REJECTED, stats={UNJUDGED: 1}), "ERROR", 3, "was not judged in time"),
         (Verdict(OOM), "FAILED", 1, "out-of-memory"),
         (Verdict(CRASH, (Violation("crash", "killed:SIGKILL", ""),)), "ERROR", 3, "killed from outside (SIGKILL)"),
         (Verdict(CRASH, (Violation("crash", "SIGABRT", "died"),)), "FAILED", 1, "crash SIGABRT"),

@@ -238,6 +238,7 @@ def test_a_stranger_understands_the_end(call: Callable, campaign: FakeCampaign, 
         TargetRow("topk_softmax@builtin", 98, {"pass": 97, "violation": 1}, parity=90, budget=0.5),
         TargetRow("topk_softmax@vllm", unavailable="vllm is not installed"),
         TargetRow("topk_softmax@acme", 2, {"rejected": 2}),
+        TargetRow("topk_softmax@slow", 3, {"pass": 2, "rejected": 1}, unjudged=1),
     )
     known = replace(finding, id="00aa00aa00", sequence=(finding.case,))
     campaign.summary = summary(
@@ -247,6 +248,7 @@ def test_a_stranger_understands_the_end(call: Callable, campaign: FakeCampaign, 
     assert "finished: 100 cases in 3.0 s, 1 new finding" in out
     assert "topk_softmax@vllm: not run, vllm is not installed" in out
     assert "every one of them was refused: nothing was tested" in out
+    assert "topk_softmax@slow: 3 cases (2 pass · 1 rejected); 1 of them took too long to judge" in out
     assert "rejected: refused with a clear error" in out
     assert "3fa9c1d2e0  topk_softmax@builtin: ids duplicate-id  [contract]" in out
     assert finding.message in out
