@@ -24,7 +24,7 @@ from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
 
 TAIL = 256  # bytes behind each rank's buffer that nobody may write
-_FEW = 8  # calls of a burst but in the first call of a case, whose burst is as long as the config has it
+_FEW = 8  # calls of a burst but in the first call of a case that has rows: its burst is as long as the config has it
 _PATTERN = 0xA7
 _PAUSE = 0.004  # seconds by which a rank with a process of its own may be late
 
@@ -177,13 +177,13 @@ class _Around:
         self._function, self._groups = target.function, groups
         self._spelled = target.keywords.get("group")
         self._burst = int(case.config["burst"])
-        self._begun = False  # a first call was made
+        self._begun = False  # a first call was made, of any rows: without them nobody sends anything
         self._calls = 0
 
     def __call__(self, x: Any, residual: Any, gamma: Any, eps: float, **given: Any) -> Any:
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         burst = min(self._burst, _FEW) if capturing or self._begun else self._burst
-        self._begun = True
+        self._begun = self._begun or x.shape[-2] > 0
         others = list(self._others(x, residual)) if burst or len(self._groups) > 1 else []
         result = None
         for at in range(burst + 1):

@@ -28,6 +28,7 @@ from moe_fuzz.ops.allreduce.inputs import WHOLE, materialize
 from moe_fuzz.ops.inputs import element_bits
 from moe_fuzz.options import RunOptions
 from moe_fuzz.reference.allreduce_rmsnorm import allreduce_rmsnorm
+from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import PASS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -119,6 +120,27 @@ def test_memory_has_a_tail_that_is_watched():
         assert peers.pads()[0].where == (1,)
     finally:
         peers._present.clear()
+
+
+def test_a_burst_is_long_once_a_case_in_the_first_call_that_has_rows():
+    from moe_fuzz.execute import peers
+
+    sizes: list[int] = []
+
+    def function(x, residual, gamma, eps):
+        sizes.append(x.shape[-2])
+        return x, x
+
+    target = Target(INFO, function, {}, ())
+    made = case(burst=1000, hidden=32, ranks=2)
+    with peers.staged(made, target, "cpu", RunOptions()) as around:
+        calls = []
+        for rows in (0, 4, 4):
+            before = len(sizes)
+            x = torch.zeros(2, rows, 32)
+            around.function(x, None, None, 1e-6)
+            calls.append(len(sizes) - before)
+    assert calls == [1001, 1001, 9]
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
