@@ -18,7 +18,7 @@ from moe_fuzz.campaign.minimize import Minimized, Reducer
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.options import FenceOptions, RunOptions
-from moe_fuzz.verdict import Verdict, Violation
+from moe_fuzz.verdict import UNJUDGED, Verdict, Violation
 
 
 def blame(space: Space, minimized: Minimized, violation: Violation) -> str:
@@ -89,10 +89,11 @@ class Examiner:
         return with_lines(finding, self.sanitize(cases, bad.target))
 
     def still_fails(self, finding: Finding) -> bool:
-        """Whether a finding of an earlier campaign fails today, in fresh workers and under all checks."""
+        """Whether a finding of an earlier campaign fails today, in fresh workers and under all checks. An answer that
+        was not judged in time does not show that it is gone."""
         tries = 1 if finding.reproduces == "always" else 2 * TRIES
         all_cases = ((*finding.sequence, finding.case), *((face.case,) for face in finding.faces))
-        return any(self._fails(cases, finding, tries) for cases in all_cases)
+        return any(self._fails(cases, finding, tries, doubted=True) for cases in all_cases)
 
     def same_defect(self, earlier: Finding, new: Finding) -> str:
         """Why a finding is taken for an earlier one: see faces.py. Empty if it is not."""
@@ -102,9 +103,11 @@ class Examiner:
 
         return same_defect(self.space, earlier, new, fails)
 
-    def _fails(self, cases: Cases, finding: Finding, tries: int) -> bool:
+    def _fails(self, cases: Cases, finding: Finding, tries: int, doubted: bool = False) -> bool:
+        """doubted: an answer that was not judged counts, too."""
         options = replace(self.options, checks=None, fence=FenceOptions(own=finding.own))
-        return any(holds(rerun(self.pool, cases, finding.target, options), finding.raw) for _ in range(tries))
+        verdicts = (rerun(self.pool, cases, finding.target, options) for _ in range(tries))
+        return any(holds(verdict, finding.raw) or (doubted and UNJUDGED in verdict.stats) for verdict in verdicts)
 
     def _minimize(
         self, confirmed: Confirmation, key: Key, seconds: float, progress: Callable[[int, Case], None]

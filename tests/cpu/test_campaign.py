@@ -13,7 +13,7 @@ from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.case import loads_sequence
 from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
 from moe_fuzz.report import text
-from moe_fuzz.verdict import OOM, PASS, REJECTED, VIOLATION, Verdict
+from moe_fuzz.verdict import OOM, PASS, REJECTED, UNJUDGED, VIOLATION, Verdict
 from tests.cpu.campaign_fakes import (
     GOOD,
     TARGET,
@@ -127,6 +127,17 @@ def test_a_finding_that_is_fixed_is_told_and_explains_nothing(tmp_path):
     assert (summary.exit_code, summary.known) == (0, ())
     again = campaign(tmp_path, when(lambda case: nan_on_odd(case) and case.digest != finding.case.digest)).run()
     assert again.exit_code == 1
+
+
+def test_a_finding_that_could_not_be_judged_in_time_is_not_gone(tmp_path):
+    [finding] = campaign(tmp_path, when(nan_on_odd)).run().new
+
+    def judge(case, history, options):
+        return Verdict(REJECTED, stats={UNJUDGED: 1}) if nan_on_odd(case) else GOOD
+
+    summary = campaign(tmp_path, judge).run()
+    assert (summary.fixed, [f.id for f in summary.known]) == ((), [finding.id])
+    assert 0 < summary.rows[0].unjudged == summary.verdicts[REJECTED]
 
 
 def test_what_does_not_come_back_is_flaky(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.gate.ledger import Entry
 from moe_fuzz.campaign.gate.plan import QUARANTINED
+from moe_fuzz.verdict import REJECTED, UNJUDGED, Verdict
 from tests.cpu.campaign_fakes import GOOD, TARGET, FakePool, Listener, always_good, bad, crash, nan_on_odd, when
 from tests.cpu.gate_runs import KNOWN, NAN_ON_ODD, TODAY, gate, statuses
 
@@ -30,6 +31,22 @@ def test_a_known_finding_is_green_and_explains_its_kind_alone(tmp_path):
     summary = gate(tmp_path / "2", when(either), entries=(KNOWN,)).run()
     assert summary.exit_code == 1
     assert [finding.features for finding in summary.new] == [("bias", "fault:ties")]
+
+
+@pytest.mark.parametrize("odd", range(4))
+def test_what_passes_but_for_a_run_that_was_not_judged_is_not_fixed(tmp_path, odd):
+    """It runs once beside others and three times alone: only if these all pass it is gone."""
+    runs = Counter()
+
+    def judge(case, history, options):
+        if case.digest != NAN_ON_ODD.digest:
+            return GOOD
+        runs[case.digest] += 1
+        return Verdict(REJECTED, stats={UNJUDGED: 1}) if runs[case.digest] == 1 + odd else GOOD
+
+    summary = gate(tmp_path, judge, entries=(KNOWN,)).run()
+    assert statuses(summary) == {"known-nan": "not-run" if odd else "fixed"}
+    assert summary.exit_code == (0 if odd else 1)
 
 
 def test_a_finding_is_known_by_its_fingerprint(tmp_path):
