@@ -16,7 +16,7 @@ import torch
 
 from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.contract import Capabilities, Contract, TargetInfo
-from moe_fuzz.execute import steps
+from moe_fuzz.execute import clock, steps
 from moe_fuzz.execute.capture import GraphPool
 from moe_fuzz.execute.eager import EagerSteps
 from moe_fuzz.execute.graph import GraphSteps
@@ -135,6 +135,34 @@ def test_a_check_that_doubts_waits_for_each_call_of_its_own(device: Device) -> N
     verdict = run(drifting, "eager", contract=replace(STRICT, deterministic=True))
     assert "determinism" in {violation.check for violation in verdict.violations}
     assert device.waits == 1 + len(calls) - 3 + 1
+
+
+def test_no_wait_for_what_the_target_launched_is_taken_for_our_judgement(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """A later call launches a kernel that never ends, and raises: the next wait is the canaries'."""
+    told: list[dict[str, Any]] = []
+    waits: list[dict[str, Any]] = []
+    calls: list[int] = []
+
+    def raising(logits: torch.Tensor, top_k: int, **more: Any) -> Any:
+        weights, ids = topk_softmax(logits, top_k, **more)
+        calls.append(0)
+        if len(calls) == 5:  # asked for by a check that doubts: nobody has called it ahead
+            raise ValueError("not again")
+        return weights * (1 + 2.0**-23 * len(calls)), ids
+
+    monkeypatch.setattr(steps, "DEVICE_ELEMENTS", 8)
+    monkeypatch.setattr(steps.Steps, "inputs", lambda self, at: self.family.materialize(self.case, at, "cpu"))
+    synchronize = cuda_driver.synchronize
+    monkeypatch.setattr(cuda_driver, "synchronize", lambda: (waits.append(told[-1] if told else {}), synchronize()))
+    monkeypatch.setattr(device, "synchronize", cuda_driver.synchronize)
+    with clock.heard(told.append):
+        verdict = run(raising, "eager", NAN)
+    assert "error" in {violation.check for violation in verdict.violations}
+    assert {"still": "judge"} in told
+    assert len(waits) >= 2
+    assert {"still": "judge"} not in waits
 
 
 def test_an_error_is_told_of_the_call_that_raised_it(device: Device) -> None:
