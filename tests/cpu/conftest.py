@@ -1,4 +1,5 @@
-"""Scripts run in an environment that has everything but moe-fuzz, by one process that imports torch once."""
+"""Scripts run in an environment that has everything but moe-fuzz, by one process that imports torch once; and
+torch with one thread."""
 
 from __future__ import annotations
 
@@ -89,3 +90,14 @@ def runner() -> Any:
     from moe_fuzz.execute.runner import Runner
 
     return Runner("cpu")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch as a worker has it: threads that wait for each other cost more than they give."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

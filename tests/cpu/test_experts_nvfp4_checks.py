@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -24,14 +23,7 @@ from tests.cpu.experts_seen import FAMILY, FP4_STRICT, fp4_case_of, judge, obser
 
 FORMATS = pytest.mark.parametrize("activations", ["as_given", "nvfp4"])
 NEAR = replace(FP4_STRICT, rounding="near", nonfinite="any")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -21,14 +20,7 @@ WIDE = {
     "hidden": 64, "intermediate": 192, "experts": 5, "bias": "float32", "weight_on_input": True, "weight_scale": -14,
     "gate_layout": "interleaved", "expert_map": "permuted", "activations": "nvfp4",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def said(seen: ExpertsObservation) -> list[str]:

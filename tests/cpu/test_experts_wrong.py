@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -17,17 +17,7 @@ from moe_fuzz.reference.experts_bf16 import activate
 from tests.cpu.experts_seen import STEADY, STRICT, case_of, judge, observe, reference
 
 PARITY = {"exact", "bound", "statistical"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As a worker has it: threads that wait for each other cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 Bug = Callable[[ExpertsInputs], Tensor]
 
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from full_disk import INSIDE, fill, mount, namespaces
+from full_disk import INSIDE, enter_namespaces, fill, mount
 from harness import Campaign, listed, problems_on_disk, workers
 from kill_parent import name_of
 from kill_workers import kill
@@ -82,12 +82,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--keep", help="leave everything in this directory")
     options = parser.parse_args()
-    if INSIDE not in os.environ:
-        reason = namespaces()
-        if not reason:  # all of it again, where mounts are ours
-            os.environ[INSIDE] = "1"
-            os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv])
-        os.environ[INSIDE] = reason
+    enter_namespaces()
     with tempfile.TemporaryDirectory(prefix="endurance-") as temporary:
         return run(options, Path(options.keep or temporary))
 

@@ -67,12 +67,7 @@ def main() -> int:
     parser.add_argument("--targets", default=f"{TARGET},topk_softmax@planted.int64_ids")
     parser.add_argument("--seed", type=int, default=11)
     options = parser.parse_args()
-    if INSIDE not in os.environ:
-        reason = namespaces()
-        if not reason:  # all of it again, where mounts are ours
-            os.environ[INSIDE] = "1"
-            os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv])
-        os.environ[INSIDE] = reason
+    enter_namespaces()
     book = Book()
     with tempfile.TemporaryDirectory(prefix="endurance-") as temporary:
         root = Path(temporary)
@@ -96,6 +91,16 @@ def main() -> int:
     for line in book.problems:
         print(f"PROBLEM {line}")
     return 1 if book.problems or not expected else 0
+
+
+def enter_namespaces() -> None:
+    """Begins the program again where mounts are ours. Where that cannot be, INSIDE says why."""
+    if INSIDE not in os.environ:
+        reason = namespaces()
+        if not reason:
+            os.environ[INSIDE] = "1"
+            os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv])
+        os.environ[INSIDE] = reason
 
 
 def namespaces() -> str:
