@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,13 @@ from moe_fuzz.cli.output import table
 from moe_fuzz.config import did_you_mean
 from moe_fuzz.errors import EXIT_CLEAN, EXIT_FINDING, EnvironmentProblem, UsageError
 from moe_fuzz.planted.catalog import PLANTED
+from moe_fuzz.report.whole import replace_file
 from moe_fuzz.worker.pool import Pool
 
 if TYPE_CHECKING:
     from moe_fuzz.campaign.selftest import Planted
 
+LINE = 20  # planted bugs a line of progress, where it is no terminal that reads them
 MEMORY = 2 << 30  # bytes a worker may have: enough for every planted bug but the one that eats memory
 
 
@@ -64,7 +67,8 @@ def command(
         def one(bug: Planted) -> Outcome:
             return engine(bug, pool, seed, cases, time, device=device)
 
-        outcomes = run_all(chosen, one, count)
+        file = path is not None and (path.is_file() or not path.exists())  # a pipe gets the last word alone
+        outcomes = run_all(chosen, one, count, partial(_write, path) if file else None)
     table([_row(outcome) for outcome in outcomes], ("bug", "", "check", "cases", "seconds", "also fired", "upstream"))
     missed = [outcome for outcome in outcomes if not outcome.passed]
     click.echo(f"\n{len(outcomes) - len(missed)} of {len(outcomes)} planted bugs found")
@@ -85,24 +89,40 @@ def choose(names: Iterable[str]) -> Sequence[Planted]:
     return [by_name[name] for name in dict.fromkeys(names)] or list(PLANTED)
 
 
-def run_all(chosen: Sequence[Planted], one: Callable[[Planted], Outcome], workers: int) -> list[Outcome]:
-    """All outcomes in the order of the catalog, `workers` at a time."""
+def run_all(
+    chosen: Sequence[Planted],
+    one: Callable[[Planted], Outcome],
+    workers: int,
+    keep: Callable[[Sequence[Outcome]], None] | None = None,
+) -> list[Outcome]:
+    """All outcomes in the order of the catalog, `workers` at a time.
+
+    keep: gets those there are, after each: what was found stays, should the rest be interrupted.
+    """
     done: dict[str, Outcome] = {}
+
+    def so_far() -> list[Outcome]:
+        return [done[bug.name] for bug in chosen if bug.name in done]
+
     with ThreadPoolExecutor(workers) as threads:
         futures = [threads.submit(one, bug) for bug in chosen]
         try:
             for future in as_completed(futures):
                 outcome = future.result()
                 done[outcome.name] = outcome
+                if keep is not None:
+                    keep(so_far())
                 if sys.stderr.isatty():
                     click.echo(f"\r{len(done)} of {len(chosen)} ", nl=False, err=True)
+                elif len(done) % LINE == 0:
+                    click.echo(f"{len(done)} of {len(chosen)}", err=True)
         except BaseException:
             for future in futures:
                 future.cancel()
             raise
     if sys.stderr.isatty():
         click.echo("\r\x1b[2K", nl=False, err=True)
-    return [done[bug.name] for bug in chosen]
+    return so_far()
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
@@ -125,7 +145,8 @@ def why(outcome: Outcome) -> str:
 
 
 def _write(path: Path, outcomes: Sequence[Outcome]) -> None:
+    text = json.dumps([outcome.to_json() for outcome in outcomes], indent=1) + "\n"
     try:
-        path.write_text(json.dumps([outcome.to_json() for outcome in outcomes], indent=1) + "\n", encoding="utf-8")
+        replace_file(path, text)
     except OSError as error:
         raise EnvironmentProblem(f"{path} cannot be written: {error.strerror}", "choose another --json path") from error

@@ -16,6 +16,7 @@ import pytest
 from moe_fuzz import strategies
 from moe_fuzz.campaign.selftest import draw, run_alone, run_planted
 from moe_fuzz.case import Case
+from moe_fuzz.cli.selftest import run_all
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.ops import get_space
 from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
@@ -210,3 +211,17 @@ def test_unknown_bug(call: Callable, pool: Any, planted: None) -> None:
     ran = call("selftest", "nan_argmin")
     assert ran.code == 2
     assert "did you mean nan_argmax?" in ran.err
+
+
+def test_what_was_found_is_kept_when_the_rest_is_interrupted() -> None:
+    kept: list[list[str]] = []
+
+    def one(bug: Bug) -> Any:
+        if bug.name == "third":
+            raise KeyboardInterrupt
+        return bug
+
+    bugs = [Bug(name) for name in ("first", "second", "third", "fourth")]
+    with pytest.raises(KeyboardInterrupt):
+        run_all(bugs, one, 1, lambda so_far: kept.append([bug.name for bug in so_far]))  # type: ignore[arg-type, misc]
+    assert kept == [["first"], ["first", "second"]]
