@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +23,6 @@ pytestmark = pytest.mark.gpu
 
 OPTIONS = RunOptions(deadline=20.0, first_deadline=60.0)
 SPACE = get_space("topk_softmax")
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool(1, "cuda") as made:
-        yield made
 
 
 def case(tokens: int, experts: int, top_k: int, **config: object) -> Case:
