@@ -53,8 +53,8 @@ class Worker:
         released: Callable[[], None] = lambda: None,
         groups: Groups | None = None,
     ) -> None:
-        """environment: variables of its processes alone. released: called when the worker gives up its place. groups: of
-        the pool, for cases that take several processes at once."""
+        """environment: variables of its processes alone. released: called when it gives up its place. groups: of the
+        pool, for cases that take several processes at once."""
         self._spawn, self._log, self._stats, self._limits = spawn, log, stats, limits
         self._environment, self._released = dict(environment or {}), released
         self._process: Process | None = None
