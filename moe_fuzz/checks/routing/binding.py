@@ -10,16 +10,18 @@ import torch
 
 from moe_fuzz.checks import CHECKS, PARITY, ROWS
 from moe_fuzz.checks.binding import SAMPLE
+from moe_fuzz.checks.routing import parity, structural  # noqa: F401 - they register
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 
 _EXCHANGED = "rows exchanged"
-_JUDGES = ("ids", "shared", "expert_map", "finite")  # the first takes the least time, and rejects many
+# Which of them rejects an answer is all the same, so the first are those that take the least time and reject many.
+_JUDGES = ("ids", *reversed(PARITY["routing"]), "shared", "expert_map", "finite")
 
 
 @dataclass(frozen=True)
 class Answers(RoutingObservation):
     """Several answers to one call as one of as many times its rows, for what goes row by row: those of the first
-    answer, then those of the second. The reference is not computed again, and repeated where it is asked for."""
+    answer, then those of the second. The reference is that of one answer, and is not computed again."""
 
     of: RoutingObservation = field(kw_only=True)
     times: int = field(kw_only=True)
@@ -34,19 +36,32 @@ class Answers(RoutingObservation):
     def tokens(self) -> int:
         return self.times * self.of.tokens
 
-    @cached_property
-    def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
-        scores, biased = self.of._reference
-        return self._again(scores), self._again(biased)
+    def gather(self, table: torch.Tensor) -> torch.Tensor:
+        """table [T, E], of one answer, at the ids of all of them. No row of it is copied for that."""
+        several = table.expand(self.times, *table.shape)
+        return several.gather(2, self.chosen.view(self.times, -1, self.top_k)).view(-1, self.top_k)
+
+    @property
+    def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """Of one answer, as the logits are."""
+        return self.of._reference
+
+    @property
+    def finite(self) -> bool:  # type: ignore[override]
+        return self.of.finite
 
     @cached_property
-    def error(self) -> torch.Tensor:
-        return self._again(self.of.error)
+    def highest_logit(self) -> torch.Tensor:
+        return self._again(self.of.highest_logit)
 
     @cached_property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = self.of.bounds
         return self._again(low), self._again(high)
+
+    @cached_property
+    def highest(self) -> torch.Tensor:
+        return self.gather(self.of.bounds[1])
 
     @cached_property
     def flagged(self) -> torch.Tensor:
@@ -99,13 +114,13 @@ def _others(seen: RoutingObservation) -> Outputs:
 
 
 def rejected(seen: RoutingObservation, answers: Sequence[Outputs]) -> list[bool]:
-    """Of each answer, whether a parity check or one of `_JUDGES` finds a row of it wrong.
+    """Of each answer, whether one of `_JUDGES` finds a row of it wrong.
 
     They are judged together, as one call of as many more rows; where a check does not tell its rows, one by one.
     """
     whole = Answers.to(seen, answers)
     found = torch.zeros(len(answers), dtype=torch.bool)
-    for name in (*_JUDGES[:1], *PARITY["routing"], *_JUDGES[1:]):
+    for name in _JUDGES:
         judge = CHECKS["routing"][name]
         if judge in ROWS:
             found |= ROWS[judge](whole).view(len(answers), -1).any(dim=1)
