@@ -50,6 +50,10 @@ class Answers(RoutingObservation):
     def finite(self) -> bool:  # type: ignore[override]
         return self.of.finite
 
+    @property
+    def all_defined(self) -> bool:  # type: ignore[override]
+        return self.of.all_defined
+
     @cached_property
     def highest_logit(self) -> torch.Tensor:
         return self._again(self.of.highest_logit)

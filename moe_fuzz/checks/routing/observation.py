@@ -64,7 +64,7 @@ class RoutingObservation(Scored):
         if len(rows) == self.tokens and self.logits.device.type == "cpu":
             return self
         plain, fluid = self.inputs.plain, self.inputs.fluid
-        tables = {name: getattr(self, name)[rows] for name in ("scores", "defined", "flagged")}
+        tables = {"scores": self.scores[rows], "defined": self.defined[rows]}
         if self.biased is not self.scores:
             tables["biased"] = self.biased[rows]
         tables |= {"weights": self.outputs.weights[rows], "ids": self.outputs.ids[rows], "rows": rows}
@@ -77,8 +77,8 @@ class RoutingObservation(Scored):
             rows=there["rows"].tolist(),
             budget={},
         )
-        known = {name: there[name] for name in ("defined", "flagged")}
-        part.__dict__.update(known, _reference=(there["scores"], there.get("biased", there["scores"])))
+        reference = there["scores"], there.get("biased", there["scores"])
+        part.__dict__.update(defined=there["defined"], _reference=reference)
         return part
 
     def benign(self, rows: torch.Tensor) -> torch.Tensor:
@@ -186,9 +186,11 @@ class RoutingObservation(Scored):
     @cached_property
     def lawful(self) -> torch.Tensor:
         """bool [T]: rows bound to k distinct experts and finite weights: all but those under a padding dialect."""
-        if self.all_written:
-            return torch.ones_like(self.flagged) if self.dialect == "distinct" else ~self.flagged
-        return ~self.unwritten if self.dialect == "distinct" else ~(self.flagged | self.unwritten)
+        if not self.all_written:
+            return ~self.unwritten if self.dialect == "distinct" else ~(self.flagged | self.unwritten)
+        if self.dialect != "distinct":
+            return ~self.flagged
+        return torch.ones(len(self.outputs.ids), dtype=torch.bool, device=self.outputs.ids.device)
 
     @cached_property
     def repeating(self) -> torch.Tensor:
@@ -211,11 +213,18 @@ class RoutingObservation(Scored):
     @cached_property
     def judged(self) -> torch.Tensor:
         """bool [T]: defined rows with sound ids, which the parity checks judge."""
+        if self.all_defined:
+            return self.sound_ids
         return self.defined if self.faultless else self.defined & self.sound_ids  # no defined row is flagged
 
     @cached_property
     def any_judged(self) -> bool:
         return self.any_defined if self.faultless else bool(self.judged.any())
+
+    @cached_property
+    def all_judged(self) -> bool:
+        """Whether every row is, as far as that is known without a look at each; there is at least one."""
+        return self.faultless and self.all_defined
 
     @cached_property
     def chosen(self) -> torch.Tensor:
@@ -250,6 +259,12 @@ class RoutingObservation(Scored):
     def best_left(self) -> torch.Tensor:
         """float64 [T]: the highest biased score of an expert that was not; -inf where there is none."""
         return self.biased.scatter(1, self.chosen, -torch.inf).amax(dim=1)
+
+    @cached_property
+    def least_lead(self) -> float:
+        """The least that an expert that was taken leads one that was not, in all rows, judged or not; NaN where there
+        is no difference."""
+        return float((self.worst_chosen - self.best_left).amin())
 
     @cached_property
     def lowest(self) -> torch.Tensor:

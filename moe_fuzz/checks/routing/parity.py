@@ -11,6 +11,8 @@ from moe_fuzz.checks.routing.observation import RoutingObservation
 from moe_fuzz.checks.routing.scores import U
 from moe_fuzz.verdict import Violation
 
+_APART = 2.0**-40  # between float64 scores, which are 1 at most, of logits that are not equal
+_LEAST = 2.0**-40  # the least sum of scores by which a target must renormalize
 _AT_ONCE = 1 << 18  # elements of a comparison of all slots with all experts; of more, slot by slot
 
 
@@ -32,7 +34,7 @@ def _selects_the_best(seen: RoutingObservation) -> bool:
     left out is above a higher one of those taken. With groups, what is left out may be better."""
     if seen.topk_group < seen.n_group:
         return False
-    return not bool((seen.judged & (seen.best_left > seen.worst_chosen)).any())
+    return seen.least_lead >= 0 or not bool((seen.judged & (seen.best_left > seen.worst_chosen)).any())
 
 
 def misselected(seen: RoutingObservation) -> torch.Tensor:
@@ -110,6 +112,8 @@ def ties(seen: RoutingObservation) -> list[Violation]:
     """
     if seen.info.contract.ties != "lowest_index_first" or seen.top_k == seen.experts or not seen.any_judged:
         return []
+    if seen.bias is None and seen.least_lead > _APART:
+        return []
     rows = _near(seen).nonzero().flatten()
     if not len(rows):
         return []
@@ -186,11 +190,12 @@ def order(seen: RoutingObservation) -> list[Violation]:
 def _weighed(seen: RoutingObservation) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 [T, k]: the weights expected, and the share of its bound that each error uses; 0 where none is judged."""
     score, error = seen.chosen_scores, seen.chosen_error
-    judged = seen.judged.view(-1, 1)
+    judged = None if seen.all_judged else seen.judged.view(-1, 1)  # None: every row is
     if seen.renormalize:
         total, total_error = score.sum(1, keepdim=True), error.sum(1, keepdim=True)
-        judged = judged & (total >= 2.0**-40)
-        total = total.masked_fill(~judged, 1.0)
+        if judged is not None or not float(total.amin()) >= _LEAST:
+            judged = seen.judged.view(-1, 1) & (total >= _LEAST)
+            total = total.masked_fill(~judged, 1.0)
         expected = score / total
         error = (error + expected * total_error) / (total - total_error).clamp_(min=2.0**-41)
         error += (seen.top_k + 4) * U * expected
@@ -198,8 +203,8 @@ def _weighed(seen: RoutingObservation) -> tuple[torch.Tensor, torch.Tensor]:
         expected = score
     bound = (error + 4 * U * expected).mul_(seen.scale).add_(2.0**-126)
     expected = seen.scale * expected
-    off = (seen.weights - expected).abs_()
-    return expected, off.div_(bound).masked_fill_(~judged, 0.0)
+    used = (seen.weights - expected).abs_().div_(bound)
+    return expected, used if judged is None else used.masked_fill_(~judged, 0.0)
 
 
 def misweighted(seen: RoutingObservation) -> torch.Tensor:

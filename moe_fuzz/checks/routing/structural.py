@@ -167,7 +167,9 @@ def padding(seen: RoutingObservation) -> list[Violation]:
     wanted = {"minus_one": -1, "num_experts": seen.experts, "zero_weight": 0}.get(seen.dialect)
     if wanted is None:
         return []
-    rows = (seen.flagged & ~seen.unwritten).view(-1, 1)
+    if "is_padding" not in seen.inputs.plain:
+        return []
+    rows = (seen.flagged if seen.all_written else seen.flagged & ~seen.unwritten).view(-1, 1)
     weights, ids = seen.outputs.weights, seen.outputs.ids
     wrong = (ids != wanted) & rows
     if wrong.any():
