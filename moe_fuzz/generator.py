@@ -29,15 +29,16 @@ Word = Any  # uint32 values: torch int64, of any shape, or int
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
     """Philox4x32-10 on 64-bit integers that hold uint32 values; the four words broadcast against each other.
 
-    In torch's int64 the product of two uint32 wraps; its low and high words, all that is read of it, stay right.
+    In torch's int64 the product of two uint32 wraps; its low and high words, all that is read of it, stay right. What
+    stands above a word is only cut off where it would be multiplied: each operation is a launch.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, p1, ((p0 >> 32) ^ c3 ^ k1) & _MASK, p0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def words(
@@ -75,14 +76,14 @@ def _on_host(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], 
     even, odd = numpy.empty(shape, dtype=numpy.uint32), numpy.empty(shape, dtype=numpy.uint32)  # words 0, 2 and 1, 3
     even[0], even[1] = blocks, zlib.crc32(name.encode())
     odd[0], odd[1] = numpy.asarray(rows, dtype=numpy.uint32).reshape(-1, 1), stream
-    product = numpy.empty(shape, dtype=numpy.uint64)
-    halves = product.view(numpy.uint32).reshape(*shape, 2)[::-1]
-    low, high = halves[..., 0], halves[..., 1]
+    product, before = numpy.empty(shape, dtype=numpy.uint64), numpy.empty(shape, dtype=numpy.uint64)
     for key in _round_keys(seed):
         numpy.multiply(even, _MULTIPLIERS, out=product)
-        numpy.bitwise_xor(high, odd, out=even)
+        halves = product.view(numpy.uint32).reshape(*shape, 2)[::-1]
+        numpy.bitwise_xor(halves[..., 1], odd, out=even)
         even ^= key
-        odd = low.copy()
+        odd = halves[..., 0]  # of this product until the next but one takes its place
+        product, before = before, product
     table = numpy.empty((*shape[1:], 4), dtype=numpy.uint32)
     table[..., 0], table[..., 1], table[..., 2], table[..., 3] = even[0], odd[0], even[1], odd[1]
     whole = table.reshape(len(rows), 4 * len(blocks))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +50,6 @@ class Family:
 
 def answered(seen: Any, outputs: Any) -> Any:
     """An observation made without outputs, with them. What was computed of the inputs before is not computed again."""
-    whole = replace(seen, outputs=outputs)
-    known = {field.name for field in fields(seen)}
-    whole.__dict__.update({name: value for name, value in seen.__dict__.items() if name not in known})
+    whole = copy(seen)
+    whole.__dict__["outputs"] = outputs  # past what keeps a frozen one from being changed: nobody else has it yet
     return whole

@@ -14,8 +14,8 @@ from moe_fuzz.checks.routing import parity, structural  # noqa: F401 - they regi
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 
 _EXCHANGED = "rows exchanged"
-# Which of them rejects an answer is all the same, so the first are those that take the least time and reject many.
-_JUDGES = ("ids", *reversed(PARITY["routing"]), "shared", "expert_map", "finite")
+# Which of them rejects an answer is all the same: the first are those that take the least time and reject many.
+_JUDGES = ("ids", *PARITY["routing"], "shared", "expert_map", "finite")
 
 
 @dataclass(frozen=True)

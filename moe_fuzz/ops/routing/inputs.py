@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 
 from moe_fuzz import generator, group_faults  # noqa: F401 - they register
-from moe_fuzz.case import Case
+from moe_fuzz.case import Case, Fault
 from moe_fuzz.faults import FAULTS, Canvas
+from moe_fuzz.labels import Labels
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 
 _BIAS_MAGNITUDE = 2.0**-2
@@ -46,33 +48,58 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     inputs = RoutingInputs({key: config[key] for key in _OPTIONS if key in config})
 
     rows = list(step.rows)
-    logits = _fresh(case, rows, experts, case.stream(step_index), device)
-    canvases = {"logits": Canvas("logits", logits, rows, experts, case.seed)}
-    if config["bias"]:
-        bias = generator.triangular(case.seed, "bias", [0], experts, device=device) * _BIAS_MAGNITUDE
-        # Learned biases share an offset. With one below 0, a 0 that a kernel holds for "none" wins (sglang#3705).
-        bias -= (generator.choice(case.seed, "bias/shift", [0], [0], 4, device=device) == 0).float()
-        canvases["bias"] = Canvas("bias", bias, [0], experts, case.seed)
-    if config.get("expert_map"):
-        canvases["expert_map"] = Canvas("expert_map", _physical_ids(case).to(device), [0], experts, case.seed)
+    logits = Canvas("logits", _fresh(case, rows, experts, case.stream(step_index), device), rows, experts, case.seed)
     for fault in step.faults:
-        canvas = canvases[fault.tensor]
-        positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(canvas.rows)))
-        if fault.stream is not None:  # what that step had put there, before its own faults
-            canvas.values[positions] = _fresh(case, [rows[p] for p in positions], experts, fault.stream, device)
-        elif canvas.values.numel():
-            FAULTS[fault.name].lay(canvas, positions)
-
-    for name, canvas in canvases.items():
-        inputs.plain[name] = canvas.values if name == "logits" else canvas.values[0]
-        # The stride is that of the whole step, also where a check takes fewer rows: they are rows of the same view.
-        column_stride = max(1, len(canvas.rows) + canvas.stride_gap) if canvas.transposed else 0
-        inputs.lies[name] = Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
+        if fault.tensor == logits.name:
+            positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
+            if fault.stream is not None:  # what that step had put there, before its own faults
+                logits.values[positions] = _fresh(case, [rows[p] for p in positions], experts, fault.stream, device)
+            elif logits.values.numel():
+                FAULTS[fault.name].lay(logits, positions)
+    inputs.plain["logits"], inputs.lies["logits"] = logits.values, _lie(logits)
+    names = tuple(name for name in ("bias", "expert_map") if config.get(name))
+    if names:
+        laid = tuple(fault for fault in step.faults if fault.tensor in names)
+        within = step.rows if any(fault.rows for fault in laid) else Labels()
+        for name, (tensor, lie) in _weights(names, case.seed, case.experts, laid, within, str(device)).items():
+            inputs.plain[name], inputs.lies[name] = tensor, lie
     if config["is_padding"]:
         flags = torch.zeros(len(rows), dtype=torch.bool, device=device)
         flags[step.padding.positions(step.rows)] = True
         inputs.plain["is_padding"] = flags
     return inputs
+
+
+@lru_cache(maxsize=16)
+def _weights(
+    names: tuple[str, ...], seed: int, labels: Labels, faults: tuple[Fault, ...], within: Labels, device: str
+) -> dict[str, tuple[torch.Tensor, Lie]]:  # fmt: skip
+    """What is no different from step to step, [E] each. They are the same tensors in every step, so that one which lies
+    in a fence already stays there.
+
+    within: the rows of the step, where a fault names some.
+    """
+    experts = list(labels)
+    found = {}
+    for name in names:
+        if name == "bias":
+            values = generator.triangular(seed, "bias", [0], experts, device=device) * _BIAS_MAGNITUDE
+            # Learned biases share an offset. With one below 0, a 0 that a kernel holds for "none" wins (sglang#3705).
+            values -= (generator.choice(seed, "bias/shift", [0], [0], 4, device=device) == 0).float()
+        else:
+            values = _physical_ids(seed, experts).to(device)
+        canvas = Canvas(name, values, [0], experts, seed)
+        for fault in faults:
+            if fault.tensor == name and canvas.values.numel():
+                FAULTS[fault.name].lay(canvas, fault.rows.positions(within) if fault.rows else [0])
+        found[name] = canvas.values[0], _lie(canvas)
+    return found
+
+
+def _lie(canvas: Canvas) -> Lie:
+    """The stride is that of the whole step, also where a check takes fewer rows: they are rows of the same view."""
+    column_stride = max(1, len(canvas.rows) + canvas.stride_gap) if canvas.transposed else 0
+    return Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
 
 
 def _fresh(
@@ -83,15 +110,15 @@ def _fresh(
     return values.mul_(2.0 ** int(case.config["magnitude"])).to(getattr(torch, str(case.config["dtype"])))
 
 
-def _physical_ids(case: Case) -> torch.Tensor:
+def _physical_ids(seed: int, experts: list[int]) -> torch.Tensor:
     """An injective map of the experts into a range wider than theirs, int32 [1, E], each a function of its label.
 
     Every id is past the logical ones and those of shared experts: what was not looked up cannot pass for what was.
     """
-    labels = torch.tensor(list(case.experts))
-    room = max(1024, 1 << int(labels.max()).bit_length())  # more than the largest label, so that 5 * label is injective
-    turn = int(generator.choice(case.seed, "expert_map/turn", [0], [0], 1024))
-    odd = generator.choice(case.seed, "expert_map", [0], labels.tolist(), 2)  # [1, E]
+    labels = torch.tensor(experts)
+    room = max(1024, 1 << max(experts).bit_length())  # more than the largest label, so that 5 * label is injective
+    turn = int(generator.choice(seed, "expert_map/turn", [0], [0], 1024))
+    odd = generator.choice(seed, "expert_map", [0], experts, 2)  # [1, E]
     return (2 * room + 2 * ((labels * 5 + turn) % room) + odd).to(torch.int32)
 
 
