@@ -76,14 +76,17 @@ def _on_host(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], 
     even, odd = numpy.empty(shape, dtype=numpy.uint32), numpy.empty(shape, dtype=numpy.uint32)  # words 0, 2 and 1, 3
     even[0], even[1] = blocks, zlib.crc32(name.encode())
     odd[0], odd[1] = numpy.asarray(rows, dtype=numpy.uint32).reshape(-1, 1), stream
-    product, before = numpy.empty(shape, dtype=numpy.uint64), numpy.empty(shape, dtype=numpy.uint64)
-    for key in _round_keys(seed):
-        numpy.multiply(even, _MULTIPLIERS, out=product)
+    turns = []  # two products, since the low half of one is what the next round needs
+    for _ in range(2):
+        product = numpy.empty(shape, dtype=numpy.uint64)
         halves = product.view(numpy.uint32).reshape(*shape, 2)[::-1]
-        numpy.bitwise_xor(halves[..., 1], odd, out=even)
-        even ^= key
-        odd = halves[..., 0]  # of this product until the next but one takes its place
-        product, before = before, product
+        turns.append((product, halves[..., 0], halves[..., 1]))
+    multiply, xor = numpy.multiply, numpy.bitwise_xor
+    for key, (product, low, high) in zip(_round_keys(seed), turns * (_ROUNDS // 2), strict=True):
+        multiply(even, _MULTIPLIERS, product)
+        xor(high, odd, even)
+        xor(even, key, even)
+        odd = low
     table = numpy.empty((*shape[1:], 4), dtype=numpy.uint32)
     table[..., 0], table[..., 1], table[..., 2], table[..., 3] = even[0], odd[0], even[1], odd[1]
     whole = table.reshape(len(rows), 4 * len(blocks))
@@ -91,11 +94,11 @@ def _on_host(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], 
 
 
 @lru_cache(maxsize=16)
-def _round_keys(seed: int) -> Any:
-    """uint32 [rounds, 2, 1, 1]."""
+def _round_keys(seed: int) -> list[Any]:
+    """uint32 [2, 1, 1] for each round."""
     low, high = seed & _MASK, (seed >> 32) & _MASK
     keys = [((low + i * _W0) & _MASK, (high + i * _W1) & _MASK) for i in range(_ROUNDS)]
-    return numpy.array(keys, dtype=numpy.uint32).reshape(_ROUNDS, 2, 1, 1)
+    return list(numpy.array(keys, dtype=numpy.uint32).reshape(_ROUNDS, 2, 1, 1))
 
 
 @lru_cache(maxsize=256)
