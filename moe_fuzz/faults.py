@@ -37,14 +37,27 @@ class Canvas:
     transposed: bool = False  # columns are packed, not rows
     offset: int = 0  # elements between the aligned start of the memory and the first element
 
+    def at(self, positions: Sequence[int]) -> slice | torch.Tensor:
+        """The rows at these positions as an index into the values. Those of a range are neither looked up nor copied.
+        """
+        if isinstance(positions, range):
+            return slice(positions.start, positions.stop)
+        return torch.tensor(positions, dtype=torch.int64, device=self.device)
+
+    def labels(self, positions: Sequence[int]) -> Sequence[int]:
+        """Of the rows at these positions."""
+        if isinstance(positions, range):
+            return self.rows[positions.start : positions.stop]
+        return [self.rows[p] for p in positions]
+
     def choose(self, positions: Sequence[int], count: int, fault: str) -> torch.Tensor:
         """int64 [len(positions), columns] in [0, count): a fault's own choice at each place."""
-        rows = [self.rows[p] for p in positions]
+        rows = self.labels(positions)
         return generator.choice(self.seed, f"{self.name}/{fault}", rows, self.columns, count, device=self.device)
 
     def choose_rows(self, positions: Sequence[int], count: int, fault: str) -> torch.Tensor:
         """int64 [len(positions), 1] in [0, count): a fault's own choice for each row."""
-        rows = [self.rows[p] for p in positions]
+        rows = self.labels(positions)
         return generator.choice(self.seed, f"{self.name}/{fault}", rows, [0], count, device=self.device)
 
     def table(self, values: Sequence[float], dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -68,7 +81,8 @@ class Canvas:
 
 
 class Fault:
-    """A kind of fault. `lay` changes the canvas at the given row positions (all rows, where the case names none)."""
+    """A kind of fault. `lay` changes the canvas at the given row positions (all rows, where the case names none), each
+    of which is named once; a range of them, where they follow one another, has the least work."""
 
     name: ClassVar[str]
 
@@ -91,7 +105,7 @@ class NanRows(Fault):
     name = "nan_rows"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = canvas.nans(positions, self.name)
+        canvas.values[canvas.at(positions)] = canvas.nans(positions, self.name)
 
 
 @register
@@ -101,7 +115,7 @@ class InfRows(Fault):
     name = "inf_rows"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = torch.inf
+        canvas.values[canvas.at(positions)] = torch.inf
 
 
 @register
@@ -111,7 +125,7 @@ class NegInfRows(Fault):
     name = "neg_inf_rows"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = -torch.inf
+        canvas.values[canvas.at(positions)] = -torch.inf
 
 
 @register
@@ -123,7 +137,7 @@ class PartialNan(Fault):
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         hit = canvas.choose(positions, 3, self.name + "/where") == 0
         nans = canvas.nans(positions, self.name)
-        canvas.values[positions] = torch.where(hit, nans, canvas.values[positions])
+        canvas.values[canvas.at(positions)] = torch.where(hit, nans, canvas.values[canvas.at(positions)])
 
 
 @register
@@ -134,9 +148,9 @@ class PartialInf(Fault):
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         pick = canvas.choose(positions, 4, self.name)
-        row = canvas.values[positions]
+        row = canvas.values[canvas.at(positions)]
         row = torch.where(pick == 0, torch.full_like(row, torch.inf), row)
-        canvas.values[positions] = torch.where(pick == 1, torch.full_like(row, -torch.inf), row)
+        canvas.values[canvas.at(positions)] = torch.where(pick == 1, torch.full_like(row, -torch.inf), row)
 
 
 def _moved(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
@@ -158,8 +172,8 @@ class MaskedExperts(Fault):
         depths = (0, 0, 15, 15) if canvas.values.dtype == torch.float16 else (0, 0, 20, 40)
         down = canvas.table([-(2.0**depth) if depth else 0.0 for depth in depths])
         pick = canvas.choose_rows(positions, len(depths), self.name + "/down")  # [P, 1]
-        row = _moved(canvas.values[positions], down[pick])
-        canvas.values[positions] = torch.where(hit, torch.full_like(row, -torch.inf), row)
+        row = _moved(canvas.values[canvas.at(positions)], down[pick])
+        canvas.values[canvas.at(positions)] = torch.where(hit, torch.full_like(row, -torch.inf), row)
 
 
 @register
@@ -173,7 +187,7 @@ class ShiftedRows(Fault):
         powers = (5, 8, 14) if canvas.values.dtype == torch.float16 else (5, 8, 14, 20)
         offsets = canvas.table([sign * 2.0**power for power in powers for sign in (-1, 1)])
         pick = canvas.choose_rows(positions, len(offsets), self.name)  # [P, 1]
-        canvas.values[positions] = _moved(canvas.values[positions], offsets[pick])
+        canvas.values[canvas.at(positions)] = _moved(canvas.values[canvas.at(positions)], offsets[pick])
 
 
 @register
@@ -186,8 +200,8 @@ class HugeRows(Fault):
         limits = torch.finfo(canvas.values.dtype)
         table = canvas.table([limits.max, limits.min, limits.max / 2, limits.min / 2], canvas.values.dtype)
         pick = canvas.choose(positions, 8, self.name)
-        row = canvas.values[positions]
-        canvas.values[positions] = torch.where(pick < 4, table[pick.clamp(max=3)], row)
+        row = canvas.values[canvas.at(positions)]
+        canvas.values[canvas.at(positions)] = torch.where(pick < 4, table[pick.clamp(max=3)], row)
 
 
 @register
@@ -201,7 +215,7 @@ class Ladder(Fault):
         rungs = [0.0, -0.0, limits.tiny, -limits.tiny, limits.smallest_normal / 4, -limits.smallest_normal / 4]
         rungs += [sign * 2.0**power for power in range(-14, 15, 2) for sign in (1, -1)]
         table = canvas.table(rungs, torch.float64).to(canvas.values.dtype)
-        canvas.values[positions] = table[canvas.choose(positions, len(rungs), self.name)]
+        canvas.values[canvas.at(positions)] = table[canvas.choose(positions, len(rungs), self.name)]
 
 
 @register
@@ -214,7 +228,7 @@ class Ties(Fault):
         table = canvas.table([0.0, 0.0, -0.0, 1.0, 1.0, -1.0], canvas.values.dtype)
         pick = canvas.choose(positions, len(table), self.name)
         few = canvas.table([1, 3, 5, 6])[canvas.choose_rows(positions, 4, self.name + "/few")]  # [P, 1]
-        canvas.values[positions] = table[pick % few]
+        canvas.values[canvas.at(positions)] = table[pick % few]
 
 
 @register
@@ -224,7 +238,7 @@ class ZeroRows(Fault):
     name = "zero_rows"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = 0.0
+        canvas.values[canvas.at(positions)] = 0.0
 
 
 @register
@@ -237,9 +251,9 @@ class StaleRows(Fault):
     name = "stale_rows"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        rows = [canvas.rows[p] for p in positions]
+        rows = canvas.labels(positions)
         old = generator.triangular(canvas.seed, canvas.name, rows, canvas.columns, 63, canvas.device)
-        canvas.values[positions] = (4 * old).to(canvas.values.dtype)
+        canvas.values[canvas.at(positions)] = (4 * old).to(canvas.values.dtype)
 
 
 @register
@@ -252,7 +266,7 @@ class ExtremeBias(Fault):
         rungs = [0.0, -0.0, -torch.inf, 0.5, -0.5, 11.0, -11.0]
         rungs += [sign * 2.0**power for power in (-14, -7, -3, 3, 7, 14) for sign in (1, -1)]
         table = canvas.table(rungs, canvas.values.dtype)
-        canvas.values[positions] = table[canvas.choose(positions, len(rungs), self.name)]
+        canvas.values[canvas.at(positions)] = table[canvas.choose(positions, len(rungs), self.name)]
 
 
 @register
@@ -262,7 +276,7 @@ class NegativeBias(Fault):
     name = "negative_bias"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = -2.0 - canvas.values[positions].abs()
+        canvas.values[canvas.at(positions)] = -2.0 - canvas.values[canvas.at(positions)].abs()
 
 
 @register

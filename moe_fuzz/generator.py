@@ -51,8 +51,9 @@ def words(
     key = (seed & _MASK, (seed >> 32) & _MASK)
     tensor_id = zlib.crc32(name.encode())
     if len(rows) == len(columns) == 1:
-        lanes = philox((columns[0] >> 2, rows[0], tensor_id, stream), key)
-        return torch.full((1, 1), lanes[columns[0] & 3], dtype=torch.int64, device=device)
+        row, column = int(rows[0]), int(columns[0])
+        lanes = philox((column >> 2, row, tensor_id, stream), key)
+        return torch.full((1, 1), lanes[column & 3], dtype=torch.int64, device=device)
     if torch.device(device).type == "cpu":
         return torch.from_numpy(_on_host(seed, name, rows, columns, stream).astype(numpy.int64))
     row = numpy.asarray(rows, dtype=numpy.int64)  # [R]
@@ -129,4 +130,10 @@ def choice(
     device: Device = "cpu",
 ) -> torch.Tensor:  # fmt: skip
     """int64 [R, C] in [0, count), count <= 2^16: which of `count` things each place takes."""
+    if torch.device(device).type == "cpu" and not len(rows) == len(columns) == 1:
+        word = _on_host(seed, name, rows, columns, stream)
+        word >>= 16
+        word *= numpy.uint32(count)  # it has room for the product of two 16-bit numbers
+        word >>= 16
+        return torch.from_numpy(word.astype(numpy.int64))
     return ((words(seed, name, rows, columns, stream, device) >> 16) * count) >> 16

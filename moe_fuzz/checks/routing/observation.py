@@ -152,7 +152,10 @@ class RoutingObservation(Scored):
 
     @cached_property
     def _repeats(self) -> bool:
-        return self.top_k > 1 and bool(self.repeating.any())
+        if self.top_k == 1:
+            return False
+        ordered = self.routed.sort(dim=1).values
+        return bool((ordered[:, 1:] == ordered[:, :-1]).any())
 
     @cached_property
     def all_weights(self) -> torch.Tensor:
@@ -162,12 +165,12 @@ class RoutingObservation(Scored):
     @property
     def weights(self) -> torch.Tensor:
         """float64 [T, k]: of the routed slots."""
-        return self.all_weights[:, : self.top_k]
+        return self.all_weights[:, : self.top_k] if self.n_shared else self.all_weights
 
     @cached_property
     def routed(self) -> torch.Tensor:
         """int64 [T, k]: the ids of the routed slots as they were returned, physical where there is a map."""
-        return self.outputs.ids[:, : self.top_k].long()
+        return (self.outputs.ids[:, : self.top_k] if self.n_shared else self.outputs.ids).long()
 
     @cached_property
     def ids(self) -> torch.Tensor:

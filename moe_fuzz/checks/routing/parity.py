@@ -11,7 +11,7 @@ from moe_fuzz.checks.routing.observation import RoutingObservation
 from moe_fuzz.checks.routing.scores import U
 from moe_fuzz.verdict import Violation
 
-_APART = 2.0**-40  # between float64 scores, which are 1 at most, of logits that are not equal
+_APART = 2.0**-40  # between float64 scores, which are 1 at most, of experts that do not tie
 _LEAST = 2.0**-40  # the least sum of scores by which a target must renormalize
 _AT_ONCE = 1 << 18  # elements of a comparison of all slots with all experts; of more, slot by slot
 
@@ -112,7 +112,7 @@ def ties(seen: RoutingObservation) -> list[Violation]:
     """
     if seen.info.contract.ties != "lowest_index_first" or seen.top_k == seen.experts or not seen.any_judged:
         return []
-    if seen.bias is None and seen.least_lead > _APART:
+    if seen.least_lead > _APART * (1 if seen.bias is None else 1 + float(seen.worst_chosen.abs().amax())):
         return []
     rows = _near(seen).nonzero().flatten()
     if not len(rows):
@@ -202,7 +202,7 @@ def _weighed(seen: RoutingObservation) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         expected = score
     bound = (error + 4 * U * expected).mul_(seen.scale).add_(2.0**-126)
-    expected = seen.scale * expected
+    expected = expected if seen.scale == 1 else seen.scale * expected
     used = (seen.weights - expected).abs_().div_(bound)
     return expected, used if judged is None else used.masked_fill_(~judged, 0.0)
 

@@ -115,7 +115,7 @@ class Scored:
             relative = (2 * logits.neg().clamp(min=0) + 12) * U
             floor = 2.0**-120 + (2 * U if self.info.contract.sigmoid == "tanh" else 0.0)
         else:
-            distance = (logits - self.highest_logit).abs_()
+            distance = self.highest_logit - logits
             relative = distance.mul_(2).add_(self.experts).add_(2 * math.log(self.experts)).add_(16).mul_(U)
             floor = 2.0**-126
         scaled = relative.mul_(scores)

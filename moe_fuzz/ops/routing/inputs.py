@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -44,16 +45,17 @@ class RoutingInputs(Inputs):
 def materialize(case: Case, step_index: int, device: torch.device | str = "cpu") -> RoutingInputs:
     """The inputs of one step of a case, a function of the case alone; the same bits on every device."""
     config, step = case.config, case.steps[step_index]
-    experts = list(case.experts)
+    experts = _in_order(case.experts)
     inputs = RoutingInputs({key: config[key] for key in _OPTIONS if key in config})
 
-    rows = list(step.rows)
+    rows = _in_order(step.rows)
     logits = Canvas("logits", _fresh(case, rows, experts, case.stream(step_index), device), rows, experts, case.seed)
     for fault in step.faults:
         if fault.tensor == logits.name:
-            positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
+            positions = _positions(fault, step.rows)
             if fault.stream is not None:  # what that step had put there, before its own faults
-                logits.values[positions] = _fresh(case, [rows[p] for p in positions], experts, fault.stream, device)
+                labels = logits.labels(positions)
+                logits.values[logits.at(positions)] = _fresh(case, labels, experts, fault.stream, device)
             elif logits.values.numel():
                 FAULTS[fault.name].lay(logits, positions)
     inputs.plain["logits"], inputs.lies["logits"] = logits.values, _lie(logits)
@@ -79,7 +81,7 @@ def _weights(
 
     within: the rows of the step, where a fault names some.
     """
-    experts = list(labels)
+    experts = _in_order(labels)
     found = {}
     for name in names:
         if name == "bias":
@@ -96,6 +98,19 @@ def _weights(
     return found
 
 
+@lru_cache(maxsize=64)
+def _in_order(labels: Labels) -> tuple[int, ...]:
+    return tuple(labels)
+
+
+def _positions(fault: Fault, rows: Labels) -> Sequence[int]:
+    """Where the fault lies in a step of these rows; as a range where they follow one another, as padding does."""
+    if not fault.rows:
+        return range(len(rows))
+    found = fault.rows.positions(rows)
+    return range(found[0], found[-1] + 1) if found and found[-1] - found[0] == len(found) - 1 else found
+
+
 def _lie(canvas: Canvas) -> Lie:
     """The stride is that of the whole step, also where a check takes fewer rows: they are rows of the same view."""
     column_stride = max(1, len(canvas.rows) + canvas.stride_gap) if canvas.transposed else 0
@@ -103,14 +118,14 @@ def _lie(canvas: Canvas) -> Lie:
 
 
 def _fresh(
-    case: Case, rows: list[int], experts: list[int], stream: int, device: torch.device | str
+    case: Case, rows: Sequence[int], experts: Sequence[int], stream: int, device: torch.device | str
 ) -> torch.Tensor:  # fmt: skip
     """Logits [R, E] of these row labels before any fault."""
     values = generator.triangular(case.seed, "logits", rows, experts, stream, device)
     return values.mul_(2.0 ** int(case.config["magnitude"])).to(getattr(torch, str(case.config["dtype"])))
 
 
-def _physical_ids(seed: int, experts: list[int]) -> torch.Tensor:
+def _physical_ids(seed: int, experts: Sequence[int]) -> torch.Tensor:
     """An injective map of the experts into a range wider than theirs, int32 [1, E], each a function of its label.
 
     Every id is past the logical ones and those of shared experts: what was not looked up cannot pass for what was.
@@ -126,8 +141,8 @@ def benign_rows(
     case: Case, step_index: int, positions: list[int], device: torch.device | str = "cpu"
 ) -> torch.Tensor:  # fmt: skip
     """Ordinary logits [len(positions), E] for the rows at these positions: what padding could have held instead."""
-    rows = list(case.steps[step_index].rows)
+    rows = _in_order(case.steps[step_index].rows)
     names = [rows[p] for p in positions]
-    values = generator.triangular(case.seed, "logits", names, list(case.experts), 62, device)
+    values = generator.triangular(case.seed, "logits", names, _in_order(case.experts), 62, device)
     return (4 * values).to(getattr(torch, str(case.config["dtype"])))
 
