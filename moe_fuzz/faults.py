@@ -252,8 +252,8 @@ class StaleRows(Fault):
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         rows = canvas.labels(positions)
-        old = generator.triangular(canvas.seed, canvas.name, rows, canvas.columns, 63, canvas.device)
-        canvas.values[canvas.at(positions)] = (4 * old).to(canvas.values.dtype)
+        old = generator.triangular(canvas.seed, canvas.name, rows, canvas.columns, 63, canvas.device, 4.0)
+        canvas.values[canvas.at(positions)] = old.to(canvas.values.dtype)
 
 
 @register

@@ -112,17 +112,19 @@ def _blocks(columns: tuple[int, ...]) -> tuple[Any, Any, Any, bool]:
 
 
 def triangular(
-    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: Device = "cpu"
-) -> torch.Tensor:
-    """float32 [R, C] in (-1, 1), steps of 2^-16, the density of a tent: the sum of two 16-bit uniforms, exact."""
+    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: Device = "cpu",
+    scale: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
+    """float32 [R, C] in (-scale, scale), steps of 2^-16 * scale, the density of a tent: the sum of two 16-bit uniforms.
+    Exact: the scale is a power of two."""
     if torch.device(device).type == "cpu":
         halves = _on_host(seed, name, rows, columns, stream).view(numpy.uint16).reshape(len(rows), len(columns), 2)
         value = numpy.add(halves[..., 0], halves[..., 1], dtype=numpy.float32)
         value -= 0xFFFF
-        value *= 2.0**-16
+        value *= 2.0**-16 * scale
         return torch.from_numpy(value)
     word = words(seed, name, rows, columns, stream, device)
-    return ((word & 0xFFFF) + (word >> 16) - 0xFFFF).to(torch.float32) * 2.0**-16
+    return ((word & 0xFFFF) + (word >> 16) - 0xFFFF).to(torch.float32) * (2.0**-16 * scale)
 
 
 def choice(

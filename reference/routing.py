@@ -96,12 +96,12 @@ SCORES = {"softmax": softmax_scores, "sigmoid": sigmoid_scores}
 
 def defined_rows(logits: Tensor, bias: Tensor | None, top_k: int) -> Tensor:
     """Whether selection and weights of a row are determined by the contract: bool [T]."""
-    usable = logits.isfinite()  # [T, E]
-    bad = logits.isnan() | (logits == math.inf)
+    good = (logits < math.inf).all(dim=1)  # NaN is not
+    usable = logits > -math.inf  # [T, E]
     if bias is not None:
-        usable = usable & bias.isfinite()
-        bad = bad | bias.isnan() | (bias == math.inf)
-    return ~bad.any(dim=1) & (usable.sum(dim=1) >= top_k)
+        good = good & (bias < math.inf).all()
+        usable = usable & (bias > -math.inf)
+    return good & (usable.sum(dim=1) >= top_k)
 
 
 def renormalized(picked: Tensor, scoring: str) -> Tensor:

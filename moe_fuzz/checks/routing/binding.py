@@ -47,6 +47,10 @@ class Answers(RoutingObservation):
         return self.of._reference
 
     @property
+    def faultless(self) -> bool:  # type: ignore[override]
+        return False  # as a rule one of them is not, and then the others have been looked at for nothing
+
+    @property
     def finite(self) -> bool:  # type: ignore[override]
         return self.of.finite
 
@@ -107,6 +111,8 @@ def wrong_answers(seen: RoutingObservation) -> Iterator[tuple[str, Outputs]]:
 
 def _with_ids(seen: RoutingObservation, logical: torch.Tensor) -> Outputs:
     """The answer with these experts in the routed slots. An id that is none stays none."""
+    if seen.expert_map is None and not seen.n_shared:
+        return Outputs(seen.outputs.weights, logical.to(seen.outputs.ids.dtype))
     experts = logical if seen.expert_map is None else seen.expert_map.long()[logical.clamp(0, seen.experts - 1)]
     ids = seen.outputs.ids
     return Outputs(seen.outputs.weights, torch.cat([experts.to(ids.dtype), ids[:, seen.top_k :]], dim=1))
@@ -137,7 +143,8 @@ def rejected(seen: RoutingObservation, answers: Sequence[Outputs]) -> list[bool]
 
 def binding(seen: RoutingObservation) -> list[str]:
     """The wrong answers that no check rejected; empty when the case proves parity."""
-    judged = seen.judged.nonzero().flatten()
+    device = seen.logits.device
+    judged = torch.arange(seen.tokens, device=device) if seen.all_judged else seen.judged.nonzero().flatten()
     if not len(judged):
         return ["no row is defined"]
     # Every check goes row by row, so an answer that is rejected on some rows is rejected as a whole.

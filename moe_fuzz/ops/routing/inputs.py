@@ -121,8 +121,9 @@ def _fresh(
     case: Case, rows: Sequence[int], experts: Sequence[int], stream: int, device: torch.device | str
 ) -> torch.Tensor:  # fmt: skip
     """Logits [R, E] of these row labels before any fault."""
-    values = generator.triangular(case.seed, "logits", rows, experts, stream, device)
-    return values.mul_(2.0 ** int(case.config["magnitude"])).to(getattr(torch, str(case.config["dtype"])))
+    scale = 2.0 ** int(case.config["magnitude"])
+    values = generator.triangular(case.seed, "logits", rows, experts, stream, device, scale)
+    return values.to(getattr(torch, str(case.config["dtype"])))
 
 
 def _physical_ids(seed: int, experts: Sequence[int]) -> torch.Tensor:
@@ -143,6 +144,6 @@ def benign_rows(
     """Ordinary logits [len(positions), E] for the rows at these positions: what padding could have held instead."""
     rows = _in_order(case.steps[step_index].rows)
     names = [rows[p] for p in positions]
-    values = generator.triangular(case.seed, "logits", names, _in_order(case.experts), 62, device)
-    return (4 * values).to(getattr(torch, str(case.config["dtype"])))
+    values = generator.triangular(case.seed, "logits", names, _in_order(case.experts), 62, device, 4.0)
+    return values.to(getattr(torch, str(case.config["dtype"])))
 
