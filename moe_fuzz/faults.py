@@ -85,6 +85,8 @@ class Fault:
     of which is named once; a range of them, where they follow one another, has the least work."""
 
     name: ClassVar[str]
+    #: it writes every element of its rows, whatever was there: that need not be made
+    replaces: ClassVar[bool] = False
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         raise NotImplementedError
@@ -103,6 +105,7 @@ class NanRows(Fault):
     """Whole rows of NaN, as attention leaves them in CUDA-graph and data-parallel padding (vllm#37758, vllm#39391)."""
 
     name = "nan_rows"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         canvas.values[canvas.at(positions)] = canvas.nans(positions, self.name)
@@ -113,6 +116,7 @@ class InfRows(Fault):
     """Whole rows of +Inf."""
 
     name = "inf_rows"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         canvas.values[canvas.at(positions)] = torch.inf
@@ -123,6 +127,7 @@ class NegInfRows(Fault):
     """Whole rows of -Inf: every expert masked."""
 
     name = "neg_inf_rows"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         canvas.values[canvas.at(positions)] = -torch.inf
@@ -209,6 +214,7 @@ class Ladder(Fault):
     """±0, subnormals and a geometric ladder of magnitudes of both signs: where underflow and cancellation live."""
 
     name = "ladder"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         limits = torch.finfo(canvas.values.dtype)
@@ -223,6 +229,7 @@ class Ties(Fault):
     """Rows of few distinct values: all equal, or two values, or ±0, so that every cut goes through a tie."""
 
     name = "ties"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         table = canvas.table([0.0, 0.0, -0.0, 1.0, 1.0, -1.0], canvas.values.dtype)
@@ -236,6 +243,7 @@ class ZeroRows(Fault):
     """The rows are zero: a static buffer in which nobody has written yet."""
 
     name = "zero_rows"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         canvas.values[canvas.at(positions)] = 0.0
@@ -249,6 +257,7 @@ class StaleRows(Fault):
     """
 
     name = "stale_rows"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         rows = canvas.labels(positions)

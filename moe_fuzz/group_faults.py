@@ -32,6 +32,7 @@ class TiedGroups(Fault):
     """Values that repeat along a row: groups of a multiple of the period hold the same values and tie."""
 
     name = "tied_groups"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         canvas.values[canvas.at(positions)] = _periodic(canvas, positions, self.name).to(canvas.values.dtype)
@@ -42,6 +43,7 @@ class NearTiedGroups(Fault):
     """The same, with the last bit of one value in four changed: groups differ by less than a rounding, or by little."""
 
     name = "near_tied_groups"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         values = _periodic(canvas, positions, self.name).to(canvas.values.dtype)

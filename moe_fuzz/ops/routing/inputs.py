@@ -49,15 +49,14 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     inputs = RoutingInputs({key: config[key] for key in _OPTIONS if key in config})
 
     rows = _in_order(step.rows)
-    logits = Canvas("logits", _fresh(case, rows, experts, case.stream(step_index), device), rows, experts, case.seed)
-    for fault in step.faults:
-        if fault.tensor == logits.name:
-            positions = _positions(fault, step.rows)
-            if fault.stream is not None:  # what that step had put there, before its own faults
-                labels = logits.labels(positions)
-                logits.values[logits.at(positions)] = _fresh(case, labels, experts, fault.stream, device)
-            elif logits.values.numel():
-                FAULTS[fault.name].lay(logits, positions)
+    faults = [(fault, _positions(fault, step.rows)) for fault in step.faults if fault.tensor == "logits"]
+    logits = _before_faults(case, rows, experts, case.stream(step_index), faults, device)
+    for fault, positions in faults:
+        if fault.stream is not None:  # what that step had put there, before its own faults
+            labels = logits.labels(positions)
+            logits.values[logits.at(positions)] = _fresh(case, labels, experts, fault.stream, device)
+        elif logits.values.numel():
+            FAULTS[fault.name].lay(logits, positions)
     inputs.plain["logits"], inputs.lies["logits"] = logits.values, _lie(logits)
     names = tuple(name for name in ("bias", "expert_map") if config.get(name))
     if names:
@@ -107,8 +106,29 @@ def _positions(fault: Fault, rows: Labels) -> Sequence[int]:
     """Where the fault lies in a step of these rows; as a range where they follow one another, as padding does."""
     if not fault.rows:
         return range(len(rows))
-    found = fault.rows.positions(rows)
-    return range(found[0], found[-1] + 1) if found and found[-1] - found[0] == len(found) - 1 else found
+    return _as_range(fault.rows.positions(rows))
+
+
+def _as_range(ascending: list[int]) -> Sequence[int]:
+    """The same numbers, as a range if they are one."""
+    first, last = (ascending[0], ascending[-1]) if ascending else (0, -1)
+    return range(first, last + 1) if last - first == len(ascending) - 1 else ascending
+
+
+def _before_faults(
+    case: Case, rows: Sequence[int], experts: Sequence[int], stream: int,
+    faults: Sequence[tuple[Fault, Sequence[int]]], device: torch.device | str,
+) -> Canvas:  # fmt: skip
+    """The logits of a step before any fault, 0 in rows that a fault writes as a whole."""
+    lost = {p for fault, positions in faults if fault.stream is not None or FAULTS[fault.name].replaces
+            for p in positions}  # fmt: skip
+    if not lost:
+        return Canvas("logits", _fresh(case, rows, experts, stream, device), rows, experts, case.seed)
+    dtype = getattr(torch, str(case.config["dtype"]))
+    canvas = Canvas("logits", torch.zeros(len(rows), len(experts), dtype=dtype, device=device), rows, experts, case.seed)
+    if left := _as_range([p for p in range(len(rows)) if p not in lost]):
+        canvas.values[canvas.at(left)] = _fresh(case, canvas.labels(left), experts, stream, device)
+    return canvas
 
 
 def _lie(canvas: Canvas) -> Lie:
