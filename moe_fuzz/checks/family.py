@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +49,6 @@ class Family:
 
 def answered(seen: Any, outputs: Any) -> Any:
     """An observation made without outputs, with them. What was computed of the inputs before is not computed again."""
-    whole = copy(seen)
-    whole.__dict__["outputs"] = outputs  # past what keeps a frozen one from being changed: nobody else has it yet
+    whole = object.__new__(type(seen))
+    whole.__dict__.update(seen.__dict__, outputs=outputs)  # fields and what is cached beside them
     return whole

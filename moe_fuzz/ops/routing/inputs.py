@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
+import numpy
 import torch
 
 from moe_fuzz import generator, group_faults  # noqa: F401 - they register
@@ -65,9 +66,9 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
         for name, (tensor, lie) in _weights(names, case.seed, case.experts, laid, within, str(device)).items():
             inputs.plain[name], inputs.lies[name] = tensor, lie
     if config["is_padding"]:
-        flags = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        flags = numpy.zeros(len(rows), dtype=bool)
         flags[step.padding.positions(step.rows)] = True
-        inputs.plain["is_padding"] = flags
+        inputs.plain["is_padding"] = torch.from_numpy(flags).to(device)
     return inputs
 
 
@@ -120,13 +121,15 @@ def _before_faults(
     faults: Sequence[tuple[Fault, Sequence[int]]], device: torch.device | str,
 ) -> Canvas:  # fmt: skip
     """The logits of a step before any fault, 0 in rows that a fault writes as a whole."""
-    lost = {p for fault, positions in faults if fault.stream is not None or FAULTS[fault.name].replaces
-            for p in positions}  # fmt: skip
-    if not lost:
+    kept = numpy.ones(len(rows), dtype=bool)
+    for fault, positions in faults:
+        if fault.stream is not None or FAULTS[fault.name].replaces:
+            kept[positions] = False
+    if kept.all():
         return Canvas("logits", _fresh(case, rows, experts, stream, device), rows, experts, case.seed)
     dtype = getattr(torch, str(case.config["dtype"]))
     canvas = Canvas("logits", torch.zeros(len(rows), len(experts), dtype=dtype, device=device), rows, experts, case.seed)
-    if left := _as_range([p for p in range(len(rows)) if p not in lost]):
+    if left := _as_range(numpy.flatnonzero(kept).tolist()):
         canvas.values[canvas.at(left)] = _fresh(case, canvas.labels(left), experts, stream, device)
     return canvas
 
