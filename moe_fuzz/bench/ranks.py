@@ -31,7 +31,7 @@ def run_ranks(program: str | Path, world: int, arguments: Sequence[str], seconds
     program: a module with `main(arguments) -> exit code`, or a file. It finds RANK, WORLD_SIZE and INIT_METHOD (of
     torch.distributed) in its environment; NVLink multicast is switched off there.
 
-    The time runs from where no other group of ranks is on the first `world` GPUs, one of which each rank takes.
+    Each rank takes one of the first `world` GPUs; the time runs from where no worker is busy there, nor will be.
     """
     root = str(Path(moe_fuzz.__file__).parents[1])
     what = [str(program)] if isinstance(program, Path) else ["-c", _PROGRAM.format(root=root, module=program)]

@@ -47,8 +47,8 @@ class Groups:
         return contextlib.nullcontext() if self._leases is None else self._turn
 
     def turn_on(self, leases: Sequence[Lease]) -> contextlib.AbstractContextManager[object]:
-        """So do those of all programs on the GPUs of these leases. Who waits here waits for nobody who waits for a
-        slot: all have theirs."""
+        """While the group runs it has the GPUs of these leases for itself. Who waits here waits for nobody who waits
+        for a slot: all have theirs."""
         if (ours := self._leases) is None:
             return contextlib.nullcontext()
         return turn(ours.directory, [lease.gpu.uuid for lease in leases], given_up=lambda: ours.closed)

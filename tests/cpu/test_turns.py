@@ -1,4 +1,4 @@
-"""Groups of ranks take turns on a GPU: of one program and of several, and whoever waits comes next."""
+"""A group of ranks has its GPUs for itself, whichever programs there are, and whoever waits comes next."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import PASS, Verdict
 from moe_fuzz.worker import ranks as ranks_of_workers
 from moe_fuzz.worker.gpus import SLOT_BYTES, Gpu
-from moe_fuzz.worker.leases import Leases
+from moe_fuzz.worker.leases import Leases, default_directory
+from moe_fuzz.worker.pool import Pool
 from moe_fuzz.worker.ranks import Groups, Ranks
 from moe_fuzz.worker.stats import Stats
-from moe_fuzz.worker.turns import turn
+from moe_fuzz.worker.turns import beside, turn
 
+RUNNER = f"{Path(__file__).parent / 'worker_runner.py'}:Runner"
 CARDS = [Gpu("small", 6 * SLOT_BYTES, 6 * SLOT_BYTES, uuid) for uuid in ("GPU-a", "GPU-b")]
 
 
@@ -75,11 +77,32 @@ def test_whoever_waits_comes_before_whoever_had_it(tmp_path: Path) -> None:
     assert line.order == ["again", "waited 0", "again", "waited 1", "again", "waited 2"]
 
 
+def test_workers_share_and_a_group_that_waits_is_not_overtaken(tmp_path: Path) -> None:
+    line = Line(tmp_path)
+
+    def late() -> None:
+        with beside(tmp_path, "GPU-a"):
+            line.order.append("late worker")
+
+    with beside(tmp_path, "GPU-a"), beside(tmp_path, "GPU-a"):
+        group = line.begin("group", ["GPU-a"], 0.2)
+        time.sleep(0.2)  # it stands in line by now
+        worker = threading.Thread(target=late)
+        worker.start()
+        worker.join(0.3)
+        assert line.order == []
+        with beside(tmp_path, "GPU-b"):
+            line.order.append("elsewhere")
+    worker.join(10)
+    group.join(10)
+    assert line.order == ["elsewhere", "group", "late worker"]
+
+
 def test_a_dead_program_has_no_turn(tmp_path: Path) -> None:
     program = f"""if True:
         import os, signal
         from pathlib import Path
-        from moe_fuzz.worker.turns import turn
+        from moe_fuzz.worker.turns import beside, turn
         with turn(Path({str(tmp_path)!r}), ["GPU-a"]):
             os.kill(os.getpid(), signal.SIGKILL)"""
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
@@ -134,3 +157,18 @@ def test_groups_of_two_programs_do_not_run_at_once(tmp_path: Path, monkeypatch: 
     for thread in threads:
         thread.join(30)
     assert (len(verdicts), most) == (8, [1])
+
+
+def test_no_worker_runs_a_round_while_a_group_has_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    card, verdicts = Gpu("small", 6 * SLOT_BYTES, 6 * SLOT_BYTES, "GPU-a"), list[Verdict]()
+    case = Case("toy", {"do": "variables"}, (Step(Labels.range(1)),), 0)
+    with Pool(1, "cuda", gpus=[card], runner=RUNNER) as pool, pool.lease() as worker:
+        worker.run([case], "toy@here", RunOptions())  # it is there from now on
+        thread = threading.Thread(target=lambda: verdicts.extend(worker.run([case], "toy@here", RunOptions())))
+        with turn(default_directory(), ["GPU-a"]):
+            thread.start()
+            thread.join(0.5)
+            assert verdicts == []
+        thread.join(20)
+    assert [verdict.kind for verdict in verdicts] == [PASS]
