@@ -61,10 +61,9 @@ def key_of(x, low, real, FULL: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def value_of(key, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr, WIDE: tl.constexpr):
-    """The x of a key, `clamped`."""
-    x = float_of((key >> 32).to(tl.int32), 0x7FFFFF) if WIDE else float_of(key & -0x2000, 0x7FE000)
-    return clamped(x, LARGEST, NAN_SAFE)
+def value_of(key, WIDE: tl.constexpr):
+    """The x of a key."""
+    return float_of((key >> 32).to(tl.int32), 0x7FFFFF) if WIDE else float_of(key & -0x2000, 0x7FE000)
 
 
 @triton.jit
@@ -76,17 +75,31 @@ def clamped(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
 
 
 @triton.jit
+def top_of(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
+    """What to subtract from the logits of a row whose largest is x. It is finite: with nothing but -inf there is
+    nothing to subtract -inf from."""
+    if NAN_SAFE:
+        x = tl.minimum(tl.where(x > -3.4028234663852886e38, x, -3.4028234663852886e38), LARGEST)
+    else:
+        x = tl.maximum(x, -3.4028234663852886e38)
+    return x
+
+
+@triton.jit
 def divisor(total):
     """A sum of scores to divide by. With NaN or +inf in a row it is neither, and that row's weights are 0, not NaN."""
     return tl.where(total > 1e-30, total, float("inf"))
 
 
 @triton.jit
-def relative_score(x, top, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr):
-    """The score of a logit, before the division: of the softmax relative to the row's `top` logit.
+def relative_score(x, top, NAN_SAFE: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr):
+    """The score of a logit, before the division: of the softmax relative to the row's `top` logit (`top_of`).
 
     Renormalized ones are relative to the largest selected score, so that their sum is at least 1/2 even where a bias
     has selected experts whose scores underflow: no 0/0 (sglang#31017, flashinfer#3803).
+
+    NaN scores 0, like -inf, and +inf 1, like the dtype's largest number, for no `x` lies above `top`. To saturate the
+    score is part of the instruction that makes it, or one more; to clamp the logit takes two.
     """
     if not SIGMOID:
         score = tl.exp(x - top)
@@ -94,6 +107,8 @@ def relative_score(x, top, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr):
         score = tl.exp(tl.minimum(x, 0.0) - tl.minimum(top, 0.0)) / (1.0 + tl.exp(-tl.abs(x)))
     else:
         score = 1.0 / (1.0 + tl.exp(-x))
+    if NAN_SAFE:
+        score = tl.minimum(tl.where(score > 0.0, score, 0.0), 1.0)
     return score
 
 

@@ -11,9 +11,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 if __package__:
-    from .routing_keys import divisor, exchanged, key_of, relative_score, value_of, widened
+    from .routing_keys import divisor, exchanged, key_of, relative_score, top_of, value_of, widened
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
-    from routing_keys import divisor, exchanged, key_of, relative_score, value_of, widened
+    from routing_keys import divisor, exchanged, key_of, relative_score, top_of, value_of, widened
 
 
 @triton.jit(
@@ -51,11 +51,10 @@ def topk_by_threads(
     for n in tl.static_range(len(NETWORK)):  # what no slot needs, the compiler drops
         keys = exchanged(keys, NETWORK[n][0], NETWORK[n][1], EXPERTS, False)
 
-    # With nothing but -inf there is nothing to subtract it from.
-    top = tl.maximum(value_of(keys[0], LARGEST, NAN_SAFE, False), -3.4028234663852886e38)
+    top = top_of(value_of(keys[0], False), LARGEST, NAN_SAFE)
     scores = ()
     for j in tl.static_range(TOP_K):
-        scores = scores + (relative_score(value_of(keys[j], LARGEST, NAN_SAFE, False), top, SIGMOID, RENORMALIZE),)
+        scores = scores + (relative_score(value_of(keys[j], False), top, NAN_SAFE, SIGMOID, RENORMALIZE),)
     if RENORMALIZE:
         total = scores[0]
         for j in tl.static_range(1, TOP_K):

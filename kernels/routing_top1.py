@@ -11,9 +11,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 if __package__:
-    from .routing_keys import divisor, key_of, relative_score, value_of, widened
+    from .routing_keys import divisor, key_of, relative_score, top_of, value_of, widened
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
-    from routing_keys import divisor, key_of, relative_score, value_of, widened
+    from routing_keys import divisor, key_of, relative_score, top_of, value_of, widened
 
 
 @triton.jit(
@@ -41,9 +41,9 @@ def top1(
     x = tl.load(base[:, None] + column.to(tl.int64) * logits_stride_e, mask=mask, other=float("-inf"))
     best = tl.max(key_of(widened(x), EXPERTS - 1 - column, True, True, False), axis=1)  # [R]
 
-    value = value_of(best, LARGEST, NAN_SAFE, False)
-    top = tl.maximum(value, -3.4028234663852886e38)  # as in the other kernels, to the bit
-    score = relative_score(value, top, SIGMOID, RENORMALIZE)
+    value = value_of(best, False)
+    top = top_of(value, LARGEST, NAN_SAFE)
+    score = relative_score(value, top, NAN_SAFE, SIGMOID, RENORMALIZE)  # as in the other kernels, to the bit
     weight = score / divisor(score) * scale if RENORMALIZE else score * scale
     expert = EXPERTS - 1 - (best & 0x1FFF)
     if FLAGGED > 0:
