@@ -118,11 +118,12 @@ def _topk(
         constants["launch_pdl"] = True
     packed = stride_e == 1 and (stride_t == experts or tokens == 1)
     if _is_top1(tokens, experts, top_k, wide or not packed, summed=not (sigmoid or renormalize)):
-        rows = _interpreted_rows(tokens, experts) if _INTERPRETED else 512 // experts  # two loads of a thread, 16 bytes
-        top1[(triton.cdiv(tokens, rows),)](
+        block = _top1(tokens, experts)
+        top1[(triton.cdiv(tokens, block["ROWS"]),)](
             logits, flags, weights, ids,
             tokens, stride_t, stride_e, flags_stride, float(scale), padding_id,
-            PACKED=packed, ROWS=rows, EXPERTS=experts, num_warps=1, **constants,
+            PACKED=packed, EXPERTS=experts,
+            **constants, **block,
         )  # fmt: skip
     elif not wide and experts in (1, 2, 4, 8, 16) and top_k in _KNOWN_K:
         block = _threads(tokens, experts)
@@ -157,11 +158,23 @@ _KNOWN_K = (1, 2, 4, 6, 8, 10)
 # dtype, the bias), so the rest is free to choose, and a row's bits depend on that row alone.
 
 
+TOP1_WARPS, TOP1_LOADS = 4, 2
+
+
 def _is_top1(tokens: int, experts: int, top_k: int, other: bool, summed: bool) -> bool:
     """Whether routing_top1.py serves the call: where nothing is summed all kernels give a row the same bits, so even
     the number of tokens may choose. A warp there takes several rows, for half the instructions a row; few rows are
     sooner done by many warps."""
     return top_k == 1 and experts in (32, 64, 128, 256) and tokens >= 1024 and not other and not summed
+
+
+def _top1(tokens: int, experts: int) -> dict[str, Any]:
+    """How rows lie in `top1`."""
+    if _INTERPRETED:
+        rows = _interpreted_rows(tokens, experts)
+        return {"ROWS": rows, "SPREAD": rows // 2}
+    spread = TOP1_WARPS * 256 // experts  # rows of one load, 16 bytes a thread
+    return {"ROWS": TOP1_LOADS * spread, "SPREAD": spread, "num_warps": TOP1_WARPS}
 
 
 def _threads(tokens: int, experts: int) -> dict[str, Any]:

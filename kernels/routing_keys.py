@@ -14,7 +14,7 @@ import triton.language as tl
 def widened(x):
     """float32 of a float32, bfloat16 or float16; of the latter two the last 13 bits are 0, also those of a NaN."""
     if x.dtype == tl.bfloat16:
-        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        x = x.to(tl.float32)
     elif x.dtype == tl.float16:
         x = (x.to(tl.float32).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
     return x
@@ -76,8 +76,7 @@ def clamped(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
 
 @triton.jit
 def top_of(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
-    """What to subtract from the logits of a row whose largest is x. It is finite: with nothing but -inf there is
-    nothing to subtract -inf from."""
+    """What to subtract from the logits of a row whose largest is x. It is never -inf, and with NAN_SAFE it is finite."""
     if NAN_SAFE:
         x = tl.minimum(tl.where(x > -3.4028234663852886e38, x, -3.4028234663852886e38), LARGEST)
     else:
@@ -92,14 +91,12 @@ def divisor(total):
 
 
 @triton.jit
-def relative_score(x, top, NAN_SAFE: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr):
-    """The score of a logit, before the division: of the softmax relative to the row's `top` logit (`top_of`).
+def relative_score(x, top, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr):
+    """The score of a logit, before the division: of the softmax relative to the row's `top` logit (`top_of`). At most
+    1 for an `x` that is not above `top`, but for NaN and +inf: those are for `saturated`.
 
     Renormalized ones are relative to the largest selected score, so that their sum is at least 1/2 even where a bias
     has selected experts whose scores underflow: no 0/0 (sglang#31017, flashinfer#3803).
-
-    NaN scores 0, like -inf, and +inf 1, like the dtype's largest number, for no `x` lies above `top`. To saturate the
-    score is part of the instruction that makes it, or one more; to clamp the logit takes two.
     """
     if not SIGMOID:
         score = tl.exp(x - top)
@@ -107,6 +104,13 @@ def relative_score(x, top, NAN_SAFE: tl.constexpr, SIGMOID: tl.constexpr, RENORM
         score = tl.exp(tl.minimum(x, 0.0) - tl.minimum(top, 0.0)) / (1.0 + tl.exp(-tl.abs(x)))
     else:
         score = 1.0 / (1.0 + tl.exp(-x))
+    return score
+
+
+@triton.jit
+def saturated(score, NAN_SAFE: tl.constexpr):
+    """NaN scores 0, as -inf does, and +inf 1, as the dtype's largest number does. On a GPU that is part of the product
+    that makes the score, or one addition, where to clamp the logit would take two instructions."""
     if NAN_SAFE:
         score = tl.minimum(tl.where(score > 0.0, score, 0.0), 1.0)
     return score

@@ -22,6 +22,7 @@ if __package__:
         order_of,
         relative_score,
         row_sum,
+        saturated,
         top_of,
         value_of,
         widened,
@@ -36,6 +37,7 @@ else:  # loaded by its path, as the script of a finding does: its neighbours are
         order_of,
         relative_score,
         row_sum,
+        saturated,
         top_of,
         value_of,
         widened,
@@ -158,13 +160,17 @@ def topk_by_lanes(
         picked = value_of(best, WIDE)  # of what no slot holds a NaN's: `lowest`
         if not NAN_SAFE:
             picked = tl.where(used, picked, float("-inf"))
-        top = top_of(value_of(first, WIDE), LARGEST, NAN_SAFE)
-    score = relative_score(picked, top, NAN_SAFE, SIGMOID, RENORMALIZE)
-    if RENORMALIZE:
-        total = divisor(row_sum(score))
-    elif not SIGMOID and not HAS_BIAS:
-        total = _total(xs, top, EACH)
-    weights = score * scale if SIGMOID and not RENORMALIZE else score / total * scale
+        # The sum over all of a row with NaN or +inf is neither: its divisor is inf, whatever `top` is.
+        top = top_of(value_of(first, WIDE), LARGEST, NAN_SAFE and (SIGMOID or RENORMALIZE))
+    score = relative_score(picked, top, SIGMOID, RENORMALIZE)
+    if not RENORMALIZE and not HAS_BIAS and not SIGMOID:
+        # Of that divisor, NaN and +inf have no share either.
+        weights = saturated(score / _total(xs, top, EACH), NAN_SAFE) * scale
+    else:
+        score = saturated(score, NAN_SAFE)
+        if RENORMALIZE:
+            total = divisor(row_sum(score))
+        weights = score * scale if SIGMOID and not RENORMALIZE else score / total * scale
 
     where = row[:, None] * top_k + lane[None, :]
     mask = row_ok & used
