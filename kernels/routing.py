@@ -158,9 +158,6 @@ _KNOWN_K = (1, 2, 4, 6, 8, 10)
 # dtype, the bias), so the rest is free to choose, and a row's bits depend on that row alone.
 
 
-TOP1_WARPS, TOP1_LOADS = 4, 2
-
-
 def _is_top1(tokens: int, experts: int, top_k: int, other: bool, summed: bool) -> bool:
     """Whether routing_top1.py serves the call: where nothing is summed all kernels give a row the same bits, so even
     the number of tokens may choose. A warp there takes several rows, for half the instructions a row; few rows are
@@ -168,13 +165,12 @@ def _is_top1(tokens: int, experts: int, top_k: int, other: bool, summed: bool) -
     return top_k == 1 and experts in (32, 64, 128, 256) and tokens >= 1024 and not other and not summed
 
 
-def _top1(tokens: int, experts: int) -> dict[str, Any]:
-    """How rows lie in `top1`."""
-    if _INTERPRETED:
+def _top1(tokens: int, experts: int, interpreted: bool = _INTERPRETED) -> dict[str, Any]:
+    """How rows lie in `top1`. 4096 of them are 256 programs: all of those run at once, and few have to be started."""
+    if interpreted:
         rows = _interpreted_rows(tokens, experts)
         return {"ROWS": rows, "SPREAD": rows // 2}
-    spread = TOP1_WARPS * 256 // experts  # rows of one load, 16 bytes a thread
-    return {"ROWS": TOP1_LOADS * spread, "SPREAD": spread, "num_warps": TOP1_WARPS}
+    return {"ROWS": 16, "SPREAD": 8, "num_warps": experts // 32}  # two loads of a thread, 16 bytes each
 
 
 def _threads(tokens: int, experts: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What both router kernels rank and weigh by (routing_lanes.py, routing_threads.py).
+"""What the router kernels rank and weigh by (routing_lanes.py, routing_threads.py, routing_top1.py).
 
 A key is an integer: equal ones do not exist, so ids stay distinct whatever the logits are. A comparison of floats would
 pick expert 0 again and again on a row of NaN (vllm#39391), or none at all (sglang#30079).
@@ -76,7 +76,7 @@ def clamped(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
 
 @triton.jit
 def top_of(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
-    """What to subtract from the logits of a row whose largest is x. It is never -inf, and with NAN_SAFE it is finite."""
+    """What to subtract from the logits of a row whose largest is x: never -inf, and finite where that is NAN_SAFE."""
     if NAN_SAFE:
         x = tl.minimum(tl.where(x > -3.4028234663852886e38, x, -3.4028234663852886e38), LARGEST)
     else:
