@@ -101,6 +101,7 @@ class Ranks:
                 group = Group(size, groups.spawn(leases, provider_of(target)), self._log, self._stats)
                 self._made[size] = group, leases
             group, leases = self._made[size]
+            group.ready(target)  # while others may still be at work there
             with groups.turn_on(leases):
                 group.run(cases, target, options, give)
 

@@ -136,6 +136,9 @@ def test_groups_of_two_programs_do_not_run_at_once(tmp_path: Path, monkeypatch: 
             at_once.pop()
             _[-1](Verdict(PASS))  # type: ignore[operator]
 
+        def ready(self, target: str) -> None:
+            pass
+
         def discard(self) -> None:
             pass
 
