@@ -2,10 +2,10 @@
 
 Ranks wait for each other inside kernels. On a GPU that is shared a rank's peers wait for its time slice, and its own
 slices go into waiting for theirs: a group and its neighbours hold each other up. And captured calls of ranks among a
-dozen other processes ended in illegal accesses that no call of theirs makes, never on GPUs of their own. Others report
-the same of graphs that run while a second process uses the GPU (NVIDIA/TensorRT#3633, #4061); a kernel that waits for a
-peer is one that is interrupted. So while a group runs a round it has its GPUs for itself; other workers' rounds are over
-before, or begin afterwards. Processes that only stand by cost nothing.
+dozen other processes have ended in illegal accesses that nothing in them explains, never on GPUs of their own. Others
+report the same of graphs that run while a second process uses the GPU (NVIDIA/TensorRT#3633, #4061), and a kernel that
+waits for a peer is one that is interrupted. So while a group runs a round it has its GPUs for itself; other workers'
+rounds are over before, or begin afterwards. Processes that only stand by cost nothing.
 
 A turn is a lock on a file beside the slots (leases.py), and the kernel drops the lock of a process that dies. Whoever
 wants one stands in line first, in another file: a group that waits there is not overtaken by workers, nor by the group
