@@ -51,9 +51,8 @@ def words(
     key = (seed & _MASK, (seed >> 32) & _MASK)
     tensor_id = zlib.crc32(name.encode())
     if len(rows) == len(columns) == 1:
-        row, column = int(rows[0]), int(columns[0])
-        lanes = philox((column >> 2, row, tensor_id, stream), key)
-        return torch.full((1, 1), lanes[column & 3], dtype=torch.int64, device=device)
+        lanes = philox((columns[0] >> 2, rows[0], tensor_id, stream), key)
+        return torch.full((1, 1), lanes[columns[0] & 3], dtype=torch.int64, device=device)
     if torch.device(device).type == "cpu":
         return torch.from_numpy(_on_host(seed, name, rows, columns, stream).astype(numpy.int64))
     row = numpy.asarray(rows, dtype=numpy.int64)  # [R]

@@ -42,20 +42,20 @@ class Answers(RoutingObservation):
         return several.gather(2, self.chosen.view(self.times, -1, self.top_k)).view(-1, self.top_k)
 
     @property
-    def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of one answer, as the logits are."""
         return self.of._reference
 
     @property
-    def faultless(self) -> bool:  # type: ignore[override]
+    def faultless(self) -> bool:
         return False  # as a rule one of them is not, and then the others have been looked at for nothing
 
     @property
-    def finite(self) -> bool:  # type: ignore[override]
+    def finite(self) -> bool:
         return self.of.finite
 
     @property
-    def all_defined(self) -> bool:  # type: ignore[override]
+    def all_defined(self) -> bool:
         return self.of.all_defined
 
     @cached_property

@@ -1,5 +1,5 @@
-"""What the inputs of a call say of it before there is an answer: which rows are defined, the reference's scores, and how
-far those of a target may be from them."""
+"""What the inputs of a call say of it before there is an answer: which rows are defined, the reference's scores, and
+how far those of a target may be from them."""
 
 from __future__ import annotations
 

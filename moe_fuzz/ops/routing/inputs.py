@@ -128,7 +128,8 @@ def _before_faults(
     if kept.all():
         return Canvas("logits", _fresh(case, rows, experts, stream, device), rows, experts, case.seed)
     dtype = getattr(torch, str(case.config["dtype"]))
-    canvas = Canvas("logits", torch.zeros(len(rows), len(experts), dtype=dtype, device=device), rows, experts, case.seed)
+    zeros = torch.zeros(len(rows), len(experts), dtype=dtype, device=device)
+    canvas = Canvas("logits", zeros, rows, experts, case.seed)
     if left := _as_range(numpy.flatnonzero(kept).tolist()):
         canvas.values[canvas.at(left)] = _fresh(case, canvas.labels(left), experts, stream, device)
     return canvas
