@@ -117,8 +117,11 @@ def triangular(
     """float32 [R, C] in (-scale, scale), steps of 2^-16 * scale, the density of a tent: the sum of two 16-bit uniforms.
     Exact: the scale is a power of two."""
     if torch.device(device).type == "cpu":
-        halves = _on_host(seed, name, rows, columns, stream).view(numpy.uint16).reshape(len(rows), len(columns), 2)
-        value = numpy.add(halves[..., 0], halves[..., 1], dtype=numpy.float32)
+        word = _on_host(seed, name, rows, columns, stream)
+        low = word & 0xFFFF
+        word >>= 16
+        word += low
+        value = word.view(numpy.int32).astype(numpy.float32)  # which takes less time than from unsigned numbers
         value -= 0xFFFF
         value *= 2.0**-16 * scale
         return torch.from_numpy(value)
