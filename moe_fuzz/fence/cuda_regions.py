@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from moe_fuzz.fence import cuda_driver
+from moe_fuzz.fence.launching import Launcher
 
 _BLOCK = 1024  # words of eight bytes
 _PROGRAMS = 64  # for one piece, at most
@@ -106,7 +107,7 @@ def move(moves: Sequence[Move]) -> None:
     """Does all of it, in no order: the pieces must not overlap. Asynchronous, on the current stream."""
     moves = [one for one in moves if one.size]
     if moves:
-        _move_kernel[(len(moves), _programs(moves))](_table(moves), BLOCK=_BLOCK)
+        _move(len(moves), _programs(moves), _table(moves))
 
 
 def lay(pieces: Sequence[Piece]) -> None:
@@ -115,8 +116,7 @@ def lay(pieces: Sequence[Piece]) -> None:
     if not pieces:
         return
     one, other, third = (*pieces, *[pieces[0]._replace(size=0)] * (3 - len(pieces)))
-    grid = (len(pieces), _programs(pieces))
-    _lay_kernel[grid](*one, *other, *third, BLOCK=_BLOCK)
+    _lay(len(pieces), _programs(pieces), *one, *other, *third)
 
 
 def changed(pieces: Sequence[Piece]) -> torch.Tensor:
@@ -124,8 +124,7 @@ def changed(pieces: Sequence[Piece]) -> torch.Tensor:
     waited for."""
     flags = _RING_OF_PROCESS.take(4 * len(pieces)).view(torch.int32).zero_()
     if pieces:
-        grid = (len(pieces), _programs(pieces))
-        _changed_kernel[grid](_table(pieces), flags.data_ptr(), BLOCK=_BLOCK)
+        _changed(len(pieces), _programs(pieces), _table(pieces), flags.data_ptr())
     return flags
 
 
@@ -197,7 +196,9 @@ def _visit(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["first0", "size0", "pattern0", "first1", "size1", "pattern1",
                                "first2", "size2", "pattern2"])  # fmt: skip
 def _lay_kernel(  # type: ignore[no-untyped-def]
-    first0, size0, pattern0, first1, size1, pattern1, first2, size2, pattern2,
+    first0: tl.int64, size0: tl.int64, pattern0: tl.int64,
+    first1: tl.int64, size1: tl.int64, pattern1: tl.int64,
+    first2: tl.int64, size2: tl.int64, pattern2: tl.int64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:
@@ -209,14 +210,19 @@ def _lay_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["table"])
-def _move_kernel(table, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _move_kernel(table: tl.int64, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     entry = table.to(tl.pointer_type(tl.int64)) + 4 * tl.program_id(0)
     _visit(tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), False, True, BLOCK)
 
 
 @triton.jit(do_not_specialize=["table", "flags"])
-def _changed_kernel(table, flags, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _changed_kernel(table: tl.int64, flags: tl.int64, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     entry = table.to(tl.pointer_type(tl.int64)) + 3 * tl.program_id(0)
     wrong = _visit(tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), 0, True, False, BLOCK)
     if wrong > 0:
         tl.store(flags.to(tl.pointer_type(tl.int32)) + tl.program_id(0), 1)
+
+
+_lay = Launcher(_lay_kernel, BLOCK=_BLOCK)
+_move = Launcher(_move_kernel, BLOCK=_BLOCK)
+_changed = Launcher(_changed_kernel, BLOCK=_BLOCK)

@@ -6,6 +6,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
+import inspect
 import random
 
 import pytest
@@ -104,3 +105,13 @@ def test_a_canary_is_what_the_host_lays() -> None:
     canary.fill(host.data_ptr() + 1, 31)
     assert laid.data_ptr() % 2 == host.data_ptr() % 2
     assert torch.equal(laid, host)
+
+
+@pytest.mark.parametrize("name", ["lay", "move", "changed"])
+def test_a_kernel_of_ours_has_one_binary_whatever_it_is_given(name: str) -> None:
+    """Else Triton would make another of small numbers, and the first one would be launched with them."""
+    kernel = getattr(cuda_regions, f"_{name}_kernel").fn
+    *numbers, constant = kernel.__annotations__.items()
+    assert {kind for _, kind in numbers} == {"tl.int64"}
+    assert constant == ("BLOCK", "tl.constexpr")
+    assert [parameter for parameter, _ in kernel.__annotations__.items()] == list(inspect.signature(kernel).parameters)
