@@ -67,11 +67,16 @@ class CudaArena(PooledArena[CudaPlaced]):
     def filled(
         self, name: str, value: torch.Tensor, alignment: int = 16, strides: Sequence[int] | None = None, offset: int = 0
     ) -> torch.Tensor:  # fmt: skip
-        self._coming = self._moves is not None and strides is None and not offset and _stageable(value)
-        try:
+        if self._moves is None or strides is not None or offset or not _stageable(value):
             return super().filled(name, value, alignment, strides, offset)
+        self._coming = True
+        try:
+            tensor = self._tensor(name, value.shape, value.dtype, "input", alignment, None, 0, fixed=True)
         finally:
             self._coming = False
+        placed = self._placed[-1]
+        self._moves.append(staged(value, placed.start + placed.block.away))
+        return tensor
 
     def fill(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         there = self._writable(tensor)
@@ -120,15 +125,25 @@ class CudaArena(PooledArena[CudaPlaced]):
 
     def _compare(self, placed: Iterable[CudaPlaced]) -> Callable[[], list[CudaPlaced]]:
         """Enqueues the comparison; what it gives tells of it when the device has been waited for."""
-        tensors = [tensor for tensor in placed if not tensor.fixed]  # beside those nobody can write
-        plain = [tensor for tensor in tensors if not isinstance(tensor, CudaSparse) and tensor.gaps is None]
-        pieces = [(tensor, piece) for tensor in plain for piece in tensor.pieces(whole=False)]
-        flags = changed([piece for _, piece in pieces])
-        others = [(tensor, flag) for tensor in set(tensors) - set(plain) for flag in tensor.differs()]
+        tensors: list[CudaPlaced] = []
+        owners: list[CudaPlaced] = []  # of the pieces
+        pieces: list[Piece] = []
+        others: list[tuple[CudaPlaced, torch.Tensor]] = []
+        for tensor in placed:
+            if tensor.fixed:  # beside those nobody can write
+                continue
+            tensors.append(tensor)
+            if tensor.gaps is None and type(tensor) is not CudaSparse:
+                around = tensor.pieces(whole=False)
+                pieces += around
+                owners += [tensor] * len(around)
+            else:
+                others += [(tensor, flag) for flag in tensor.differs()]
+        flags = changed(pieces)
         bits = to_host(torch.stack([flag for _, flag in others])) if others else torch.zeros(0, dtype=torch.bool)
 
         def told() -> list[CudaPlaced]:
-            hit = {id(tensor) for (tensor, _), flag in zip(pieces, flags.tolist(), strict=True) if flag}
+            hit = {id(tensor) for tensor, flag in zip(owners, flags.tolist(), strict=True) if flag}
             hit |= {id(tensor) for (tensor, _), flag in zip(others, bits.tolist(), strict=True) if flag}
             self._hit = hit
             return [tensor for tensor in tensors if id(tensor) in hit]

@@ -9,6 +9,7 @@ memory of the host by itself.
 from __future__ import annotations
 
 import ctypes
+import math
 from array import array
 from collections.abc import Sequence
 from itertools import chain
@@ -20,6 +21,7 @@ import triton.language as tl
 
 from moe_fuzz.fence import cuda_driver
 from moe_fuzz.fence.launching import Launcher
+from moe_fuzz.fence.layout import contiguous
 
 _BLOCK = 1024  # words of eight bytes
 _PROGRAMS = 64  # for one piece, at most
@@ -50,11 +52,15 @@ class Ring:
     def __init__(self, size: int = _RING) -> None:
         self._size, self._used = size, 0
         self._memory: torch.Tensor | None = None
+        self._flat: dict[torch.dtype, torch.Tensor] = {}  # all of it, as elements of a dtype
 
-    def take(self, size: int, like: int = 0) -> torch.Tensor:
-        """uint8 [size], at an address that is as far from a multiple of 16 as `like`. Raises DeviceLost."""
-        memory, start = self._reserve(size, like)
-        return memory[start : start + size]
+    def take(self, shape: Sequence[int], dtype: torch.dtype, like: int = 0) -> torch.Tensor:
+        """A packed tensor, at an address that is as far from a multiple of 16 as `like`. Raises DeviceLost."""
+        memory, start = self._reserve(math.prod(shape) * dtype.itemsize, like)
+        flat = self._flat.get(dtype)
+        if flat is None:
+            flat = self._flat[dtype] = memory.view(dtype)
+        return flat.as_strided(shape, contiguous(shape), flat.storage_offset() + start // dtype.itemsize)
 
     def hold(self, source: int, size: int, like: int = 0) -> int:
         """The address of a copy of `size` bytes of the host's, as far from a multiple of 16 as `like`: of little memory
@@ -96,9 +102,10 @@ def fetched(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies of small tensors in pinned memory of the host, there when the current stream has been waited for."""
     copies, moves = [], []
     for tensor in tensors:
-        memory = _RING_OF_PROCESS.take(tensor.nbytes, tensor.data_ptr())
-        copies.append(memory.view(tensor.dtype).view(tensor.shape))
-        moves.append(Move(memory.data_ptr(), len(memory), 0, tensor.data_ptr()))
+        source = tensor.data_ptr()
+        copy = _RING_OF_PROCESS.take(tensor.shape, tensor.dtype, source)
+        copies.append(copy)
+        moves.append(Move(copy.data_ptr(), copy.nbytes, 0, source))
     move(moves)
     return copies
 
@@ -122,7 +129,7 @@ def lay(pieces: Sequence[Piece]) -> None:
 def changed(pieces: Sequence[Piece]) -> torch.Tensor:
     """int32 [pieces] on the host, 0 or 1: those that do not hold their pattern. There when the current stream has been
     waited for."""
-    flags = _RING_OF_PROCESS.take(4 * len(pieces)).view(torch.int32).zero_()
+    flags = _RING_OF_PROCESS.take((len(pieces),), torch.int32).zero_()
     if pieces:
         _changed(len(pieces), _programs(pieces), _table(pieces), flags.data_ptr())
     return flags
