@@ -19,7 +19,7 @@ from moe_fuzz.execute import meeting
 from moe_fuzz.execute.buckets import Bucket, clobber
 from moe_fuzz.execute.call import CaptureFailed, TargetError, guarded
 from moe_fuzz.execute.calls import Results
-from moe_fuzz.fence import Arena, canary, cuda_driver
+from moe_fuzz.fence import Arena, cuda_driver
 from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.ops.inputs import Inputs
 from moe_fuzz.targets.bind import Target
@@ -116,9 +116,10 @@ class Captured(Bucket):
         self._graphs.append(graph)
         return result
 
+    def _poison(self) -> None:
+        self.call.arena.poison(self._poisoned)
+
     def _replay(self) -> Results:
-        for tensor in self._poisoned:
-            canary.poison(tensor)
         self.call.arena.protect()
         try:
             guarded(self._launch, "cuda")

@@ -11,6 +11,7 @@ kernel that merely computed with what it found leaves other bits. Integers get 0
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -88,6 +89,7 @@ def poison(tensor: torch.Tensor) -> None:
     bits.fill_(value)
 
 
+@cache
 def poison_pattern(dtype: torch.dtype) -> int:
     """Eight bytes of the dtype's poison, as a signed integer."""
     size = min(dtype.itemsize, 8)

@@ -57,6 +57,9 @@ class CudaArena(PooledArena[CudaPlaced]):
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
+        if self._moves is not None:  # in a block of one's own, whose end is soon enough
+            yield
+            return
         self._moves = []
         try:
             yield
@@ -88,12 +91,15 @@ class CudaArena(PooledArena[CudaPlaced]):
         there.copy_(value, non_blocking=True)
 
     def poison(self, tensors: Sequence[torch.Tensor]) -> None:
-        for at in range(0, len(tensors), 3):
-            some = tensors[at : at + 3]
-            if all(is_small(tensor) for tensor in some):
-                lay([Piece(one.data_ptr(), one.nbytes, canary.poison_pattern(one.dtype)) for one in some])
-            else:
-                super().poison(some)
+        small = [tensor for tensor in tensors if is_small(tensor)]
+        pieces = [Piece(one.data_ptr(), one.nbytes, canary.poison_pattern(one.dtype)) for one in small]
+        if self._moves is not None:
+            self._moves += [Move(*piece) for piece in pieces]
+        else:
+            for at in range(0, len(pieces), 3):
+                lay(pieces[at : at + 3])
+        if len(small) < len(tensors):
+            super().poison([tensor for tensor in tensors if not is_small(tensor)])
 
     def protect(self) -> None:
         self._clean = False

@@ -75,9 +75,13 @@ class CudaPlaced(Placed):
 
     def pieces(self, whole: bool) -> list[Piece]:
         """The canaries: around the storage, or over it too."""
-        away = self.block.away
-        spans = ((self.lo, self.hi),) if whole else ((self.lo, self.start), (self.end, self.hi))
-        return [Piece(lo + away, hi - lo, _CANARY) for lo, hi in spans if hi > lo]
+        away, lo, start, end, hi = self.block.away, self.lo, self.start, self.end, self.hi
+        if whole:
+            return [Piece(lo + away, hi - lo, _CANARY)]
+        found = [Piece(lo + away, start - lo, _CANARY)] if start > lo else []
+        if hi > end:
+            found.append(Piece(end + away, hi - end, _CANARY))
+        return found
 
     def differs(self) -> list[torch.Tensor]:
         """Flags on the device: bool [1] each, true where canaries changed."""

@@ -13,6 +13,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from itertools import chain
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from moe_fuzz.fence.layout import contiguous
 _BLOCK = 1024  # words of eight bytes
 _PROGRAMS = 64  # for one piece, at most
 _RING = 64 << 20  # bytes of pinned memory
+_SIZE = itemgetter(1)  # of a Piece, of a Move
 SMALL = 256 << 10  # bytes that pass through it at most; more is what copies are for
 
 
@@ -51,6 +53,7 @@ class Ring:
 
     def __init__(self, size: int = _RING) -> None:
         self._size, self._used = size, 0
+        self._base = 0  # address
         self._memory: torch.Tensor | None = None
         self._flat: dict[torch.dtype, torch.Tensor] = {}  # all of it, as elements of a dtype
 
@@ -65,14 +68,15 @@ class Ring:
     def hold(self, source: int, size: int, like: int = 0) -> int:
         """The address of a copy of `size` bytes of the host's, as far from a multiple of 16 as `like`: of little memory
         it takes less time than the operations of a tensor do. Raises DeviceLost."""
-        memory, start = self._reserve(size, like)
-        address = memory.data_ptr() + start
+        _, start = self._reserve(size, like)
+        address = self._base + start
         ctypes.memmove(address, source, size)
         return address
 
     def _reserve(self, size: int, like: int) -> tuple[torch.Tensor, int]:
         if self._memory is None:
             self._memory = torch.empty(self._size, dtype=torch.uint8, pin_memory=True)
+            self._base = self._memory.data_ptr()
         start = -(-self._used // 16) * 16 + like % 16
         if start + size > self._size:
             cuda_driver.synchronize()  # nobody may read or write what stands there any more
@@ -120,10 +124,9 @@ def move(moves: Sequence[Move]) -> None:
 def lay(pieces: Sequence[Piece]) -> None:
     """Writes the patterns of at most three pieces. Asynchronous, on the current stream; may be captured."""
     pieces = [piece for piece in pieces if piece.size]
-    if not pieces:
-        return
-    one, other, third = (*pieces, *[pieces[0]._replace(size=0)] * (3 - len(pieces)))
-    _lay(len(pieces), _programs(pieces), *one, *other, *third)
+    if pieces:
+        given = chain.from_iterable(pieces)
+        _lay(len(pieces), _programs(pieces), *given, *[0] * (9 - 3 * len(pieces)))
 
 
 def changed(pieces: Sequence[Piece]) -> torch.Tensor:
@@ -148,7 +151,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _programs(pieces: Sequence[Piece] | Sequence[Move]) -> int:
-    return min(_PROGRAMS, -(-max(piece.size for piece in pieces) // (8 * _BLOCK)) + 1)
+    return min(_PROGRAMS, -(-max(map(_SIZE, pieces)) // (8 * _BLOCK)) + 1)
 
 
 @triton.jit

@@ -30,6 +30,7 @@ def _ring(monkeypatch: pytest.MonkeyPatch) -> None:
     ring = cuda_regions.Ring(4096)
     ring._memory = torch.zeros(4096 + 15, dtype=torch.uint8)
     ring._memory = ring._memory[-ring._memory.data_ptr() % 16 :][:4096]
+    ring._base = ring._memory.data_ptr()
     monkeypatch.setattr(cuda_regions, "_RING_OF_PROCESS", ring)
     monkeypatch.setattr(cuda_regions.cuda_driver, "synchronize", lambda: None)
 
