@@ -1,6 +1,6 @@
 """How the tests run on the machine at hand. pytest loads this file first, in every xdist worker too.
 
-Four things happen here, each before any test module is imported:
+Four things happen here, each before any test module is imported, and one fixture is made:
 
 1. TRITON_INTERPRET=1 goes into the environment, because Triton decides between compiler and interpreter when a kernel
    is *defined*. It does so with a GPU too: what runs on one runs in processes of its own, which drop the variable, so a
@@ -11,6 +11,9 @@ Four things happen here, each before any test module is imported:
    answer for Hugging Face's package of that name. Our own code is `moe_fuzz.kernels`, found through the installation.
 4. `-n auto` gets an answer, and tests marked `gpu`, `multigpu(n)`, `sanitizer` or `interpreter` are skipped with a
    reason where the machine cannot run them.
+
+5. `cuda_pool` is one for all tests of a process: importing torch anew takes longer than most of them. Between two files
+   it rests, so that what other tests start finds a place on a GPU.
 
 None of it asks torch: importing it takes seconds, and a CUDA context in the pytest process would hold memory on a GPU
 that belongs to the workers. Nor is any of it in moe_fuzz/pytest_plugin.py, which is loaded into other projects' test
@@ -23,6 +26,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -30,6 +34,7 @@ import pytest
 
 import moe_fuzz
 from moe_fuzz.worker.gpus import default_workers, gpus
+from moe_fuzz.worker.pool import Pool
 
 ROOT = Path(__file__).resolve().parent
 
@@ -83,6 +88,19 @@ def pytest_configure(config: pytest.Config) -> None:
     """Whoever is done takes tests from others: a file with a minute of tests would be one worker's alone."""
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "worksteal"
+
+
+@pytest.fixture(scope="session")
+def _cuda_pool() -> Iterator[Pool]:
+    with Pool(1, "cuda") as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def cuda_pool(_cuda_pool: Pool) -> Iterator[Pool]:
+    """One worker on a GPU. A test that breaks it leaves the next one a fresh one, as a campaign's cases do."""
+    yield _cuda_pool
+    _cuda_pool.rest()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -118,11 +118,12 @@ def _topk(
         constants["launch_pdl"] = True
     packed = stride_e == 1 and (stride_t == experts or tokens == 1)
     if _is_top1(tokens, experts, top_k, wide or not packed, summed=not (sigmoid or renormalize)):
-        rows = _interpreted_rows(tokens, experts) if _INTERPRETED else 512 // experts  # two loads of a thread, 16 bytes
-        top1[(triton.cdiv(tokens, rows),)](
+        block = _top1(tokens, experts)
+        top1[(triton.cdiv(tokens, block["ROWS"]),)](
             logits, flags, weights, ids,
             tokens, stride_t, stride_e, flags_stride, float(scale), padding_id,
-            PACKED=packed, ROWS=rows, EXPERTS=experts, num_warps=1, **constants,
+            PACKED=packed, EXPERTS=experts,
+            **constants, **block,
         )  # fmt: skip
     elif not wide and experts in (1, 2, 4, 8, 16) and top_k in _KNOWN_K:
         block = _threads(tokens, experts)
@@ -162,6 +163,14 @@ def _is_top1(tokens: int, experts: int, top_k: int, other: bool, summed: bool) -
     the number of tokens may choose. A warp there takes several rows, for half the instructions a row; few rows are
     sooner done by many warps."""
     return top_k == 1 and experts in (32, 64, 128, 256) and tokens >= 1024 and not other and not summed
+
+
+def _top1(tokens: int, experts: int, interpreted: bool = _INTERPRETED) -> dict[str, Any]:
+    """How rows lie in `top1`. 4096 of them are 256 programs: all of those run at once, and few have to be started."""
+    if interpreted:
+        rows = _interpreted_rows(tokens, experts)
+        return {"ROWS": rows, "SPREAD": rows // 2}
+    return {"ROWS": 16, "SPREAD": 8, "num_warps": experts // 32}  # two loads of a thread, 16 bytes each
 
 
 def _threads(tokens: int, experts: int) -> dict[str, Any]:

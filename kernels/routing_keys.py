@@ -1,4 +1,4 @@
-"""What both router kernels rank and weigh by (routing_lanes.py, routing_threads.py).
+"""What the router kernels rank and weigh by (routing_lanes.py, routing_threads.py, routing_top1.py).
 
 A key is an integer: equal ones do not exist, so ids stay distinct whatever the logits are. A comparison of floats would
 pick expert 0 again and again on a row of NaN (vllm#39391), or none at all (sglang#30079).
@@ -14,7 +14,7 @@ import triton.language as tl
 def widened(x):
     """float32 of a float32, bfloat16 or float16; of the latter two the last 13 bits are 0, also those of a NaN."""
     if x.dtype == tl.bfloat16:
-        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        x = x.to(tl.float32)
     elif x.dtype == tl.float16:
         x = (x.to(tl.float32).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
     return x
@@ -61,10 +61,9 @@ def key_of(x, low, real, FULL: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def value_of(key, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr, WIDE: tl.constexpr):
-    """The x of a key, `clamped`."""
-    x = float_of((key >> 32).to(tl.int32), 0x7FFFFF) if WIDE else float_of(key & -0x2000, 0x7FE000)
-    return clamped(x, LARGEST, NAN_SAFE)
+def value_of(key, WIDE: tl.constexpr):
+    """The x of a key."""
+    return float_of((key >> 32).to(tl.int32), 0x7FFFFF) if WIDE else float_of(key & -0x2000, 0x7FE000)
 
 
 @triton.jit
@@ -76,6 +75,16 @@ def clamped(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
 
 
 @triton.jit
+def top_of(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
+    """What to subtract from the logits of a row whose largest is x: never -inf, and finite where that is NAN_SAFE."""
+    if NAN_SAFE:
+        x = tl.minimum(tl.where(x > -3.4028234663852886e38, x, -3.4028234663852886e38), LARGEST)
+    else:
+        x = tl.maximum(x, -3.4028234663852886e38)
+    return x
+
+
+@triton.jit
 def divisor(total):
     """A sum of scores to divide by. With NaN or +inf in a row it is neither, and that row's weights are 0, not NaN."""
     return tl.where(total > 1e-30, total, float("inf"))
@@ -83,7 +92,8 @@ def divisor(total):
 
 @triton.jit
 def relative_score(x, top, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr):
-    """The score of a logit, before the division: of the softmax relative to the row's `top` logit.
+    """The score of a logit, before the division: of the softmax relative to the row's `top` logit (`top_of`). At most
+    1 for an `x` that is not above `top`, but for NaN and +inf: those are for `saturated`.
 
     Renormalized ones are relative to the largest selected score, so that their sum is at least 1/2 even where a bias
     has selected experts whose scores underflow: no 0/0 (sglang#31017, flashinfer#3803).
@@ -94,6 +104,15 @@ def relative_score(x, top, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr):
         score = tl.exp(tl.minimum(x, 0.0) - tl.minimum(top, 0.0)) / (1.0 + tl.exp(-tl.abs(x)))
     else:
         score = 1.0 / (1.0 + tl.exp(-x))
+    return score
+
+
+@triton.jit
+def saturated(score, NAN_SAFE: tl.constexpr):
+    """NaN scores 0, as -inf does, and +inf 1, as the dtype's largest number does. On a GPU that is part of the product
+    that makes the score, or one addition, where to clamp the logit would take two instructions."""
+    if NAN_SAFE:
+        score = tl.minimum(tl.where(score > 0.0, score, 0.0), 1.0)
     return score
 
 

@@ -22,6 +22,8 @@ if __package__:
         order_of,
         relative_score,
         row_sum,
+        saturated,
+        top_of,
         value_of,
         widened,
     )
@@ -35,6 +37,8 @@ else:  # loaded by its path, as the script of a finding does: its neighbours are
         order_of,
         relative_score,
         row_sum,
+        saturated,
+        top_of,
         value_of,
         widened,
     )
@@ -147,21 +151,26 @@ def topk_by_lanes(
         at = logits_ptr + row[:, None] * logits_stride_t + ids.to(tl.int64) * logits_stride_e
         mask = tl.broadcast_to(row_ok & used, (ROWS, LANES))
         picked = tl.reshape(tl.load(_flat(at), mask=_flat(mask), other=float("-inf")), (ROWS, LANES))
-        picked = clamped(widened(picked), LARGEST, NAN_SAFE)
+        picked = widened(picked)
         if RENORMALIZE:
             top = _row_top(picked, LARGEST, NAN_SAFE)
         elif SIGMOID:
             top = 0.0  # not used
     else:
-        picked = tl.where(used, value_of(best, LARGEST, NAN_SAFE, WIDE), float("-inf"))
-        # With nothing but -inf there is nothing to subtract it from.
-        top = tl.maximum(value_of(first, LARGEST, NAN_SAFE, WIDE), -3.4028234663852886e38)
+        picked = value_of(best, WIDE)  # of what no slot holds a NaN's: `lowest`
+        if not NAN_SAFE:
+            picked = tl.where(used, picked, float("-inf"))
+        # The sum over all of a row with NaN or +inf is neither: its divisor is inf, whatever `top` is.
+        top = top_of(value_of(first, WIDE), LARGEST, NAN_SAFE and (SIGMOID or RENORMALIZE))
     score = relative_score(picked, top, SIGMOID, RENORMALIZE)
-    if RENORMALIZE:
-        total = divisor(row_sum(score))
-    elif not SIGMOID and not HAS_BIAS:
-        total = _total(xs, top, EACH)
-    weights = score * scale if SIGMOID and not RENORMALIZE else score / total * scale
+    if not RENORMALIZE and not HAS_BIAS and not SIGMOID:
+        # Of that divisor, NaN and +inf have no share either.
+        weights = saturated(score / _total(xs, top, EACH), NAN_SAFE) * scale
+    else:
+        score = saturated(score, NAN_SAFE)
+        if RENORMALIZE:
+            total = divisor(row_sum(score))
+        weights = score * scale if SIGMOID and not RENORMALIZE else score / total * scale
 
     where = row[:, None] * top_k + lane[None, :]
     mask = row_ok & used
@@ -197,7 +206,7 @@ def _total(xs, top, EACH: tl.constexpr):
 def _row_top(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
     """[R, L] -> [R, 1], at least the least float32. A maximum of integers over a warp is one instruction."""
     top = float_of(tl.max(order_of(x, 0x7FFFFF), axis=1)[:, None], 0x7FFFFF)
-    return tl.maximum(clamped(top, LARGEST, NAN_SAFE), -3.4028234663852886e38)
+    return top_of(top, LARGEST, NAN_SAFE)
 
 
 @triton.jit

@@ -11,9 +11,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 if __package__:
-    from .routing_keys import divisor, exchanged, key_of, relative_score, value_of, widened
+    from .routing_keys import divisor, exchanged, key_of, relative_score, saturated, top_of, value_of, widened
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
-    from routing_keys import divisor, exchanged, key_of, relative_score, value_of, widened
+    from routing_keys import divisor, exchanged, key_of, relative_score, saturated, top_of, value_of, widened
 
 
 @triton.jit(
@@ -51,11 +51,12 @@ def topk_by_threads(
     for n in tl.static_range(len(NETWORK)):  # what no slot needs, the compiler drops
         keys = exchanged(keys, NETWORK[n][0], NETWORK[n][1], EXPERTS, False)
 
-    # With nothing but -inf there is nothing to subtract it from.
-    top = tl.maximum(value_of(keys[0], LARGEST, NAN_SAFE, False), -3.4028234663852886e38)
+    # The sum over all of a row with NaN or +inf is neither: its divisor is inf, whatever `top` is.
+    top = top_of(value_of(keys[0], False), LARGEST, NAN_SAFE and (SIGMOID or RENORMALIZE))
     scores = ()
     for j in tl.static_range(TOP_K):
-        scores = scores + (relative_score(value_of(keys[j], LARGEST, NAN_SAFE, False), top, SIGMOID, RENORMALIZE),)
+        score = relative_score(value_of(keys[j], False), top, SIGMOID, RENORMALIZE)
+        scores = scores + (saturated(score, NAN_SAFE) if SIGMOID or RENORMALIZE else score,)
     if RENORMALIZE:
         total = scores[0]
         for j in tl.static_range(1, TOP_K):
@@ -70,7 +71,12 @@ def topk_by_threads(
     if FLAGGED > 0:
         flagged = tl.load(is_padding_ptr + row * is_padding_stride, mask=row_ok, other=0).to(tl.int1)
     for j in tl.static_range(TOP_K):
-        weight = scores[j] * scale if SIGMOID and not RENORMALIZE else scores[j] / total * scale
+        if RENORMALIZE:
+            weight = scores[j] / total * scale
+        elif SIGMOID:
+            weight = scores[j] * scale
+        else:  # of that divisor, NaN and +inf have no share either
+            weight = saturated(scores[j] / total, NAN_SAFE) * scale
         expert = EXPERTS - 1 - (keys[j] & 0x1FFF)
         mask = row_ok
         if FLAGGED == 1:

@@ -11,9 +11,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 if __package__:
-    from .routing_keys import divisor, key_of, relative_score, value_of, widened
+    from .routing_keys import divisor, order_of, relative_score, saturated, top_of, value_of, widened
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
-    from routing_keys import divisor, key_of, relative_score, value_of, widened
+    from routing_keys import divisor, order_of, relative_score, saturated, top_of, value_of, widened
 
 
 @triton.jit(
@@ -29,21 +29,35 @@ def top1(
     SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, FLAGGED: tl.constexpr,
     NAN_SAFE: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
     PACKED: tl.constexpr,  # rows lie one after the other
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr,  # a power of two
+    ROWS: tl.constexpr, SPREAD: tl.constexpr, EXPERTS: tl.constexpr,  # powers of two
 ):  # fmt: skip
     if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [R], 64 bits: T * stride may pass 2^31
-    row_ok = row < tokens
     column = tl.arange(0, EXPERTS)[None, :]  # [1, E]
     base = logits_ptr + row * (EXPERTS if PACKED else logits_stride_t)
-    mask = tl.broadcast_to(row_ok[:, None], (ROWS, EXPERTS))
+    mask = tl.broadcast_to((row < tokens)[:, None], (ROWS, EXPERTS))
     x = tl.load(base[:, None] + column.to(tl.int64) * logits_stride_e, mask=mask, other=float("-inf"))
-    best = tl.max(key_of(widened(x), EXPERTS - 1 - column, True, True, False), axis=1)  # [R]
 
-    value = value_of(best, LARGEST, NAN_SAFE, False)
-    top = tl.maximum(value, -3.4028234663852886e38)  # as in the other kernels, to the bit
-    score = relative_score(value, top, SIGMOID, RENORMALIZE)
+    # Of the rows a thread has every SPREAD-th, and of each 8 experts.
+    EACH: tl.constexpr = ROWS // SPREAD
+    LANES: tl.constexpr = EXPERTS // 8
+    order = tl.reshape(order_of(widened(x), 0x7FE000), (EACH, SPREAD, LANES, 8))
+    # The key of each, as of key_of: what is common to a thread's experts comes in when the best of them is known.
+    within = (7 - tl.arange(0, 8))[None, None, None, :]
+    best = tl.max(tl.add(order, within, sanitize_overflow=False), axis=3)  # [EACH, SPREAD, LANES]
+    lane = tl.arange(0, LANES)[None, None, :]
+    best = tl.max(best | (EXPERTS - 8 - 8 * lane), axis=2)[:, :, None]
+    # All lanes of a row know it now. Each goes on with another of the thread's rows, and all of them with all at once.
+    best = tl.sum(tl.where(lane == tl.arange(0, EACH)[:, None, None], best, 0), axis=0)  # [SPREAD, LANES]
+    best = tl.reshape(best, (SPREAD * LANES,))
+    at = tl.arange(0, SPREAD * LANES)
+    row = tl.program_id(0).to(tl.int64) * ROWS + at % LANES * SPREAD + at // LANES
+    row_ok = (row < tokens) & (at % LANES < EACH)
+
+    value = value_of(best, False)
+    top = top_of(value, LARGEST, NAN_SAFE)
+    score = saturated(relative_score(value, top, SIGMOID, RENORMALIZE), NAN_SAFE)  # as in the others, to the bit
     weight = score / divisor(score) * scale if RENORMALIZE else score * scale
     expert = EXPERTS - 1 - (best & 0x1FFF)
     if FLAGGED > 0:

@@ -29,7 +29,8 @@ from moe_fuzz.verdict import OOM as OOM_VERDICT
 BATCH = 16  # cases handed to a worker at once, at most: it begins with one, because a bug found ends the batch's use
 _BATCH_SECONDS = 0.25  # that a batch may take, by what the last one took; what is run behind the bug is run for nothing
 _AT_ONCE = min(3, os.cpu_count() or 1)  # fresh workers that are asked at the same time where a fault lies
-DEADLINE = 3.0  # seconds for a case: planted bugs are small
+HANG_DEADLINE = 3.0  # seconds for a case of a bug that hangs: the others of it are small
+DEADLINE = 10.0  # for any other, as in campaigns: a case is slow where many processes share a GPU, and that is no find
 COMPILE_DEADLINE = 60.0
 _ROUNDS = 8  # drawn from one seed: of many more, most are variations of each other
 _OF_A_ROUND = 2  # cases taken of each, because a bug is found by another config sooner than by more cases of one
@@ -101,7 +102,7 @@ def run_planted(
     start = time.monotonic()
     cases = itertools.islice(draw(planted.op, pool.describe(target), device, seed), max_cases)
     outcome = Outcome(planted.name, target, planted.check, planted.upstream, False, 0, 0.0)
-    options = _options(checks, planted.fence)
+    options = _options(planted, checks)
     with closing(_verdicts(cases, target, pool, options, start + max_seconds)) as verdicts:
         outcome = _until_found(planted, pool, options, verdicts, outcome)
     return replace(outcome, seconds=time.monotonic() - start - outcome.compile_seconds)
@@ -146,7 +147,7 @@ def run_alone(
     cases = itertools.islice(draw(planted.op, pool.describe(outcome.target), device, seed), outcome.cases)
     fired: set[str] = set()
     ran = 0
-    for _, verdict in _verdicts(cases, outcome.target, pool, _options(rest, planted.fence), start + max_seconds):
+    for _, verdict in _verdicts(cases, outcome.target, pool, _options(planted, rest), start + max_seconds):
         ran += 1
         fired |= {violation.check for violation in violations_of(verdict)}
     fired -= {planted.check}  # a dead worker is seen whatever is judged: it is a verdict, not a check to turn off
@@ -182,13 +183,13 @@ def _generated(op: str, info: TargetInfo, device: str, start: int) -> Iterator[C
 
 def options_of(planted: Planted) -> RunOptions:
     """How a planted bug is run where all checks are on."""
-    return _options(None, planted.fence)
+    return _options(planted, None)
 
 
-def _options(checks: tuple[str, ...] | None, own: str) -> RunOptions:
+def _options(planted: Planted, checks: tuple[str, ...] | None) -> RunOptions:
     """These checks and no other: the fences stand only where they are asked for."""
-    fence = FenceOptions(own=own) if checks is None or FENCE in checks else _NO_FENCE
-    return RunOptions(checks, fence, DEADLINE, COMPILE_DEADLINE)
+    fence = FenceOptions(own=planted.fence) if checks is None or FENCE in checks else _NO_FENCE
+    return RunOptions(checks, fence, HANG_DEADLINE if planted.check == HANG else DEADLINE, COMPILE_DEADLINE)
 
 
 def violations_of(verdict: Verdict) -> tuple[Violation, ...]:

@@ -67,8 +67,10 @@ def command(
         def one(bug: Planted) -> Outcome:
             return engine(bug, pool, seed, cases, time, device=device)
 
-        file = path is not None and (path.is_file() or not path.exists())  # a pipe gets the last word alone
-        outcomes = run_all(chosen, one, count, partial(_write, path) if file else None)
+        keep = None
+        if path is not None and (path.is_file() or not path.exists()):  # a pipe gets the last word alone
+            keep = partial(_write, path)
+        outcomes = run_all(chosen, one, count, keep)
     table([_row(outcome) for outcome in outcomes], ("bug", "", "check", "cases", "seconds", "also fired", "upstream"))
     missed = [outcome for outcome in outcomes if not outcome.passed]
     click.echo(f"\n{len(outcomes) - len(missed)} of {len(outcomes)} planted bugs found")

@@ -169,6 +169,13 @@ class Pool:
         finally:
             seat.leave()
 
+    def rest(self) -> None:
+        """Ends the workers that nobody has leased: their places on GPUs are free for other programs. What was imported
+        stays, so that the next use forks another worker soon."""
+        with self._changed:
+            for worker in self._idle:
+                worker.rest()
+
     def close(self) -> None:
         """Ends all processes and waits for them. Idempotent. Threads that wait for a worker get an error."""
         with self._changed:

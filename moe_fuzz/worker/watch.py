@@ -53,7 +53,7 @@ class Worker:
         released: Callable[[], None] = lambda: None,
         groups: Groups | None = None,
     ) -> None:
-        """environment: variables of its processes alone. released: called when the worker is discarded. groups: of the
+        """environment: variables of its processes alone. released: called when it gives up its place. groups: of the
         pool, for cases that take several processes at once."""
         self._spawn, self._log, self._stats, self._limits = spawn, log, stats, limits
         self._environment, self._released = dict(environment or {}), released
@@ -150,6 +150,11 @@ class Worker:
     def restart(self) -> None:
         """The next case runs in a new process."""
         self.close()
+
+    def rest(self) -> None:
+        """Closes the worker and gives up its place on a GPU; a later run forks another where there is one."""
+        self.close()
+        self._released()
 
     def discard(self) -> None:
         """Closes the worker for good: its files go too."""

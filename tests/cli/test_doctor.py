@@ -64,8 +64,8 @@ def test_slots() -> None:
     unknown = machine.Gpu("c")
     lines = list(doctor.judge_slots((full, busy, unknown)))
     assert states(lines) == [OK, WARN, WARN]
-    assert "room for 12 of 12 workers" in lines[0].text
-    assert "room for 2 of 12 workers, 13.0 GiB free" in lines[1].text
+    assert "room for 6 of 6 workers" in lines[0].text
+    assert "room for 2 of 6 workers, 13.0 GiB free" in lines[1].text
     assert "nvidia-ml-py" in lines[2].hint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
@@ -46,6 +47,19 @@ class _Spy:
     def __getitem__(self, grid):
         self._launched.append(grid)
         return self._kernel[grid]
+
+
+@pytest.mark.parametrize("experts", [32, 64, 128, 256])
+def test_the_best_of_many_rows_as_they_lie_on_a_gpu(experts, monkeypatch):
+    """The last program has fewer rows than it could take."""
+    logits = torch.randint(-3, 4, (1030, experts), generator=torch.Generator().manual_seed(experts)).bfloat16()
+    logits[1::7] = -torch.nan
+    logits[2::7, experts // 2 :] = torch.inf
+    parts = [routing.topk_sigmoid(part, 1) for part in logits.split(515)]  # by the other kernel
+    monkeypatch.setattr(routing, "_top1", partial(routing._top1, interpreted=False))
+    found = routing.topk_sigmoid(logits, 1)
+    for one, pieces in zip(found, zip(*parts, strict=True), strict=True):
+        assert torch.equal(one, torch.cat(pieces))
 
 
 @pytest.mark.parametrize("router", [routing.topk_softmax, routing.topk_sigmoid])

@@ -253,6 +253,23 @@ def test_a_worker_gets_its_gpu_before_its_runner_starts(monkeypatch: pytest.Monk
             assert surroundings(plain, "off")[1:] == ["-", "-"]
 
 
+def test_a_pool_that_rests_leaves_its_place_to_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    card = [small("GPU-a", 1)]
+    with Pool(1, "cuda", runner=RUNNER, gpus=card) as pool:
+        for _ in range(2):
+            with pool.lease() as worker:
+                assert surroundings(worker)[0] == "GPU-a"
+                pid = worker.pid
+                pool.rest()  # not those that are leased
+                assert worker.pid == pid
+            pool.rest()
+            assert worker.pid is None
+            with Pool(1, "cuda", runner=RUNNER, gpus=card) as other, other.lease() as second:
+                assert surroundings(second)[0] == "GPU-a"
+        assert pool.stats.to_json()["zygotes"] == 1
+
+
 def test_a_pool_beside_another_shares_its_slots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The one slot there is, is taken: a pool of its own would wait for it, and in vain."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from moe_fuzz.options import FenceOptions
+from moe_fuzz.worker.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +86,12 @@ def pytest_unconfigure() -> None:
 def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the processes that a test starts."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(scope="module")
+def pool(cuda_pool: Pool) -> Pool:
+    """For tests that do not ask for one of their own."""
+    return cuda_pool
 
 
 @pytest.fixture(scope="module")

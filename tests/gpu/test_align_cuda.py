@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -23,12 +22,6 @@ pytestmark = pytest.mark.gpu
 
 SPACE = get_space("align")
 OPTIONS = RunOptions(deadline=20.0, first_deadline=120.0)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool(1, "cuda") as made:
-        yield made
 
 
 def run(pool: Pool, target: str, cases: list[Case]) -> list[Verdict]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,12 +27,6 @@ ANY = TargetInfo(
     "experts_nvfp4@x", "experts_nvfp4", "x", contract=Contract(accepts=PADDING_DIALECTS),
     capabilities=Capabilities(out=True, alignment=1, global_scales=("power", "fitted", "large", "nan", "zero")),
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool(1, "cuda") as made:
-        yield made
 
 
 def test_the_same_bits_on_every_device() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,6 @@ SPACE = get_space("topk_softmax")
 TARGETS = Path(__file__).with_name("graph_targets.py")
 BUILTIN = "topk_softmax@builtin"
 BUGS = [bug for bug in PLANTED if bug.module == "routing_graph"]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool(1, "cuda") as made:
-        yield made
 
 
 def step(tokens: int, padding: int = 0, *faults: Fault) -> Step:

@@ -6,7 +6,6 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
@@ -40,12 +39,6 @@ for tokens, experts, hidden in [(1, 1, 1), (3, 5, 7), (17, 33, 100), (64, 128, 2
         if tokens > 1:  # a row's bits depend on that row alone
             assert torch.equal(got[1:2], gate_logits(x[1:2], gate).double())
 """
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool(1, "cuda") as made:
-        yield made
 
 
 def test_the_gate_is_within_its_bound() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -132,12 +131,6 @@ def test_beyond_2_to_the_31_elements() -> None:
 
 
 # ---- through the fuzzer ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool(1, "cuda") as made:
-        yield made
 
 
 @pytest.mark.parametrize("target", ["nvfp4_quantize@builtin", "nvfp4_quantize@torch"])

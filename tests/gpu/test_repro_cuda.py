@@ -52,9 +52,8 @@ class Runner:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[Runner]:
-    with Pool(1, "cuda") as pool:
-        yield Runner(pool)
+def runner(cuda_pool: Pool) -> Runner:
+    return Runner(cuda_pool)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,12 +38,6 @@ def test_the_compiled_kernel(arguments: str) -> None:
     done = subprocess.run([sys.executable, "-P", str(SCRIPT), *arguments.split()], env=environment, capture_output=True,
                           text=True, timeout=400, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool(1, "cuda") as made:
-        yield made
 
 
 @pytest.mark.parametrize("op", ["topk_sigmoid", "grouped_topk"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +23,6 @@ pytestmark = pytest.mark.gpu
 
 OPTIONS = RunOptions(deadline=20.0, first_deadline=60.0)
 SPACE = get_space("topk_softmax")
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool(1, "cuda") as made:
-        yield made
 
 
 def case(tokens: int, experts: int, top_k: int, **config: object) -> Case:
@@ -78,8 +70,5 @@ def test_a_write_into_the_slack_is_named_by_the_canary(pool: Pool) -> None:
 def test_a_kernel_that_never_ends_is_a_hang_and_the_gpu_goes_on(pool: Pool) -> None:
     target = f"topk_softmax@{Path(__file__).with_name('spinning_target.py')}:waits_for_ever"
     with pool.lease() as worker:
-        started = time.monotonic()
         verdicts = worker.run([case(1, 8, 2), case(2, 8, 2), case(1, 8, 2)], target, replace(OPTIONS, deadline=3.0))
-        seconds = time.monotonic() - started
     assert [v.kind for v in verdicts] == [PASS, HANG, PASS], told_all(verdicts)
-    assert seconds < 30

@@ -10,7 +10,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,12 +41,6 @@ DEGENERATE = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "ties")
 def need(provider: str) -> None:
     if not (os.environ.get(LIB_VARIABLES[provider]) or sources.installed(sources.SOURCES[provider].package)):
         pytest.skip(f"{provider} is not installed, and {LIB_VARIABLES[provider]} is not set")
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool(1, "cuda") as made:
-        yield made
 
 
 @pytest.mark.parametrize("target", [f"{op}@{provider}" for op in ROUTERS for provider in LIB_VARIABLES])

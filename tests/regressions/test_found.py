@@ -83,11 +83,11 @@ def test_a_sound_implementation_does_not(file: Path, runner: Runner) -> None:
 
 @pytest.mark.gpu
 @FOUND
-def test_the_library_fails_in_that_way_or_not_at_all(file: Path) -> None:
+def test_the_library_fails_in_that_way_or_not_at_all(cuda_pool: Pool, file: Path) -> None:
     record, case = read(file)
     provider = case.target.partition("@")[2].partition(".")[0]
     if not (os.environ.get(LIB_VARIABLES[provider]) or sources.installed(sources.SOURCES[provider].package)):
         pytest.skip(f"{provider} is not installed, and {LIB_VARIABLES[provider]} is not set")
-    with Pool(1, "cuda") as pool, pool.lease(case.target) as worker:
+    with cuda_pool.lease(case.target) as worker:
         verdict = worker.run([case], case.target, RunOptions(deadline=20.0, first_deadline=120.0))[0]
     assert verdict.kind == PASS or is_it(record, verdict), told(verdict, case)

@@ -145,9 +145,9 @@ def test_our_router_passes_where_torchs_does_not(pool: Pool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("stem", DEVICE)
-def test_the_twin_fails_on_a_gpu(stem: str) -> None:
+def test_the_twin_fails_on_a_gpu(cuda_pool: Pool, stem: str) -> None:
     record = TWINS[stem]
     case, options = case_of(record, record["twin"]), options_of(bug_of(record))
-    with Pool(1, "cuda") as pool:
-        verdicts = [rerun(pool, (case,), case.target, options) for _ in range(1 if record["check"] == "hang" else 2)]
+    runs = 1 if record["check"] == "hang" else 2
+    verdicts = [rerun(cuda_pool, (case,), case.target, options) for _ in range(runs)]
     assert any(is_it(record, verdict) for verdict in verdicts), told_all(verdicts, [case] * len(verdicts))
