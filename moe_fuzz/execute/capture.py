@@ -42,8 +42,10 @@ class GraphPool:
 
     @classmethod
     def of_process(cls) -> GraphPool:
-        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        if idle > _MAX_IDLE:  # while a capture is under way torch cannot give back what it caches
+        # Asked once, and plainly: torch's own words for these two numbers take longer than a small replay.
+        bytes_of = torch.cuda.memory_stats_as_nested_dict()
+        reserved, used = (bytes_of[f"{what}_bytes"]["all"]["current"] for what in ("reserved", "allocated"))
+        if reserved - used > _MAX_IDLE:  # while a capture is under way torch cannot give back what it caches
             torch.cuda.empty_cache()
         return _pool()
 

@@ -34,6 +34,7 @@ _POISON = {  # as the signed integer of the element's size
     torch.float32: 0x7FA5A5A5,
     torch.float64: 0x7FF4A5A5A5A5A5A5,
     torch.complex64: 0x7FA5A5A57FA5A5A5,
+    torch.complex128: 0x7FF4A5A5A5A5A5A5,  # of each half
     torch.float8_e4m3fn: 0xFF,  # one byte has no room for a payload; these are at least NaN
     torch.float8_e5m2: 0xFF,
     torch.float8_e4m3fnuz: 0x80,

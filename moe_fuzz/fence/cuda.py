@@ -33,7 +33,7 @@ class CudaArena(PooledArena[CudaPlaced]):
     own_tensors = 512
 
     def __init__(self, options: FenceOptions, edge: str) -> None:
-        if not torch.cuda.is_available():
+        if not (torch.cuda.is_initialized() or torch.cuda.is_available()):
             raise EnvironmentProblem("there is no CUDA device that torch can use", "--device cpu")
         self._index = torch.cuda.current_device()
         cuda_driver.make_current(self._index)  # which the driver's calls need
