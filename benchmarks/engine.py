@@ -228,7 +228,8 @@ def measure(
         say(f"{len(cases)} of {drawn} cases compiled")
         loaded(pool, cases, target, max(workers), LOADED * seconds, lambda case: runner.run(case, target, PATIENT))
         say("loaded in every worker")
-        verdicts, began, used = [], passed(), []
+        began = passed()
+        verdicts, used = list[Verdict](), list[Case]()
         # A repeat takes no longer than each of its variants in one process would. The last tenth is for ending it all.
         variants = 3 + len(workers) + 4 * fences + (3 * fences if device == "cuda" else 0)
         for case in cases:

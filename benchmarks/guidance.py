@@ -190,7 +190,7 @@ def rounds(
             config = config_of(space, info, chosen, dictionary, presets)
             kinds = sequences.runs(space.modes(info), DEVICE)
             drawn = chosen.choice(kinds)
-            run, sizes = sequences.afforded(space, in_mode(config, drawn), drawn, kinds, DEVICE)
+            run, sizes = sequences.afforded(space, info, in_mode(config, drawn), drawn, kinds, DEVICE)
             config = in_mode(config, run)
             if not dictionary and run == sequences.SINGLE and sizes:
                 sizes = tuple(chosen.randint(0, max(sizes)) for _ in range(8))
@@ -228,10 +228,9 @@ def hypothesis(space: Any, info: TargetInfo, chosen: random.Random) -> Iterator[
     """What a campaign draws after its grid, without a score: strategies.rounds, a shard after the other."""
     root = chosen.getrandbits(62)
     for shard in range(10_000):
-        drawn: list[list[Case]] = []
-        drive(strategies.rounds(space, info, DEVICE), derive_seed(root, shard), 32,
-              lambda cases, drawn=drawn: drawn.append(list(cases)))  # fmt: skip
-        yield from drawn
+        drawn: list[tuple[Case, ...]] = []
+        drive(strategies.rounds(space, info, DEVICE), derive_seed(root, shard), 32, drawn.append)
+        yield from map(list, drawn)
 
 
 def some_of_each(source: Rounds, most: int) -> Stream:

@@ -98,7 +98,7 @@ def plans_of(point: Point) -> dict[str, Plan]:
     """What is timed: each candidate as either product, beside the first of its m."""
     slots = point.tokens * int(point.config["top_k"])
     nth = PLANS.index(choose(slots, int(point.config["experts"])))
-    found = {}
+    found: dict[str, Plan] = {}
     for _, of_m in itertools.groupby((Tile(*c) for c in CANDIDATES[nth]), key=lambda tile: tile.m):
         first, *others = of_m
         base = Plan(0, first, first, inline_slots=PLANS[nth].inline_slots)
@@ -110,7 +110,7 @@ def plans_of(point: Point) -> dict[str, Plan]:
 def sums(times: dict[str, float]) -> dict[str, float]:
     """µs of every pair of one m, by its parts' gains over the pair that they were timed in."""
     found = {}
-    parts = [(*key.split(), us) for key, us in times.items() if key != "large"]
+    parts = [(key.split()[0], key.split()[1], us) for key, us in times.items() if key != "large"]
     for base in {up for up, down, _ in parts if up == down}:
         ups = {up: us for up, down, us in parts if down == base}
         downs = {down: us for up, down, us in parts if up == base}
@@ -134,12 +134,14 @@ def best_limit(rows: list[dict[str, Any]]) -> int:
     """Slots an expert from which `large` is chosen, with the least mean logarithm of time: between two that were timed,
     or the last of them doubled, where it never pays."""
     known = sorted({row["slots"] for row in rows})
-    limits = [known[0], *(math.sqrt(one * other) for one, other in itertools.pairwise(known)), 2 * known[-1]]
+    between = [math.sqrt(one * other) for one, other in itertools.pairwise(known)]
+    limits = [float(known[0]), *between, 2.0 * known[-1]]
 
     def score(limit: float) -> float:
-        return sum(math.log(row["times"]["large"] if row["slots"] >= limit else row["best"][0]) for row in rows)
+        return math.fsum(math.log(row["times"]["large"] if row["slots"] >= limit else row["best"][0]) for row in rows)
 
-    return max(1, round(min(limits, key=score)))
+    chosen: float = min(limits, key=score)
+    return max(1, round(chosen))
 
 
 def line(plan: Plan) -> str:

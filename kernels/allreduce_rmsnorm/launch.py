@@ -98,7 +98,7 @@ def _launch(
 ) -> None:  # fmt: skip
     """Rows [first, first + tokens) of every rank that is here, in one launch or in one for each phase."""
     hidden, size, world = x.shape[-1], x.element_size(), group.world
-    backend = backend or choose(world, arch_of(group.device), group.links, tokens * hidden * size)
+    backend = backend or choose(world, arch_of(group.device), group.links, tokens * hidden * size, hidden * size)
     rows, columns, warps, blocks = shape_of(group, tokens, hidden, size, backend)
     share = triton.cdiv(tokens, world)
     kernel, phases, slot = one_shot_kernel, 2, group.capacity // size

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -30,9 +31,8 @@ def measure(ranks: int, calibrate: bool, launches: int = 20, rounds: int = 15) -
 
 def table_of(result: Mapping[str, Any]) -> dict[str, Any]:
     """The dispatch table, as MOE_FUZZ_ALLREDUCE_TABLE takes it."""
-    entry = {"world": result["world"], "arch": result["arch"], "links": result["links"],
-             "one_shot": result["one_shot_cap"], "fused": result["fused_caps"], "source": result["source"]}  # fmt: skip
-    return {"entries": [entry]}
+    key = {name: result[name] for name in ("world", "arch", "links")}
+    return {"entries": [{**key, **result["caps"]}]}
 
 
 def rendered(result: Mapping[str, Any]) -> Table:
@@ -62,9 +62,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         for family, size in families.items():
             said = "at every size" if size is None else f"up to {written(size)}" if size else "at no size"
             lines.append(f"H {hidden}: fusing wins over {family} {said}")
-    caps = ", ".join(f"{name} {written(size)}" for name, size in sorted(result["fused_caps"].items()))
-    lines.append(f"table {'as measured' if result['calibrated'] else 'in use'} ({result['source']}): one_shot up to "
-                 f"{written(result['one_shot_cap'])}; fused against {caps or 'nothing'}")  # fmt: skip
+    lines.append(f"table {'as measured' if result['calibrated'] else 'in use'} ({result['source']}): "
+                 f"{_told(result['caps'])}")  # fmt: skip
     lines += [f"{name}: {why}" for name, why in result["left_out"].items()]
     lines += [
         f"SLOW: H {m['hidden']} T {m['tokens']} ({written(m['bytes'])}), active {m['active']}: {m['chosen']} "
@@ -73,6 +72,22 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     if not result["misses"]:
         lines.append("the table is within 5 % of the best choice everywhere")
     return lines
+
+
+def _told(caps: Mapping[str, Any]) -> str:
+    """The caps of an entry in words: those for narrow rows first."""
+    fused = ", ".join(f"{name} {_bounds(bounds)}" for name, bounds in sorted(caps["fused"].items()))
+    widths = [f"rows of up to {one['row']} bytes: {_told(one)}" for one in caps.get("narrower", [])]
+    here = f"one_shot up to {written(caps['one_shot'])}; fused against {fused or 'nothing'}"
+    return " · ".join([*widths, f"wider ones: {here}" if widths else here])
+
+
+def _bounds(bounds: int | Sequence[int]) -> str:
+    if isinstance(bounds, int):
+        return written(bounds)
+    ways = itertools.cycle(("fused", "not fused"))
+    parts = [f"{way} up to {written(size)}" for size, way in zip(bounds, ways, strict=False)]
+    return ", ".join([*parts, f"{next(ways)} above"])
 
 
 def written(size: int) -> str:

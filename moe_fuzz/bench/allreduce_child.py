@@ -25,7 +25,7 @@ from torch import Tensor
 from moe_fuzz.bench import allreduce_choice as choice
 from moe_fuzz.bench.timing import interleaved
 from moe_fuzz.kernels.allreduce_rmsnorm import RankGroup, allreduce_rmsnorm
-from moe_fuzz.kernels.allreduce_rmsnorm.dispatch import BACKENDS, caps_of
+from moe_fuzz.kernels.allreduce_rmsnorm.dispatch import BACKENDS, caps_of, entry
 from moe_fuzz.kernels.allreduce_rmsnorm.launch import arch_of
 from moe_fuzz.reference.allreduce_rmsnorm import allreduce_rmsnorm as reference
 
@@ -169,7 +169,7 @@ def report(points: list[choice.Point], bench: Bench, calibrate: bool) -> dict[st
     return {
         "world": bench.world, "arch": arch, "links": links, "device": torch.cuda.get_device_name(),
         "torch": torch.__version__, "triton": triton.__version__, "launches": bench.launches, "rounds": bench.rounds,
-        "one_shot_cap": caps.one_shot, "fused_caps": dict(caps.fused), "source": caps.source,
+        "caps": entry(caps), "source": caps.source,
         "calibrated": calibrate, "left_out": bench.left_out,
         "points": [{"hidden": p.hidden, "tokens": p.tokens, "bytes": p.message, "fused": dict(p.fused),
                     "unfused": {k: dict(v) for k, v in p.unfused.items()},

@@ -5,11 +5,13 @@ A fused call takes the message as it is; an unfused one is an all-reduce of its 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moe_fuzz.kernels.allreduce_rmsnorm.dispatch import ALWAYS, BACKENDS, Caps
+from moe_fuzz.kernels.allreduce_rmsnorm.dispatch import ALWAYS, BACKENDS, Bounds, Caps, within
 
 #: A choice of the table may be so much slower than the best one.
 SLACK = 1.05
@@ -29,37 +31,75 @@ class Point:
     def best_unfused(self, family: str) -> float:
         return min(self.unfused[family].values())
 
+    @property
+    def row(self) -> int:
+        """Bytes."""
+        return self.message // self.tokens
 
-def best_cap(points: Iterable[tuple[int, float, float]]) -> int:
-    """The cap in bytes up to which the first of two times is taken, of (bytes, first, second): that one with which the
-    worst choice is the least bad; of equal ones the sum decides. ALWAYS where the first is taken everywhere."""
+
+Times = Iterable[tuple[int, float, float]]  # bytes, time of the first way, time of the second
+
+
+def best_cap(points: Times) -> int:
+    """The cap in bytes up to which the first of two ways is taken: that one with which the worst choice is the least
+    bad; of equal ones the sum decides. ALWAYS where the first is taken everywhere."""
     measured = sorted(points)
     if not measured:
         return ALWAYS
-    sizes = sorted({size for size, _, _ in measured})
+    return min([0, *_sizes(measured)[:-1], ALWAYS], key=lambda cap: (*_cost(measured, cap), -cap))
 
-    def cost(cap: int) -> tuple[float, float]:
-        ratios = [(first if size <= cap else second) / min(first, second) for size, first, second in measured]
-        return max(max(ratios), SLACK), sum(ratios)
 
-    return min([0, *sizes[:-1], ALWAYS], key=lambda cap: (*cost(cap), -cap))
+def best_bounds(points: Times) -> Bounds:
+    """`best_cap`; or two bounds, between which the second way is taken, where no cap is within 5 % of the best choice
+    everywhere and these are."""
+    measured = sorted(points)
+    cap = best_cap(measured)
+    between = list(itertools.combinations([0, *_sizes(measured)], 2)) if measured else []
+    if _cost(measured, cap)[0] <= SLACK or not between:
+        return cap
+    bounds = min(between, key=lambda two: _cost(measured, two))
+    return bounds if _cost(measured, bounds)[0] <= SLACK else cap
+
+
+def _sizes(measured: Times) -> list[int]:
+    return sorted({size for size, _, _ in measured})
+
+
+def _cost(measured: Times, bounds: Bounds) -> tuple[float, float]:
+    """The worst choice against the best one, and the sum of all of them."""
+    ratios = [(first if within(bounds, size) else second) / min(first, second) for size, first, second in measured]
+    return max([*ratios, SLACK]), sum(ratios)
 
 
 def caps_of_points(points: Sequence[Point], source: str) -> Caps:
-    """The caps that the points ask for."""
+    """The caps that the points ask for: for rows of any width where they are within 5 % of the best choice at every
+    point, else for rows of each width that was measured, and those nearest to it."""
+    whole = _caps(points, source)
+    rows = sorted({point.row for point in points})
+    if len(rows) < 2 or not misses(points, whole):
+        return whole
+    *narrower, widest = (_caps([point for point in points if point.row == row], "") for row in rows)
+    edges = [math.isqrt(row * wider) for row, wider in itertools.pairwise(rows)]
+    return replace(widest, source=source, narrower=tuple(zip(edges, narrower, strict=True)))
+
+
+def _caps(points: Sequence[Point], source: str) -> Caps:
     one, two = BACKENDS
     families = sorted({name for point in points for name in point.unfused})
+    cap = best_cap((p.message, p.fused[one], p.fused[two]) for p in points)
+    taken = [(p, p.fused[BACKENDS[p.message > cap]]) for p in points]
     return Caps(
-        best_cap((p.message, p.fused[one], p.fused[two]) for p in points),
-        {name: best_cap((p.message, min(p.fused.values()), p.best_unfused(name))
-                        for p in points if name in p.unfused) for name in families},
+        cap,
+        {name: best_bounds((p.message, fused, p.best_unfused(name)) for p, fused in taken if name in p.unfused)
+         for name in families},
         source,
     )  # fmt: skip
 
 
 def chosen(point: Point, caps: Caps, family: str | None) -> tuple[str, float]:
     """(name, time) of what is taken with these caps, where `family` is the active all-reduce."""
-    if family is not None and point.message > caps.fused.get(family, ALWAYS):
+    caps = caps.of(point.row)
+    if family is not None and not within(caps.fused.get(family, ALWAYS), point.message):
         return min(point.unfused[family].items(), key=lambda item: item[1])
     backend = BACKENDS[point.message > caps.one_shot]
     return backend, point.fused[backend]

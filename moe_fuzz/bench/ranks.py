@@ -13,6 +13,9 @@ from pathlib import Path
 
 import moe_fuzz
 from moe_fuzz.errors import EnvironmentProblem
+from moe_fuzz.worker.gpus import gpus
+from moe_fuzz.worker.leases import default_directory
+from moe_fuzz.worker.turns import turn
 
 _PROGRAM = """
 import importlib, sys
@@ -27,13 +30,16 @@ def run_ranks(program: str | Path, world: int, arguments: Sequence[str], seconds
 
     program: a module with `main(arguments) -> exit code`, or a file. It finds RANK, WORLD_SIZE and INIT_METHOD (of
     torch.distributed) in its environment; NVLink multicast is switched off there.
+
+    Each rank takes one of the first `world` GPUs; the time runs from where no worker is busy there, nor will be.
     """
     root = str(Path(moe_fuzz.__file__).parents[1])
     what = [str(program)] if isinstance(program, Path) else ["-c", _PROGRAM.format(root=root, module=program)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"WORLD_SIZE": str(world), "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0",
                     "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="moe-fuzz-ranks-") as folder:
+    alone = turn(default_directory(), [gpu.uuid for gpu in gpus()[:world]])
+    with alone, tempfile.TemporaryDirectory(prefix="moe-fuzz-ranks-") as folder:
         meeting, outputs = Path(folder) / "store", [Path(folder) / f"out{rank}" for rank in range(world)]
         processes: list[subprocess.Popen[bytes]] = []
         try:

@@ -110,6 +110,9 @@ class RankSteps(Steps):
         """What each rank's call has given, as tensors of the host."""
         error: Exception | None = None
         mine: Any = None
+        # What our own work has cost one of them, no other is to wait for inside a kernel: there it takes the device's
+        # time, and may be given up.
+        meeting.gather(None)
         meeting.state("call")
         try:
             mine = call()

@@ -72,7 +72,7 @@ class Group:
 
         Raises GroupGone, and what a rank's runner raised: UsageError, EnvironmentProblem, MoeFuzzError.
         """
-        self._ready(target)
+        self.ready(target)
         try:
             if not _Round(self._processes, self._logs, self._states, cases, options).run(target, give):
                 self._stats.count("deaths")
@@ -100,8 +100,9 @@ class Group:
             for path in (log, autopsy.trace_of(log), autopsy.stages_of(log)):
                 path.unlink(missing_ok=True)
 
-    def _ready(self, target: str) -> None:
-        """The groups of another target are other processes: its provider may have another interpreter."""
+    def ready(self, target: str) -> None:
+        """Makes the processes where there are none that can run this target: those of another target are other ones,
+        its provider may have another interpreter. Raises EnvironmentProblem, and what a rank's runner raised."""
         if self._processes and self._target == target and all(p.status() is None for p in self._processes):
             return
         self.close()

@@ -56,12 +56,12 @@ class Leases:
                                      "--device cpu runs the same kernels in Triton's interpreter")  # fmt: skip
         self._gpus = list(gpus)
         self._patience = patience
-        self._directory = directory or default_directory()
+        self.directory = directory or default_directory()
         self._held: list[Lease] = []
         self._lock = threading.Lock()
         self._given_up = False
         try:
-            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise EnvironmentProblem(f"the directory of GPU leases cannot be made: {error}",
                                      "set XDG_RUNTIME_DIR or TMPDIR to one that can be written") from error  # fmt: skip
@@ -79,11 +79,15 @@ class Leases:
             if time.monotonic() >= until:
                 slots = sum(gpu.slots for gpu in self._gpus)
                 raise EnvironmentProblem(
-                    f"other processes have held all {slots} GPU slots for {self._patience:g} s: {self._directory}",
+                    f"other processes have held all {slots} GPU slots for {self._patience:g} s: {self.directory}",
                     "wait until they are done, or give the other campaign fewer --workers",
                 )
             time.sleep(_LOOK)
         raise EnvironmentProblem("the pool was closed while it waited for a GPU")
+
+    @property
+    def closed(self) -> bool:
+        return self._given_up
 
     @property
     def gpus(self) -> Sequence[Gpu]:
@@ -109,7 +113,7 @@ class Leases:
                 self._release(lease)
             if time.monotonic() >= until:
                 raise EnvironmentProblem(
-                    f"other processes have held too many GPU slots for {self._patience:g} s: {self._directory}",
+                    f"other processes have held too many GPU slots for {self._patience:g} s: {self.directory}",
                     f"{count} GPUs must have one free at the same time",
                 )
             time.sleep(_LOOK)
@@ -136,7 +140,7 @@ class Leases:
         return None
 
     def _slot(self, gpu: Gpu, slot: int) -> Lease | None:
-        lock = FileLock(self._directory / f"{gpu.uuid.replace('/', '_')}.{slot}.lock", thread_local=False)
+        lock = FileLock(self.directory / f"{gpu.uuid.replace('/', '_')}.{slot}.lock", thread_local=False)
         try:
             lock.acquire(timeout=0)
         except Timeout:

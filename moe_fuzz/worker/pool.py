@@ -25,6 +25,7 @@ from typing import Any
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
 from moe_fuzz.options import ProviderOptions
+from moe_fuzz.worker import turns
 from moe_fuzz.worker.gpus import Gpu
 from moe_fuzz.worker.gpus import gpus as gpus_here
 from moe_fuzz.worker.launch import Demand, Process, Zygote, ZygoteGone, environment_of
@@ -206,7 +207,8 @@ class Pool:
         seat = Seat(self._leases)
         spawn = functools.partial(self._spawn, seat)
         groups = Groups(self._leases, functools.partial(self._spawn_rank, dict(environment or {})), self._turn)
-        return Worker(spawn, self._logs / log, self.stats, self._limits, environment, seat.leave, groups)
+        return Worker(spawn, self._logs / log, self.stats, self._limits, environment, seat.leave, groups,
+                      seat.turn)
 
     def _spawn_rank(
         self, given: Mapping[str, str], provider: str, log: Path, environment: Mapping[str, str]
@@ -267,6 +269,13 @@ class Seat:
         if self._lease is None:
             self._lease = self._leases.take()
         return self._lease.environment
+
+    def turn(self) -> contextlib.AbstractContextManager[object]:
+        """A block in which no group of ranks has the GPU for itself."""
+        leases, lease = self._leases, self._lease
+        if leases is None or lease is None:
+            return contextlib.nullcontext()
+        return turns.beside(leases.directory, lease.gpu.uuid, given_up=lambda: leases.closed)
 
     def leave(self) -> None:
         if self._lease is not None:

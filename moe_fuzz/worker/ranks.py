@@ -17,6 +17,7 @@ from moe_fuzz.worker.launch import Process
 from moe_fuzz.worker.leases import Lease, Leases
 from moe_fuzz.worker.protocol import provider_of
 from moe_fuzz.worker.stats import Stats
+from moe_fuzz.worker.turns import turn
 
 #: NVLink multicast stays off: it is the user's to enable.
 _CUDA: Mapping[str, str] = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
@@ -42,8 +43,15 @@ class Groups:
         return None if self._leases is None else len(self._leases.gpus)
 
     def turn(self) -> contextlib.AbstractContextManager[object]:
-        """Groups of one pool take turns on GPUs: two that share them would wait for each other's ranks."""
+        """Groups of one pool take turns: to take GPUs, and to run there."""
         return contextlib.nullcontext() if self._leases is None else self._turn
+
+    def turn_on(self, leases: Sequence[Lease]) -> contextlib.AbstractContextManager[object]:
+        """While the group runs it has the GPUs of these leases for itself. Who waits here waits for nobody who waits
+        for a slot: all have theirs."""
+        if (ours := self._leases) is None:
+            return contextlib.nullcontext()
+        return turn(ours.directory, [lease.gpu.uuid for lease in leases], given_up=lambda: ours.closed)
 
     def take(self, size: int) -> list[Lease]:
         return [] if self._leases is None else self._leases.take_all(size)
@@ -92,7 +100,10 @@ class Ranks:
                 leases = groups.take(size)
                 group = Group(size, groups.spawn(leases, provider_of(target)), self._log, self._stats)
                 self._made[size] = group, leases
-            self._made[size][0].run(cases, target, options, give)
+            group, leases = self._made[size]
+            group.ready(target)  # while others may still be at work there
+            with groups.turn_on(leases):
+                group.run(cases, target, options, give)
 
     def close(self) -> None:
         """Ends the groups, and gives their GPUs back. Idempotent."""

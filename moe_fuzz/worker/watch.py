@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections import deque
@@ -52,10 +53,12 @@ class Worker:
         environment: Mapping[str, str] | None = None,
         released: Callable[[], None] = lambda: None,
         groups: Groups | None = None,
+        turn: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         """environment: variables of its processes alone. released: called when it gives up its place. groups: of the
-        pool, for cases that take several processes at once."""
+        pool, for cases that take several processes at once. turn: around each round of a process of its own."""
         self._spawn, self._log, self._stats, self._limits = spawn, log, stats, limits
+        self._turn = turn
         self._environment, self._released = dict(environment or {}), released
         self._process: Process | None = None
         self._demand = Demand()
@@ -111,7 +114,9 @@ class Worker:
                 if size > 1:
                     self.ranks.run(size, part, target, options, give)
                 else:
-                    self._round(self._ready(target, _own_of(options, part)), part, target, options, give)
+                    process = self._ready(target, _own_of(options, part))
+                    with self._turn():
+                        self._round(process, part, target, options, give)
             except (ZygoteGone, _Killed, GroupGone):
                 self.close()  # the case in flight is not to blame: it runs again
             except _Told as told:

@@ -95,6 +95,34 @@ def test_a_rank_that_hangs_costs_one_verdict_is_named_and_the_group_is_back_with
     assert ends[-1] - started < 30
 
 
+def test_no_rank_waits_in_its_call_for_what_our_own_work_costs_another(pool, tmp_path):
+    """A kernel would spin meanwhile, and might give up. Here rank 1 takes a second longer to make its inputs."""
+    file = tmp_path / "measured.py"
+    file.write_text(
+        "import time\n"
+        "import torch.distributed as dist\n"
+        "from moe_fuzz.contract import Capabilities, Contract, declares\n"
+        "from moe_fuzz.execute import meeting, steps\n"
+        "from moe_fuzz.targets.torch_allreduce import allreduce_rmsnorm as sound\n"
+        "made = steps.Steps.inputs\n"
+        "def slowly(self, index):\n"
+        "    time.sleep(1.0 * meeting.rank())\n"
+        "    return made(self, index)\n"
+        "steps.Steps.inputs = slowly\n"
+        "@declares(contract=Contract(), capabilities=Capabilities(processes=('cpu',)))\n"
+        "def call(x, residual, gamma, eps, *, group):\n"
+        "    began = time.monotonic()\n"
+        "    dist.barrier(group.process_group)\n"
+        "    if time.monotonic() - began > 0.6 and x.shape[-2] == 4:\n"
+        "        raise RuntimeError('waited for its peer')\n"
+        "    return sound(x, residual, gamma, eps, group=group)\n"
+    )
+    target = f"allreduce_rmsnorm@{file}:call"
+    with pool.lease(target) as worker:
+        verdicts = worker.run([case(), case(tokens=4)], target, RunOptions())  # the first one makes the group
+    assert [verdict.kind for verdict in verdicts] == [PASS, PASS], verdicts
+
+
 def test_an_error_of_one_rank_is_one_of_the_case(pool, tmp_path):
     file = tmp_path / "picky.py"
     file.write_text(

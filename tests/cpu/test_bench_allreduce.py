@@ -13,7 +13,17 @@ from moe_fuzz.bench import allreduce
 from moe_fuzz.bench import allreduce_choice as choice
 from moe_fuzz.bench.ranks import run_ranks
 from moe_fuzz.errors import EnvironmentProblem
-from moe_fuzz.kernels.allreduce_rmsnorm.dispatch import ALWAYS, CAPS, Caps, from_json
+from moe_fuzz.kernels.allreduce_rmsnorm.dispatch import (
+    ALWAYS,
+    CAPS,
+    TABLE_VARIABLE,
+    Caps,
+    choose,
+    entry,
+    from_json,
+    fuses,
+    to_json,
+)
 
 #: The table of vllm#44079, 8 x H200, H 2048: (tokens, fused, unfused); two shots are made up.
 SEED = [(48, 10.4, 11.2), (64, 12.1, 12.1), (96, 15.0, 13.1), (128, 17.9, 13.6)]
@@ -56,11 +66,72 @@ def test_the_cap_is_where_the_worst_choice_is_the_least_bad(times, cap):
     assert choice.best_cap(times) == cap
 
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_table_is_within_5_percent_at_every_measured_point(ranks):
+    """Both the table in the code, and the one that these very points calibrate: without another all-reduce, and with
+    each that may be active."""
+    found = json.loads((RESULTS / f"h200-allreduce-{ranks}.json").read_text())
+    measured = [choice.Point(p["hidden"], p["tokens"], p["bytes"], p["fused"], p["unfused"]) for p in found["points"]]
+    assert {point.row for point in measured} == {4096, 8192, 14336}
+    assert choice.misses(measured, CAPS[ranks, found["arch"], found["links"]]) == []
+    calibrated = choice.caps_of_points(measured, "measured")
+    assert choice.misses(measured, calibrated) == []
+    assert len(calibrated.narrower) == {2: 0, 4: 2}[ranks]  # only where one cap for all is not enough
+    here = CAPS[ranks, found["arch"], found["links"]]
+    for point in measured:
+        backend = choose(ranks, found["arch"], found["links"], point.message, point.row)
+        assert point.fused[backend] <= choice.SLACK * min(point.fused.values())
+        for family, ways in point.unfused.items():
+            fused = fuses(ranks, found["arch"], found["links"], point.message, family, point.row)
+            taken = point.fused[backend] if fused else min(ways.values())
+            assert taken <= choice.SLACK * min(*point.fused.values(), *ways.values())
+            assert fused == (choice.chosen(point, here, family)[0] == backend)
+
+
+def test_caps_by_the_width_of_rows_go_to_a_file_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    wide = {"x": (100, 200)}
+    table = {(2, "sm90", "nvlink"): Caps(1000, wide, "s", ((64, Caps(10)), (128, Caps(20, {"x": 7}))))}
+    assert from_json(to_json(table)) == table
+    path = tmp_path / "table.json"
+    path.write_text(to_json(table))
+    monkeypatch.setenv(TABLE_VARIABLE, str(path))
+    rows = {row: [size for size in (10, 11, 20, 21, 1000, 1001)
+                  if choose(2, "sm90", "nvlink", size, row) == "one_shot"][-1] for row in (1, 64, 65, 128, 129, None)}
+    assert rows == {1: 10, 64: 10, 65: 20, 128: 20, 129: 1000, None: 1000}
+    assert [fuses(2, "sm90", "nvlink", size, "x", 129) for size in (100, 101, 200, 201)] == [True, False, False, True]
+    assert [fuses(2, "sm90", "nvlink", size, "x", 128) for size in (7, 8)] == [True, False]
+    told = allreduce.notes({"crossover": {}, "calibrated": True, "source": "s", "left_out": {}, "misses": [],
+                            "caps": entry(table[2, "sm90", "nvlink"])})  # fmt: skip
+    assert "rows of up to 64 bytes: one_shot up to" in told[1]
+    assert "x fused up to 0.0976562 KB, not fused up to 0.195312 KB, fused above" in told[1]
+    for bad in ('{"row": 9, "one_shot": 1, "fused": {}}, {"row": 3, "one_shot": 1, "fused": {}}',
+                '{"row": 9, "one_shot": 1, "fused": {"x": [3, 2]}}'):  # fmt: skip
+        with pytest.raises(ValueError, match="do not ascend"):
+            from_json('{"entries": [{"world": 2, "arch": "a", "links": "l", "one_shot": 1, "fused": {}, "narrower": ['
+                      + bad + "]}]}")
+
+
+@pytest.mark.parametrize(
+    ("times", "bounds"),
+    [
+        ([(1, 5.0, 6.0), (2, 7.0, 6.0), (4, 5.0, 6.0)], (1, 2)),
+        ([(1, 5.0, 6.0), (2, 6.0, 5.9), (4, 5.0, 6.0)], ALWAYS),  # within 5 %
+        ([(1, 5.0, 6.0), (2, 7.0, 6.0), (4, 5.0, 6.0), (8, 7.0, 6.0)], 4),  # three bounds would be one for each point
+        ([(1, 7.0, 6.0), (2, 5.0, 6.0)], (0, 1)),
+    ],
+)
+def test_two_bounds_where_no_cap_will_do(times, bounds):
+    assert choice.best_bounds(times) == bounds
+
+
 def test_what_is_shown_and_written(tmp_path: Path):
     measured, caps = points(), CAPS[8, "sm90", "nvlink"]
     result = {
         "world": 8, "arch": "sm90", "links": "nvlink", "device": "H200", "calibrated": False, "left_out": {"x": "why"},
-        "one_shot_cap": caps.one_shot, "fused_caps": dict(caps.fused), "source": caps.source,
+        "caps": entry(caps), "source": caps.source,
         "points": [{"hidden": p.hidden, "tokens": p.tokens, "bytes": p.message, "fused": p.fused, "unfused": p.unfused,
                     "choice": choice.chosen(p, caps, None)[0]} for p in measured],
         "crossover": {"2048": {"multimem": 262144, "nccl": None, "symm_mem": 0}},

@@ -18,7 +18,10 @@ from typing import Any
 import pytest
 
 from moe_fuzz.options import FenceOptions
+from moe_fuzz.worker.gpus import gpus
+from moe_fuzz.worker.leases import default_directory
 from moe_fuzz.worker.pool import Pool
+from moe_fuzz.worker.turns import beside
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,7 +73,8 @@ CHILD = Child()
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if COMPILED in os.environ or pyfuncitem.get_closest_marker("compiled") is None:
         return None
-    outcome, text = CHILD.run(pyfuncitem.nodeid)
+    with beside(default_directory(), gpus()[0].uuid):  # no group of ranks runs there meanwhile
+        outcome, text = CHILD.run(pyfuncitem.nodeid)
     if outcome == "skipped":
         pytest.skip(text)
     if outcome != "passed":
@@ -107,8 +111,9 @@ def run() -> Iterator[Callable[..., dict[str, Any]]]:
 
         def ask(victim: str, edge: str = "right", **options: Any) -> dict[str, Any]:
             request = {"victim": victim, "edge": edge, "options": FenceOptions(**options).to_json()}
-            print(json.dumps(request), file=process.stdin, flush=True)
-            answer = process.stdout.readline()
+            with beside(default_directory(), gpus()[0].uuid):
+                print(json.dumps(request), file=process.stdin, flush=True)
+                answer = process.stdout.readline()
             assert answer, "the victims' process is gone"
             result: dict[str, Any] = json.loads(answer)
             assert result.pop("status") == 0, f"{victim} raised; its traceback is on stderr"

@@ -149,6 +149,40 @@ def test_a_group_whose_kernel_waits_for_a_rank_is_back(pool: Pool, tmp_path: Pat
     print(f"back after {ends[2] - ends[1]:.2f} s")  # 5 at most where nobody else uses the GPUs
 
 
+@pytest.mark.multigpu(2)
+def test_ranks_far_apart(pool: Pool, tmp_path: Path) -> None:
+    """On the device before a call and behind it, inside graphs too, and on the host: whatever one rank gives back, uses
+    again or captures while the other is far behind, it must not be what that one still needs."""
+    file = tmp_path / "apart.py"
+    file.write_text(
+        "import time, torch\n"
+        "from moe_fuzz.contract import Capabilities, Contract, declares\n"
+        "from moe_fuzz.targets.builtin_allreduce import allreduce_rmsnorm as sound\n"
+        "PROMISED = Contract(deterministic=True, batch_invariant=True, isolated=True, rounds=('residual',),\n"
+        "                    sum_order='rank')\n"
+        "calls = 0\n"
+        "@declares(contract=PROMISED, capabilities=Capabilities(processes=('cuda',)))\n"
+        "def call(x, residual, gamma, eps, *, group):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    late = calls % 2 == group.rank\n"
+        "    if late:\n"
+        "        torch.cuda._sleep(100_000_000)\n"
+        "    if calls % 3 == group.rank and not torch.cuda.is_current_stream_capturing():\n"
+        "        time.sleep(0.05)\n"
+        "    result = sound(x, residual, gamma, eps, group=group)\n"
+        "    if not late:\n"
+        "        torch.cuda._sleep(100_000_000)\n"
+        "    return result\n"
+    )
+    bad = Fault("nan_rows", "x0", Labels.parse("2,9"))
+    cases = [
+        case(bad, mode=RANKS, tokens=tokens, captured=captured, burst=burst, groups=groups)
+        for tokens, burst, groups in ((13, 0, 1), (64, 0, 1), (13, 3, 2)) for captured in (False, True)
+    ]  # fmt: skip
+    passed(pool, cases, f"allreduce_rmsnorm@{file}:call")
+
+
 @pytest.mark.multigpu(4)
 def test_four_ranks(pool: Pool) -> None:
     passed(pool, [case(mode=RANKS, ranks=ranks, pace="random", burst=8, captured=captured)
