@@ -81,7 +81,7 @@ class Steps(ABC):
 
     def add(self, check: str, *found: Violation) -> None:
         """Takes in violations of one check, if it is asked for; where there are several steps, with the step."""
-        if not self._wanted(check):
+        if not found or not self._wanted(check):
             return
         if len(self.case.steps) > 1:
             found = tuple(replace(v, step=self.index, message=f"step {self.index}: {v.message}") for v in found)
