@@ -29,6 +29,7 @@ from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
 
 DEVICE_ELEMENTS = 1 << 15
+_BRIEF = contextlib.nullcontext()
 
 
 class Steps(ABC):
@@ -80,7 +81,7 @@ class Steps(ABC):
 
     def add(self, check: str, *found: Violation) -> None:
         """Takes in violations of one check, if it is asked for; where there are several steps, with the step."""
-        if not self._wanted(check):
+        if not found or not self._wanted(check):
             return
         if len(self.case.steps) > 1:
             found = tuple(replace(v, step=self.index, message=f"step {self.index}: {v.message}") for v in found)
@@ -154,7 +155,7 @@ class Steps(ABC):
     @staticmethod
     def _ours(elements: int) -> contextlib.AbstractContextManager[None]:
         """Around what is our own work and not the target's, where it may take long: to tell the parent takes time."""
-        return clock.judging() if elements >= DEVICE_ELEMENTS // 8 else contextlib.nullcontext()
+        return clock.judging() if elements >= DEVICE_ELEMENTS else _BRIEF
 
     def _judged(
         self, inputs: Inputs, results: Results, seen: Any, names: Sequence[str], asked: Asked, other: Asked | None,
