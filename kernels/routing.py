@@ -6,7 +6,7 @@ one of many rows has a kernel of its own (routing_top1.py).
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ def _topk(
     packed = stride_e == 1 and (stride_t == experts or tokens == 1)
     if _is_top1(tokens, experts, top_k, wide or not packed, summed=not (sigmoid or renormalize)):
         block = _top1(tokens, experts)
-        top1[(triton.cdiv(tokens, block["ROWS"]),)](
+        top1[(-(-tokens // block["ROWS"]),)](
             logits, flags, weights, ids,
             tokens, stride_t, stride_e, flags_stride, float(scale), padding_id,
             PACKED=packed, EXPERTS=experts,
@@ -127,7 +127,7 @@ def _topk(
         )  # fmt: skip
     elif not wide and experts in (1, 2, 4, 8, 16) and top_k in _KNOWN_K:
         block = _threads(tokens, experts)
-        topk_by_threads[(triton.cdiv(tokens, block["ROWS"]),)](
+        topk_by_threads[(-(-tokens // block["ROWS"]),)](
             logits, flags, weights, ids,
             tokens, stride_t, stride_e, flags_stride, float(scale), padding_id,
             PACKED=packed, EXPERTS=experts, TOP_K=top_k,
@@ -135,7 +135,7 @@ def _topk(
         )  # fmt: skip
     else:
         block = _lanes(tokens, experts, top_k, wide)
-        topk_by_lanes[(triton.cdiv(tokens, block["ROWS"]),)](
+        topk_by_lanes[(-(-tokens // block["ROWS"]),)](
             logits, bias, flags, weights, ids,
             tokens, experts, top_k, stride_t, stride_e, bias.stride(0) if bias is not None else 0, flags_stride,
             float(scale), padding_id,
@@ -154,6 +154,9 @@ def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: tor
 #: 512 experts a k that is known saves 18 % (H200). Any other k shares a binary that is faster to compile.
 _KNOWN_K = (1, 2, 4, 6, 8, 10)
 
+#: Triton's arithmetic of powers and quotients takes the host longer than all else before a launch.
+_kept = lru_cache(maxsize=1024)
+
 # What follows lays rows over threads. All sums stay within a row, in an order that the config alone decides (E, k, the
 # dtype, the bias), so the rest is free to choose, and a row's bits depend on that row alone.
 
@@ -165,6 +168,7 @@ def _is_top1(tokens: int, experts: int, top_k: int, other: bool, summed: bool) -
     return top_k == 1 and experts in (32, 64, 128, 256) and tokens >= 1024 and not other and not summed
 
 
+@_kept
 def _top1(tokens: int, experts: int, interpreted: bool = _INTERPRETED) -> dict[str, Any]:
     """How rows lie in `top1`. 4096 of them are 256 programs: all of those run at once, and few have to be started."""
     if interpreted:
@@ -173,6 +177,7 @@ def _top1(tokens: int, experts: int, interpreted: bool = _INTERPRETED) -> dict[s
     return {"ROWS": 16, "SPREAD": 8, "num_warps": experts // 32}  # two loads of a thread, 16 bytes each
 
 
+@_kept
 def _threads(tokens: int, experts: int) -> dict[str, Any]:
     """How rows lie in `topk_by_threads`. One warp a program: 4096 rows are 128 warps, for 132 multiprocessors."""
     chunk = min(experts, 8)  # 16 bytes
@@ -180,6 +185,7 @@ def _threads(tokens: int, experts: int) -> dict[str, Any]:
             "HALVINGS": chunk.bit_length() - 1, "NETWORK": network(experts), "num_warps": 1}  # fmt: skip
 
 
+@_kept
 def _lanes(tokens: int, experts: int, top_k: int, wide: bool) -> dict[str, Any]:
     """How rows lie in `topk_by_lanes`."""
     if _INTERPRETED:  # each step costs the same whatever its size: all of a row is one, longer than a warp

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 PASS = "pass"
@@ -75,7 +75,8 @@ class Verdict:
         return replace(self, violations=keep)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        # Not dataclasses.asdict, which copies every value: a worker writes a verdict a case.
+        return vars(self) | {"violations": [dict(vars(v)) for v in self.violations], "stats": dict(self.stats)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Verdict:

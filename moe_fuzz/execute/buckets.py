@@ -29,12 +29,18 @@ class Bucket(ABC):
 
     def replay(self, inputs: Inputs) -> Results:
         """The result for these inputs. Raises TargetError, BadResult, DeviceLost, MemoryError."""
-        self.call.refill(inputs)
+        with self.call.arena.gathering():
+            self.call.refill(inputs)
+            self._poison()
         return fetch(self._replay(), inputs.device)
 
     @abstractmethod
+    def _poison(self) -> None:
+        """Makes what the replay must write look as if nothing had been written."""
+
+    @abstractmethod
     def _replay(self) -> Results:
-        """Poisons what the replay must write, and replays."""
+        """Replays over what the buffers hold."""
 
     @abstractmethod
     def close(self) -> None:
@@ -54,8 +60,10 @@ class Simulated(Bucket):
         super().__init__(inputs, target, arena, with_out, pieces)
         self.call.unpacked(self.call.run())  # as the warm-up before a capture
 
-    def _replay(self) -> Results:
+    def _poison(self) -> None:
         self.call.poison()
+
+    def _replay(self) -> Results:
         if self.pieces:
             clobber(self.call.first)
         results = self.call.unpacked(self.call.run())

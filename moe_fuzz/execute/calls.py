@@ -6,14 +6,13 @@ static buffers, filled anew before each replay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from moe_fuzz.execute.call import guarded
 from moe_fuzz.fence import Arena
-from moe_fuzz.ops.inputs import Inputs, Result
+from moe_fuzz.ops.inputs import Inputs
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
 
@@ -36,6 +35,8 @@ class Call:
         capabilities = target.info.capabilities
         self.target, self.arena = target, arena
         self.results = inputs.results
+        #: Those that the target gives, which come in the op's order.
+        self.given = {name: one for name, one in self.results.items() if name not in capabilities.absent}
         self.fluid = inputs.fluid
         self.plain = dict(inputs.plain)  # what they hold
         self.out: tuple[torch.Tensor, ...] = ()
@@ -44,8 +45,9 @@ class Call:
             if with_out:
                 self.out = tuple(
                     arena.tensor(name, shape, dtype, "output", max(dtype.itemsize, capabilities.alignment))
-                    for name, (shape, dtype) in _given(self.results, capabilities.absent).items()
+                    for name, (shape, dtype) in self.given.items()
                 )
+        self.device = self.first.device
         self.arguments: dict[str, Any] = inputs.options | self.tensors
         if with_out:
             self.arguments["out"] = self.out if len(self.results) > 1 else self.out[0]
@@ -54,10 +56,6 @@ class Call:
     def first(self) -> torch.Tensor:
         """The first of the tensors that change from step to step."""
         return self.tensors[self.fluid[0]]
-
-    @property
-    def device(self) -> torch.device:
-        return self.first.device
 
     def refill(self, inputs: Inputs) -> None:
         """Other inputs of the same shapes into the same tensors. What is there already, and read-only, stays."""
@@ -98,14 +96,14 @@ class Call:
     def unpacked(self, result: Any) -> Results:
         """The results out of what the target returned. Raises BadResult if it is not those, or not the buffers that
         were given."""
-        results = _given(self.results, self.target.info.capabilities.absent)
+        results = self.given
         alone = len(self.results) == 1
         several = isinstance(result, tuple | list)
         got = (result,) if alone and not several else tuple(result) if several else ()
-        ranks = [len(shape) for shape, _ in results.values()]
         if len(got) < len(results) or not all(
-            isinstance(t, torch.Tensor) and t.dim() == rank for t, rank in zip(got, ranks, strict=False)
-        ):
+            [isinstance(t, torch.Tensor) and t.dim() == len(one[0])
+             for t, one in zip(got, results.values(), strict=False)]
+        ):  # fmt: skip
             names = ", ".join(results)
             what = {1: f"a tensor {names}", 2: f"a pair of tensors ({names})"}.get(len(results), f"tensors ({names})")
             raise BadResult(Violation(
@@ -124,13 +122,10 @@ class Call:
                     "structure", f"{name}:out", f"{name} did not come back in the buffer `out` that was given", name,
                     (), "the tensor out" if alone else f"the tensor out[{at}]", "another tensor",
                 ))  # fmt: skip
+        if len(results) == len(self.results):
+            return got[: len(results)]
         by_name = dict(zip(results, got, strict=False))
         return tuple(by_name.get(name) for name in self.results)
-
-
-def _given(results: Mapping[str, Result], absent: Sequence[str]) -> dict[str, Result]:
-    """Those that the target gives, which come in the op's order."""
-    return {name: result for name, result in results.items() if name not in absent}
 
 
 def fetch(results: Results, device: torch.device) -> Results:
@@ -141,10 +136,11 @@ def fetch(results: Results, device: torch.device) -> Results:
         return tuple(None if tensor is None else tensor.detach().clone() for tensor in results)
     from moe_fuzz.fence import cuda_regions  # kernels of Triton, which a host has no use for
 
-    given = [tensor.detach() for tensor in results if tensor is not None]
-    small = [tensor for tensor in given if cuda_regions.is_small(tensor)]
-    copies = iter(cuda_regions.fetched(small))
-    moved = iter([next(copies) if cuda_regions.is_small(one) else cuda_regions.to_host(one) for one in given])
+    given = [tensor for tensor in results if tensor is not None]
+    small = [cuda_regions.is_small(tensor) for tensor in given]
+    copies = iter(cuda_regions.fetched([tensor for tensor, is_small in zip(given, small, strict=True) if is_small]))
+    moved = iter([next(copies) if is_small else cuda_regions.to_host(tensor.detach())
+                  for tensor, is_small in zip(given, small, strict=True)])  # fmt: skip
     return tuple(None if tensor is None else next(moved) for tensor in results)
 
 

@@ -19,7 +19,7 @@ from moe_fuzz.execute import meeting
 from moe_fuzz.execute.buckets import Bucket, clobber
 from moe_fuzz.execute.call import CaptureFailed, TargetError, guarded
 from moe_fuzz.execute.calls import Results
-from moe_fuzz.fence import Arena, canary, cuda_driver
+from moe_fuzz.fence import Arena, cuda_driver
 from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.ops.inputs import Inputs
 from moe_fuzz.targets.bind import Target
@@ -42,8 +42,10 @@ class GraphPool:
 
     @classmethod
     def of_process(cls) -> GraphPool:
-        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        if idle > _MAX_IDLE:  # while a capture is under way torch cannot give back what it caches
+        # Asked once, and plainly: torch's own words for these two numbers take longer than a small replay.
+        bytes_of = torch.cuda.memory_stats_as_nested_dict()
+        reserved, used = (bytes_of[f"{what}_bytes"]["all"]["current"] for what in ("reserved", "allocated"))
+        if reserved - used > _MAX_IDLE:  # while a capture is under way torch cannot give back what it caches
             torch.cuda.empty_cache()
         return _pool()
 
@@ -116,9 +118,10 @@ class Captured(Bucket):
         self._graphs.append(graph)
         return result
 
+    def _poison(self) -> None:
+        self.call.arena.poison(self._poisoned)
+
     def _replay(self) -> Results:
-        for tensor in self._poisoned:
-            canary.poison(tensor)
         self.call.arena.protect()
         try:
             guarded(self._launch, "cuda")

@@ -29,6 +29,7 @@ from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
 
 DEVICE_ELEMENTS = 1 << 15
+_BRIEF = contextlib.nullcontext()
 
 
 class Steps(ABC):
@@ -154,7 +155,7 @@ class Steps(ABC):
     @staticmethod
     def _ours(elements: int) -> contextlib.AbstractContextManager[None]:
         """Around what is our own work and not the target's, where it may take long: to tell the parent takes time."""
-        return clock.judging() if elements >= DEVICE_ELEMENTS // 8 else contextlib.nullcontext()
+        return clock.judging() if elements >= DEVICE_ELEMENTS else _BRIEF
 
     def _judged(
         self, inputs: Inputs, results: Results, seen: Any, names: Sequence[str], asked: Asked, other: Asked | None,

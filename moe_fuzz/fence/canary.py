@@ -11,6 +11,7 @@ kernel that merely computed with what it found leaves other bits. Integers get 0
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ _POISON = {  # as the signed integer of the element's size
     torch.float32: 0x7FA5A5A5,
     torch.float64: 0x7FF4A5A5A5A5A5A5,
     torch.complex64: 0x7FA5A5A57FA5A5A5,
+    torch.complex128: 0x7FF4A5A5A5A5A5A5,  # of each half
     torch.float8_e4m3fn: 0xFF,  # one byte has no room for a payload; these are at least NaN
     torch.float8_e5m2: 0xFF,
     torch.float8_e4m3fnuz: 0x80,
@@ -88,6 +90,7 @@ def poison(tensor: torch.Tensor) -> None:
     bits.fill_(value)
 
 
+@cache
 def poison_pattern(dtype: torch.dtype) -> int:
     """Eight bytes of the dtype's poison, as a signed integer."""
     size = min(dtype.itemsize, 8)

@@ -33,7 +33,7 @@ class CudaArena(PooledArena[CudaPlaced]):
     own_tensors = 512
 
     def __init__(self, options: FenceOptions, edge: str) -> None:
-        if not torch.cuda.is_available():
+        if not (torch.cuda.is_initialized() or torch.cuda.is_available()):
             raise EnvironmentProblem("there is no CUDA device that torch can use", "--device cpu")
         self._index = torch.cuda.current_device()
         cuda_driver.make_current(self._index)  # which the driver's calls need
@@ -57,6 +57,9 @@ class CudaArena(PooledArena[CudaPlaced]):
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
+        if self._moves is not None:  # in a block of one's own, whose end is soon enough
+            yield
+            return
         self._moves = []
         try:
             yield
@@ -67,11 +70,16 @@ class CudaArena(PooledArena[CudaPlaced]):
     def filled(
         self, name: str, value: torch.Tensor, alignment: int = 16, strides: Sequence[int] | None = None, offset: int = 0
     ) -> torch.Tensor:  # fmt: skip
-        self._coming = self._moves is not None and strides is None and not offset and _stageable(value)
-        try:
+        if self._moves is None or strides is not None or offset or not _stageable(value):
             return super().filled(name, value, alignment, strides, offset)
+        self._coming = True
+        try:
+            tensor = self._tensor(name, value.shape, value.dtype, "input", alignment, None, 0, fixed=True)
         finally:
             self._coming = False
+        placed = self._placed[-1]
+        self._moves.append(staged(value, placed.start + placed.block.away))
+        return tensor
 
     def fill(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         there = self._writable(tensor)
@@ -83,12 +91,15 @@ class CudaArena(PooledArena[CudaPlaced]):
         there.copy_(value, non_blocking=True)
 
     def poison(self, tensors: Sequence[torch.Tensor]) -> None:
-        for at in range(0, len(tensors), 3):
-            some = tensors[at : at + 3]
-            if all(is_small(tensor) for tensor in some):
-                lay([Piece(one.data_ptr(), one.nbytes, canary.poison_pattern(one.dtype)) for one in some])
-            else:
-                super().poison(some)
+        small = [tensor for tensor in tensors if is_small(tensor)]
+        pieces = [Piece(one.data_ptr(), one.nbytes, canary.poison_pattern(one.dtype)) for one in small]
+        if self._moves is not None:
+            self._moves += [Move(*piece) for piece in pieces]
+        else:
+            for at in range(0, len(pieces), 3):
+                lay(pieces[at : at + 3])
+        if len(small) < len(tensors):
+            super().poison([tensor for tensor in tensors if not is_small(tensor)])
 
     def protect(self) -> None:
         self._clean = False
@@ -120,15 +131,25 @@ class CudaArena(PooledArena[CudaPlaced]):
 
     def _compare(self, placed: Iterable[CudaPlaced]) -> Callable[[], list[CudaPlaced]]:
         """Enqueues the comparison; what it gives tells of it when the device has been waited for."""
-        tensors = [tensor for tensor in placed if not tensor.fixed]  # beside those nobody can write
-        plain = [tensor for tensor in tensors if not isinstance(tensor, CudaSparse) and tensor.gaps is None]
-        pieces = [(tensor, piece) for tensor in plain for piece in tensor.pieces(whole=False)]
-        flags = changed([piece for _, piece in pieces])
-        others = [(tensor, flag) for tensor in set(tensors) - set(plain) for flag in tensor.differs()]
+        tensors: list[CudaPlaced] = []
+        owners: list[CudaPlaced] = []  # of the pieces
+        pieces: list[Piece] = []
+        others: list[tuple[CudaPlaced, torch.Tensor]] = []
+        for tensor in placed:
+            if tensor.fixed:  # beside those nobody can write
+                continue
+            tensors.append(tensor)
+            if tensor.gaps is None and type(tensor) is not CudaSparse:
+                around = tensor.pieces(whole=False)
+                pieces += around
+                owners += [tensor] * len(around)
+            else:
+                others += [(tensor, flag) for flag in tensor.differs()]
+        flags = changed(pieces)
         bits = to_host(torch.stack([flag for _, flag in others])) if others else torch.zeros(0, dtype=torch.bool)
 
         def told() -> list[CudaPlaced]:
-            hit = {id(tensor) for (tensor, _), flag in zip(pieces, flags.tolist(), strict=True) if flag}
+            hit = {id(tensor) for tensor, flag in zip(owners, flags.tolist(), strict=True) if flag}
             hit |= {id(tensor) for (tensor, _), flag in zip(others, bits.tolist(), strict=True) if flag}
             self._hit = hit
             return [tensor for tensor in tensors if id(tensor) in hit]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,14 @@ class Kind(NamedTuple):
     right: str
     twin: bool = False
     parts: tuple[tuple[int, int], ...] = ()  # (offset, size) in the body, whole granules: all of it that has memory
+
+
+def kind_of(
+    device: int, body: int, guard: int, left: str, right: str, twin: bool = False,
+    parts: tuple[tuple[int, int], ...] = (),
+) -> Kind:  # fmt: skip
+    """The kind of a block with guards of at least `guard` bytes."""
+    return Kind(device, body, -(-guard // _ALIAS) * _ALIAS, left, right, twin, parts)
 
 
 class _Lent:
@@ -86,10 +95,11 @@ class Block:
         except MemoryError:
             self.unmap()
             raise
-        self.bytes = bytes_at(self.lo if self._twin is None else self._twin, self.hi - self.lo)
+        self.away = 0 if self._twin is None else self._twin - self.lo  # from where it is to where it can be written
+        self.bytes = bytes_at(self.lo + self.away, self.hi - self.lo)
         self.words = self.bytes.view(torch.int16)
 
-    @property
+    @cached_property
     def footprint(self) -> int:
         """Bytes of memory."""
         sides = (self.kind.left, self.kind.right)
@@ -142,6 +152,7 @@ class SparseBlock(Block):
         self._mapped = []
         self._lease = None
         self._twin = cuda_driver.reserve(kind.body) if kind.twin else None
+        self.away = 0 if self._twin is None else self._twin - self.body
         self.laid = None
         try:
             for offset, size in kind.parts:
@@ -154,14 +165,9 @@ class SparseBlock(Block):
             self.unmap()
             raise
 
-    @property
+    @cached_property
     def footprint(self) -> int:
         return sum(size for _, size in self.kind.parts)
-
-    @property
-    def writable(self) -> int:
-        """Where the body can be written: its own address, or that of its twin."""
-        return self.body if self._twin is None else self._twin
 
 
 class Pool:
@@ -178,12 +184,8 @@ class Pool:
     def __len__(self) -> int:
         return len(self._order)
 
-    def take(
-        self, device: int, body: int, guard: int, left: str, right: str, twin: bool = False,
-        parts: tuple[tuple[int, int], ...] = (),
-    ) -> Block:  # fmt: skip
-        """A block with guards of at least `guard` bytes. Raises MemoryError when the device has no more memory."""
-        kind = Kind(device, body, -(-guard // _ALIAS) * _ALIAS, left, right, twin, parts)
+    def take(self, kind: Kind) -> Block:
+        """A block of this kind. Raises MemoryError when the device has no more memory."""
         blocks = self._idle.get(kind)
         if blocks:
             block = blocks.pop()
@@ -192,7 +194,7 @@ class Pool:
             self.idle_addresses -= block.size
             return block
         self.made += 1
-        make = SparseBlock if parts else Block
+        make = SparseBlock if kind.parts else Block
         try:
             return make(kind)
         except MemoryError:
@@ -207,17 +209,18 @@ class Pool:
         self._order[block] = None
         self.idle_bytes += block.footprint
         self.idle_addresses += block.size
-        self.shrink(self.max_bytes, self.max_blocks)
+        if self._over(self.max_bytes, self.max_blocks):
+            self.shrink(self.max_bytes, self.max_blocks)
+
+    def _over(self, max_bytes: int, max_blocks: int) -> bool:
+        many = self.idle_bytes > max_bytes or len(self._order) > max_blocks
+        return many or self.idle_addresses > self.max_addresses
 
     def shrink(self, max_bytes: int, max_blocks: int) -> None:
         """Frees the blocks that were not used for longest, down to these limits."""
-        def over() -> bool:
-            many = self.idle_bytes > max_bytes or len(self._order) > max_blocks
-            return many or self.idle_addresses > self.max_addresses
-
-        if over():
+        if self._over(max_bytes, max_blocks):
             cuda_driver.synchronize()
-        while over():
+        while self._over(max_bytes, max_blocks):
             oldest, _ = self._order.popitem(last=False)
             self._idle[oldest.kind].remove(oldest)
             self.idle_bytes -= oldest.footprint

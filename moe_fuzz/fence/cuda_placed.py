@@ -7,12 +7,13 @@ all of it canaries. What nobody can write beside needs none: an input is filled 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 
 from moe_fuzz.fence import FenceOptions, canary, cuda_driver
 from moe_fuzz.fence.cuda_driver import READ, WRITE
-from moe_fuzz.fence.cuda_mapping import HARD, READABLE, SOFT, WORD, Pool, SparseBlock, bytes_at
+from moe_fuzz.fence.cuda_mapping import HARD, READABLE, SOFT, WORD, Kind, Pool, SparseBlock, bytes_at, kind_of
 from moe_fuzz.fence.cuda_regions import Piece
 from moe_fuzz.fence.layout import Layout
 from moe_fuzz.fence.placed import Placed
@@ -36,12 +37,8 @@ class CudaPlaced(Placed):
         """fixed: filled through `twin` alone. With soft guards the memory beside the tensor must be writable, so there
         is none, and the protection is switched."""
         super().__init__(name, role, what)
-        guard = READABLE if options.access == "write" else HARD
-        left, right = (guard if options.is_hard(name, side) else SOFT for side in ("left", "right"))
-        body = layout.pages * cuda_driver.granularity(device)
         self.device = device
-        twin = fixed and options.is_readonly(name) and (left, right) == (HARD, HARD)
-        self.block = POOL.take(device, body, max(MIN_GUARD, layout.guard), left, right, twin)
+        self.block = POOL.take(_kind(device, layout.pages, layout.guard, name, options, fixed))
         self.lo, self.hi = self.block.lo, self.block.hi
         self.start = self.block.body + layout.start
         self.end = self.start + layout.extent
@@ -65,9 +62,9 @@ class CudaPlaced(Placed):
     def fixed(self) -> bool:
         return self.block.kind.twin
 
-    def twin(self, dtype: torch.dtype) -> torch.Tensor | None:
+    def twin(self, dtype: torch.dtype) -> torch.Tensor:
         start = self.start - self.lo
-        return self.block.bytes[start : start + self.end - self.start].view(dtype) if self.block.kind.twin else None
+        return self.block.bytes[start : start + self.end - self.start].view(dtype)
 
     def protect(self, readonly: bool) -> None:
         cuda_driver.protect(self.block.body, self.block.kind.body, self.device, READ if readonly else WRITE)
@@ -78,9 +75,13 @@ class CudaPlaced(Placed):
 
     def pieces(self, whole: bool) -> list[Piece]:
         """The canaries: around the storage, or over it too."""
-        away = self.block.bytes.data_ptr() - self.lo  # of the twin, where there is one
-        spans = ((self.lo, self.hi),) if whole else ((self.lo, self.start), (self.end, self.hi))
-        return [Piece(lo + away, hi - lo, _CANARY) for lo, hi in spans if hi > lo]
+        away, lo, start, end, hi = self.block.away, self.lo, self.start, self.end, self.hi
+        if whole:
+            return [Piece(lo + away, hi - lo, _CANARY)]
+        found = [Piece(lo + away, start - lo, _CANARY)] if start > lo else []
+        if hi > end:
+            found.append(Piece(end + away, hi - end, _CANARY))
+        return found
 
     def differs(self) -> list[torch.Tensor]:
         """Flags on the device: bool [1] each, true where canaries changed."""
@@ -120,7 +121,7 @@ class CudaSparse(CudaPlaced):
         self.device = device
         body = layout.pages * cuda_driver.granularity(device)
         parts = tuple((row.lo, row.hi - row.lo) for row in rows)
-        block = POOL.take(device, body, max(MIN_GUARD, layout.guard), HARD, HARD, twin, parts)
+        block = POOL.take(kind_of(device, body, max(MIN_GUARD, layout.guard), HARD, HARD, twin, parts))
         assert isinstance(block, SparseBlock)
         self.block = block
         self.lo, self.hi = self.block.body, self.block.body + body
@@ -128,16 +129,15 @@ class CudaSparse(CudaPlaced):
         self.end = self.start + layout.extent
         self.rows = [Island(*(self.block.body + at for at in row)) for row in rows]
 
-    def twin(self, dtype: torch.dtype) -> torch.Tensor | None:
-        start = self.block.writable + self.start - self.lo
-        return bytes_at(start, self.end - self.start).view(dtype) if self.block.kind.twin else None
+    def twin(self, dtype: torch.dtype) -> torch.Tensor:
+        return bytes_at(self.start + self.block.away, self.end - self.start).view(dtype)
 
     def reset(self, whole: bool) -> None:
         if self.block.kind.twin:  # beside it nobody can write: what was laid there is there
             if self.block.laid == self.rows:
                 return
             self.block.laid = self.rows
-        away = self.block.writable - self.lo
+        away = self.block.away
         for row in (Island(*(away + at for at in row)) for row in self.rows):
             for lo, hi in ((row.lo, row.hi),) if whole else ((row.lo, row.start), (row.end, row.hi)):
                 odd = lo & 1  # a byte beside a row, where an element is one
@@ -170,3 +170,12 @@ class CudaSparse(CudaPlaced):
 
     def damages(self) -> Iterator[Violation]:
         yield from self.around(self.rows)
+
+
+@lru_cache(maxsize=4096)
+def _kind(device: int, pages: int, guard: int, name: str, options: FenceOptions, fixed: bool) -> Kind:
+    """Of the block of such a tensor, which is asked for again and again."""
+    hard = READABLE if options.access == "write" else HARD
+    left, right = (hard if options.is_hard(name, side) else SOFT for side in ("left", "right"))
+    twin = fixed and options.is_readonly(name) and (left, right) == (HARD, HARD)
+    return kind_of(device, pages * cuda_driver.granularity(device), max(MIN_GUARD, guard), left, right, twin)

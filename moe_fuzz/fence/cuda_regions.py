@@ -9,9 +9,11 @@ memory of the host by itself.
 from __future__ import annotations
 
 import ctypes
+import math
 from array import array
 from collections.abc import Sequence
 from itertools import chain
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -19,10 +21,13 @@ import triton
 import triton.language as tl
 
 from moe_fuzz.fence import cuda_driver
+from moe_fuzz.fence.launching import Launcher
+from moe_fuzz.fence.layout import contiguous
 
 _BLOCK = 1024  # words of eight bytes
 _PROGRAMS = 64  # for one piece, at most
 _RING = 64 << 20  # bytes of pinned memory
+_SIZE = itemgetter(1)  # of a Piece, of a Move
 SMALL = 256 << 10  # bytes that pass through it at most; more is what copies are for
 
 
@@ -48,24 +53,30 @@ class Ring:
 
     def __init__(self, size: int = _RING) -> None:
         self._size, self._used = size, 0
+        self._base = 0  # address
         self._memory: torch.Tensor | None = None
+        self._flat: dict[torch.dtype, torch.Tensor] = {}  # all of it, as elements of a dtype
 
-    def take(self, size: int, like: int = 0) -> torch.Tensor:
-        """uint8 [size], at an address that is as far from a multiple of 16 as `like`. Raises DeviceLost."""
-        memory, start = self._reserve(size, like)
-        return memory[start : start + size]
+    def take(self, shape: Sequence[int], dtype: torch.dtype, like: int = 0) -> torch.Tensor:
+        """A packed tensor, at an address that is as far from a multiple of 16 as `like`. Raises DeviceLost."""
+        memory, start = self._reserve(math.prod(shape) * dtype.itemsize, like)
+        flat = self._flat.get(dtype)
+        if flat is None:
+            flat = self._flat[dtype] = memory.view(dtype)
+        return flat.as_strided(shape, contiguous(shape), flat.storage_offset() + start // dtype.itemsize)
 
     def hold(self, source: int, size: int, like: int = 0) -> int:
         """The address of a copy of `size` bytes of the host's, as far from a multiple of 16 as `like`: of little memory
         it takes less time than the operations of a tensor do. Raises DeviceLost."""
-        memory, start = self._reserve(size, like)
-        address = memory.data_ptr() + start
+        _, start = self._reserve(size, like)
+        address = self._base + start
         ctypes.memmove(address, source, size)
         return address
 
     def _reserve(self, size: int, like: int) -> tuple[torch.Tensor, int]:
         if self._memory is None:
             self._memory = torch.empty(self._size, dtype=torch.uint8, pin_memory=True)
+            self._base = self._memory.data_ptr()
         start = -(-self._used // 16) * 16 + like % 16
         if start + size > self._size:
             cuda_driver.synchronize()  # nobody may read or write what stands there any more
@@ -95,9 +106,10 @@ def fetched(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies of small tensors in pinned memory of the host, there when the current stream has been waited for."""
     copies, moves = [], []
     for tensor in tensors:
-        memory = _RING_OF_PROCESS.take(tensor.nbytes, tensor.data_ptr())
-        copies.append(memory.view(tensor.dtype).view(tensor.shape))
-        moves.append(Move(memory.data_ptr(), len(memory), 0, tensor.data_ptr()))
+        source = tensor.data_ptr()
+        copy = _RING_OF_PROCESS.take(tensor.shape, tensor.dtype, source)
+        copies.append(copy)
+        moves.append(Move(copy.data_ptr(), copy.nbytes, 0, source))
     move(moves)
     return copies
 
@@ -106,26 +118,23 @@ def move(moves: Sequence[Move]) -> None:
     """Does all of it, in no order: the pieces must not overlap. Asynchronous, on the current stream."""
     moves = [one for one in moves if one.size]
     if moves:
-        _move_kernel[(len(moves), _programs(moves))](_table(moves), BLOCK=_BLOCK)
+        _move(len(moves), _programs(moves), _table(moves))
 
 
 def lay(pieces: Sequence[Piece]) -> None:
     """Writes the patterns of at most three pieces. Asynchronous, on the current stream; may be captured."""
     pieces = [piece for piece in pieces if piece.size]
-    if not pieces:
-        return
-    one, other, third = (*pieces, *[pieces[0]._replace(size=0)] * (3 - len(pieces)))
-    grid = (len(pieces), _programs(pieces))
-    _lay_kernel[grid](*one, *other, *third, BLOCK=_BLOCK)
+    if pieces:
+        given = chain.from_iterable(pieces)
+        _lay(len(pieces), _programs(pieces), *given, *[0] * (9 - 3 * len(pieces)))
 
 
 def changed(pieces: Sequence[Piece]) -> torch.Tensor:
     """int32 [pieces] on the host, 0 or 1: those that do not hold their pattern. There when the current stream has been
     waited for."""
-    flags = _RING_OF_PROCESS.take(4 * len(pieces)).view(torch.int32).zero_()
+    flags = _RING_OF_PROCESS.take((len(pieces),), torch.int32).zero_()
     if pieces:
-        grid = (len(pieces), _programs(pieces))
-        _changed_kernel[grid](_table(pieces), flags.data_ptr(), BLOCK=_BLOCK)
+        _changed(len(pieces), _programs(pieces), _table(pieces), flags.data_ptr())
     return flags
 
 
@@ -142,7 +151,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _programs(pieces: Sequence[Piece] | Sequence[Move]) -> int:
-    return min(_PROGRAMS, -(-max(piece.size for piece in pieces) // (8 * _BLOCK)) + 1)
+    return min(_PROGRAMS, -(-max(map(_SIZE, pieces)) // (8 * _BLOCK)) + 1)
 
 
 @triton.jit
@@ -197,7 +206,9 @@ def _visit(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["first0", "size0", "pattern0", "first1", "size1", "pattern1",
                                "first2", "size2", "pattern2"])  # fmt: skip
 def _lay_kernel(  # type: ignore[no-untyped-def]
-    first0, size0, pattern0, first1, size1, pattern1, first2, size2, pattern2,
+    first0: tl.int64, size0: tl.int64, pattern0: tl.int64,
+    first1: tl.int64, size1: tl.int64, pattern1: tl.int64,
+    first2: tl.int64, size2: tl.int64, pattern2: tl.int64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:
@@ -209,14 +220,19 @@ def _lay_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["table"])
-def _move_kernel(table, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _move_kernel(table: tl.int64, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     entry = table.to(tl.pointer_type(tl.int64)) + 4 * tl.program_id(0)
     _visit(tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), False, True, BLOCK)
 
 
 @triton.jit(do_not_specialize=["table", "flags"])
-def _changed_kernel(table, flags, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _changed_kernel(table: tl.int64, flags: tl.int64, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     entry = table.to(tl.pointer_type(tl.int64)) + 3 * tl.program_id(0)
     wrong = _visit(tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), 0, True, False, BLOCK)
     if wrong > 0:
         tl.store(flags.to(tl.pointer_type(tl.int32)) + tl.program_id(0), 1)
+
+
+_lay = Launcher(_lay_kernel, BLOCK=_BLOCK)
+_move = Launcher(_move_kernel, BLOCK=_BLOCK)
+_changed = Launcher(_changed_kernel, BLOCK=_BLOCK)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moe_fuzz.errors import UsageError
 
 MIN_GUARD = 1 << 20  # bytes
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """A tensor's storage within its body: whole pages that begin at offset 0 and end at `pages * page`."""
 
     pages: int

@@ -38,9 +38,9 @@ class Placed(ABC):
         """Whether it is read-only all the time, and filled through its twin."""
         return False
 
-    def twin(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """The same storage where it can be written, if it never can where the tensor is; else None."""
-        return None
+    def twin(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same storage, flat, where it can be written. Only of one that is `fixed`."""
+        raise NotImplementedError
 
     @abstractmethod
     def reset(self, whole: bool) -> None:

@@ -11,16 +11,16 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import ClassVar, Generic, TypeVar
 
 import torch
 
 from moe_fuzz.errors import UsageError
 from moe_fuzz.fence import ROLES, Arena, FenceOptions, canary, sparse
-from moe_fuzz.fence.layout import Layout, contiguous, place
+from moe_fuzz.fence.layout import Layout, contiguous
 from moe_fuzz.fence.own import own_memory
-from moe_fuzz.fence.placed import Placed, describe, find_gaps, stale
+from moe_fuzz.fence.placed import Placed, find_gaps, stale
+from moe_fuzz.fence.plan import plan
 from moe_fuzz.verdict import Violation
 
 OWN_ALIGNMENT = 16  # bytes, of memory that the target allocates itself
@@ -45,7 +45,8 @@ class PooledArena(Arena, Generic[P]):
         self._kept = kept
         self._own_count = self._own_bytes = 0
         self._protected = self._closed = False
-        self._twins: dict[int, torch.Tensor] = {}  # flat, from its first element on, by the read-only tensor's address
+        self._switched: list[P] = []  # inputs whose protection `protect` and `unprotect` switch
+        self._twins: dict[int, tuple[P, torch.dtype, int]] = {}  # read-only tensors and their offsets, by address
         self._recycle()
         self.seconds = time.perf_counter() - began
 
@@ -104,8 +105,12 @@ class PooledArena(Arena, Generic[P]):
     def _writable(self, tensor: torch.Tensor) -> torch.Tensor:
         """Where a tensor of this arena can be written: itself, or the same elements of its twin. Its shape need not be
         the one that was asked for: weights are placed as rows, and unfolded afterwards."""
-        twin = self._twins.get(tensor.data_ptr())
-        return tensor if twin is None else twin.as_strided(tensor.shape, tensor.stride())
+        found = self._twins.get(tensor.data_ptr())
+        if found is None:
+            return tensor
+        placed, dtype, offset = found
+        twin = placed.twin(dtype)
+        return twin.as_strided(tensor.shape, tensor.stride(), twin.storage_offset() + offset)
 
     def _tensor(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, role: str, alignment: int,
@@ -116,34 +121,31 @@ class PooledArena(Arena, Generic[P]):
             raise UsageError(f"tensor {name!r} is asked of an arena that is closed")
         if role not in ROLES:
             raise UsageError(f"tensor {name!r}: role {role!r} is not one of {', '.join(ROLES)}")
-        shape = tuple(shape)
-        packed = strides is None and not offset
-        strides = contiguous(shape) if strides is None else tuple(strides)
+        shape, strides = tuple(shape), None if strides is None else tuple(strides)
         if 0 in shape:
-            return torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
-        layout = place(shape, strides, offset, dtype.itemsize, alignment, self.edge, self.page)
-        what, far = describe(name, shape, dtype), sparse.far(shape, strides, dtype.itemsize)
-        if far:
-            # An offset that wraps in 32 bits lies up to 2^31 elements before or behind the tensor: guard there too.
-            layout = replace(layout, guard=max(layout.guard, dtype.itemsize << 31))
-            rows = sparse.islands(name, layout, shape, strides, offset, dtype.itemsize, self.page)
+            return torch.empty_strided(shape, contiguous(shape) if strides is None else strides, dtype=dtype,
+                                       device=self.device)  # fmt: skip
+        layout, strides, packed, rows, what = plan(name, shape, dtype, strides, offset, alignment, self.edge, self.page)
+        if rows:
             placed = self._take_sparse(name, role, what, layout, rows, fixed)
         else:
             placed = self._take(name, role, what, layout, self.edge, fixed)
         self._placed.append(placed)
         placed.packed = packed
-        flat, twin = placed.lend(dtype), placed.twin(dtype)
+        if placed.fixed:
+            self._twins[placed.start + offset * dtype.itemsize] = placed, dtype, offset
+        elif role == "input" and self.options.is_readonly(name):
+            self._switched.append(placed)
+        flat = placed.lend(dtype)
         self._lay(placed, role == "input" or not packed, flat if role == "output" and packed else None)
         if packed:
             tensor = flat.view(shape)
         else:
             tensor = flat.as_strided(shape, strides, offset)
-            if not far:
+            if not rows:
                 placed.gaps = find_gaps(shape, strides, offset, dtype.itemsize, layout.extent)
         if role == "output" and not packed:
             canary.poison(tensor)
-        if twin is not None:
-            self._twins[tensor.data_ptr()] = twin[offset:]
         self.seconds += time.perf_counter() - began
         return tensor
 
@@ -191,45 +193,47 @@ class PooledArena(Arena, Generic[P]):
         self.unprotect()
         began = time.perf_counter()
         self.weights.clear()
-        for placed in self._damaged([placed for placed in self._placed if placed.referenced]):
+        for placed in self._damaged(placed for placed in self._placed if placed.referenced):
             if any(placed.damages()):
                 placed.reset(whole=False)  # done before the end: this arena's to tell, and not stale in the next
         self._kept.extend(self._placed)
-        self._placed = []
+        self._placed, self._switched = [], []
         self._twins.clear()
         self._recycle()
         self.seconds += time.perf_counter() - began
 
     def _protect_inputs(self, readonly: bool) -> None:
+        if not self._switched:
+            return
         began = time.perf_counter()
-        switched = [p for p in self._placed if p.role == "input" and not p.fixed and self.options.is_readonly(p.name)]
-        if switched:
-            self._settle()
-        for placed in switched:
+        self._settle()
+        for placed in self._switched:
             placed.protect(readonly)
         self.seconds += time.perf_counter() - began
 
     def _own(self, like: torch.Tensor) -> torch.Tensor | None:
         """Fenced, poisoned memory with the geometry of `like`; None where it must stay ordinary memory."""
-        layout = place(like.shape, like.stride(), 0, like.element_size(), OWN_ALIGNMENT, "right", self.page)
+        name, shape, strides = f"own{self._own_count}", tuple(like.shape), like.stride()
+        layout, *_, what = plan(name, shape, like.dtype, strides, 0, OWN_ALIGNMENT, "right", self.page, False)
         size = layout.pages * self.page
         if self._closed or self._own_count >= self.own_tensors or self._own_bytes + size > self.own_bytes:
             self.unfenced += 1
             return None
         began = time.perf_counter()
-        name = f"own{self._own_count}"
         self._own_count += 1
         self._own_bytes += size
-        placed = self._take(name, "own", describe(name, like.shape, like.dtype), layout, "right")
+        placed = self._take(name, "own", what, layout, "right")
         self._placed.append(placed)
         flat = placed.lend(like.dtype)
         self._lay(placed, False, flat)  # gaps too: the storage is the target's own, and views may reach all of it
-        tensor = flat.as_strided(like.shape, like.stride())
+        tensor = flat.as_strided(shape, strides)
         self.seconds += time.perf_counter() - began
         return tensor
 
     def _recycle(self) -> None:
         """Gives blocks that no tensor points to any more back to the pool."""
+        if not self._kept:
+            return
         living = []
         for placed in self._kept:
             if placed.referenced:

@@ -35,6 +35,9 @@ class Lie:
         return (1, self.column_stride) if self.column_stride else (shape[1] + self.gap, 1)
 
 
+_PACKED = Lie()
+
+
 @dataclass
 class Inputs(ABC):
     """Arguments of one call. `plain` holds the tensors in ordinary memory, before they are fenced.
@@ -84,17 +87,17 @@ class Inputs(ABC):
         unless a target may have written into them."""
         placed = {}
         for name, plain in self.plain.items():
-            fixed = name not in self.fluid and arena.options.is_readonly(name)
-            there, tensor = arena.weights.get(name, (None, None)) if fixed else (None, None)
-            if tensor is None or there is not plain:
-                tensor = self._place(name, plain, arena, capabilities)
-                if fixed:
-                    arena.weights[name] = (plain, tensor)
-            placed[name] = tensor
+            if name in self.fluid or not arena.options.is_readonly(name):
+                placed[name] = self._place(name, plain, arena, capabilities)
+                continue
+            there = arena.weights.get(name)
+            if there is None or there[0] is not plain:
+                there = arena.weights[name] = (plain, self._place(name, plain, arena, capabilities))
+            placed[name] = there[1]
         return placed
 
     def _place(self, name: str, plain: torch.Tensor, arena: Arena, capabilities: Capabilities) -> torch.Tensor:
-        lie = self.lies.get(name, Lie())
+        lie = self.lies.get(name, _PACKED)
         # An offset misaligns the first element of a storage that is itself aligned: flush right, chance may undo it.
         alignment = _VECTOR if lie.offset else capabilities.alignment
         return arena.filled(

@@ -11,6 +11,7 @@ import re
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,7 @@ def oom_kills() -> int:
     return 0
 
 
+@cache
 def _memory_events() -> list[Path]:
     candidates = [Path("/proc/vmstat")]
     try:

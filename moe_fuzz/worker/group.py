@@ -159,7 +159,7 @@ class _Round:
     def run(self, target: str, give: Callable[[Verdict], None]) -> bool:
         """Whether the group can go on."""
         layout, kills = autopsy.Layout.of(self._processes[0].zygote.info()), autopsy.oom_kills()
-        message = {"round": [case.to_json() for case in self._cases], "target": target,
+        message = {"round": [case.to_json(digest=False) for case in self._cases], "target": target,
                    "options": self._options.to_json()}  # fmt: skip
         rank = 0
         try:

@@ -248,7 +248,7 @@ class Worker:
         current: Case | None = None
         clock, reading, offset = CaseClock(options.deadline, options.first_deadline), Reading(process.pid), 0
         try:
-            process.channel.send({"round": [case.to_json() for case in cases], "target": target,
+            process.channel.send({"round": [case.to_json(digest=False) for case in cases], "target": target,
                                   "options": options.to_json()})
             while True:
                 event = next_event(process, clock, self._log, reading)

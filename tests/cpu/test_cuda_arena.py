@@ -199,3 +199,36 @@ def test_far_rows_are_read_only_from_the_beginning_and_their_memory_is_used_agai
     assert {name: what[:2] for name, what in found.items()} == {name: ["pass", []] for name in found}
     assert found["second eager"][2:] == found["second graph"][2:] == [0, 0]
     assert found["first eager"][2] > 0
+
+
+#: Prints {gathered or not: [poisoned outputs, whether some were so before the end, what is in the bytes beside them]}.
+POISON = """
+import contextlib, json
+from tests.cpu.driver_stand_in import pretend
+import torch
+from moe_fuzz.fence import open_arena, unwritten
+
+pretend(lambda: None)
+found = {}
+with open_arena("cuda") as arena:
+    dtypes = torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.float64, torch.complex128
+    outputs = [arena.tensor(f"out{at}", (3, 5), dtype, "output") for at, dtype in enumerate(dtypes)]
+    plain = torch.zeros(4, 6)
+    outputs.append(plain[:, 1])
+    for gathered in (False, True):
+        for output in outputs:
+            output.zero_()
+        with arena.gathering() if gathered else contextlib.nullcontext():
+            with arena.gathering() if gathered else contextlib.nullcontext():
+                arena.poison(outputs)
+            early = [bool(unwritten(output).any()) for output in outputs]
+        found[str(gathered)] = [[bool(unwritten(output).all()) for output in outputs], any(early[:-1]),
+                                float(plain.nan_to_num().abs().sum())]
+    found["told"] = len(arena.check())
+print(json.dumps(found))
+"""
+
+
+def test_outputs_are_poisoned_together_with_what_is_gathered() -> None:
+    found = told_by(POISON)
+    assert found == {"False": [[True] * 7, True, 0.0], "True": [[True] * 7, False, 0.0], "told": 0}

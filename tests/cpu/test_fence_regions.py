@@ -6,6 +6,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
+import inspect
 import random
 
 import pytest
@@ -29,6 +30,7 @@ def _ring(monkeypatch: pytest.MonkeyPatch) -> None:
     ring = cuda_regions.Ring(4096)
     ring._memory = torch.zeros(4096 + 15, dtype=torch.uint8)
     ring._memory = ring._memory[-ring._memory.data_ptr() % 16 :][:4096]
+    ring._base = ring._memory.data_ptr()
     monkeypatch.setattr(cuda_regions, "_RING_OF_PROCESS", ring)
     monkeypatch.setattr(cuda_regions.cuda_driver, "synchronize", lambda: None)
 
@@ -104,3 +106,13 @@ def test_a_canary_is_what_the_host_lays() -> None:
     canary.fill(host.data_ptr() + 1, 31)
     assert laid.data_ptr() % 2 == host.data_ptr() % 2
     assert torch.equal(laid, host)
+
+
+@pytest.mark.parametrize("name", ["lay", "move", "changed"])
+def test_a_kernel_of_ours_has_one_binary_whatever_it_is_given(name: str) -> None:
+    """Else Triton would make another of small numbers, and the first one would be launched with them."""
+    kernel = getattr(cuda_regions, f"_{name}_kernel").fn
+    *numbers, constant = kernel.__annotations__.items()
+    assert {kind for _, kind in numbers} == {"tl.int64"}
+    assert constant == ("BLOCK", "tl.constexpr")
+    assert [parameter for parameter, _ in kernel.__annotations__.items()] == list(inspect.signature(kernel).parameters)

@@ -152,7 +152,7 @@ def test_no_wait_for_what_the_target_launched_is_taken_for_our_judgement(
             raise ValueError("not again")
         return weights * (1 + 2.0**-23 * len(calls)), ids
 
-    monkeypatch.setattr(steps, "DEVICE_ELEMENTS", 8)
+    monkeypatch.setattr(steps, "DEVICE_ELEMENTS", 1)
     monkeypatch.setattr(steps.Steps, "inputs", lambda self, at: self.family.materialize(self.case, at, "cpu"))
     synchronize = cuda_driver.synchronize
     monkeypatch.setattr(cuda_driver, "synchronize", lambda: (waits.append(told[-1] if told else {}), synchronize()))
