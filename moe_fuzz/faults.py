@@ -37,14 +37,27 @@ class Canvas:
     transposed: bool = False  # columns are packed, not rows
     offset: int = 0  # elements between the aligned start of the memory and the first element
 
+    def at(self, positions: Sequence[int]) -> slice | torch.Tensor:
+        """The rows at these positions as an index into the values. Those of a range are neither looked up nor copied.
+        """
+        if isinstance(positions, range):
+            return slice(positions.start, positions.stop)
+        return torch.tensor(positions, dtype=torch.int64, device=self.device)
+
+    def labels(self, positions: Sequence[int]) -> Sequence[int]:
+        """Of the rows at these positions."""
+        if isinstance(positions, range):
+            return self.rows[positions.start : positions.stop]
+        return [self.rows[p] for p in positions]
+
     def choose(self, positions: Sequence[int], count: int, fault: str) -> torch.Tensor:
         """int64 [len(positions), columns] in [0, count): a fault's own choice at each place."""
-        rows = [self.rows[p] for p in positions]
+        rows = self.labels(positions)
         return generator.choice(self.seed, f"{self.name}/{fault}", rows, self.columns, count, device=self.device)
 
     def choose_rows(self, positions: Sequence[int], count: int, fault: str) -> torch.Tensor:
         """int64 [len(positions), 1] in [0, count): a fault's own choice for each row."""
-        rows = [self.rows[p] for p in positions]
+        rows = self.labels(positions)
         return generator.choice(self.seed, f"{self.name}/{fault}", rows, [0], count, device=self.device)
 
     def table(self, values: Sequence[float], dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -68,9 +81,12 @@ class Canvas:
 
 
 class Fault:
-    """A kind of fault. `lay` changes the canvas at the given row positions (all rows, where the case names none)."""
+    """A kind of fault. `lay` changes the canvas at the given row positions (all rows, where the case names none), each
+    of which is named once; a range of them, where they follow one another, has the least work."""
 
     name: ClassVar[str]
+    #: it writes every element of its rows, whatever was there: that need not be made
+    replaces: ClassVar[bool] = False
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         raise NotImplementedError
@@ -89,9 +105,10 @@ class NanRows(Fault):
     """Whole rows of NaN, as attention leaves them in CUDA-graph and data-parallel padding (vllm#37758, vllm#39391)."""
 
     name = "nan_rows"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = canvas.nans(positions, self.name)
+        canvas.values[canvas.at(positions)] = canvas.nans(positions, self.name)
 
 
 @register
@@ -99,9 +116,10 @@ class InfRows(Fault):
     """Whole rows of +Inf."""
 
     name = "inf_rows"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = torch.inf
+        canvas.values[canvas.at(positions)] = torch.inf
 
 
 @register
@@ -109,9 +127,10 @@ class NegInfRows(Fault):
     """Whole rows of -Inf: every expert masked."""
 
     name = "neg_inf_rows"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = -torch.inf
+        canvas.values[canvas.at(positions)] = -torch.inf
 
 
 @register
@@ -123,7 +142,7 @@ class PartialNan(Fault):
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         hit = canvas.choose(positions, 3, self.name + "/where") == 0
         nans = canvas.nans(positions, self.name)
-        canvas.values[positions] = torch.where(hit, nans, canvas.values[positions])
+        canvas.values[canvas.at(positions)] = torch.where(hit, nans, canvas.values[canvas.at(positions)])
 
 
 @register
@@ -134,9 +153,9 @@ class PartialInf(Fault):
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         pick = canvas.choose(positions, 4, self.name)
-        row = canvas.values[positions]
+        row = canvas.values[canvas.at(positions)]
         row = torch.where(pick == 0, torch.full_like(row, torch.inf), row)
-        canvas.values[positions] = torch.where(pick == 1, torch.full_like(row, -torch.inf), row)
+        canvas.values[canvas.at(positions)] = torch.where(pick == 1, torch.full_like(row, -torch.inf), row)
 
 
 def _moved(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
@@ -158,8 +177,8 @@ class MaskedExperts(Fault):
         depths = (0, 0, 15, 15) if canvas.values.dtype == torch.float16 else (0, 0, 20, 40)
         down = canvas.table([-(2.0**depth) if depth else 0.0 for depth in depths])
         pick = canvas.choose_rows(positions, len(depths), self.name + "/down")  # [P, 1]
-        row = _moved(canvas.values[positions], down[pick])
-        canvas.values[positions] = torch.where(hit, torch.full_like(row, -torch.inf), row)
+        row = _moved(canvas.values[canvas.at(positions)], down[pick])
+        canvas.values[canvas.at(positions)] = torch.where(hit, torch.full_like(row, -torch.inf), row)
 
 
 @register
@@ -173,7 +192,7 @@ class ShiftedRows(Fault):
         powers = (5, 8, 14) if canvas.values.dtype == torch.float16 else (5, 8, 14, 20)
         offsets = canvas.table([sign * 2.0**power for power in powers for sign in (-1, 1)])
         pick = canvas.choose_rows(positions, len(offsets), self.name)  # [P, 1]
-        canvas.values[positions] = _moved(canvas.values[positions], offsets[pick])
+        canvas.values[canvas.at(positions)] = _moved(canvas.values[canvas.at(positions)], offsets[pick])
 
 
 @register
@@ -186,8 +205,8 @@ class HugeRows(Fault):
         limits = torch.finfo(canvas.values.dtype)
         table = canvas.table([limits.max, limits.min, limits.max / 2, limits.min / 2], canvas.values.dtype)
         pick = canvas.choose(positions, 8, self.name)
-        row = canvas.values[positions]
-        canvas.values[positions] = torch.where(pick < 4, table[pick.clamp(max=3)], row)
+        row = canvas.values[canvas.at(positions)]
+        canvas.values[canvas.at(positions)] = torch.where(pick < 4, table[pick.clamp(max=3)], row)
 
 
 @register
@@ -195,13 +214,14 @@ class Ladder(Fault):
     """±0, subnormals and a geometric ladder of magnitudes of both signs: where underflow and cancellation live."""
 
     name = "ladder"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         limits = torch.finfo(canvas.values.dtype)
         rungs = [0.0, -0.0, limits.tiny, -limits.tiny, limits.smallest_normal / 4, -limits.smallest_normal / 4]
         rungs += [sign * 2.0**power for power in range(-14, 15, 2) for sign in (1, -1)]
         table = canvas.table(rungs, torch.float64).to(canvas.values.dtype)
-        canvas.values[positions] = table[canvas.choose(positions, len(rungs), self.name)]
+        canvas.values[canvas.at(positions)] = table[canvas.choose(positions, len(rungs), self.name)]
 
 
 @register
@@ -209,12 +229,13 @@ class Ties(Fault):
     """Rows of few distinct values: all equal, or two values, or ±0, so that every cut goes through a tie."""
 
     name = "ties"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         table = canvas.table([0.0, 0.0, -0.0, 1.0, 1.0, -1.0], canvas.values.dtype)
         pick = canvas.choose(positions, len(table), self.name)
         few = canvas.table([1, 3, 5, 6])[canvas.choose_rows(positions, 4, self.name + "/few")]  # [P, 1]
-        canvas.values[positions] = table[pick % few]
+        canvas.values[canvas.at(positions)] = table[pick % few]
 
 
 @register
@@ -222,9 +243,10 @@ class ZeroRows(Fault):
     """The rows are zero: a static buffer in which nobody has written yet."""
 
     name = "zero_rows"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = 0.0
+        canvas.values[canvas.at(positions)] = 0.0
 
 
 @register
@@ -235,11 +257,12 @@ class StaleRows(Fault):
     """
 
     name = "stale_rows"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        rows = [canvas.rows[p] for p in positions]
-        old = generator.triangular(canvas.seed, canvas.name, rows, canvas.columns, 63, canvas.device)
-        canvas.values[positions] = (4 * old).to(canvas.values.dtype)
+        rows = canvas.labels(positions)
+        old = generator.triangular(canvas.seed, canvas.name, rows, canvas.columns, 63, canvas.device, 4.0)
+        canvas.values[canvas.at(positions)] = old.to(canvas.values.dtype)
 
 
 @register
@@ -252,7 +275,7 @@ class ExtremeBias(Fault):
         rungs = [0.0, -0.0, -torch.inf, 0.5, -0.5, 11.0, -11.0]
         rungs += [sign * 2.0**power for power in (-14, -7, -3, 3, 7, 14) for sign in (1, -1)]
         table = canvas.table(rungs, canvas.values.dtype)
-        canvas.values[positions] = table[canvas.choose(positions, len(rungs), self.name)]
+        canvas.values[canvas.at(positions)] = table[canvas.choose(positions, len(rungs), self.name)]
 
 
 @register
@@ -262,7 +285,7 @@ class NegativeBias(Fault):
     name = "negative_bias"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = -2.0 - canvas.values[positions].abs()
+        canvas.values[canvas.at(positions)] = -2.0 - canvas.values[canvas.at(positions)].abs()
 
 
 @register

@@ -29,15 +29,16 @@ Word = Any  # uint32 values: torch int64, of any shape, or int
 def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
     """Philox4x32-10 on 64-bit integers that hold uint32 values; the four words broadcast against each other.
 
-    In torch's int64 the product of two uint32 wraps; its low and high words, all that is read of it, stay right.
+    In torch's int64 the product of two uint32 wraps; its low and high words, all that is read of it, stay right. What
+    stands above a word is only cut off where it would be multiplied: each operation is a launch.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, p1, ((p0 >> 32) ^ c3 ^ k1) & _MASK, p0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def words(
@@ -75,14 +76,17 @@ def _on_host(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], 
     even, odd = numpy.empty(shape, dtype=numpy.uint32), numpy.empty(shape, dtype=numpy.uint32)  # words 0, 2 and 1, 3
     even[0], even[1] = blocks, zlib.crc32(name.encode())
     odd[0], odd[1] = numpy.asarray(rows, dtype=numpy.uint32).reshape(-1, 1), stream
-    product = numpy.empty(shape, dtype=numpy.uint64)
-    halves = product.view(numpy.uint32).reshape(*shape, 2)[::-1]
-    low, high = halves[..., 0], halves[..., 1]
-    for key in _round_keys(seed):
-        numpy.multiply(even, _MULTIPLIERS, out=product)
-        numpy.bitwise_xor(high, odd, out=even)
-        even ^= key
-        odd = low.copy()
+    turns = []  # two products, since the low half of one is what the next round needs
+    for _ in range(2):
+        product = numpy.empty(shape, dtype=numpy.uint64)
+        halves = product.view(numpy.uint32).reshape(*shape, 2)[::-1]
+        turns.append((product, halves[..., 0], halves[..., 1]))
+    multiply, xor = numpy.multiply, numpy.bitwise_xor
+    for key, (product, low, high) in zip(_round_keys(seed), turns * (_ROUNDS // 2), strict=True):
+        multiply(even, _MULTIPLIERS, product)
+        xor(high, odd, even)
+        xor(even, key, even)
+        odd = low
     table = numpy.empty((*shape[1:], 4), dtype=numpy.uint32)
     table[..., 0], table[..., 1], table[..., 2], table[..., 3] = even[0], odd[0], even[1], odd[1]
     whole = table.reshape(len(rows), 4 * len(blocks))
@@ -90,11 +94,11 @@ def _on_host(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], 
 
 
 @lru_cache(maxsize=16)
-def _round_keys(seed: int) -> Any:
-    """uint32 [rounds, 2, 1, 1]."""
+def _round_keys(seed: int) -> list[Any]:
+    """uint32 [2, 1, 1] for each round."""
     low, high = seed & _MASK, (seed >> 32) & _MASK
     keys = [((low + i * _W0) & _MASK, (high + i * _W1) & _MASK) for i in range(_ROUNDS)]
-    return numpy.array(keys, dtype=numpy.uint32).reshape(_ROUNDS, 2, 1, 1)
+    return list(numpy.array(keys, dtype=numpy.uint32).reshape(_ROUNDS, 2, 1, 1))
 
 
 @lru_cache(maxsize=256)
@@ -107,17 +111,22 @@ def _blocks(columns: tuple[int, ...]) -> tuple[Any, Any, Any, bool]:
 
 
 def triangular(
-    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: Device = "cpu"
-) -> torch.Tensor:
-    """float32 [R, C] in (-1, 1), steps of 2^-16, the density of a tent: the sum of two 16-bit uniforms, exact."""
+    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: Device = "cpu",
+    scale: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
+    """float32 [R, C] in (-scale, scale), steps of 2^-16 * scale, the density of a tent: the sum of two 16-bit uniforms.
+    Exact: the scale is a power of two."""
     if torch.device(device).type == "cpu":
-        halves = _on_host(seed, name, rows, columns, stream).view(numpy.uint16).reshape(len(rows), len(columns), 2)
-        value = numpy.add(halves[..., 0], halves[..., 1], dtype=numpy.float32)
+        word = _on_host(seed, name, rows, columns, stream)
+        low = word & 0xFFFF
+        word >>= 16
+        word += low
+        value = word.view(numpy.int32).astype(numpy.float32)  # which takes less time than from unsigned numbers
         value -= 0xFFFF
-        value *= 2.0**-16
+        value *= 2.0**-16 * scale
         return torch.from_numpy(value)
     word = words(seed, name, rows, columns, stream, device)
-    return ((word & 0xFFFF) + (word >> 16) - 0xFFFF).to(torch.float32) * 2.0**-16
+    return ((word & 0xFFFF) + (word >> 16) - 0xFFFF).to(torch.float32) * (2.0**-16 * scale)
 
 
 def choice(
@@ -125,4 +134,10 @@ def choice(
     device: Device = "cpu",
 ) -> torch.Tensor:  # fmt: skip
     """int64 [R, C] in [0, count), count <= 2^16: which of `count` things each place takes."""
+    if torch.device(device).type == "cpu" and not len(rows) == len(columns) == 1:
+        word = _on_host(seed, name, rows, columns, stream)
+        word >>= 16
+        word *= numpy.uint32(count)  # it has room for the product of two 16-bit numbers
+        word >>= 16
+        return torch.from_numpy(word.astype(numpy.int64))
     return ((words(seed, name, rows, columns, stream, device) >> 16) * count) >> 16

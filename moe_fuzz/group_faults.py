@@ -19,7 +19,7 @@ _PERIODS = (1, 2, 3, 4, 5, 8, 10, 16, 20, 32)
 
 def _periodic(canvas: Canvas, positions: Sequence[int], name: str) -> torch.Tensor:
     """float32 [P, columns]: values that repeat along the row, a few of them equal within a period too."""
-    rows = [canvas.rows[p] for p in positions]
+    rows = canvas.labels(positions)
     period = canvas.table(_PERIODS)[canvas.choose_rows(positions, len(_PERIODS), name + "/period")]  # [P, 1]
     table = 4 * generator.triangular(canvas.seed, f"{canvas.name}/{name}", rows, range(max(_PERIODS)),
                                  device=canvas.device)  # [P, 32]
@@ -32,9 +32,10 @@ class TiedGroups(Fault):
     """Values that repeat along a row: groups of a multiple of the period hold the same values and tie."""
 
     name = "tied_groups"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = _periodic(canvas, positions, self.name).to(canvas.values.dtype)
+        canvas.values[canvas.at(positions)] = _periodic(canvas, positions, self.name).to(canvas.values.dtype)
 
 
 @register
@@ -42,13 +43,14 @@ class NearTiedGroups(Fault):
     """The same, with the last bit of one value in four changed: groups differ by less than a rounding, or by little."""
 
     name = "near_tied_groups"
+    replaces = True
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         values = _periodic(canvas, positions, self.name).to(canvas.values.dtype)
         pick = canvas.choose(positions, 8, self.name)
         up = torch.full_like(values, torch.inf)
         values = torch.where(pick == 0, torch.nextafter(values, up), values)
-        canvas.values[positions] = torch.where(pick == 1, torch.nextafter(values, -up), values)
+        canvas.values[canvas.at(positions)] = torch.where(pick == 1, torch.nextafter(values, -up), values)
 
 
 @register
@@ -66,7 +68,7 @@ class MaskedGroups(Fault):
         spared = canvas.choose_rows(positions, 2, self.name + "/spared") == 1
         column = canvas.table(list(canvas.columns)).view(1, -1)
         hit = (column // length % every == phase) & ~(spared & (column % length == 0))
-        canvas.values[positions] = canvas.values[positions].masked_fill(hit, -torch.inf)
+        canvas.values[canvas.at(positions)] = canvas.values[canvas.at(positions)].masked_fill(hit, -torch.inf)
 
 
 @register
@@ -77,4 +79,4 @@ class OverlappingMap(Fault):
     name = "overlapping_map"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = canvas.table([label + 1 for label in canvas.columns], canvas.values.dtype)
+        canvas.values[canvas.at(positions)] = canvas.table([label + 1 for label in canvas.columns], canvas.values.dtype)

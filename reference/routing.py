@@ -96,12 +96,12 @@ SCORES = {"softmax": softmax_scores, "sigmoid": sigmoid_scores}
 
 def defined_rows(logits: Tensor, bias: Tensor | None, top_k: int) -> Tensor:
     """Whether selection and weights of a row are determined by the contract: bool [T]."""
-    usable = logits.isfinite()  # [T, E]
-    bad = logits.isnan() | (logits == math.inf)
+    good = (logits < math.inf).all(dim=1)  # NaN is not
+    usable = logits > -math.inf  # [T, E]
     if bias is not None:
-        usable = usable & bias.isfinite()
-        bad = bad | bias.isnan() | (bias == math.inf)
-    return ~bad.any(dim=1) & (usable.sum(dim=1) >= top_k)
+        good = good & (bias < math.inf).all()
+        usable = usable & (bias > -math.inf)
+    return good & (usable.sum(dim=1) >= top_k)
 
 
 def renormalized(picked: Tensor, scoring: str) -> Tensor:
@@ -129,8 +129,8 @@ def deliver(
 
 def finite_above(values: Tensor) -> Tensor:
     """`values` in float64, NaN as -inf, +inf as the dtype's largest number, -0 as +0."""
-    x = values.double().masked_fill(values.isnan(), -math.inf)
-    return x.clamp(max=torch.finfo(values.dtype).max) + 0.0
+    largest = torch.finfo(values.dtype).max
+    return values.double().nan_to_num(nan=-math.inf, posinf=largest, neginf=-math.inf).add_(0.0)
 
 
 def _best(key: Tensor, top_k: int) -> Tensor:
@@ -140,10 +140,9 @@ def _best(key: Tensor, top_k: int) -> Tensor:
 
 def _softmax(x: Tensor) -> Tensor:
     """Softmax over the last dimension; all 0 where every x is -inf, and never 0/0."""
-    top = x.amax(dim=1, keepdim=True)
-    e = (x - top.masked_fill(top == -math.inf, 0.0)).exp()
-    total = e.sum(dim=1, keepdim=True)
-    return e / total.masked_fill(total == 0.0, 1.0)
+    top = x.amax(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)  # of -inf, no difference is NaN
+    e = (x - top).exp_()
+    return e.div_(e.sum(dim=1, keepdim=True).clamp(min=1.0))  # a sum with exp(0) in it, or 0
 
 
 def validate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +49,6 @@ class Family:
 
 def answered(seen: Any, outputs: Any) -> Any:
     """An observation made without outputs, with them. What was computed of the inputs before is not computed again."""
-    whole = replace(seen, outputs=outputs)
-    known = {field.name for field in fields(seen)}
-    whole.__dict__.update({name: value for name, value in seen.__dict__.items() if name not in known})
+    whole = object.__new__(type(seen))
+    whole.__dict__.update(seen.__dict__, outputs=outputs)  # fields and what is cached beside them
     return whole

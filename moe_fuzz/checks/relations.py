@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ REPEATS = 3
 
 def tensors(outputs: Any) -> dict[str, torch.Tensor]:
     """The results that are there, by name."""
-    found = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    return {name: tensor for name, tensor in vars(outputs).items() if tensor is not None}
 
 
 def differs(one: Any, other: Any) -> torch.Tensor:
@@ -31,7 +29,7 @@ def differs(one: Any, other: Any) -> torch.Tensor:
 
 def same(one: Any, other: Any) -> bool:
     """Whether no row differs: less work than to say which one does."""
-    pairs = list(zip(tensors(one).values(), tensors(other).values(), strict=True))
+    pairs = zip(tensors(one).values(), tensors(other).values(), strict=True)
     return all(a.dtype == b.dtype and torch.equal(element_bits(a), element_bits(b)) for a, b in pairs)
 
 
@@ -46,5 +44,4 @@ def steady(seen: Any, one: Inputs, other: Inputs, rows: torch.Tensor, others: to
 
 def pick(outputs: Any, rows: torch.Tensor) -> Any:
     """The outputs of these rows, int64 [R]."""
-    found = (getattr(outputs, field.name) for field in fields(outputs))
-    return type(outputs)(*(None if tensor is None else tensor[rows] for tensor in found))
+    return type(outputs)(*(None if tensor is None else tensor[rows] for tensor in vars(outputs).values()))

@@ -32,7 +32,7 @@ class GraphSteps(Steps):
                 for key in sorted(set(keys), key=lambda key: (-key[0], keys.index(key))):
                     self.index = keys.index(key)
                     make = partial(self._make, buckets, key, inputs[self.index], static, pool)
-                    if not self.attempt(make, f" (warming up the bucket of {key[0]} tokens)"):
+                    if not self.attempt(make, partial(str, f" (warming up the bucket of {key[0]} tokens)")):
                         return
                 for index, key in enumerate(keys):
                     self.index = index

@@ -93,10 +93,10 @@ class Steps(ABC):
         self.add(check, *found)
         self.violations += since
 
-    def attempt(self, doing: Callable[[], object], when: str = "") -> bool:
+    def attempt(self, doing: Callable[[], object], when: Callable[[], str] = str) -> bool:
         """Lets the target work; what it raises, or returns instead of a result, is a violation. Whether it went well.
 
-        when: what the work was for, if it was not the step itself.
+        when: says what the work was for, if it was not the step itself.
         """
         try:
             doing()
@@ -104,9 +104,9 @@ class Steps(ABC):
             if error.out_of_memory:
                 raise
             self.detail = error.text
-            self.add("error", replace(error.violation, message=error.violation.message + when))
+            self.add("error", replace(error.violation, message=error.violation.message + when()))
         except BadResult as bad:
-            self.add("structure", replace(bad.violation, message=bad.violation.message + when))
+            self.add("structure", replace(bad.violation, message=bad.violation.message + when()))
         except (DeviceLost, CaptureFailed):
             raise
         except Exception:
@@ -181,12 +181,16 @@ class Steps(ABC):
             self.parity = False
             self._add_first(before, "canary", canaries())
             return
-        for name in names:
-            if name == "structure":
-                continue
-            again = f" (when `{name}` called it again)"
-            if not self.attempt(lambda name=name: self.add(name, *checks[name](seen)), again):  # type: ignore[misc]
-                break  # the others would only call it again
+        name = ""
+
+        def others() -> None:
+            nonlocal name
+            for name in names:
+                if name != "structure":
+                    self.add(name, *checks[name](seen))
+
+        # What one of them raises ends it for all: the others would only call the target again.
+        self.attempt(others, lambda: f" (when `{name}` called it again)")
         self._add_first(before, "canary", canaries())
         self.budget = max(self.budget, *seen.budget.values(), 0.0)
         last = self.index == len(self.case.steps) - 1

@@ -111,4 +111,5 @@ class Inputs(ABC):
 
 def element_bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bits as integers of the same size, so that NaN equals NaN and -0 differs from +0."""
-    return tensor.contiguous().view(_INTEGERS[tensor.element_size()])
+    bits = _INTEGERS[tensor.element_size()]
+    return tensor.contiguous() if tensor.dtype == bits else tensor.contiguous().view(bits)

@@ -74,6 +74,8 @@ def test_rows_are_defined_as_the_reference_has_it(op):
         if op != "grouped_topk":
             assert torch.equal(seen.defined, routing.defined_rows(seen.logits, seen.bias, seen.top_k) & ~seen.flagged)
         low, high = seen.bounds
+        assert (low <= seen.biased).all()  # so a selection that is best by the scores is so by their bounds
+        assert (seen.biased <= high).all()
         assert not (low[seen.defined] > high[seen.defined]).any()
         assert (low[seen.logits == -torch.inf] == -torch.inf).all()
         finite.add(seen.finite)

@@ -171,6 +171,9 @@ class OneProcess:
 
     def run(self, cases: tuple[Case, ...], target: str, options: RunOptions) -> list[Verdict]:
         self.options.append(options)
+        # Memory of a fresh worker holds no poison of runs before; what was freed here may.
+        kept = [torch.zeros(size, dtype=torch.int32) for size in range(1, 65) for _ in range(32)]
+        kept.clear()
         return [self.runner.run(case, target, options) for case in cases]
 
     def exhibit(self, case: Case, target: str) -> dict[str, Any]:

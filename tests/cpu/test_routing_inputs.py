@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from moe_fuzz import strategies
 from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.errors import CaseError
+from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.fence import open_arena
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.inputs import element_bits
-from moe_fuzz.ops.routing.inputs import materialize
+from moe_fuzz.ops.routing.inputs import _fresh, materialize
 
 SPACE = get_space("topk_softmax")
 GROUPED = get_space("grouped_topk")
@@ -200,3 +202,42 @@ def test_masked_experts_leave_logits_below_what_stands_for_minus_infinity(dtype)
     assert (best > 0).any()
     if dtype != "float16":
         assert (best < -1e9).any()
+
+
+@pytest.mark.parametrize("name", sorted(name for name, fault in FAULTS.items() if fault.replaces))
+@pytest.mark.parametrize("positions", [range(2, 7), [0, 3, 8]])
+def test_a_fault_that_replaces_its_rows_sees_nothing_of_them(name, positions):
+    found = []
+    for before in (0.25, torch.nan):
+        values = torch.full((9, 33), before, dtype=torch.bfloat16)
+        FAULTS[name].lay(Canvas("logits", values, range(9), range(33), 5), positions)
+        found.append(element_bits(values)[positions])
+    assert torch.equal(*found)
+
+
+def test_rows_that_faults_write_over_are_the_same_as_if_they_had_been_made():
+    """Step by step over logits of which none was left out."""
+    seen = 0
+    for case in islice(strategies.grid(SPACE, INFO, "cpu", 3), 60):
+        for at, step in enumerate(case.steps):
+            rows, experts = tuple(step.rows), tuple(case.experts)
+            logits = Canvas("logits", _fresh(case, rows, experts, case.stream(at), "cpu"), rows, experts, case.seed)
+            for fault in step.faults:
+                positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
+                if fault.tensor != "logits" or not logits.values.numel():
+                    continue
+                seen += FAULTS[fault.name].replaces or fault.stream is not None
+                if fault.stream is not None:
+                    labels = [rows[p] for p in positions]
+                    logits.values[positions] = _fresh(case, labels, experts, fault.stream, "cpu")
+                else:
+                    FAULTS[fault.name].lay(logits, positions)
+            assert torch.equal(element_bits(materialize(case, at).plain["logits"]), element_bits(logits.values))
+    assert seen > 10
+
+
+def test_weights_are_the_same_tensors_in_every_step():
+    case = case_of(Fault("extreme_bias", "bias"), bias=True)
+    case = Case(case.op, case.config, (case.steps[0], replace(case.steps[0], rows=Labels.range(3))), case.seed)
+    one, other = (materialize(case, at).plain["bias"] for at in range(2))
+    assert one is other

@@ -8,7 +8,8 @@ from functools import cached_property
 
 import torch
 
-from moe_fuzz.checks.routing.observation import RoutingObservation, U
+from moe_fuzz.checks.routing.observation import RoutingObservation
+from moe_fuzz.checks.routing.scores import U
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class Decision(RoutingObservation):
         """[T, E]: how far a target's score may be from the one of these logits."""
         low, high = self.interval
         return torch.maximum(self.scores - low, high - self.scores)
+
+    @cached_property
+    def chosen_error(self) -> torch.Tensor:
+        return self.gather(self.error)
+
+    @cached_property
+    def all_defined(self) -> bool:
+        return bool(self.defined.all())  # what the layer says of its hidden states is part of it
 
     @cached_property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,16 +10,18 @@ import torch
 
 from moe_fuzz.checks import CHECKS, PARITY, ROWS
 from moe_fuzz.checks.binding import SAMPLE
+from moe_fuzz.checks.routing import parity, structural  # noqa: F401 - they register
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 
 _EXCHANGED = "rows exchanged"
-_JUDGES = ("ids", "shared", "expert_map", "finite")  # the first takes the least time, and rejects many
+# Which of them rejects an answer is all the same: the first are those that take the least time and reject many.
+_JUDGES = ("ids", *PARITY["routing"], "shared", "expert_map", "finite")
 
 
 @dataclass(frozen=True)
 class Answers(RoutingObservation):
     """Several answers to one call as one of as many times its rows, for what goes row by row: those of the first
-    answer, then those of the second. The reference is not computed again, and repeated where it is asked for."""
+    answer, then those of the second. The reference is that of one answer, and is not computed again."""
 
     of: RoutingObservation = field(kw_only=True)
     times: int = field(kw_only=True)
@@ -34,19 +36,40 @@ class Answers(RoutingObservation):
     def tokens(self) -> int:
         return self.times * self.of.tokens
 
-    @cached_property
+    def gather(self, table: torch.Tensor) -> torch.Tensor:
+        """table [T, E], of one answer, at the ids of all of them. No row of it is copied for that."""
+        several = table.expand(self.times, *table.shape)
+        return several.gather(2, self.chosen.view(self.times, -1, self.top_k)).view(-1, self.top_k)
+
+    @property
     def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
-        scores, biased = self.of._reference
-        return self._again(scores), self._again(biased)
+        """Of one answer, as the logits are."""
+        return self.of._reference
+
+    @property
+    def faultless(self) -> bool:
+        return False  # as a rule one of them is not, and then the others have been looked at for nothing
+
+    @property
+    def finite(self) -> bool:
+        return self.of.finite
+
+    @property
+    def all_defined(self) -> bool:
+        return self.of.all_defined
 
     @cached_property
-    def error(self) -> torch.Tensor:
-        return self._again(self.of.error)
+    def highest_logit(self) -> torch.Tensor:
+        return self._again(self.of.highest_logit)
 
     @cached_property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = self.of.bounds
         return self._again(low), self._again(high)
+
+    @cached_property
+    def highest(self) -> torch.Tensor:
+        return self.gather(self.of.bounds[1])
 
     @cached_property
     def flagged(self) -> torch.Tensor:
@@ -88,6 +111,8 @@ def wrong_answers(seen: RoutingObservation) -> Iterator[tuple[str, Outputs]]:
 
 def _with_ids(seen: RoutingObservation, logical: torch.Tensor) -> Outputs:
     """The answer with these experts in the routed slots. An id that is none stays none."""
+    if seen.expert_map is None and not seen.n_shared:
+        return Outputs(seen.outputs.weights, logical.to(seen.outputs.ids.dtype))
     experts = logical if seen.expert_map is None else seen.expert_map.long()[logical.clamp(0, seen.experts - 1)]
     ids = seen.outputs.ids
     return Outputs(seen.outputs.weights, torch.cat([experts.to(ids.dtype), ids[:, seen.top_k :]], dim=1))
@@ -99,13 +124,13 @@ def _others(seen: RoutingObservation) -> Outputs:
 
 
 def rejected(seen: RoutingObservation, answers: Sequence[Outputs]) -> list[bool]:
-    """Of each answer, whether a parity check or one of `_JUDGES` finds a row of it wrong.
+    """Of each answer, whether one of `_JUDGES` finds a row of it wrong.
 
     They are judged together, as one call of as many more rows; where a check does not tell its rows, one by one.
     """
     whole = Answers.to(seen, answers)
     found = torch.zeros(len(answers), dtype=torch.bool)
-    for name in (*_JUDGES[:1], *PARITY["routing"], *_JUDGES[1:]):
+    for name in _JUDGES:
         judge = CHECKS["routing"][name]
         if judge in ROWS:
             found |= ROWS[judge](whole).view(len(answers), -1).any(dim=1)
@@ -118,7 +143,8 @@ def rejected(seen: RoutingObservation, answers: Sequence[Outputs]) -> list[bool]
 
 def binding(seen: RoutingObservation) -> list[str]:
     """The wrong answers that no check rejected; empty when the case proves parity."""
-    judged = seen.judged.nonzero().flatten()
+    device = seen.logits.device
+    judged = torch.arange(seen.tokens, device=device) if seen.all_judged else seen.judged.nonzero().flatten()
     if not len(judged):
         return ["no row is defined"]
     # Every check goes row by row, so an answer that is rejected on some rows is rejected as a whole.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_fuzz.checks.routing.observation import U
+from moe_fuzz.checks.routing.scores import U
 
 
 @dataclass(frozen=True)

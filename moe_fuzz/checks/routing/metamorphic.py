@@ -47,7 +47,7 @@ def determinism(seen: RoutingObservation) -> list[Violation]:
 @check("routing", "isolation", relation=True)
 def isolation(seen: RoutingObservation) -> list[Violation]:
     """Other contents in the padding and undefined rows, the same bits in the real ones (P4 of the bug table)."""
-    if not seen.info.contract.deterministic or seen.defined.all() or not seen.defined.any():
+    if not seen.info.contract.deterministic or seen.all_defined or not seen.any_defined:
         return []
     other_inputs, other = seen.healed
     one = seen.outputs
@@ -63,7 +63,7 @@ def isolation(seen: RoutingObservation) -> list[Violation]:
 @check("routing", "batch_invariance", relation=True)
 def batch_invariance(seen: RoutingObservation) -> list[Violation]:
     """Fewer rows in another order, the same bits in each. Padding is healed first: what it does, `isolation` says."""
-    if not seen.info.contract.batch_invariant or seen.tokens < 2 or not seen.defined.any():
+    if not seen.info.contract.batch_invariant or seen.tokens < 2 or not seen.any_defined:
         return []
     rows, other_inputs = seen.fewer
     base_inputs, base = seen.healed
@@ -78,13 +78,13 @@ def batch_invariance(seen: RoutingObservation) -> list[Violation]:
 
 def ahead(seen: RoutingObservation) -> Sequence[Inputs]:
     """What the relations above will call, as far as they can know before there are outputs."""
-    contract, defined = seen.info.contract, seen.defined
+    contract = seen.info.contract
     calls: list[Inputs] = []
     if contract.deterministic and seen.tokens:
         calls.append(seen.inputs)
-    some = bool(defined.any())
+    some = seen.any_defined
     invariant = contract.batch_invariant and seen.tokens > 1 and some
-    if some and not defined.all() and (contract.deterministic or invariant):
+    if some and not seen.all_defined and (contract.deterministic or invariant):
         calls.append(seen.healed_inputs)
     if invariant:
         calls.append(seen.fewer[1])

@@ -7,9 +7,12 @@ import torch
 from moe_fuzz.checks import check
 from moe_fuzz.checks.coordinates import first, row_text
 from moe_fuzz.checks.routing.groups import Kept, kept_groups, same_groups
-from moe_fuzz.checks.routing.observation import RoutingObservation, U
+from moe_fuzz.checks.routing.observation import RoutingObservation
+from moe_fuzz.checks.routing.scores import U
 from moe_fuzz.verdict import Violation
 
+_APART = 2.0**-40  # between float64 scores, which are 1 at most, of experts that do not tie
+_LEAST = 2.0**-40  # the least sum of scores by which a target must renormalize
 _AT_ONCE = 1 << 18  # elements of a comparison of all slots with all experts; of more, slot by slot
 
 
@@ -23,6 +26,15 @@ def _inverted(seen: RoutingObservation) -> tuple[torch.Tensor, Kept | None]:
         kept = kept_groups(low, high, taken, seen.n_group, seen.topk_group, seen.group_score)
         left.masked_fill_(~kept.touched.repeat_interleave(seen.experts // seen.n_group, dim=1), -torch.inf)
     return seen.judged & (left.amax(dim=1) > seen.highest.amin(dim=1)), kept
+
+
+def _selects_the_best(seen: RoutingObservation) -> bool:
+    """Whether no judged row leaves out an expert of a higher float64 score than one that it takes. Then no bounds are
+    needed to see that its selection is right: each expert's hold its score between them, so that no lower one of those
+    left out is above a higher one of those taken. With groups, what is left out may be better."""
+    if seen.topk_group < seen.n_group:
+        return False
+    return seen.least_lead >= 0 or not bool((seen.judged & (seen.best_left > seen.worst_chosen)).any())
 
 
 def misselected(seen: RoutingObservation) -> torch.Tensor:
@@ -41,7 +53,7 @@ def selection(seen: RoutingObservation) -> list[Violation]:
     one number for each expert, c_j - slack_j <= c_i + slack_i. With groups, j counts only where its group was kept, and
     the groups that were kept must be a legal choice by the same rule (groups.py).
     """
-    if seen.top_k == seen.experts or not seen.any_judged:
+    if seen.top_k == seen.experts or not seen.any_judged or _selects_the_best(seen):
         return []
     wrong, kept = _inverted(seen)
     if not wrong.any():
@@ -100,7 +112,11 @@ def ties(seen: RoutingObservation) -> list[Violation]:
     """
     if seen.info.contract.ties != "lowest_index_first" or seen.top_k == seen.experts or not seen.any_judged:
         return []
+    if seen.least_lead > _APART * (1 if seen.bias is None else 1 + float(seen.worst_chosen.abs().amax())):
+        return []
     rows = _near(seen).nonzero().flatten()
+    if not len(rows):
+        return []
     logits, chosen = seen.logits[rows].double(), seen.ids[rows]
     if logits.numel() * seen.top_k <= _AT_ONCE and not _tied(logits, chosen, seen.bias).any():
         return []
@@ -129,9 +145,10 @@ def ties(seen: RoutingObservation) -> list[Violation]:
 
 
 def _near(seen: RoutingObservation) -> torch.Tensor:
-    """bool [T]: an expert that was not taken may have as high a score as one that was. Without that there is no tie."""
-    left = seen.bounds[1].scatter(1, seen.chosen, -torch.inf).amax(dim=1)
-    return seen.judged & (left >= seen.lowest.amin(dim=1))
+    """bool [T]: an expert that was not taken has about as high a score as one that was. Without that there is no tie:
+    of equal logits and biases, float64 scores are the same but for the last bits of an exponential and of a sum."""
+    worst = seen.worst_chosen
+    return seen.judged & (seen.best_left >= worst - (worst.abs() + 1) * 2.0**-48)
 
 
 def _tied(logits: torch.Tensor, chosen: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -149,11 +166,14 @@ def order(seen: RoutingObservation) -> list[Violation]:
     """Slots stand in descending order of biased score, within ε, where the target declares it (sglang#8125)."""
     if not seen.info.contract.ordered or seen.top_k == 1 or not seen.any_judged:
         return []
-    wrong = (seen.lowest[:, 1:] > seen.highest[:, :-1]) & seen.judged.view(-1, 1)
+    biased = seen.chosen_biased
+    ascends = (biased[:, 1:] > biased[:, :-1]) & seen.judged.view(-1, 1)
+    if not ascends.any():  # nor does the lower bound of one exceed the higher bound of the one before it
+        return []
+    wrong = ascends & (seen.lowest[:, 1:] > seen.highest[:, :-1])
     if not wrong.any():
         return []
     row, slot = first(wrong)
-    biased = seen.gather(seen.biased)
     return [
         Violation(
             "order",
@@ -169,21 +189,22 @@ def order(seen: RoutingObservation) -> list[Violation]:
 
 def _weighed(seen: RoutingObservation) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 [T, k]: the weights expected, and the share of its bound that each error uses; 0 where none is judged."""
-    score, error = seen.gather(seen.scores), seen.gather(seen.error)
-    judged = seen.judged.view(-1, 1)
+    score, error = seen.chosen_scores, seen.chosen_error
+    judged = None if seen.all_judged else seen.judged.view(-1, 1)  # None: every row is
     if seen.renormalize:
         total, total_error = score.sum(1, keepdim=True), error.sum(1, keepdim=True)
-        judged = judged & (total >= 2.0**-40)
-        total = total.masked_fill(~judged, 1.0)
+        if judged is not None or not float(total.amin()) >= _LEAST:
+            judged = seen.judged.view(-1, 1) & (total >= _LEAST)
+            total = total.masked_fill(~judged, 1.0)
         expected = score / total
         error = (error + expected * total_error) / (total - total_error).clamp_(min=2.0**-41)
         error += (seen.top_k + 4) * U * expected
     else:
         expected = score
     bound = (error + 4 * U * expected).mul_(seen.scale).add_(2.0**-126)
-    expected = seen.scale * expected
-    off = (seen.weights - expected).abs_()
-    return expected, off.div_(bound).masked_fill_(~judged, 0.0)
+    expected = expected if seen.scale == 1 else seen.scale * expected
+    used = (seen.weights - expected).abs_().div_(bound)
+    return expected, used if judged is None else used.masked_fill_(~judged, 0.0)
 
 
 def misweighted(seen: RoutingObservation) -> torch.Tensor:
@@ -199,9 +220,13 @@ def weights(seen: RoutingObservation) -> list[Violation]:
     Renormalized rows whose selected scores sum below 2^-40 are left to the target's epsilon: there only `finite` rules.
     """
     expected, used = _weighed(seen)
-    wrong = ~(used <= 1)  # NaN is wrong
-    if wrong.any():
-        wrong &= seen.sound_weights[:, : seen.top_k]  # what is not, `finite` reports
+    if not used.numel():
+        return []
+    most = float(used.amax())
+    if most <= 1:  # NaN is not
+        seen.budget["weights"] = most
+        return []
+    wrong = ~(used <= 1) & seen.sound_weights[:, : seen.top_k]  # what is not sound, `finite` reports
     if wrong.any():
         where = first(wrong)
         row, slot = where
@@ -218,6 +243,5 @@ def weights(seen: RoutingObservation) -> list[Violation]:
                 float(used[where]),
             )
         ]
-    if used.numel():
-        seen.budget["weights"] = float(torch.nan_to_num(used).max())
+    seen.budget["weights"] = float(torch.nan_to_num(used).max())
     return []

@@ -6,7 +6,8 @@ import torch
 
 from moe_fuzz.checks import check, outputs
 from moe_fuzz.checks.coordinates import first, row_text
-from moe_fuzz.checks.routing.observation import RoutingObservation, U
+from moe_fuzz.checks.routing.observation import RoutingObservation
+from moe_fuzz.checks.routing.scores import U
 from moe_fuzz.fence import unwritten
 from moe_fuzz.verdict import Violation
 
@@ -20,7 +21,7 @@ def structure(seen: RoutingObservation) -> list[Violation]:
 @check("routing", "written")
 def written(seen: RoutingObservation) -> list[Violation]:
     """No element still holds the poison it had before the call; flagged rows may under the dialect `garbage`."""
-    if not seen.unwritten.any():
+    if seen.all_written:
         return []
     free = seen.flagged.view(-1, 1) if seen.dialect == "garbage" else torch.zeros_like(seen.flagged).view(-1, 1)
     results = {"weights": seen.outputs.weights, "ids": seen.outputs.ids}
@@ -29,13 +30,15 @@ def written(seen: RoutingObservation) -> list[Violation]:
 
 def misnamed(seen: RoutingObservation) -> torch.Tensor:
     """bool [T]: the rows that `ids` finds wrong."""
+    if seen.faultless:
+        return torch.zeros_like(seen.lawful)
     return seen.lawful & (~seen.sound_ids if seen.expert_map is None else seen.repeating)
 
 
 @check("routing", "ids", rows=misnamed)
 def ids(seen: RoutingObservation) -> list[Violation]:
     """k distinct ids in [0, E) on every row that no padding dialect rules, undefined rows included (vllm#39391)."""
-    if not misnamed(seen).any():
+    if seen.faultless or not misnamed(seen).any():
         return []
     outside = ((seen.ids < 0) | (seen.ids >= seen.experts)) & seen.lawful.view(-1, 1)
     if outside.any() and seen.expert_map is None:  # else `expert_map` reports it
@@ -127,13 +130,13 @@ def expert_map(seen: RoutingObservation) -> list[Violation]:
 
 def unsound(seen: RoutingObservation) -> torch.Tensor:
     """bool [T]: the rows that `finite` finds wrong."""
-    return seen.lawful & ~seen.sound_weights.all(dim=1)
+    return torch.zeros_like(seen.lawful) if seen.faultless else seen.lawful & ~seen.sound_weights.all(dim=1)
 
 
 @check("routing", "finite", rows=unsound)
 def finite(seen: RoutingObservation) -> list[Violation]:
     """Weights are finite and >= 0 on every row that no padding dialect rules (sglang#31017, flashinfer#3803)."""
-    if seen.sound_weights.all():
+    if seen.faultless or seen.sound_weights.all():
         return []
     wrong = ~seen.sound_weights & seen.lawful.view(-1, 1)
     if not wrong.any():
@@ -164,7 +167,9 @@ def padding(seen: RoutingObservation) -> list[Violation]:
     wanted = {"minus_one": -1, "num_experts": seen.experts, "zero_weight": 0}.get(seen.dialect)
     if wanted is None:
         return []
-    rows = (seen.flagged & ~seen.unwritten).view(-1, 1)
+    if "is_padding" not in seen.inputs.plain:
+        return []
+    rows = (seen.flagged if seen.all_written else seen.flagged & ~seen.unwritten).view(-1, 1)
     weights, ids = seen.outputs.weights, seen.outputs.ids
     wrong = (ids != wanted) & rows
     if wrong.any():
