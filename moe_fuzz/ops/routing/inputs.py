@@ -98,8 +98,13 @@ def _weights(
     return found
 
 
+def _in_order(labels: Labels) -> Sequence[int]:
+    """The labels; as a range where they follow one another, as those of most cases do."""
+    return range(*labels.spans[0]) if len(labels.spans) == 1 else _listed(labels)
+
+
 @lru_cache(maxsize=64)
-def _in_order(labels: Labels) -> tuple[int, ...]:
+def _listed(labels: Labels) -> tuple[int, ...]:
     return tuple(labels)
 
 
@@ -107,7 +112,8 @@ def _positions(fault: Fault, rows: Labels) -> Sequence[int]:
     """Where the fault lies in a step of these rows; as a range where they follow one another, as padding does."""
     if not fault.rows:
         return range(len(rows))
-    return _as_range(fault.rows.positions(rows))
+    runs = fault.rows.runs(rows)
+    return runs[0] if len(runs) == 1 else _as_range(fault.rows.positions(rows))
 
 
 def _as_range(ascending: list[int]) -> Sequence[int]:
