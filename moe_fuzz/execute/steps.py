@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from moe_fuzz.case import Case
 from moe_fuzz.checks import CHECKS, RELATIONS
 from moe_fuzz.checks.families import FAMILIES
@@ -58,7 +60,7 @@ class Steps(ABC):
         elements = self.family.elements(self.case, index)
         # Where every allocation on the device is fenced, those of the judgement would be too.
         there = self.device != "cpu" and elements >= DEVICE_ELEMENTS and self.options.fence.own != "all"
-        with self._ours(elements):
+        with self._ours(elements), self._quietly():
             return self.family.materialize(self.case, index, self.device if there else "cpu")
 
     @contextlib.contextmanager
@@ -143,19 +145,25 @@ class Steps(ABC):
         looks = [arena.check for arena in arenas]
         if self.device == "cuda":
             if set(names) & set(related):
-                for one in self.family.ahead(seen):
+                with self._quietly():
+                    known = self.family.ahead(seen)
+                for one in known:
                     asked.ahead(one)
             if other is not None and "replay" in names and inputs.tokens and self.target.info.contract.deterministic:
                 other.ahead(inputs)
             looks = [arena.look() for arena in arenas]
             self.wait()
-        with self._ours(self.family.elements(self.case, self.index)):
+        with self._ours(self.family.elements(self.case, self.index)), self._quietly():
             self._judged(inputs, results, seen, names, asked, other, arenas, looks)
 
     @staticmethod
     def _ours(elements: int) -> contextlib.AbstractContextManager[None]:
         """Around what is our own work and not the target's, where it may take long: to tell the parent takes time."""
         return clock.judging() if elements >= DEVICE_ELEMENTS else _BRIEF
+
+    def _quietly(self) -> contextlib.AbstractContextManager[object]:
+        """Around what the family makes and judges, never around a call of the target or the work of the fences."""
+        return torch.inference_mode() if self.family.inference else _BRIEF
 
     def _judged(
         self, inputs: Inputs, results: Results, seen: Any, names: Sequence[str], asked: Asked, other: Asked | None,
@@ -171,8 +179,9 @@ class Steps(ABC):
             """The damage to canaries since it was last asked. Once, for this result and for what the checks called."""
             late = asked.later or (other is not None and other.later)
             if not late:
-                return [v for look in looks for v in look()]
-            with clock.calling():  # where a call raised, nobody has waited for what it had launched before
+                with torch.inference_mode(False):
+                    return [v for look in looks for v in look()]
+            with clock.calling(), torch.inference_mode(False):  # where a call raised, nobody has waited for what it had launched before
                 return [v for arena in arenas for v in arena.check()]
 
         before = len(self.violations)
