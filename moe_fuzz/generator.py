@@ -20,6 +20,7 @@ _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+_WEYL = numpy.outer(numpy.arange(_ROUNDS), [_W0, _W1]).astype(numpy.uint32)  # what each round adds to the key
 _MULTIPLIERS = numpy.array([_M0, _M1], dtype=numpy.uint64).reshape(2, 1, 1)
 
 Device = torch.device | str
@@ -96,9 +97,8 @@ def _on_host(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], 
 @lru_cache(maxsize=16)
 def _round_keys(seed: int) -> list[Any]:
     """uint32 [2, 1, 1] for each round."""
-    low, high = seed & _MASK, (seed >> 32) & _MASK
-    keys = [((low + i * _W0) & _MASK, (high + i * _W1) & _MASK) for i in range(_ROUNDS)]
-    return list(numpy.array(keys, dtype=numpy.uint32).reshape(_ROUNDS, 2, 1, 1))
+    first = numpy.array([seed & _MASK, (seed >> 32) & _MASK], dtype=numpy.uint32)
+    return list((first + _WEYL).reshape(_ROUNDS, 2, 1, 1))  # modulo 2^32
 
 
 def _array(labels: Sequence[int]) -> Any:

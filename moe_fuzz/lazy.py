@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 else:
 
     class cached(cached_property):
-        """functools.cached_property without its lock, as it is from Python 3.12 on: what is seen of a call is of one thread, and
-        has some forty of these."""
+        """functools.cached_property without its lock, as it is from Python 3.12 on. What is seen of a call has some
+        forty of these, and belongs to one thread."""
 
         def __get__(self, instance: Any, owner: type | None = None) -> Any:
             if instance is None:

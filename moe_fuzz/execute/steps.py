@@ -181,7 +181,8 @@ class Steps(ABC):
             if not late:
                 with torch.inference_mode(False):
                     return [v for look in looks for v in look()]
-            with clock.calling(), torch.inference_mode(False):  # where a call raised, nobody has waited for what it had launched before
+            # Where a call raised, nobody has waited for what it had launched before.
+            with clock.calling(), torch.inference_mode(False):
                 return [v for arena in arenas for v in arena.check()]
 
         before = len(self.violations)
