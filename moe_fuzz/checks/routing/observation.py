@@ -261,7 +261,10 @@ class RoutingObservation(Scored):
     @cached
     def best_left(self) -> torch.Tensor:
         """float64 [T]: the highest biased score of an expert that was not; -inf where there is none."""
-        return self.biased.scatter(1, self.chosen, -torch.inf).amax(dim=1)
+        taken = self.chosen_biased
+        best = self.biased.scatter_(1, self.chosen, -torch.inf).amax(dim=1)
+        self.biased.scatter_(1, self.chosen, taken)  # as they were: a copy of all scores takes longer
+        return best
 
     @cached
     def least_lead(self) -> float:

@@ -87,7 +87,7 @@ class Scored:
 
     @cached
     def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return routing.SCORES[self.scoring](self.logits, self.bias)
+        return routing.SCORES[self.scoring](self.logits, self.bias, self.finite)
 
     @cached
     def scores(self) -> torch.Tensor:
@@ -160,7 +160,14 @@ class Scored:
             return grouped_topk.defined_rows(self.logits, self.bias, self.top_k, *groups) & ~self.flagged
         if self.finite:
             return ~self.flagged
-        return routing.defined_rows(self.logits, self.bias, self.top_k) & ~self.flagged
+        if self.bias is not None and not _finite(self.bias):
+            return routing.defined_rows(self.logits, self.bias, self.top_k) & ~self.flagged
+        # The same of the logits alone, whose ends say it of all rows but those in which experts are masked.
+        defined = (self.highest_logit[:, 0] < math.inf) & ~self.flagged  # of a NaN neither comparison holds
+        masked = (defined & (self.logits.amin(dim=1) == -math.inf)).nonzero().flatten()
+        if len(masked):
+            defined[masked] = (self.logits[masked] > -math.inf).sum(dim=1) >= self.top_k
+        return defined
 
     @cached
     def all_defined(self) -> bool:
