@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,6 +33,18 @@ from moe_fuzz.verdict import Violation
 
 DEVICE_ELEMENTS = 1 << 15
 _BRIEF = contextlib.nullcontext()
+
+
+@lru_cache(maxsize=64)
+def _named(op: str, family: str, wanted: tuple[str, ...] | None, relations: bool) -> tuple[tuple[str, ...], bool]:
+    """The checks of an op, of those that are asked for, in the order of attribution; whether one is a relation.
+
+    relations: whether those may be among them.
+    """
+    related = RELATIONS.get(family, [])
+    names = tuple(name for name in get_space(op).checks if name in CHECKS[family] and (relations or name not in related)
+                  and (wanted is None or name in wanted))  # fmt: skip
+    return names, not set(related).isdisjoint(names)
 
 
 class Steps(ABC):
@@ -135,16 +148,13 @@ class Steps(ABC):
         arenas: in which the calls are made. relations: also run the checks that call the target again, each at the
         price of a step.
         """
-        checks, related = CHECKS[self.family.name], RELATIONS.get(self.family.name, [])
-        # Their order is that of attribution.
-        names = [name for name in get_space(self.case.op).checks
-                 if name in checks and (relations or name not in related) and self._wanted(name)]  # fmt: skip
+        names, related = _named(self.case.op, self.family.name, self.options.checks, relations)
         asked = Asked(call, self.wait, self.family.outputs)
         other = Asked(eager, self.wait, self.family.outputs) if eager else None
         seen = self.family.observe(self.case, self.index, self.target.info, inputs, None, asked, other)
         looks = [arena.check for arena in arenas]
         if self.device == "cuda":
-            if set(names) & set(related):
+            if related:
                 with self._quietly():
                     known = self.family.ahead(seen)
                 for one in known:

@@ -67,6 +67,9 @@ class Answers(RoutingObservation):
         low, high = self.of.bounds
         return self._again(low), self._again(high)
 
+    def lowest_left(self) -> torch.Tensor:
+        return self._again(self.of.bounds[0]).scatter_(1, self.chosen, -torch.inf)
+
     @cached
     def highest(self) -> torch.Tensor:
         return self.gather(self.of.bounds[1])

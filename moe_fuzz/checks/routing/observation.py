@@ -272,6 +272,11 @@ class RoutingObservation(Scored):
         is no difference."""
         return float((self.worst_chosen - self.best_left).amin())
 
+    def lowest_left(self) -> torch.Tensor:
+        """float64 [T, E]: of each expert that was not taken the lowest biased score that a target may compute for it,
+        -inf for one that was. A new tensor."""
+        return self.bounds[0].scatter(1, self.chosen, -torch.inf)
+
     @cached
     def lowest(self) -> torch.Tensor:
         """float64 [T, k]: the lowest biased score that a target may compute for each chosen expert."""

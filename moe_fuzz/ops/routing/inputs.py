@@ -14,6 +14,7 @@ from moe_fuzz import generator, group_faults  # noqa: F401 - they register
 from moe_fuzz.case import Case, Fault
 from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.labels import Labels
+from moe_fuzz.lazy import cached
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 
 _BIAS_MAGNITUDE = 2.0**-2
@@ -28,16 +29,16 @@ class RoutingInputs(Inputs):
 
     fluid: ClassVar[tuple[str, ...]] = ("logits", "is_padding")
 
-    @property
+    @cached
     def top_k(self) -> int:
         return int(self.options["top_k"])
 
-    @property
+    @cached
     def width(self) -> int:
         """Slots of a row of the outputs: the routed ones, then those of fused shared experts."""
         return self.top_k + int(self.options.get("n_shared", 0))
 
-    @property
+    @cached
     def results(self) -> dict[str, Result]:
         shape = (self.tokens, self.width)
         return {"weights": (shape, torch.float32), "ids": (shape, torch.int32)}
