@@ -128,12 +128,12 @@ def _before_faults(
     faults: Sequence[tuple[Fault, Sequence[int]]], device: torch.device | str,
 ) -> Canvas:  # fmt: skip
     """The logits of a step before any fault, 0 in rows that a fault writes as a whole."""
-    kept = numpy.ones(len(rows), dtype=bool)
-    for fault, positions in faults:
-        if fault.stream is not None or FAULTS[fault.name].replaces:
-            kept[positions] = False
-    if kept.all():
+    replaced = [positions for fault, positions in faults if fault.stream is not None or FAULTS[fault.name].replaces]
+    if not any(replaced):
         return Canvas("logits", _fresh(case, rows, experts, stream, device), rows, experts, case.seed)
+    kept = numpy.ones(len(rows), dtype=bool)
+    for positions in replaced:
+        kept[slice(positions.start, positions.stop) if isinstance(positions, range) else positions] = False
     dtype = getattr(torch, str(case.config["dtype"]))
     zeros = torch.zeros(len(rows), len(experts), dtype=dtype, device=device)
     canvas = Canvas("logits", zeros, rows, experts, case.seed)
