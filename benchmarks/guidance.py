@@ -26,6 +26,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from hypothesis import target as climb_on
+
 from moe_fuzz import sequences, strategies
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign import lattice
@@ -341,7 +343,7 @@ def climb(job: tuple[str, str, str, str, int, int]) -> tuple[str, str, int, int 
     options = RunOptions(None, FenceOptions(hard=(), readonly=(), own="off"))
     ran, hit = 0, False
 
-    def run(cases: tuple[Case, ...]) -> float | None:
+    def run(cases: tuple[Case, ...]) -> None:
         nonlocal ran, hit
         best: float | None = None
         for case in cases[:2]:
@@ -353,7 +355,8 @@ def climb(job: tuple[str, str, str, str, int, int]) -> tuple[str, str, int, int 
             value = verdict.budget if score == "budget" else imbalance(case) if score == "imbalance" else None
             if value is not None and verdict.kind == "pass":
                 best = max(best or 0.0, value)
-        return best
+        if best is not None:
+            climb_on(best, label=score)
 
     if score in DRAWN:
         for cases in rounds(space, info, random.Random(f"{bug} {seed}"), swarm=score == SWARM, alike=2):

@@ -1,17 +1,17 @@
-"""Hypothesis as a generator, and only that: it draws rounds and climbs on a score; it never sees a failure.
+"""Hypothesis as a generator, and only that: it draws rounds; it never sees a failure.
 
-A failure would end its run (or be called flaky), so verdicts are recorded by the caller and nothing is raised.
+A failure would end its run (or be called flaky), so verdicts are recorded by the caller and nothing is raised. Nor does
+it climb on a score: neither the error budget nor imbalance found bugs in fewer cases (benchmarks/guidance.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings, strategies, target
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings, strategies
 from hypothesis.errors import Flaky
 from hypothesis.internal.conjecture.providers import HypothesisProvider
 
@@ -31,14 +31,14 @@ def derive_seed(root: int, *parts: object) -> int:
 
 
 def drive(
-    rounds: strategies.SearchStrategy[Cases], root: int, examples: int, run: Callable[[Cases], float | None]
+    rounds: strategies.SearchStrategy[Cases], root: int, examples: int, run: Callable[[Cases], object]
 ) -> bool:
-    """Draws up to `examples` rounds from the seed `root` and hands each to `run`, which gives the score to climb on.
+    """Draws up to `examples` rounds from the seed `root` and hands each to `run`.
 
-    Returns False if `run` raised Enough, or most draws gave no round: climbing, Hypothesis puts parts of rounds into
-    others, and allows itself 45 that run out of choices for each that does not. It keeps a record of every one, and
-    meanwhile nothing is tested. Errors of `run` come out as they are. Thread-safe. What is drawn depends on `root`,
-    `examples` and the scores alone.
+    Returns False if `run` raised Enough, or most draws gave no round: Hypothesis puts parts of rounds into others, and
+    allows itself 45 that run out of choices for each that does not. It keeps a record of every one, and meanwhile
+    nothing is tested. Errors of `run` come out as they are. Thread-safe. What is drawn depends on `root` and `examples`
+    alone, until `run` ends it; one that calls `hypothesis.target` has it climb on that as well.
     """
 
     failed: list[Exception] = []
@@ -72,12 +72,10 @@ def drive(
     @given(counted())
     def body(cases: Cases) -> None:
         try:
-            score = run(cases)
+            run(cases)
         except Exception as error:
             failed.append(error)  # Hypothesis would run the round again, and call it flaky
             raise Enough from error
-        if score is not None and math.isfinite(score):
-            target(float(score), label="error budget")
 
     _driving.now = True
     try:
