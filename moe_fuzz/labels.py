@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, starmap
@@ -141,9 +141,9 @@ class Labels:
         """The positions of these labels in `within`, ascending; labels absent from `within` are left out."""
         return list(chain.from_iterable(self.runs(within)))
 
-    def runs(self, within: Labels) -> list[range]:
+    def runs(self, within: Labels) -> list[Sequence[int]]:
         """`positions` as ranges, none of them empty and each past the one before it."""
-        found: list[range] = []
+        found: list[Sequence[int]] = []
         base = 0
         for a, b in within.spans:
             for c, d in self.spans:
