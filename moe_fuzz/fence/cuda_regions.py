@@ -57,7 +57,7 @@ class Ring:
         self._memory: torch.Tensor | None = None
         self._flat: dict[torch.dtype, torch.Tensor] = {}  # all of it, as elements of a dtype
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype, like: int = 0) -> torch.Tensor:
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, like: int = 0) -> torch.Tensor:
         """A packed tensor, at an address that is as far from a multiple of 16 as `like`. Raises DeviceLost."""
         memory, start = self._reserve(math.prod(shape) * dtype.itemsize, like)
         flat = self._flat.get(dtype)

@@ -213,6 +213,11 @@ found = {}
 with open_arena("cuda") as arena:
     dtypes = torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.float64, torch.complex128
     outputs = [arena.tensor(f"out{at}", (3, 5), dtype, "output") for at, dtype in enumerate(dtypes)]
+    found["exact"] = all(one.untyped_storage().nbytes() == one.nbytes and not one.storage_offset() for one in outputs)
+    found["own"] = own = []
+    for like in (torch.zeros(3, 1, 4), torch.zeros(1, 4).as_strided((1, 4), (9, 1)), torch.zeros(5, 4).t()):
+        one = arena._own(like)
+        own.append([one.shape == like.shape, one.stride() == like.stride(), bool(unwritten(one).all())])
     plain = torch.zeros(4, 6)
     outputs.append(plain[:, 1])
     for gathered in (False, True):
@@ -231,4 +236,7 @@ print(json.dumps(found))
 
 def test_outputs_are_poisoned_together_with_what_is_gathered() -> None:
     found = told_by(POISON)
-    assert found == {"False": [[True] * 7, True, 0.0], "True": [[True] * 7, False, 0.0], "told": 0}
+    assert found == {
+        "False": [[True] * 7, True, 0.0], "True": [[True] * 7, False, 0.0], "told": 0, "exact": True,
+        "own": [[True, True, True]] * 3,
+    }  # fmt: skip
