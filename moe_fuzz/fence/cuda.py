@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from moe_fuzz.errors import EnvironmentProblem
-from moe_fuzz.fence import FenceOptions, allocator, canary, cuda_driver
+from moe_fuzz.fence import Arena, FenceOptions, allocator, canary, cuda_driver
 from moe_fuzz.fence.cuda_placed import POOL, CudaPlaced, CudaSparse, kinds_of
 from moe_fuzz.fence.cuda_regions import SMALL, Move, Piece, changed, is_small, lay, move, staged, to_host
 from moe_fuzz.fence.layout import Layout
@@ -114,14 +114,20 @@ class CudaArena(PooledArena[CudaPlaced]):
         self._clean = False
         super().protect()
 
-    def look(self) -> Callable[[], list[Violation]]:
+    def look(self, beside: Sequence[Arena] = ()) -> Callable[[], list[Violation]]:
         began = time.perf_counter()
-        told = self._compare([*self._placed, *self._kept])
+        others = [arena for arena in beside if isinstance(arena, CudaArena)]
+        told = self._compare([*self._placed, *self._kept, *(one for arena in others for one in arena._placed)])
         self.seconds += time.perf_counter() - began
 
         def answer() -> list[Violation]:
-            found = self._tell(told())
+            damaged = told()
+            theirs = {id(one): arena for arena in others for one in arena._placed} if damaged else {}
+            found = self._tell([one for one in damaged if id(one) not in theirs])
             self._clean = True
+            for arena in others:
+                found += arena._tell([one for one in damaged if theirs.get(id(one)) is arena])
+                arena._hit, arena._clean = self._hit, True
             return found
 
         return answer
