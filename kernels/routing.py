@@ -23,6 +23,7 @@ else:  # loaded by its path, as the script of a finding does: its neighbours are
     from routing_top1 import top1
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPES}
 DIALECTS = ("distinct", "minus_one", "num_experts", "zero_weight", "garbage")
 _INTERPRETED = triton.knobs.runtime.interpret
 
@@ -81,41 +82,38 @@ def _topk(
     out: tuple[Tensor, Tensor] | None,
     nan_safe: bool = True,  # False leaves out what it costs that NaN and +inf are safe, for the benchmark that says so
 ) -> tuple[Tensor, Tensor]:
-    if logits.dim() != 2 or logits.dtype not in DTYPES or not 1 <= logits.shape[1] <= 1024:
+    shape, dtype, device = logits.shape, logits.dtype, logits.device
+    if len(shape) != 2 or dtype not in DTYPES or not 1 <= shape[1] <= 1024:
         raise ValueError("logits must be [T, E] in float32, bfloat16 or float16 with 1 <= E <= 1024, "
-                         f"not {list(logits.shape)} {logits.dtype}")
-    tokens, experts = logits.shape
+                         f"not {list(shape)} {dtype}")
+    tokens, experts = shape
     if not 1 <= top_k <= min(experts, 32):
         raise ValueError(f"top_k must be from 1 to min(E, 32) = {min(experts, 32)}, not {top_k}")
-    if not 0.0 <= scale <= torch.finfo(torch.float32).max:
+    if not 0.0 <= scale <= _LARGEST[torch.float32]:
         raise ValueError(f"scale must be a finite float32 >= 0, not {scale}")
     if padding not in DIALECTS:
         raise ValueError(f"padding must be one of {', '.join(DIALECTS)}, not {padding!r}")
-    _expect("bias", bias, (experts,), torch.float32, logits.device)
-    _expect("is_padding", is_padding, (tokens,), torch.bool, logits.device)
+    _expect("bias", bias, (experts,), torch.float32, device)
+    _expect("is_padding", is_padding, (tokens,), torch.bool, device)
     if out is None:
-        weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)  # [T, k]
-        ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)  # [T, k]
+        weights = torch.empty((tokens, top_k), dtype=torch.float32, device=device)  # [T, k]
+        ids = torch.empty((tokens, top_k), dtype=torch.int32, device=device)  # [T, k]
     else:
         weights, ids = out
-        _expect("out[0]", weights, (tokens, top_k), torch.float32, logits.device)
-        _expect("out[1]", ids, (tokens, top_k), torch.int32, logits.device)
+        _expect("out[0]", weights, (tokens, top_k), torch.float32, device)
+        _expect("out[1]", ids, (tokens, top_k), torch.int32, device)
         if not (weights.is_contiguous() and ids.is_contiguous()):
             raise ValueError("out must be contiguous; route into contiguous buffers and copy")
     if tokens == 0:
         return weights, ids
 
     flagged = 0 if is_padding is None or padding == "distinct" else 2 if padding == "garbage" else 1
-    wide = bias is not None or logits.dtype == torch.float32
+    wide = bias is not None or dtype == torch.float32
     stride_t, stride_e = logits.stride()
     flags = is_padding if flagged else None
     flags_stride = flags.stride(0) if flags is not None else 0
-    padding_id = {"minus_one": -1, "num_experts": experts}.get(padding, 0)
-    pdl = _pdl(logits.device)
-    constants = dict(SIGMOID=sigmoid, RENORMALIZE=bool(renormalize), FLAGGED=flagged, NAN_SAFE=nan_safe,
-                     LARGEST=torch.finfo(logits.dtype).max, PDL=pdl)
-    if pdl:
-        constants["launch_pdl"] = True
+    padding_id = -1 if padding == "minus_one" else experts if padding == "num_experts" else 0
+    constants = _constants(sigmoid, bool(renormalize), flagged, nan_safe, dtype, device)
     packed = stride_e == 1 and (stride_t == experts or tokens == 1)
     if _is_top1(tokens, experts, top_k, wide or not packed, summed=not (sigmoid or renormalize)):
         block = _top1(tokens, experts)
@@ -166,6 +164,16 @@ def _is_top1(tokens: int, experts: int, top_k: int, other: bool, summed: bool) -
     the number of tokens may choose. A warp there takes several rows, for half the instructions a row; few rows are
     sooner done by many warps."""
     return top_k == 1 and experts in (32, 64, 128, 256) and tokens >= 1024 and not other and not summed
+
+
+@_kept
+def _constants(
+    sigmoid: bool, renormalize: bool, flagged: int, nan_safe: bool, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What all three kernels are compiled for."""
+    pdl = _pdl(device)
+    return {"SIGMOID": sigmoid, "RENORMALIZE": renormalize, "FLAGGED": flagged, "NAN_SAFE": nan_safe,
+            "LARGEST": _LARGEST[dtype], "PDL": pdl, **({"launch_pdl": True} if pdl else {})}  # fmt: skip
 
 
 @_kept

@@ -6,17 +6,21 @@ static buffers, filled anew before each replay.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from moe_fuzz.execute.call import guarded
 from moe_fuzz.fence import Arena
-from moe_fuzz.ops.inputs import Inputs
+from moe_fuzz.ops.inputs import Inputs, Result
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
 
 Results = tuple["torch.Tensor | None", ...]  # in the order of the op's results; None for one that the target has not
+
+
+_SEVERAL = (tuple, list)
 
 
 class BadResult(Exception):
@@ -98,25 +102,23 @@ class Call:
         were given."""
         results = self.given
         alone = len(self.results) == 1
-        several = isinstance(result, tuple | list)
+        several = isinstance(result, _SEVERAL)
         got = (result,) if alone and not several else tuple(result) if several else ()
-        if len(got) < len(results) or not all(
-            [isinstance(t, torch.Tensor) and t.dim() == len(one[0])
-             for t, one in zip(got, results.values(), strict=False)]
-        ):  # fmt: skip
+        if len(got) < len(results) or not _fit(got, results):
             names = ", ".join(results)
             what = {1: f"a tensor {names}", 2: f"a pair of tensors ({names})"}.get(len(results), f"tensors ({names})")
             raise BadResult(Violation(
                 "structure", "result", f"the result is not {what}", expected=names if alone else f"({names})",
                 got=type(result).__name__ + (f" of {len(result)}" if several else ""),
             ))  # fmt: skip
+        device = self.device
         for name, tensor in zip(results, got, strict=False):
-            if tensor.device != self.device:
+            if tensor.device != device:
                 message = f"{name} is on the wrong device"
                 raise BadResult(
                     Violation("structure", f"{name}:device", message, name, (), str(self.device), str(tensor.device))
                 )
-        for at, (name, given, tensor) in enumerate(zip(results, self.out, got, strict=False)):
+        for at, (name, given, tensor) in enumerate(zip(results, self.out, got, strict=False) if self.out else ()):
             if given.numel() and not _same_memory(given, tensor):
                 raise BadResult(Violation(
                     "structure", f"{name}:out", f"{name} did not come back in the buffer `out` that was given", name,
@@ -153,6 +155,14 @@ def check_shapes(inputs: Inputs, results: Results) -> None:
             raise BadResult(
                 Violation("structure", f"{name}:shape", message, name, (), str(shape), str(tuple(tensor.shape)))
             )
+
+
+def _fit(got: tuple[Any, ...], results: Mapping[str, Result]) -> bool:
+    """Whether these are tensors, each of as many dimensions as its result."""
+    for one, (shape, _) in zip(got, results.values(), strict=False):
+        if not isinstance(one, torch.Tensor) or one.dim() != len(shape):
+            return False
+    return True
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

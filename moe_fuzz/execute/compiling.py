@@ -28,7 +28,8 @@ def watch_compilers() -> None:
 
     # JITFunction looks `triton.compiler.compile` up when it first meets a device, so this name is the one that counts.
     _wrap(triton.compiler, "compile")
-    _wrap(triton.compiler.compiler.CompiledKernel, "_init_handles")
+    # Triton asks for the handles at each launch. A message to the parent there would cost more than the launch.
+    _wrap(triton.compiler.compiler.CompiledKernel, "_init_handles", unless=_is_loaded)
     for name in ("wait", "communicate"):
         _wrap(subprocess.Popen, name, anywhere=False)
 
@@ -58,14 +59,21 @@ def watch_dynamo() -> None:
     handler.register_end_callback(end)
 
 
-def _wrap(owner: Any, name: str, anywhere: bool = True) -> None:
-    """anywhere: in any thread. A library's own thread may wait for its helper process as long as it lives."""
+def _is_loaded(kernel: Any) -> bool:
+    return getattr(kernel, "module", None) is not None
+
+
+def _wrap(owner: Any, name: str, anywhere: bool = True, unless: Callable[[Any], bool] | None = None) -> None:
+    """anywhere: in any thread. A library's own thread may wait for its helper process as long as it lives. unless: says
+    of the first argument that there is nothing left to do."""
     original: Callable[..., Any] | None = getattr(owner, name, None)
     if original is None or hasattr(original, _MARK):
         return
 
     @functools.wraps(original)
     def compiling(*args: Any, **kwargs: Any) -> Any:
+        if unless is not None and unless(args[0]):
+            return original(*args, **kwargs)
         if not anywhere and threading.current_thread() is not threading.main_thread():
             return original(*args, **kwargs)
         with clock.stopped("compile"):

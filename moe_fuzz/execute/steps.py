@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -152,7 +152,7 @@ class Steps(ABC):
         asked = Asked(call, self.wait, self.family.outputs)
         other = Asked(eager, self.wait, self.family.outputs) if eager else None
         seen = self.family.observe(self.case, self.index, self.target.info, inputs, None, asked, other)
-        looks = [arena.check for arena in arenas]
+        look: Callable[[], list[Violation]] = partial(_checked, arenas)
         if self.device == "cuda":
             if related:
                 with self._quietly():
@@ -161,10 +161,10 @@ class Steps(ABC):
                     asked.ahead(one)
             if other is not None and "replay" in names and inputs.tokens and self.target.info.contract.deterministic:
                 other.ahead(inputs)
-            looks = [arena.look() for arena in arenas]
+            look = arenas[0].look(arenas[1:])
             self.wait()
         with self._ours(self.family.elements(self.case, self.index)), self._quietly():
-            self._judged(inputs, results, seen, names, asked, other, arenas, looks)
+            self._judged(inputs, results, seen, names, asked, other, arenas, look)
 
     @staticmethod
     def _ours(elements: int) -> contextlib.AbstractContextManager[None]:
@@ -177,7 +177,7 @@ class Steps(ABC):
 
     def _judged(
         self, inputs: Inputs, results: Results, seen: Any, names: Sequence[str], asked: Asked, other: Asked | None,
-        arenas: Sequence[Arena], looks: Sequence[Callable[[], list[Violation]]],
+        arenas: Sequence[Arena], look: Callable[[], list[Violation]],
     ) -> None:  # fmt: skip
         """The second half of `judge`: the device has done what was asked of it."""
         checks = CHECKS[self.family.name]
@@ -190,10 +190,10 @@ class Steps(ABC):
             late = asked.later or (other is not None and other.later)
             if not late:
                 with torch.inference_mode(False):
-                    return [v for look in looks for v in look()]
+                    return look()
             # Where a call raised, nobody has waited for what it had launched before.
             with clock.calling(), torch.inference_mode(False):
-                return [v for arena in arenas for v in arena.check()]
+                return _checked(arenas)
 
         before = len(self.violations)
         self.add("structure", *checks["structure"](seen))
@@ -219,3 +219,7 @@ class Steps(ABC):
 
     def _wanted(self, check: str) -> bool:
         return self.options.checks is None or check in self.options.checks
+
+
+def _checked(arenas: Sequence[Arena]) -> list[Violation]:
+    return [violation for arena in arenas for violation in arena.check()]

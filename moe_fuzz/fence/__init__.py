@@ -119,10 +119,10 @@ class Arena(ABC):
         where: (offset in bytes of the first damaged byte from the first byte of the tensor's storage,).
         """
 
-    def look(self) -> Callable[[], list[Violation]]:
-        """What `check` would say here. On CUDA the comparison is enqueued, and the answer may be asked for when the
-        device has been waited for, which saves a wait of its own."""
-        return self.check
+    def look(self, beside: Sequence[Arena] = ()) -> Callable[[], list[Violation]]:
+        """What `check` would say here, of this arena and of those beside it. On CUDA the comparison is enqueued, and
+        the answer may be asked for when the device has been waited for, which saves a wait of its own."""
+        return lambda: [violation for arena in (self, *beside) for violation in arena.check()]
 
     @abstractmethod
     def own(self) -> AbstractContextManager[object]:

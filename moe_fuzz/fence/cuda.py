@@ -7,14 +7,14 @@ wait; whoever asks for the answer has waited.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from moe_fuzz.errors import EnvironmentProblem
-from moe_fuzz.fence import FenceOptions, allocator, canary, cuda_driver
-from moe_fuzz.fence.cuda_placed import POOL, CudaPlaced, CudaSparse
+from moe_fuzz.fence import Arena, FenceOptions, allocator, canary, cuda_driver
+from moe_fuzz.fence.cuda_placed import POOL, CudaPlaced, CudaSparse, kinds_of
 from moe_fuzz.fence.cuda_regions import SMALL, Move, Piece, changed, is_small, lay, move, staged, to_host
 from moe_fuzz.fence.layout import Layout
 from moe_fuzz.fence.pooled import PooledArena
@@ -22,7 +22,24 @@ from moe_fuzz.fence.sparse import Island
 from moe_fuzz.verdict import Violation
 
 _STAGED = 16 << 20  # bytes of an input that are copied through pinned memory
+_GATHERED = nullcontext()  # a block in a block of one's own, whose end is soon enough
 _KEPT: list[CudaPlaced] = []  # of closed arenas, with a tensor still alive
+
+
+class _Gathering:
+    """A block of `gathering`. Not a generator: there are several a call."""
+
+    __slots__ = ("_arena",)
+
+    def __init__(self, arena: CudaArena) -> None:
+        self._arena = arena
+
+    def __enter__(self) -> None:
+        self._arena._moves = []
+
+    def __exit__(self, *error: object) -> None:
+        moves, self._arena._moves = self._arena._moves, None
+        move(moves or ())
 
 
 class CudaArena(PooledArena[CudaPlaced]):
@@ -37,6 +54,7 @@ class CudaArena(PooledArena[CudaPlaced]):
             raise EnvironmentProblem("there is no CUDA device that torch can use", "--device cpu")
         self._index = torch.cuda.current_device()
         cuda_driver.make_current(self._index)  # which the driver's calls need
+        self._kinds = kinds_of(options)
         self._clean = False  # whether the canaries have been looked at since the last call
         self._hit: set[int] = set()  # what was damaged then
         self._moves: list[Move] | None = None  # gathered, in a block of `gathering`
@@ -45,7 +63,7 @@ class CudaArena(PooledArena[CudaPlaced]):
         super().__init__(options, edge, _KEPT)
 
     def _take(self, name: str, role: str, what: str, layout: Layout, edge: str, fixed: bool = False) -> CudaPlaced:
-        return CudaPlaced(name, role, what, layout, self._index, self.options, fixed)
+        return CudaPlaced(name, role, what, layout, self._index, self._kinds, fixed)
 
     def _take_sparse(
         self, name: str, role: str, what: str, layout: Layout, rows: tuple[Island, ...], fixed: bool = False
@@ -55,17 +73,8 @@ class CudaArena(PooledArena[CudaPlaced]):
     def _give(self, placed: CudaPlaced) -> None:
         POOL.give(placed.block)
 
-    @contextmanager
-    def gathering(self) -> Iterator[None]:
-        if self._moves is not None:  # in a block of one's own, whose end is soon enough
-            yield
-            return
-        self._moves = []
-        try:
-            yield
-        finally:
-            moves, self._moves = self._moves, None
-            move(moves)
+    def gathering(self) -> AbstractContextManager[None]:
+        return _GATHERED if self._moves is not None else _Gathering(self)
 
     def filled(
         self, name: str, value: torch.Tensor, alignment: int = 16, strides: Sequence[int] | None = None, offset: int = 0
@@ -105,14 +114,20 @@ class CudaArena(PooledArena[CudaPlaced]):
         self._clean = False
         super().protect()
 
-    def look(self) -> Callable[[], list[Violation]]:
+    def look(self, beside: Sequence[Arena] = ()) -> Callable[[], list[Violation]]:
         began = time.perf_counter()
-        told = self._compare([*self._placed, *self._kept])
+        others = [arena for arena in beside if isinstance(arena, CudaArena)]
+        told = self._compare([*self._placed, *self._kept, *(one for arena in others for one in arena._placed)])
         self.seconds += time.perf_counter() - began
 
         def answer() -> list[Violation]:
-            found = self._tell(told())
+            damaged = told()
+            theirs = {id(one): arena for arena in others for one in arena._placed} if damaged else {}
+            found = self._tell([one for one in damaged if id(one) not in theirs])
             self._clean = True
+            for arena in others:
+                found += arena._tell([one for one in damaged if theirs.get(id(one)) is arena])
+                arena._hit, arena._clean = self._hit, True
             return found
 
         return answer

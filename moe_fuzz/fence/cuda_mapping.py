@@ -50,14 +50,22 @@ def kind_of(
     return Kind(device, body, -(-guard // _ALIAS) * _ALIAS, left, right, twin, parts)
 
 
+#: What NumPy has a name for. A tensor of these is made in one go, and any other out of bytes.
+_KINDS = {
+    torch.uint8: "|u1", torch.int8: "|i1", torch.bool: "|b1", torch.int16: "<i2", torch.int32: "<i4",
+    torch.int64: "<i8", torch.float16: "<f2", torch.float32: "<f4", torch.float64: "<f8",
+}  # fmt: skip
+
+
 class _Lent:
     """What torch makes a tensor from. The tensor's storage keeps it alive, so its death tells of the storage's."""
 
     __slots__ = ("__cuda_array_interface__", "__weakref__")
 
-    def __init__(self, address: int, size: int) -> None:
+    def __init__(self, address: int, shape: tuple[int, ...], kind: str = "|u1") -> None:
+        """kind: of an element, in NumPy's letters."""
         self.__cuda_array_interface__ = {
-            "data": (address, False), "shape": (size,), "typestr": "|u1", "strides": None, "version": 2,
+            "data": (address, False), "shape": shape, "typestr": kind, "strides": None, "version": 2,
         }  # fmt: skip
 
 
@@ -107,7 +115,16 @@ class Block:
 
     def lend(self, address: int, size: int) -> torch.Tensor:
         """A flat uint8 tensor of memory in the block."""
-        lent = _Lent(address, size)
+        lent = _Lent(address, (size,))
+        self._lease = weakref.ref(lent)
+        return torch.as_tensor(lent, device="cuda")
+
+    def lend_packed(self, address: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A packed tensor of `size` bytes of memory in the block."""
+        kind = _KINDS.get(dtype)
+        if kind is None:
+            return self.lend(address, size).view(dtype).view(shape)
+        lent = _Lent(address, shape, kind)
         self._lease = weakref.ref(lent)
         return torch.as_tensor(lent, device="cuda")
 
@@ -230,4 +247,4 @@ class Pool:
 
 def bytes_at(address: int, size: int) -> torch.Tensor:
     """Device memory as a flat uint8 tensor."""
-    return torch.as_tensor(_Lent(address, size), device="cuda")
+    return torch.as_tensor(_Lent(address, (size,)), device="cuda")

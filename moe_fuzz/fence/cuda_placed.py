@@ -23,7 +23,34 @@ from moe_fuzz.verdict import Violation
 MIN_GUARD = 256 << 20  # bytes
 POOL = Pool()  # one a process, and it outlives the arenas: see pooled.py
 _CANARY = int.from_bytes(canary.WORD * 4, "little")
+_MAX_KINDS = 4096
 _LOW, _HIGH = canary.WORD  # a canary's bytes at even and at odd addresses
+
+
+class Kinds(dict[tuple[int, int, int, str, bool], Kind]):
+    """The kinds of the blocks of tensors fenced by the same options: by device, pages, bytes of guard, the tensor's
+    name, and whether it is `fixed`. Cases ask for the same ones again and again."""
+
+    def __init__(self, options: FenceOptions) -> None:
+        super().__init__()
+        self._options = options
+
+    def __missing__(self, key: tuple[int, int, int, str, bool]) -> Kind:
+        device, pages, guard, name, fixed = key
+        options = self._options
+        hard = READABLE if options.access == "write" else HARD
+        left, right = (hard if options.is_hard(name, side) else SOFT for side in ("left", "right"))
+        twin = fixed and options.is_readonly(name) and (left, right) == (HARD, HARD)
+        kind = kind_of(device, pages * cuda_driver.granularity(device), max(MIN_GUARD, guard), left, right, twin)
+        if len(self) >= _MAX_KINDS:
+            self.clear()
+        self[key] = kind
+        return kind
+
+
+@lru_cache(maxsize=256)
+def kinds_of(options: FenceOptions) -> Kinds:
+    return Kinds(options)
 
 
 class CudaPlaced(Placed):
@@ -32,20 +59,24 @@ class CudaPlaced(Placed):
     __slots__ = ("block", "device")
 
     def __init__(
-        self, name: str, role: str, what: str, layout: Layout, device: int, options: FenceOptions, fixed: bool
+        self, name: str, role: str, what: str, layout: Layout, device: int, kinds: Kinds, fixed: bool
     ) -> None:
         """fixed: filled through `twin` alone. With soft guards the memory beside the tensor must be writable, so there
         is none, and the protection is switched."""
         super().__init__(name, role, what)
         self.device = device
-        self.block = POOL.take(_kind(device, layout.pages, layout.guard, name, options, fixed))
+        self.block = POOL.take(kinds[device, layout.pages, layout.guard, name, fixed])
         self.lo, self.hi = self.block.lo, self.block.hi
         self.start = self.block.body + layout.start
         self.end = self.start + layout.extent
 
     @property
     def referenced(self) -> bool:
-        return self.block.referenced
+        lease = self.block._lease  # asked of every tensor again and again, so without the block's own property
+        return lease is not None and lease() is not None
+
+    def lend_packed(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.block.lend_packed(self.start, self.end - self.start, dtype, shape)
 
     def lend(self, dtype: torch.dtype) -> torch.Tensor:
         return self.block.lend(self.start, self.end - self.start).view(dtype)
@@ -170,12 +201,3 @@ class CudaSparse(CudaPlaced):
 
     def damages(self) -> Iterator[Violation]:
         yield from self.around(self.rows)
-
-
-@lru_cache(maxsize=4096)
-def _kind(device: int, pages: int, guard: int, name: str, options: FenceOptions, fixed: bool) -> Kind:
-    """Of the block of such a tensor, which is asked for again and again."""
-    hard = READABLE if options.access == "write" else HARD
-    left, right = (hard if options.is_hard(name, side) else SOFT for side in ("left", "right"))
-    twin = fixed and options.is_readonly(name) and (left, right) == (HARD, HARD)
-    return kind_of(device, pages * cuda_driver.granularity(device), max(MIN_GUARD, guard), left, right, twin)

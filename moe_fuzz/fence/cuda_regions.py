@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from array import array
+import struct
 from collections.abc import Sequence
 from itertools import chain
 from operator import itemgetter
@@ -57,7 +57,7 @@ class Ring:
         self._memory: torch.Tensor | None = None
         self._flat: dict[torch.dtype, torch.Tensor] = {}  # all of it, as elements of a dtype
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype, like: int = 0) -> torch.Tensor:
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, like: int = 0) -> torch.Tensor:
         """A packed tensor, at an address that is as far from a multiple of 16 as `like`. Raises DeviceLost."""
         memory, start = self._reserve(math.prod(shape) * dtype.itemsize, like)
         flat = self._flat.get(dtype)
@@ -65,9 +65,10 @@ class Ring:
             flat = self._flat[dtype] = memory.view(dtype)
         return flat.as_strided(shape, contiguous(shape), flat.storage_offset() + start // dtype.itemsize)
 
-    def hold(self, source: int, size: int, like: int = 0) -> int:
+    def hold(self, source: int | bytes, size: int, like: int = 0) -> int:
         """The address of a copy of `size` bytes of the host's, as far from a multiple of 16 as `like`: of little memory
-        it takes less time than the operations of a tensor do. Raises DeviceLost."""
+        it takes less time than the operations of a tensor do. source: the bytes, or their address. Raises DeviceLost.
+        """
         _, start = self._reserve(size, like)
         address = self._base + start
         ctypes.memmove(address, source, size)
@@ -140,8 +141,8 @@ def changed(pieces: Sequence[Piece]) -> torch.Tensor:
 
 def _table(rows: Sequence[Piece] | Sequence[Move]) -> int:
     """The address of an int64 [rows, fields], which a kernel can read."""
-    table = array("q", chain.from_iterable(rows))
-    return _RING_OF_PROCESS.hold(table.buffer_info()[0], len(table) * table.itemsize)
+    table = struct.pack(f"{len(rows) * len(rows[0])}q", *chain.from_iterable(rows))
+    return _RING_OF_PROCESS.hold(table, len(table))
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from moe_fuzz.errors import UsageError
@@ -38,7 +39,8 @@ def place(
     return Layout(pages, start, extent, max(MIN_GUARD, reach))
 
 
-def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+@lru_cache(maxsize=4096)
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides, in elements, of a packed row-major tensor."""
     strides = [1] * len(shape)
     for i in range(len(shape) - 2, -1, -1):

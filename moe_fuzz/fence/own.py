@@ -34,7 +34,13 @@ _INITIALIZED = _overloads(
     _aten.zeros, _aten.zeros_like, _aten.new_zeros, _aten.ones, _aten.ones_like, _aten.new_ones, _aten.full,
     _aten.full_like, _aten.new_full, _aten.arange, _aten.clone, _aten._to_copy,
 )  # fmt: skip
-_RESIZE = frozenset((_aten.resize_.default, _aten.resize_as_.default))
+_NEW, _COPIED, _RESIZED = range(3)
+#: What becomes of the memory that an operation makes or takes. One look-up: an overload's hash is computed in Python.
+_CONCERNED = (
+    dict.fromkeys(_UNINITIALIZED, _NEW)
+    | dict.fromkeys(_INITIALIZED, _COPIED)
+    | dict.fromkeys((_aten.resize_.default, _aten.resize_as_.default), _RESIZED)
+)
 
 
 class _OwnMemory(TorchDispatchMode):
@@ -53,16 +59,19 @@ class _OwnMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _RESIZE:
+        concerned = _CONCERNED.get(func)
+        if concerned == _RESIZED:
             _unfence(args[0])
         result = func(*args, **(kwargs or {}))
-        initialized = func in _INITIALIZED
-        if not (initialized or func in _UNINITIALIZED) or not self._movable(result) or (kwargs or {}).get("pin_memory"):
+        if (
+            concerned is None or concerned == _RESIZED or not self._movable(result)
+            or (kwargs and kwargs.get("pin_memory"))
+        ):  # fmt: skip
             return result
         fenced = self._fence(result)
         if fenced is None:
             return result
-        return fenced.copy_(result) if initialized else fenced
+        return fenced.copy_(result) if concerned == _COPIED else fenced
 
     def _movable(self, result: Any) -> bool:
         return (
@@ -90,8 +99,18 @@ class _OwnMemoryBesideDynamo(_OwnMemory):
 
 
 def own_memory(fence: Fence, device: str) -> TorchDispatchMode:
-    """The mode that takes this thread's memory on `device` from `fence`."""
-    return (_OwnMemoryBesideDynamo if "torch._dynamo" in sys.modules else _OwnMemory)(fence, device)
+    """The mode that takes this thread's memory on `device` from `fence`. It may be entered again and again."""
+    return _kind()(fence, device)
+
+
+def suits(mode: TorchDispatchMode) -> bool:
+    """Whether `own_memory` would make such a mode now: the target may have loaded Dynamo since."""
+    return type(mode) is _kind()
+
+
+def _kind() -> type[_OwnMemory]:
+    return _OwnMemoryBesideDynamo if "torch._dynamo" in sys.modules else _OwnMemory
+
 
 
 def _unfence(tensor: torch.Tensor) -> None:

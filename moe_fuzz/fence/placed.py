@@ -33,6 +33,10 @@ class Placed(ABC):
     def lend(self, dtype: torch.dtype) -> torch.Tensor:
         """The storage as a flat tensor, which keeps the block `referenced` while it lives."""
 
+    def lend_packed(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """The storage as a packed tensor of this shape, which fills it. See `lend`."""
+        return self.lend(dtype).view(shape)
+
     @property
     def fixed(self) -> bool:
         """Whether it is read-only all the time, and filled through its twin."""

@@ -18,7 +18,7 @@ import torch
 from moe_fuzz.errors import UsageError
 from moe_fuzz.fence import ROLES, Arena, FenceOptions, canary, sparse
 from moe_fuzz.fence.layout import Layout, contiguous
-from moe_fuzz.fence.own import own_memory
+from moe_fuzz.fence.own import TorchDispatchMode, own_memory, suits
 from moe_fuzz.fence.placed import Placed, find_gaps, stale
 from moe_fuzz.fence.plan import plan
 from moe_fuzz.verdict import Violation
@@ -45,6 +45,7 @@ class PooledArena(Arena, Generic[P]):
         self._kept = kept
         self._own_count = self._own_bytes = 0
         self._protected = self._closed = False
+        self._mode: TorchDispatchMode | None = None  # of `own`
         self._switched: list[P] = []  # inputs whose protection `protect` and `unprotect` switch
         self._twins: dict[int, tuple[P, torch.dtype, int]] = {}  # read-only tensors and their offsets, by address
         self._recycle()
@@ -136,16 +137,16 @@ class PooledArena(Arena, Generic[P]):
             self._twins[placed.start + offset * dtype.itemsize] = placed, dtype, offset
         elif role == "input" and self.options.is_readonly(name):
             self._switched.append(placed)
-        flat = placed.lend(dtype)
-        self._lay(placed, role == "input" or not packed, flat if role == "output" and packed else None)
         if packed:
-            tensor = flat.view(shape)
+            tensor = placed.lend_packed(dtype, shape)
+            self._lay(placed, role == "input", tensor if role == "output" else None)
         else:
-            tensor = flat.as_strided(shape, strides, offset)
-            if not rows:
+            tensor = placed.lend(dtype).as_strided(shape, strides, offset)
+            self._lay(placed, True, None)
+            if not rows and not placed.fixed:  # nobody can write into the gaps of one that is
                 placed.gaps = find_gaps(shape, strides, offset, dtype.itemsize, layout.extent)
-        if role == "output" and not packed:
-            canary.poison(tensor)
+            if role == "output":
+                canary.poison(tensor)
         self.seconds += time.perf_counter() - began
         return tensor
 
@@ -182,12 +183,17 @@ class PooledArena(Arena, Generic[P]):
     def own(self) -> AbstractContextManager[object]:
         if self.options.own == "all":
             return self._allocator()
-        return own_memory(self._own, self.device) if self.options.own == "torch" and not self._closed else nullcontext()
+        if self.options.own != "torch" or self._closed:
+            return nullcontext()
+        if self._mode is None or not suits(self._mode):
+            self._mode = own_memory(self._own, self.device)
+        return self._mode
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
+        self._mode = None  # which refers to the arena
         if self._lost:  # the process ends anyway; its memory goes with it
             return
         self.unprotect()
@@ -224,9 +230,13 @@ class PooledArena(Arena, Generic[P]):
         self._own_bytes += size
         placed = self._take(name, "own", what, layout, "right")
         self._placed.append(placed)
-        flat = placed.lend(like.dtype)
-        self._lay(placed, False, flat)  # gaps too: the storage is the target's own, and views may reach all of it
-        tensor = flat.as_strided(shape, strides)
+        if like.is_contiguous():
+            storage = tensor = placed.lend_packed(like.dtype, shape)
+        else:
+            storage = tensor = placed.lend(like.dtype)
+        self._lay(placed, False, storage)  # gaps too: the storage is the target's own, and views may reach all of it
+        if tensor.stride() != strides:  # of a dimension of one element any stride is contiguous
+            tensor = storage.as_strided(shape, strides)
         self.seconds += time.perf_counter() - began
         return tensor
 

@@ -7,10 +7,12 @@ target allocates itself stays ordinary memory, and nothing is asynchronous.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 
 from moe_fuzz.fence import cuda_driver, cuda_mapping, cuda_placed
@@ -57,10 +59,11 @@ def pretend(synchronize: Callable[[], None]) -> None:
     def from_address(one: Any, **where: Any) -> torch.Tensor:
         if not hasattr(one, "__cuda_array_interface__"):
             return as_tensor(one, **where)
-        (address, _), (size,) = one.__cuda_array_interface__["data"], one.__cuda_array_interface__["shape"]
-        memory = (ctypes.c_ubyte * size).from_address(address)
+        described = one.__cuda_array_interface__
+        kind, shape = numpy.dtype(described["typestr"]), described["shape"]
+        memory = (ctypes.c_ubyte * (math.prod(shape) * kind.itemsize)).from_address(described["data"][0])
         memory.keeper = one  # type: ignore[attr-defined]
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return torch.frombuffer(memory, dtype=as_tensor(numpy.zeros(0, kind)).dtype).view(shape)
 
     torch.Tensor.to, torch.as_tensor = to, from_address  # type: ignore[assignment, method-assign]
     for name in ("zeros", "empty", "arange", "empty_strided"):

@@ -201,6 +201,51 @@ def test_far_rows_are_read_only_from_the_beginning_and_their_memory_is_used_agai
     assert found["first eager"][2] > 0
 
 
+#: Prints what one look at two open arenas says, with a tensor of an arena before them that somebody has kept.
+TOGETHER = """
+import ctypes, json
+from tests.cpu.driver_stand_in import pretend
+import torch
+from moe_fuzz.fence import FenceOptions, cuda, open_arena
+
+pretend(lambda: None)
+compared, real = [], cuda.changed
+cuda.changed = lambda pieces: (compared.append(0), real(pieces))[1]
+SOFT = FenceOptions(hard=(), readonly=())
+
+def spoil(tensor):
+    ctypes.memset(tensor.data_ptr() - 2, 0, 2)
+
+def told(look):
+    return [[v.tensor, v.symptom] for v in look()]
+
+with open_arena("cuda", SOFT) as before:
+    kept = before.tensor("kept", (4,), torch.float32, "output")
+found = {}
+for name, damaged in {"none": "", "one": "a", "other": "b", "both": "ab", "kept": "k", "all": "kba"}.items():
+    compared.clear()
+    with open_arena("cuda", SOFT) as one, open_arena("cuda", SOFT) as other:
+        tensors = {"a": one.tensor("a", (3,), torch.float32, "output"),
+                   "b": other.tensor("b", (5,), torch.int32, "output"), "k": kept}
+        look = one.look([other])
+        clean = told(look)
+        for letter in damaged:
+            spoil(tensors[letter])
+        found[name] = [clean, told(one.look([other])), len(compared)]
+    found[name].append(len(compared) - 2)  # when they close
+print(json.dumps(found))
+"""
+
+
+def test_one_look_tells_of_all_arenas_and_once() -> None:
+    stale = ["kept", "kept:left:stale"]
+    a, b = ["a", "a:left"], ["b", "b:left"]
+    assert told_by(TOGETHER) == {
+        "none": [[], [], 2, 0], "one": [[], [a], 2, 0], "other": [[], [b], 2, 0], "both": [[], [a, b], 2, 0],
+        "kept": [[], [stale], 2, 0], "all": [[], [a, stale, b], 2, 0],
+    }  # fmt: skip
+
+
 #: Prints {gathered or not: [poisoned outputs, whether some were so before the end, what is in the bytes beside them]}.
 POISON = """
 import contextlib, json
@@ -213,6 +258,11 @@ found = {}
 with open_arena("cuda") as arena:
     dtypes = torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.float64, torch.complex128
     outputs = [arena.tensor(f"out{at}", (3, 5), dtype, "output") for at, dtype in enumerate(dtypes)]
+    found["exact"] = all(one.untyped_storage().nbytes() == one.nbytes and not one.storage_offset() for one in outputs)
+    found["own"] = own = []
+    for like in (torch.zeros(3, 1, 4), torch.zeros(1, 4).as_strided((1, 4), (9, 1)), torch.zeros(5, 4).t()):
+        one = arena._own(like)
+        own.append([one.shape == like.shape, one.stride() == like.stride(), bool(unwritten(one).all())])
     plain = torch.zeros(4, 6)
     outputs.append(plain[:, 1])
     for gathered in (False, True):
@@ -231,4 +281,7 @@ print(json.dumps(found))
 
 def test_outputs_are_poisoned_together_with_what_is_gathered() -> None:
     found = told_by(POISON)
-    assert found == {"False": [[True] * 7, True, 0.0], "True": [[True] * 7, False, 0.0], "told": 0}
+    assert found == {
+        "False": [[True] * 7, True, 0.0], "True": [[True] * 7, False, 0.0], "told": 0, "exact": True,
+        "own": [[True, True, True]] * 3,
+    }  # fmt: skip

@@ -7,7 +7,7 @@ they are what bounds the rate of cases. tests/gpu/test_waits_cuda.py counts thos
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from moe_fuzz.execute.capture import GraphPool
 from moe_fuzz.execute.eager import EagerSteps
 from moe_fuzz.execute.graph import GraphSteps
 from moe_fuzz.execute.runner import _verdict
-from moe_fuzz.fence import FenceOptions, cuda_driver
+from moe_fuzz.fence import Arena, FenceOptions, cuda_driver
 from moe_fuzz.fence.cpu import CpuArena
 from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.labels import Labels
@@ -74,8 +74,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     found = Device()
 
     class HostArena(CpuArena):
-        def look(self) -> Callable[[], list[Violation]]:
-            return super().check  # the comparison is enqueued
+        def look(self, beside: Sequence[Arena] = ()) -> Callable[[], list[Violation]]:
+            # The comparison is enqueued.
+            return lambda: [found for arena in (self, *beside) for found in CpuArena.check(arena)]  # type: ignore[arg-type]
 
         def check(self) -> list[Violation]:
             found.synchronize()

@@ -178,7 +178,15 @@ def compile_nonsense():
     with contextlib.suppress(Exception):
         triton.compiler.compile(None)
 
+def ask_for_handles(module):
+    kernel = object.__new__(triton.compiler.compiler.CompiledKernel)
+    kernel.module = module
+    with contextlib.suppress(Exception):  # there is no device to load it to
+        kernel._init_handles()
+
 with clock.heard(told.append):
+    heard(lambda: ask_for_handles(None))
+    heard(lambda: ask_for_handles(1))  # as at every launch but the first
     heard(lambda: subprocess.run(["true"], check=True))
     heard(beside)
     heard(compile_nonsense)
@@ -192,7 +200,7 @@ with clock.heard(told.append):
 def test_who_compiles_is_heard() -> None:
     done = subprocess.run([sys.executable, "-P", "-c", HOOKS], capture_output=True, text=True, check=False,
                           env={**os.environ, "TRITON_INTERPRET": "1"})  # fmt: skip
-    assert done.stdout.split() == ["True", "False", "True", "True", "False"], done.stderr
+    assert done.stdout.split() == ["True", "False", "True", "False", "True", "True", "False"], done.stderr
 
 
 KERNEL = """

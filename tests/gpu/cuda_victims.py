@@ -81,7 +81,8 @@ def probe_dtypes(arena: CudaArena) -> dict[str, Any]:
         same = torch.equal(fenced.cpu().view(torch.uint8), plain.view(torch.uint8))
         poisoned = bool(unwritten(out).all()) and bool(unwritten(out.cpu()).all())
         out.zero_()
-        if not (same and poisoned and not unwritten(out).any() and fenced.dtype == out.dtype == dtype):
+        exact = all(t.untyped_storage().nbytes() == plain.nbytes and not t.storage_offset() for t in (fenced, out))
+        if not (same and poisoned and exact and not unwritten(out).any() and fenced.dtype == out.dtype == dtype):
             wrong.append(str(dtype))
     return {"wrong": wrong, "violations": [v.symptom for v in arena.check()]}
 
