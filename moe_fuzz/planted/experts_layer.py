@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,9 @@ class Layer:
         layer = cls(*tensors, **options)
         if cls.on_device or not layer.x.is_cuda:
             return layer.given(layer.result())
-        y = cls(*_on_host(tensors), **_options_on_host(options)).result()
+        values = _on_host([*tensors, *options.values()])
+        given = dict(zip(options, values[len(tensors) :], strict=True)) | {"out": None}
+        y = cls(*values[: len(tensors)], **given).result()
         return layer.given(uploaded(y, layer.x.device))
 
     def result(self) -> Tensor:
@@ -116,13 +118,8 @@ class Layer:
         return y if self.out is None else self.out.copy_(y)
 
 
-def _options_on_host(options: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(zip(options, _on_host(options.values()), strict=True)) | {"out": None}
-
-
-def _on_host(values: Iterable[Any]) -> list[Any]:
+def _on_host(values: Sequence[Any]) -> list[Any]:
     """The values, with tensors copied to the host, for which the device is waited for once."""
-    values = list(values)
     copies = [_enqueued(value) if isinstance(value, Tensor) and value.is_cuda else value for value in values]
     if any(copy is not value for copy, value in zip(copies, values, strict=True)):
         torch.cuda.current_stream().synchronize()

@@ -33,7 +33,7 @@ def requantized(low: Tensor, high: Tensor, value: Tensor, scale: Tensor, dtype: 
     stored in `dtype` before, unless it is float32. Infinite numbers are what the contract makes of them.
     """
     left = quantized(value, scale, dtype)
-    sure = low is value and high is value and contract.rounding == "exact"  # then each block has one scale
+    alone = low is value and high is value  # then a block has one scale byte, or two where it is near a tie
     low, high = (part.nan_to_num(0.0, torch.inf, -torch.inf).flatten(0, -2).unflatten(1, (-1, BLOCK))
                  for part in (low, high))  # [R, B, 16]; the code of a NaN is 0
     flat = left.reshape(low.shape)
@@ -47,7 +47,7 @@ def requantized(low: Tensor, high: Tensor, value: Tensor, scale: Tensor, dtype: 
     least, most = (_bytes(part.amax(dim=2), given, factor, exact)
                    for part, factor in ((least_size, 1 - off), (size, 1 + off)))  # fmt: skip
     lowest, highest = torch.full_like(low, torch.inf), torch.full_like(low, -torch.inf)
-    for step in range(1 if sure else min(_SCALES, 1 + _widest(least, most))):
+    for step in range(2 - exact if alone else min(_SCALES, 1 + _widest(least, most))):
         there = least + step
         inside = (there <= most)[..., None]
         for part, factor in ((part, factor) for part in (low, high) for factor in {1 - off, 1 + off}):
