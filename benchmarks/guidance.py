@@ -26,10 +26,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from hypothesis import target as climb_on
+
 from moe_fuzz import sequences, strategies
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign import lattice
-from moe_fuzz.campaign.drive import Enough, derive_seed, drive
+from moe_fuzz.campaign.drive import PLAIN, Enough, derive_seed, drive
 from moe_fuzz.case import Case, Scalar, in_mode
 from moe_fuzz.contract import Capabilities, Contract, TargetInfo
 from moe_fuzz.errors import CaseError
@@ -37,6 +39,7 @@ from moe_fuzz.ops import get_space
 from moe_fuzz.strategies import MAX_ROUND
 
 DEVICE = "cpu"
+HYPOTHESIS = "hypothesis"  # its own backend
 OPS = ("topk_softmax", "grouped_topk", "align")
 #: A target that takes whatever the op knows.
 CONTRACT = Contract(accepts=("distinct", "minus_one", "num_experts", "garbage"), padding=("distinct", "minus_one"))
@@ -224,13 +227,20 @@ def flat(found: Iterator[list[Case]]) -> Iterator[Case]:
         yield from cases
 
 
-def hypothesis(space: Any, info: TargetInfo, chosen: random.Random) -> Iterator[list[Case]]:
-    """What a campaign draws after its grid, without a score: strategies.rounds, a shard after the other."""
-    root = chosen.getrandbits(62)
-    for shard in range(10_000):
-        drawn: list[tuple[Case, ...]] = []
-        drive(strategies.rounds(space, info, DEVICE), derive_seed(root, shard), 32, drawn.append)
-        yield from map(list, drawn)
+def drawn_by(backend: str) -> Rounds:
+    """strategies.rounds by Hypothesis, a shard after the other."""
+
+    def source(space: Any, info: TargetInfo, chosen: random.Random) -> Iterator[list[Case]]:
+        root = chosen.getrandbits(62)
+        for shard in range(10_000):
+            drawn: list[tuple[Case, ...]] = []
+            drive(strategies.rounds(space, info, DEVICE), derive_seed(root, shard), 32, drawn.append, backend)
+            yield from map(list, drawn)
+
+    return source
+
+
+campaign = drawn_by(PLAIN)  # what a campaign draws after its grid
 
 
 def some_of_each(source: Rounds, most: int) -> Stream:
@@ -280,14 +290,18 @@ VARIANTS: Mapping[str, tuple[str, Callable[[int], Stream], str]] = {
     "alike": ("up to 16 cases of a config", lambda n: variant(swarm=False), "presets"),
     "swarm": ("and these share a few faults", lambda n: variant(), "alike"),
     "swarm of one": ("a few faults, one case of a config", lambda n: variant(alike=1), "presets"),
-    "hypothesis": ("rounds as campaigns draw them, by Hypothesis",
-                   lambda n: lambda *given: flat(hypothesis(*given)), "swarm"),
+    "hypothesis": ("drawn by Hypothesis as it is",
+                   lambda n: lambda *given: flat(drawn_by(HYPOTHESIS)(*given)), "swarm"),
+    "plain": ("drawn by Hypothesis with our backend, as campaigns do",
+              lambda n: lambda *given: flat(campaign(*given)), "hypothesis"),
     "grid": ("the pairwise grid first, a quarter of all cases",
-             lambda n: with_grid(lambda *given: flat(hypothesis(*given)), n // 4), "hypothesis"),
-    "coverage": ("of a round, what covers something new, else two", lambda n: novel(hypothesis), "hypothesis"),
-    "two of a round": ("of a round, the first two", lambda n: some_of_each(hypothesis, 2), "hypothesis"),
-    "grid and coverage": ("both", lambda n: with_grid(novel(hypothesis), n // 4), "grid"),
-    "grid and two": ("both", lambda n: with_grid(some_of_each(hypothesis, 2), n // 4), "grid"),
+             lambda n: with_grid(lambda *given: flat(campaign(*given)), n // 4), "plain"),
+    "coverage": ("of a round, what covers something new, else two", lambda n: novel(campaign), "plain"),
+    "two of a round": ("of a round, the first two", lambda n: some_of_each(campaign, 2), "plain"),
+    "one of a round": ("of a round, the first", lambda n: some_of_each(campaign, 1), "two of a round"),
+    "grid and coverage": ("both", lambda n: with_grid(novel(campaign), n // 4), "grid"),
+    "grid and two": ("both", lambda n: with_grid(some_of_each(campaign, 2), n // 4), "grid"),
+    "grid and one": ("both", lambda n: with_grid(some_of_each(campaign, 1), n // 4), "grid and two"),
 }  # fmt: skip
 
 
@@ -341,7 +355,7 @@ def climb(job: tuple[str, str, str, str, int, int]) -> tuple[str, str, int, int 
     options = RunOptions(None, FenceOptions(hard=(), readonly=(), own="off"))
     ran, hit = 0, False
 
-    def run(cases: tuple[Case, ...]) -> float | None:
+    def run(cases: tuple[Case, ...]) -> None:
         nonlocal ran, hit
         best: float | None = None
         for case in cases[:2]:
@@ -353,7 +367,8 @@ def climb(job: tuple[str, str, str, str, int, int]) -> tuple[str, str, int, int 
             value = verdict.budget if score == "budget" else imbalance(case) if score == "imbalance" else None
             if value is not None and verdict.kind == "pass":
                 best = max(best or 0.0, value)
-        return best
+        if best is not None:
+            climb_on(best, label=score)
 
     if score in DRAWN:
         for cases in rounds(space, info, random.Random(f"{bug} {seed}"), swarm=score == SWARM, alike=2):
@@ -362,7 +377,7 @@ def climb(job: tuple[str, str, str, str, int, int]) -> tuple[str, str, int, int 
             except Enough:
                 return bug, score, seed, ran if hit else None
     for shard in range(most):
-        drive(strategies.rounds(space, info, DEVICE), derive_seed(seed, target, shard), 32, run)
+        drive(strategies.rounds(space, info, DEVICE), derive_seed(seed, target, shard), 32, run, HYPOTHESIS)
         if hit or ran >= most:
             break
     return bug, score, seed, ran if hit else None

@@ -21,16 +21,23 @@ def widened(x):
 
 
 @triton.jit
-def order_of(x, BEYOND: tl.constexpr):
+def order_of(x, BEYOND: tl.constexpr, MANY: tl.constexpr):
     """An int32 that orders like the float32 x, -0 like +0, and NaN below -inf.
 
     NaN costs no instruction of its own: magnitude and sign order like the float, but for NaN, which lies beyond both
     infinities. Added to what takes +inf to the end of the range, a positive NaN wraps around to below everything.
     BEYOND is that: 0x7FFFFF, or 0x7FE000 where the last 13 bits shall stay 0.
+
+    MANY is for a thread that has 16 of them. Of that many comparisons LLVM makes one of a vector, and picks what it
+    says from the bits of one integer, for more than what a comparison saves otherwise.
     """
     bits = x.to(tl.int32, bitcast=True)
-    sign = bits >> 31
-    return tl.add((bits ^ (sign & 0x7FFFFFFF)) - sign, BEYOND, sanitize_overflow=False)
+    if MANY:
+        sign = bits >> 31
+        order = ((bits & 0x7FFFFFFF) ^ sign) - sign
+    else:
+        order = tl.where(bits < 0, tl.sub(-0x80000000, bits, sanitize_overflow=False), bits)
+    return tl.add(order, BEYOND, sanitize_overflow=False)
 
 
 @triton.jit
@@ -42,21 +49,20 @@ def float_of(order, BEYOND: tl.constexpr):
 
 
 @triton.jit
-def key_of(x, low, real, FULL: tl.constexpr, WIDE: tl.constexpr):
+def key_of(x, low, real, FULL: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr):
     """Orders like the float32 x, then like `low`, from 0 to 1023; what is not `real` comes last.
 
     It has 64 bits; 32 where x was `widened`: `low` lies in the 13 bits that are 0.
     """
     if WIDE:
-        order = order_of(x, 0x7FFFFF)
+        order = order_of(x, 0x7FFFFF, MANY)
         if not FULL:
             order = tl.where(real, order, -0x80000000)  # the least NaN's, and `low` is less than any real one's
         key = (order.to(tl.int64) << 32) | low
     else:
-        order = order_of(x, 0x7FE000)
+        key = tl.add(order_of(x, 0x7FE000, MANY), low, sanitize_overflow=False)  # one addition of both
         if not FULL:
-            order = tl.where(real, order, -0x80000000)
-        key = order | low
+            key = tl.where(real, key, -0x80000000)  # the least NaN's, and `low` of any real one is more than 0
     return key
 
 

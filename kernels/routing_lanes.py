@@ -123,7 +123,8 @@ def topk_by_lanes(
         if HAS_BIAS:
             bias = tl.load(bias_base + v * LANES * bias_stride, mask=row_ok & (column < experts), other=0.0)
             rank = (1.0 / (1.0 + tl.exp(-xs[v])) if SIGMOID else tl.exp(xs[v] - top) * (1.0 / total)) + bias
-        keys = keys + (key_of(rank, LANES * EACH - 1 - column, column < experts, FULL, WIDE),)
+        low = (LANES - 1 - lane)[None, :] + LANES * (EACH - 1 - v)  # the lower the expert, the higher
+        keys = keys + (key_of(rank, low, column < experts, FULL, WIDE, EACH == 16),)
     if SORTED:
         for n in tl.static_range(len(NETWORK)):
             keys = exchanged(keys, NETWORK[n][0], NETWORK[n][1], EACH, WIDE)
@@ -205,7 +206,7 @@ def _total(xs, top, EACH: tl.constexpr):
 @triton.jit
 def _row_top(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
     """[R, L] -> [R, 1], at least the least float32. A maximum of integers over a warp is one instruction."""
-    top = float_of(tl.max(order_of(x, 0x7FFFFF), axis=1)[:, None], 0x7FFFFF)
+    top = float_of(tl.max(order_of(x, 0x7FFFFF, False), axis=1)[:, None], 0x7FFFFF)
     return top_of(top, LARGEST, NAN_SAFE)
 
 

@@ -47,7 +47,7 @@ def topk_by_threads(
 
     keys = ()
     for e in tl.static_range(EXPERTS):  # both scores are monotone, and the logits are exact
-        keys = keys + (key_of(widened(xs[e]), EXPERTS - 1 - e, True, True, False),)
+        keys = keys + (key_of(widened(xs[e]), EXPERTS - 1 - e, True, True, False, False),)
     for n in tl.static_range(len(NETWORK)):  # what no slot needs, the compiler drops
         keys = exchanged(keys, NETWORK[n][0], NETWORK[n][1], EXPERTS, False)
 

@@ -42,7 +42,7 @@ def top1(
     # Of the rows a thread has every SPREAD-th, and of each 8 experts.
     EACH: tl.constexpr = ROWS // SPREAD
     LANES: tl.constexpr = EXPERTS // 8
-    order = tl.reshape(order_of(widened(x), 0x7FE000), (EACH, SPREAD, LANES, 8))
+    order = tl.reshape(order_of(widened(x), 0x7FE000, False), (EACH, SPREAD, LANES, 8))
     # The key of each, as of key_of: what is common to a thread's experts comes in when the best of them is known.
     within = (7 - tl.arange(0, 8))[None, None, None, :]
     best = tl.max(tl.add(order, within, sanitize_overflow=False), axis=3)  # [EACH, SPREAD, LANES]

@@ -1,19 +1,18 @@
-"""Hypothesis as a generator, and only that: it draws rounds and climbs on a score; it never sees a failure.
+"""Hypothesis as a generator, and only that: it draws rounds; it never sees a failure.
 
-A failure would end its run (or be called flaky), so verdicts are recorded by the caller and nothing is raised.
+A failure would end its run (or be called flaky), so verdicts are recorded by the caller and nothing is raised. Nor does
+it climb on a score: neither the error budget nor imbalance found bugs in fewer cases (benchmarks/guidance.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings, strategies, target
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings, strategies
 from hypothesis.errors import Flaky
-from hypothesis.internal.conjecture.providers import HypothesisProvider
+from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
 from moe_fuzz.campaign.interfaces import Cases
 
@@ -30,15 +29,36 @@ def derive_seed(root: int, *parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def drive(
-    rounds: strategies.SearchStrategy[Cases], root: int, examples: int, run: Callable[[Cases], float | None]
-) -> bool:
-    """Draws up to `examples` rounds from the seed `root` and hands each to `run`, which gives the score to climb on.
+class Plain(HypothesisProvider):
+    """Draws what the strategies say and nothing else. Hypothesis by itself grows its examples from small ones, repeats
+    parts of earlier ones, leans towards zero, and mixes in the number literals of whatever local modules are loaded: so
+    the same seed would give other cases in a checkout than in a wheel, under another version, or under pytest; and a
+    bug takes 1.2 times as many (benchmarks/guidance.py). Our dictionary and our sizes are in the strategies."""
 
-    Returns False if `run` raised Enough, or most draws gave no round: climbing, Hypothesis puts parts of rounds into
-    others, and allows itself 45 that run out of choices for each that does not. It keeps a record of every one, and
-    meanwhile nothing is tested. Errors of `run` come out as they are. Thread-safe. What is drawn depends on `root`,
-    `examples` and the scores alone.
+    def _maybe_draw_constant(self, *args: Any, **options: Any) -> None:
+        return None
+
+    def draw_integer(self, min_value: int | None = None, max_value: int | None = None, **options: Any) -> int:
+        if min_value is None or max_value is None:
+            return super().draw_integer(min_value, max_value, **options)
+        assert self._random is not None
+        return self._random.randint(min_value, max_value)
+
+
+PLAIN = "moe-fuzz"
+AVAILABLE_PROVIDERS[PLAIN] = f"{__name__}.{Plain.__name__}"
+
+
+def drive(
+    rounds: strategies.SearchStrategy[Cases], root: int, examples: int, run: Callable[[Cases], object],
+    backend: str = PLAIN,
+) -> bool:  # fmt: skip
+    """Draws up to `examples` rounds from the seed `root` and hands each to `run`.
+
+    Returns False if `run` raised Enough, or most draws gave no round: Hypothesis puts parts of rounds into others, and
+    allows itself 45 that run out of choices for each that does not. It keeps a record of every one, and meanwhile
+    nothing is tested. Errors of `run` come out as they are. Thread-safe. What is drawn depends on `root` and `examples`
+    alone, until `run` ends it. backend: of Hypothesis; its own would climb where `run` calls `hypothesis.target`.
     """
 
     failed: list[Exception] = []
@@ -59,7 +79,7 @@ def drive(
     @seed(root)
     @settings(
         phases=[Phase.generate, Phase.target],
-        backend="hypothesis",
+        backend=backend,
         database=None,
         deadline=None,
         derandomize=False,
@@ -72,14 +92,11 @@ def drive(
     @given(counted())
     def body(cases: Cases) -> None:
         try:
-            score = run(cases)
+            run(cases)
         except Exception as error:
             failed.append(error)  # Hypothesis would run the round again, and call it flaky
             raise Enough from error
-        if score is not None and math.isfinite(score):
-            target(float(score), label="error budget")
 
-    _driving.now = True
     try:
         body()
     except (Enough, Flaky) as error:
@@ -88,20 +105,4 @@ def drive(
         if isinstance(error, Flaky) and not tired:  # a draw that ends where another one went on is flaky, to Hypothesis
             raise
         return False
-    finally:
-        _driving.now = False
     return True
-
-
-# Hypothesis mixes in the number literals of whatever local modules are loaded, so the same seed would give other cases
-# in a checkout than in a wheel, or under pytest. Our dictionary is in the strategies. There is no setting for it, and
-# it happens in more places than one, hence this; a user's own Hypothesis tests in the same process keep their literals.
-_driving = threading.local()
-_maybe_draw_constant: Any = HypothesisProvider._maybe_draw_constant
-
-
-def _no_literals(self: HypothesisProvider, *args: Any, **options: Any) -> Any:
-    return None if getattr(_driving, "now", False) else _maybe_draw_constant(self, *args, **options)
-
-
-setattr(HypothesisProvider, "_maybe_draw_constant", _no_literals)  # noqa: B010 - a method, to mypy

@@ -16,9 +16,9 @@ from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import MoeFuzzError
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import PASS, Verdict
+from moe_fuzz.verdict import Verdict
 
-MIN_EXAMPLES = 16  # Hypothesis begins to climb on the score half-way through its examples
+MIN_EXAMPLES = 16  # of Hypothesis, whose first rounds are its simplest
 CASES_A_ROUND = 8  # about what a round holds: how many examples a shard's budget makes
 ALIKE = 2  # cases of a round that run, where nothing is compiled
 
@@ -93,7 +93,7 @@ class Drivers:
         seen: set[str] = set()
         twins = False  # whether cases that this unit ran before may run again
 
-        def run(cases: Cases) -> float | None:
+        def run(cases: Cases) -> None:
             nonlocal ran
             if self._host.over(unit):
                 raise Enough
@@ -102,16 +102,13 @@ class Drivers:
                 cases = tuple(case for digest, case in named.items() if digest not in seen)
                 seen.update(named)
             cases = cases[:alike]
-            best: float | None = None
             for part in _batches(cases[: unit.budget - ran], 2 * ROUND):
                 if self._host.over(unit):
                     raise Enough
-                score = self._round(unit, slot, ran, part)
-                best = max((each for each in (best, score) if each is not None), default=None)
+                self._round(unit, slot, ran, part)
                 ran += len(part)
             if ran >= unit.budget:
                 raise Enough
-            return best
 
         if unit.phase != "generate":
             try:
@@ -133,19 +130,18 @@ class Drivers:
             take += 1
         return ran >= unit.budget
 
-    def _round(self, unit: Unit, slot: str, at: int, cases: Cases) -> float | None:
-        """Has a worker run the cases; the largest error over bound among those that passed."""
+    def _round(self, unit: Unit, slot: str, at: int, cases: Cases) -> None:
+        """Has a worker run the cases."""
 
         def on_verdict(index: int, verdict: Verdict, history: Cases) -> None:
             self._host.verdict(unit, at + index, cases[: index + 1], verdict, history)
 
         if not cases:
-            return None
+            return
         with self._pool.lease() as worker:
             self._state.begin_round(slot, unit.target, cases)
-            verdicts = worker.run(cases, unit.target, self._options, on_verdict)
+            worker.run(cases, unit.target, self._options, on_verdict)
             self._state.end_round(slot)
-        return max((verdict.budget for verdict in verdicts if verdict.kind == PASS), default=None)
 
 
 def _batches(cases: Cases, size: int) -> Iterator[Cases]:

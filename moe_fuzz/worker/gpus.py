@@ -18,8 +18,8 @@ from pathlib import Path
 #: Device memory that a worker is given to live on: a context, fences in use and idle, what the target allocates.
 SLOT_BYTES = 6 << 30
 #: A GPU. Among several processes each wait for the device costs a switch of contexts, 140 us on an H200 whatever was
-#: launched before it, and so they share 7,000 waits a second: 4 workers ran 311 cases/s, 8 ran 461, 12 ran 541.
-MAX_SLOTS = 6
+#: launched before it, and so they share 7,000 waits a second: 1 worker ran 188 cases/s, 8 ran 751, 16 ran 849.
+MAX_SLOTS = 8
 _SHARE = 0.9  # of the memory of a GPU goes to workers; the rest is the driver's, and what contexts cost
 
 _PROC = Path("/proc/driver/nvidia/gpus")

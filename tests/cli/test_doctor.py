@@ -8,6 +8,7 @@ import pytest
 from moe_fuzz.cli import doctor, machine, probes
 from moe_fuzz.cli.doctor import FAIL, OK, WARN
 from moe_fuzz.errors import EnvironmentProblem
+from moe_fuzz.worker.gpus import MAX_SLOTS
 
 GOOD = {"python": "3.11.7", "torch": "2.13.0", "triton": "3.7.1", "numpy": "2.4.6", "cuda_build": "13.0"}
 
@@ -64,8 +65,8 @@ def test_slots() -> None:
     unknown = machine.Gpu("c")
     lines = list(doctor.judge_slots((full, busy, unknown)))
     assert states(lines) == [OK, WARN, WARN]
-    assert "room for 6 of 6 workers" in lines[0].text
-    assert "room for 2 of 6 workers, 13.0 GiB free" in lines[1].text
+    assert f"room for {MAX_SLOTS} of {MAX_SLOTS} workers" in lines[0].text
+    assert f"room for 2 of {MAX_SLOTS} workers, 13.0 GiB free" in lines[1].text
     assert "nvidia-ml-py" in lines[2].hint
 
 

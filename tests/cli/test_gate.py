@@ -19,7 +19,7 @@ from moe_fuzz.campaign.gate import ledger_file
 from moe_fuzz.cli.gate import limited
 from moe_fuzz.cli.machine import architecture
 from moe_fuzz.errors import UsageError
-from moe_fuzz.worker.gpus import Gpu
+from moe_fuzz.worker.gpus import MAX_SLOTS, Gpu
 
 HERE = Path(__file__).parent
 ROOT = Path(moe_fuzz.__file__).parents[1]
@@ -252,7 +252,7 @@ def test_a_change_of_the_ledger_is_gated(call: Callable, committed: Path) -> Non
 def test_a_budget_of_gpu_memory_is_fewer_workers() -> None:
     card = Gpu("H200", 140 << 30, 139 << 30, "GPU-a")
     [less] = limited((card,), 12 << 30)
-    assert (card.slots, less.slots, less.room) == (6, 2, 2)
+    assert (card.slots, less.slots, less.room) == (MAX_SLOTS, 2, 2)
     assert less.budget is not None
     assert 2 * less.budget <= 12 << 30
     assert limited((card,), None) == (card,)

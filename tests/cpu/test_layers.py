@@ -104,7 +104,7 @@ def test_auto_workers(conftest: ModuleType, monkeypatch: pytest.MonkeyPatch, pyt
     monkeypatch.setattr(conftest, "gpus", lambda: cards)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(40)))
     assert conftest.gpu_count() == 3
-    assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == 2 + 6 + 1
+    assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == 2 + gpus.MAX_SLOTS + 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert conftest.pytest_xdist_auto_num_workers(pytestconfig) == 8
 

@@ -13,9 +13,13 @@ import triton
 import triton.language as tl
 
 from moe_fuzz.kernels import routing
-from moe_fuzz.kernels.routing_keys import row_sum
+from moe_fuzz.kernels.routing_keys import float_of, order_of, row_sum
 
-pytestmark = pytest.mark.interpreter
+# inf - inf of a row's scores is the NaN that the kernels mean it to be; numpy would mention it
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning"),
+]
 
 
 @triton.jit
@@ -36,6 +40,84 @@ def test_a_row_is_summed_in_one_order(lanes):
     _sum_kernel[(1,)](x[5:], alone, ROWS=1, LANES=lanes)
     assert torch.equal(whole, expected)
     assert torch.equal(alone, expected[5:6])
+
+
+@triton.jit
+def _order_kernel(x, orders, back, N: tl.constexpr, BEYOND: tl.constexpr, MANY: tl.constexpr):
+    at = tl.arange(0, N)
+    order = order_of(tl.load(x + at), BEYOND, MANY)
+    tl.store(orders + at, order)
+    tl.store(back + at, float_of(order, BEYOND))
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(("low", "beyond"), [(0, 0x7FE000), (0, 0x7FFFFF), (0xE000, 0x7FE000), (0xFFFF, 0x7FFFFF)])
+def test_an_order_of_all_floats(low, beyond, many):
+    """All upper halves of a float32, with the same lower half."""
+    bits = (torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16) | low
+    x = bits.view(torch.float32)
+    order, back = torch.empty(2**16, dtype=torch.int32), torch.empty(2**16)
+    _order_kernel[(1,)](x, order, back, N=2**16, BEYOND=beyond, MANY=many)
+    by_order = x[order.argsort()]
+    nans = int(x.isnan().sum())
+    assert by_order[:nans].isnan().all()
+    assert torch.equal(by_order[nans:], x[~x.isnan()].sort().values)
+    same = torch.where(bits == -(2**31), 0, bits)  # -0 is +0
+    assert torch.equal(back.view(torch.int32), same)
+    assert torch.equal(order[x == 0].unique(), torch.tensor([beyond], dtype=torch.int32)[: int(low == 0)])
+    assert beyond != 0x7FE000 or not (order & 0x1FFF).any()
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "dtype", "options"),
+    [
+        (512, 10, torch.bfloat16, {"renormalize": True}),
+        (60, 4, torch.float16, {}),
+        (100, 5, torch.bfloat16, {"renormalize": True}),
+        (128, 6, torch.float32, {"renormalize": True, "biased": True}),
+        (8, 3, torch.bfloat16, {}),
+    ],
+)
+@pytest.mark.parametrize("router", [routing.topk_softmax, routing.topk_sigmoid])
+def test_rows_of_a_program_change_no_bit(router, experts, top_k, dtype, options, monkeypatch):
+    """In lanes as on a GPU, by 4 warps and by 16; the last program has fewer rows than it could take."""
+    generator = torch.Generator().manual_seed(experts)
+    tokens = 1 + 16 * max(1, 32 // experts)
+    logits = (torch.randn(tokens, experts, generator=generator) * 4).to(dtype)
+    logits[1::6, ::2], logits[2::6, 1:], logits[3::6, 2] = -torch.nan, torch.inf, torch.nan
+    logits[4::6, ::3] = -torch.inf
+    logits[5::6] = torch.randint(-2, 3, logits[5::6].shape, generator=generator).to(dtype)
+    bias = torch.randn(experts, generator=generator) if options.get("biased") else None
+    keywords = {"renormalize": options.get("renormalize", False), "bias": bias, "scale": 2.5}
+    reference = router(logits, top_k, **keywords)  # as interpreted
+    monkeypatch.setattr(routing, "_lanes", partial(routing._lanes, interpreted=False))
+    launched: list[tuple[int, ...]] = []
+    monkeypatch.setattr(routing, "topk_by_lanes", _Spy(routing.topk_by_lanes, launched))
+    found = []
+    for warps in (4, 16):
+        routing._lanes.func.cache_clear()
+        monkeypatch.setattr(routing, "_warps", lambda work, processors, warps=warps: warps)
+        found.append(router(logits, top_k, **keywords))
+    routing._lanes.func.cache_clear()
+    assert launched == [(5,), (2,)]
+    for few, many, whole in zip(*found, reference, strict=True):
+        assert torch.equal(few, many)
+        assert torch.equal(few, whole) if whole.dtype == torch.int32 else torch.allclose(few, whole, rtol=1e-5)
+
+
+def test_warps_of_a_program():
+    """16 where all run at once and no multiprocessor has more of them than with 4; few rows never meet a second."""
+    H200 = 132
+    chosen = {tokens: routing._warps(tokens, H200) for tokens in range(1, 40000)}
+    assert [chosen[tokens] for tokens in (1, 128, 1024, 1584, 1585, 2112, 2113, 3696, 3697, 4096, 4224, 4225)] == [
+        4, 4, 4, 4, 16, 16, 4, 4, 16, 16, 16, 4]  # fmt: skip
+    assert [chosen[tokens] for tokens in (6144, 8192, 8448, 8449, 16384)] == [16, 16, 16, 4, 4]
+    for tokens, warps in chosen.items():
+        programs = -(-tokens // warps)
+        assert warps * -(-programs // H200) == 4 * -(-tokens // (4 * H200))
+    blocks = [routing._lanes(tokens, 128, 8, False, H200, interpreted=False) for tokens in range(1, 9000, 7)]
+    assert {(block["ROWS"], block["num_warps"]) for block in blocks} == {(4, 4), (16, 16)}
+    assert routing._lanes(4096, 1024, 8, False, H200, interpreted=False)["num_warps"] == 4
 
 
 class _Spy:

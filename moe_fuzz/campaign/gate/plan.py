@@ -1,7 +1,7 @@
 """The plan of a gate: all its cases, in order, before the first of them runs.
 
 It is a function of the version, the seed, the number of cases a target has, and the targets (what they say they take,
-on this kind of device): no score is climbed on, nothing is read from the state directory, and the number of workers has
+on this kind of device): nothing is read from the state directory, and the number of workers has
 no part in it. What a target is given does not depend on which other targets there are. A gate that time cuts begins
 rounds in this order and ends those it began, so two of them are prefixes of one list.
 """
