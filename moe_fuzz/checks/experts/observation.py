@@ -63,6 +63,8 @@ class ExpertsObservation:
         for name in ("expert", "kept", "sound", "real", "random", "claimed", "hopeless"):
             part.__dict__[name] = rows_of(getattr(self, name), rows)
         part.__dict__["numbers"] = self.numbers.take(rows)
+        for name in ("limits", "exact") if self.inputs.exact else ("limits",):
+            part.__dict__[name] = tuple(one[rows] for one in getattr(self, name))
         return part
 
     def benign(self, rows: torch.Tensor) -> torch.Tensor:
