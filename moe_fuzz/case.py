@@ -16,13 +16,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moe_fuzz.case_json import labels_of, packed, parse_json, read_text, record_of, text_of, unpacked
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
+from moe_fuzz.lazy import cached
 
 FORMAT = 1
 #: How the steps run. eager: one call each, in one process. graph: over static buffers, one bucket a token count, all
@@ -177,7 +177,7 @@ class Case:
         data["steps"] = [step.to_json() for step in self.steps]
         return data
 
-    @cached_property
+    @cached
     def digest(self) -> str:
         """12 hexadecimal digits that stand for everything in the case."""
         body = json.dumps(self._body(), sort_keys=True, separators=(",", ":"))

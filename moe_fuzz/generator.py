@@ -20,6 +20,7 @@ _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+_WEYL = numpy.outer(numpy.arange(_ROUNDS), [_W0, _W1]).astype(numpy.uint32)  # what each round adds to the key
 _MULTIPLIERS = numpy.array([_M0, _M1], dtype=numpy.uint64).reshape(2, 1, 1)
 
 Device = torch.device | str
@@ -55,8 +56,8 @@ def words(
         return torch.full((1, 1), lanes[columns[0] & 3], dtype=torch.int64, device=device)
     if torch.device(device).type == "cpu":
         return torch.from_numpy(_on_host(seed, name, rows, columns, stream).astype(numpy.int64))
-    row = numpy.asarray(rows, dtype=numpy.int64)  # [R]
-    blocks, block_of, lane_of, _ = _blocks(tuple(columns))
+    row = _array(rows)  # [R]
+    blocks, block_of, lane_of, _ = _blocks(columns if isinstance(columns, range) else tuple(columns))
     shape = (len(rows), len(blocks))
     labels = torch.from_numpy(numpy.concatenate([blocks, row, block_of, lane_of])).pin_memory()
     there = labels.to(device, non_blocking=True).split([len(blocks), len(row), len(columns), len(columns)])
@@ -71,11 +72,11 @@ def _on_host(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], 
     Both products of a round are taken at once, and their halves are looked at instead of shifted out (the low one comes
     first on every machine that CUDA knows): for few elements the time is that of the number of operations.
     """
-    blocks, block_of, lane_of, straight = _blocks(tuple(columns))
+    blocks, block_of, lane_of, straight = _blocks(columns if isinstance(columns, range) else tuple(columns))
     shape = (2, len(rows), len(blocks))
     even, odd = numpy.empty(shape, dtype=numpy.uint32), numpy.empty(shape, dtype=numpy.uint32)  # words 0, 2 and 1, 3
     even[0], even[1] = blocks, zlib.crc32(name.encode())
-    odd[0], odd[1] = numpy.asarray(rows, dtype=numpy.uint32).reshape(-1, 1), stream
+    odd[0], odd[1] = _array(rows).reshape(-1, 1), stream
     turns = []  # two products, since the low half of one is what the next round needs
     for _ in range(2):
         product = numpy.empty(shape, dtype=numpy.uint64)
@@ -96,16 +97,22 @@ def _on_host(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], 
 @lru_cache(maxsize=16)
 def _round_keys(seed: int) -> list[Any]:
     """uint32 [2, 1, 1] for each round."""
-    low, high = seed & _MASK, (seed >> 32) & _MASK
-    keys = [((low + i * _W0) & _MASK, (high + i * _W1) & _MASK) for i in range(_ROUNDS)]
-    return list(numpy.array(keys, dtype=numpy.uint32).reshape(_ROUNDS, 2, 1, 1))
+    first = numpy.array([seed & _MASK, (seed >> 32) & _MASK], dtype=numpy.uint32)
+    return list((first + _WEYL).reshape(_ROUNDS, 2, 1, 1))  # modulo 2^32
+
+
+def _array(labels: Sequence[int]) -> Any:
+    """numpy's int64 [len(labels)]. Of a range, nobody has to look at each number."""
+    if isinstance(labels, range):
+        return numpy.arange(labels.start, labels.stop, labels.step)
+    return numpy.asarray(labels, dtype=numpy.int64)
 
 
 @lru_cache(maxsize=256)
-def _blocks(columns: tuple[int, ...]) -> tuple[Any, Any, Any, bool]:
+def _blocks(columns: range | tuple[int, ...]) -> tuple[Any, Any, Any, bool]:
     """The calls that these columns need, four columns share one; which of them each column's is; its lane there; and
     whether the columns are the first of all, in order."""
-    column = numpy.asarray(columns, dtype=numpy.int64)  # [C]
+    column = _array(columns)  # [C]
     blocks, block_of = numpy.unique(column >> 2, return_inverse=True)
     return blocks, block_of, column & 3, bool((column == numpy.arange(len(columns))).all())
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import chain, starmap
+
+from moe_fuzz.lazy import cached
 
 MAX_LABEL = 2**31 - 1
 _SPAN = re.compile(r"(\d{1,10})(?:-(\d{1,10}))?")
@@ -60,7 +62,7 @@ class Labels:
     def __str__(self) -> str:
         return ",".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in self.spans)
 
-    @cached_property
+    @cached
     def _count(self) -> int:
         return sum(b - a for a, b in self.spans)
 
@@ -137,10 +139,15 @@ class Labels:
 
     def positions(self, within: Labels) -> list[int]:
         """The positions of these labels in `within`, ascending; labels absent from `within` are left out."""
-        found: list[int] = []
+        return list(chain.from_iterable(self.runs(within)))
+
+    def runs(self, within: Labels) -> list[Sequence[int]]:
+        """`positions` as ranges, none of them empty and each past the one before it."""
+        found: list[Sequence[int]] = []
         base = 0
         for a, b in within.spans:
             for c, d in self.spans:
-                found.extend(base + label - a for label in range(max(a, c), min(b, d)))
+                if max(a, c) < min(b, d):
+                    found.append(range(base + max(a, c) - a, base + min(b, d) - a))
             base += b - a
         return found

@@ -76,19 +76,20 @@ def topk_sigmoid(
     return deliver(logits, weights * scale, ids, is_padding, padding, out)
 
 
-def softmax_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def softmax_scores(logits: Tensor, bias: Tensor | None, finite: bool = False) -> tuple[Tensor, Tensor]:
     """Scores and biased scores, float64 [T, E], with NaN as -inf and +inf as the dtype's largest number.
 
     The scores of a row without one finite logit are 0.
+    finite: every logit and every bias is, so that nobody has to look for others; the scores are the same.
     """
-    scores = _softmax(finite_above(logits))
-    return scores, scores if bias is None else scores + finite_above(bias)
+    scores = _softmax(logits.double() if finite else finite_above(logits))
+    return scores, scores if bias is None else scores + (bias if finite else finite_above(bias))
 
 
-def sigmoid_scores(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def sigmoid_scores(logits: Tensor, bias: Tensor | None, finite: bool = False) -> tuple[Tensor, Tensor]:
     """As `softmax_scores`, for the sigmoid: a NaN has the score 0."""
-    scores = finite_above(logits).sigmoid()
-    return scores, scores if bias is None else scores + finite_above(bias)
+    scores = (logits.double() if finite else finite_above(logits)).sigmoid()
+    return scores, scores if bias is None else scores + (bias if finite else finite_above(bias))
 
 
 SCORES = {"softmax": softmax_scores, "sigmoid": sigmoid_scores}
@@ -130,7 +131,8 @@ def deliver(
 def finite_above(values: Tensor) -> Tensor:
     """`values` in float64, NaN as -inf, +inf as the dtype's largest number, -0 as +0."""
     largest = torch.finfo(values.dtype).max
-    return values.double().nan_to_num(nan=-math.inf, posinf=largest, neginf=-math.inf).add_(0.0)
+    wide = values.to(torch.float64, copy=True)
+    return wide.nan_to_num_(nan=-math.inf, posinf=largest, neginf=-math.inf).add_(0.0)
 
 
 def _best(key: Tensor, top_k: int) -> Tensor:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from moe_fuzz.execute import clock
 from moe_fuzz.execute.call import TargetError
 from moe_fuzz.execute.calls import BadResult, Results, check_shapes
@@ -41,7 +43,8 @@ class Asked:
         at = next((at for at, (one, _) in enumerate(self._made) if one is inputs), None)
         if at is None:
             self.later += 1
-            with clock.calling():
+            # Only what judges may be in inference mode: a target is called as a server calls it.
+            with clock.calling(), torch.inference_mode(False):
                 results = self._run(inputs)
                 self._wait()
         else:

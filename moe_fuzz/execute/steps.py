@@ -10,7 +10,10 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 from moe_fuzz.case import Case
 from moe_fuzz.checks import CHECKS, RELATIONS
@@ -30,6 +33,18 @@ from moe_fuzz.verdict import Violation
 
 DEVICE_ELEMENTS = 1 << 15
 _BRIEF = contextlib.nullcontext()
+
+
+@lru_cache(maxsize=64)
+def _named(op: str, family: str, wanted: tuple[str, ...] | None, relations: bool) -> tuple[tuple[str, ...], bool]:
+    """The checks of an op, of those that are asked for, in the order of attribution; whether one is a relation.
+
+    relations: whether those may be among them.
+    """
+    related = RELATIONS.get(family, [])
+    names = tuple(name for name in get_space(op).checks if name in CHECKS[family] and (relations or name not in related)
+                  and (wanted is None or name in wanted))  # fmt: skip
+    return names, not set(related).isdisjoint(names)
 
 
 class Steps(ABC):
@@ -58,7 +73,7 @@ class Steps(ABC):
         elements = self.family.elements(self.case, index)
         # Where every allocation on the device is fenced, those of the judgement would be too.
         there = self.device != "cpu" and elements >= DEVICE_ELEMENTS and self.options.fence.own != "all"
-        with self._ours(elements):
+        with self._ours(elements), self._quietly():
             return self.family.materialize(self.case, index, self.device if there else "cpu")
 
     @contextlib.contextmanager
@@ -133,29 +148,32 @@ class Steps(ABC):
         arenas: in which the calls are made. relations: also run the checks that call the target again, each at the
         price of a step.
         """
-        checks, related = CHECKS[self.family.name], RELATIONS.get(self.family.name, [])
-        # Their order is that of attribution.
-        names = [name for name in get_space(self.case.op).checks
-                 if name in checks and (relations or name not in related) and self._wanted(name)]  # fmt: skip
+        names, related = _named(self.case.op, self.family.name, self.options.checks, relations)
         asked = Asked(call, self.wait, self.family.outputs)
         other = Asked(eager, self.wait, self.family.outputs) if eager else None
         seen = self.family.observe(self.case, self.index, self.target.info, inputs, None, asked, other)
         looks = [arena.check for arena in arenas]
         if self.device == "cuda":
-            if set(names) & set(related):
-                for one in self.family.ahead(seen):
+            if related:
+                with self._quietly():
+                    known = self.family.ahead(seen)
+                for one in known:
                     asked.ahead(one)
             if other is not None and "replay" in names and inputs.tokens and self.target.info.contract.deterministic:
                 other.ahead(inputs)
             looks = [arena.look() for arena in arenas]
             self.wait()
-        with self._ours(self.family.elements(self.case, self.index)):
+        with self._ours(self.family.elements(self.case, self.index)), self._quietly():
             self._judged(inputs, results, seen, names, asked, other, arenas, looks)
 
     @staticmethod
     def _ours(elements: int) -> contextlib.AbstractContextManager[None]:
         """Around what is our own work and not the target's, where it may take long: to tell the parent takes time."""
         return clock.judging() if elements >= DEVICE_ELEMENTS else _BRIEF
+
+    def _quietly(self) -> contextlib.AbstractContextManager[object]:
+        """Around what the family makes and judges, never around a call of the target or the work of the fences."""
+        return torch.inference_mode() if self.family.inference else _BRIEF
 
     def _judged(
         self, inputs: Inputs, results: Results, seen: Any, names: Sequence[str], asked: Asked, other: Asked | None,
@@ -171,8 +189,10 @@ class Steps(ABC):
             """The damage to canaries since it was last asked. Once, for this result and for what the checks called."""
             late = asked.later or (other is not None and other.later)
             if not late:
-                return [v for look in looks for v in look()]
-            with clock.calling():  # where a call raised, nobody has waited for what it had launched before
+                with torch.inference_mode(False):
+                    return [v for look in looks for v in look()]
+            # Where a call raised, nobody has waited for what it had launched before.
+            with clock.calling(), torch.inference_mode(False):
                 return [v for arena in arenas for v in arena.check()]
 
         before = len(self.violations)

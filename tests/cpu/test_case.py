@@ -56,6 +56,8 @@ def test_labels_are_sets(one, other):
     assert Labels.parse(str(a)) == a
     assert a.issubset(a | b)
     assert a.positions(a | b) == [i for i, label in enumerate(sorted(one | other)) if label in one]
+    assert [at for run in a.runs(b) for at in run] == a.positions(b)
+    assert all(isinstance(run, range) and run for run in a.runs(b))
 
 
 @given(label_sets, st.integers(0, 25))

@@ -66,6 +66,18 @@ def test_answers_are_rejected_together_as_they_are_one_by_one(at):
     assert {False, True} == set(expected)
 
 
+@pytest.mark.parametrize("at", range(len(CASES)))
+def test_the_best_that_was_left_is_found_and_no_score_is_another_one_after_that(at):
+    seen = observe(CASES[at])
+    for seed in range(20):
+        other = seen.with_outputs(spoilt(seen, seed))
+        scores, biased = other.scores.clone(), other.biased.clone()
+        expected = biased.scatter(1, other.chosen, -torch.inf).amax(dim=1)
+        assert torch.equal(other.best_left, expected)
+        assert torch.equal(other.scores, scores)
+        assert torch.equal(other.biased, biased)
+
+
 @pytest.mark.parametrize("op", sorted(REFERENCES))
 def test_rows_are_defined_as_the_reference_has_it(op):
     finite = set()
@@ -73,6 +85,9 @@ def test_rows_are_defined_as_the_reference_has_it(op):
         seen = observe(case)
         if op != "grouped_topk":
             assert torch.equal(seen.defined, routing.defined_rows(seen.logits, seen.bias, seen.top_k) & ~seen.flagged)
+        scores, biased = routing.SCORES[seen.scoring](seen.logits, seen.bias)
+        assert torch.equal(seen.scores, scores)  # also where nobody looked for what is not finite
+        assert torch.equal(seen.biased, biased)
         low, high = seen.bounds
         assert (low <= seen.biased).all()  # so a selection that is best by the scores is so by their bounds
         assert (seen.biased <= high).all()

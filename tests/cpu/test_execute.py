@@ -55,6 +55,16 @@ def heavy_and_moody(logits, top_k):
     weights, ids = right(logits, top_k)
     return weights * random.uniform(2, 3), ids
 
+@declares(contract=Contract(deterministic=True, batch_invariant=True))
+def served(logits, top_k):
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not logits.is_inference()
+    logits.requires_grad_(True)  # what a router that learns may do with it
+    weights, ids = right(logits, top_k)
+    weights.sum().backward()
+    logits.requires_grad_(False)
+    logits.grad = None
+    return weights.detach(), ids
+
 def contiguous_columns(logits, top_k):
     return right(logits.as_strided(logits.shape, (logits.stride(0), 1)), top_k)
 """
@@ -103,6 +113,14 @@ def test_what_a_target_writes_into_its_inputs_is_not_there_when_it_is_called_aga
     """Where nothing is read-only that is for no relation to see."""
     unfenced = RunOptions(fence=FenceOptions(hard=(), readonly=(), own="off"))
     assert run(runner, f"{file}:masks_its_input", options=unfenced).kind == PASS
+
+
+def test_a_target_is_called_as_a_server_calls_it_whatever_mode_it_is_judged_in(runner, file):
+    """Also by the relations, which call it from within the judgement."""
+    verdict = run(runner, f"{file}:served", Fault("nan_rows", "logits", Labels.parse("1")), rows=6)
+    assert {v.check for v in verdict.violations} <= {"finite", "ids"}, verdict
+    unfenced = RunOptions(fence=FenceOptions(hard=(), readonly=(), own="off"))
+    assert run(runner, f"{file}:served", rows=6, options=unfenced).kind == PASS
 
 
 def test_violations_stand_in_the_order_of_attribution(runner, file):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
@@ -12,6 +11,7 @@ from moe_fuzz.checks import CHECKS, PARITY, ROWS
 from moe_fuzz.checks.binding import SAMPLE
 from moe_fuzz.checks.routing import parity, structural  # noqa: F401 - they register
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
+from moe_fuzz.lazy import cached
 
 _EXCHANGED = "rows exchanged"
 # Which of them rejects an answer is all the same: the first are those that take the least time and reject many.
@@ -58,24 +58,27 @@ class Answers(RoutingObservation):
     def all_defined(self) -> bool:
         return self.of.all_defined
 
-    @cached_property
+    @cached
     def highest_logit(self) -> torch.Tensor:
         return self._again(self.of.highest_logit)
 
-    @cached_property
+    @cached
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = self.of.bounds
         return self._again(low), self._again(high)
 
-    @cached_property
+    def lowest_left(self) -> torch.Tensor:
+        return self._again(self.of.bounds[0]).scatter_(1, self.chosen, -torch.inf)
+
+    @cached
     def highest(self) -> torch.Tensor:
         return self.gather(self.of.bounds[1])
 
-    @cached_property
+    @cached
     def flagged(self) -> torch.Tensor:
         return self._again(self.of.flagged)
 
-    @cached_property
+    @cached
     def defined(self) -> torch.Tensor:
         return self._again(self.of.defined)
 

@@ -15,4 +15,5 @@ FAMILY = Family(
     observe=RoutingObservation,
     binding=binding,
     ahead=metamorphic.ahead,
+    inference=True,
 )

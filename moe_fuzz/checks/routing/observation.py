@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from moe_fuzz.checks.routing.scores import Scored
 from moe_fuzz.checks.transfer import ends, to_host
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.fence import unwritten
+from moe_fuzz.lazy import cached
 from moe_fuzz.ops.routing.inputs import RoutingInputs, benign_rows
 from moe_fuzz.reference import grouped_topk, routing
 
@@ -92,7 +92,7 @@ class RoutingObservation(Scored):
         arguments.pop("is_padding", None)
         return Outputs(*REFERENCES[self.case.op](arguments.pop("logits"), arguments.pop("top_k"), **arguments))
 
-    @cached_property
+    @cached
     def healed_inputs(self) -> RoutingInputs:
         """The same inputs with ordinary logits in all rows that are not defined; the very same where there are none."""
         if self.all_defined:
@@ -102,13 +102,13 @@ class RoutingObservation(Scored):
         logits[positions] = self.benign(positions)
         return self.inputs.replace(logits=logits)
 
-    @cached_property
+    @cached
     def healed(self) -> tuple[RoutingInputs, Outputs]:
         """The call on `healed_inputs`; the call itself where nothing is to be healed."""
         inputs = self.healed_inputs
         return inputs, self.outputs if inputs is self.inputs else self.call(inputs)
 
-    @cached_property
+    @cached
     def fewer(self) -> tuple[torch.Tensor, RoutingInputs]:
         """Every second defined row from the last, int64 [R], and the healed inputs of these rows alone."""
         if self.all_defined:
@@ -126,7 +126,7 @@ class RoutingObservation(Scored):
         shape = (self.tokens, self.inputs.width)
         return tuple(self.outputs.weights.shape) == shape and tuple(self.outputs.ids.shape) == shape
 
-    @cached_property
+    @cached
     def _range(self) -> tuple[float, float, float, float]:
         """The lowest and the highest weight, NaN where one is, and id: so that one look at each output is enough where
         nothing is wrong with any row. NaN for an output that is not of the contract's dtype, and where there is none.
@@ -137,42 +137,42 @@ class RoutingObservation(Scored):
         low, high, first, last = ends(weights, ids)
         return low, high, first, last
 
-    @cached_property
+    @cached
     def all_written(self) -> bool:
         """Whether no element can hold its poison: as a weight that is a NaN, as an id a number far below 0."""
         low, _, first, _ = self._range
         return (low > -math.inf and first >= -1) or not bool(self.unwritten.any())
 
-    @cached_property
+    @cached
     def faultless(self) -> bool:
         """Whether each row, whatever rules it, was written, has finite weights >= 0 and k distinct ids in [0, E)."""
         low, high, first, last = self._range
         number = self.expert_map is None and not self.n_shared
         return number and low >= 0 and high < math.inf and first >= 0 and last < self.experts and not self._repeats
 
-    @cached_property
+    @cached
     def _repeats(self) -> bool:
         if self.top_k == 1:
             return False
         ordered = self.routed.sort(dim=1).values
         return bool((ordered[:, 1:] == ordered[:, :-1]).any())
 
-    @cached_property
+    @cached
     def all_weights(self) -> torch.Tensor:
         """float64 [T, k + n_shared]."""
         return self.outputs.weights.double()
 
-    @property
+    @cached
     def weights(self) -> torch.Tensor:
         """float64 [T, k]: of the routed slots."""
         return self.all_weights[:, : self.top_k] if self.n_shared else self.all_weights
 
-    @cached_property
+    @cached
     def routed(self) -> torch.Tensor:
         """int64 [T, k]: the ids of the routed slots as they were returned, physical where there is a map."""
         return (self.outputs.ids[:, : self.top_k] if self.n_shared else self.outputs.ids).long()
 
-    @cached_property
+    @cached
     def ids(self) -> torch.Tensor:
         """int64 [T, k]: the logical ids of the routed slots; -1 for a physical id that no expert has."""
         if self.expert_map is None:
@@ -181,12 +181,12 @@ class RoutingObservation(Scored):
         at = torch.searchsorted(physical, self.routed).clamp(max=self.experts - 1)
         return torch.where(physical[at] == self.routed, logical[at], -1)
 
-    @cached_property
+    @cached
     def unwritten(self) -> torch.Tensor:
         """bool [T]: rows in which an element of an output still holds its poison."""
         return unwritten(self.outputs.weights).any(dim=1) | unwritten(self.outputs.ids).any(dim=1)
 
-    @cached_property
+    @cached
     def lawful(self) -> torch.Tensor:
         """bool [T]: rows bound to k distinct experts and finite weights: all but those under a padding dialect."""
         if not self.all_written:
@@ -195,12 +195,12 @@ class RoutingObservation(Scored):
             return ~self.flagged
         return torch.ones(len(self.outputs.ids), dtype=torch.bool, device=self.outputs.ids.device)
 
-    @cached_property
+    @cached
     def repeating(self) -> torch.Tensor:
         """bool [T]: rows that name an expert twice, as it was returned."""
         return _repeating(self.routed)
 
-    @cached_property
+    @cached
     def sound_ids(self) -> torch.Tensor:
         """bool [T]: lawful rows whose ids are distinct and in range."""
         if self.faultless:
@@ -208,28 +208,28 @@ class RoutingObservation(Scored):
         in_range = ((self.ids >= 0) & (self.ids < self.experts)).all(dim=1)
         return self.lawful & in_range & ~(self.repeating if self.expert_map is None else _repeating(self.ids))
 
-    @cached_property
+    @cached
     def sound_weights(self) -> torch.Tensor:
         """bool [T, k + n_shared]: weights that are finite and >= 0."""
         return (self.all_weights >= 0) & (self.all_weights < torch.inf)
 
-    @cached_property
+    @cached
     def judged(self) -> torch.Tensor:
         """bool [T]: defined rows with sound ids, which the parity checks judge."""
         if self.all_defined:
             return self.sound_ids
         return self.defined if self.faultless else self.defined & self.sound_ids  # no defined row is flagged
 
-    @cached_property
+    @cached
     def any_judged(self) -> bool:
         return self.any_defined if self.faultless else bool(self.judged.any())
 
-    @cached_property
+    @cached
     def all_judged(self) -> bool:
         """Whether every row is, as far as that is known without a look at each; there is at least one."""
         return self.faultless and self.all_defined
 
-    @cached_property
+    @cached
     def chosen(self) -> torch.Tensor:
         """int64 [T, k]: the logical ids where they are sound, else some expert's, in rows that are judged by no one."""
         return self.ids if self.faultless else self.ids * self.sound_ids.view(-1, 1)
@@ -238,43 +238,51 @@ class RoutingObservation(Scored):
         """table [T, E] at the kernel's own ids -> [T, k]."""
         return table.gather(1, self.chosen)
 
-    @cached_property
+    @cached
     def chosen_scores(self) -> torch.Tensor:
         """float64 [T, k]."""
         return self.gather(self.scores)
 
-    @cached_property
+    @cached
     def chosen_biased(self) -> torch.Tensor:
         """float64 [T, k]."""
         return self.chosen_scores if self.biased is self.scores else self.gather(self.biased)
 
-    @cached_property
+    @cached
     def chosen_error(self) -> torch.Tensor:
         """float64 [T, k]: `error` at the kernel's own ids."""
         return self.error_of(self.gather(self.logits).double(), self.chosen_scores)
 
-    @cached_property
+    @cached
     def worst_chosen(self) -> torch.Tensor:
         """float64 [T]: the lowest biased score of an expert that was taken."""
         return self.chosen_biased.amin(dim=1)
 
-    @cached_property
+    @cached
     def best_left(self) -> torch.Tensor:
         """float64 [T]: the highest biased score of an expert that was not; -inf where there is none."""
-        return self.biased.scatter(1, self.chosen, -torch.inf).amax(dim=1)
+        taken = self.chosen_biased
+        best = self.biased.scatter_(1, self.chosen, -torch.inf).amax(dim=1)
+        self.biased.scatter_(1, self.chosen, taken)  # as they were: a copy of all scores takes longer
+        return best
 
-    @cached_property
+    @cached
     def least_lead(self) -> float:
         """The least that an expert that was taken leads one that was not, in all rows, judged or not; NaN where there
         is no difference."""
         return float((self.worst_chosen - self.best_left).amin())
 
-    @cached_property
+    def lowest_left(self) -> torch.Tensor:
+        """float64 [T, E]: of each expert that was not taken the lowest biased score that a target may compute for it,
+        -inf for one that was. A new tensor."""
+        return self.bounds[0].scatter(1, self.chosen, -torch.inf)
+
+    @cached
     def lowest(self) -> torch.Tensor:
         """float64 [T, k]: the lowest biased score that a target may compute for each chosen expert."""
         return self.gather(self.bounds[0])
 
-    @cached_property
+    @cached
     def highest(self) -> torch.Tensor:
         """float64 [T, k]: the highest one."""
         return self.gather(self.bounds[1])

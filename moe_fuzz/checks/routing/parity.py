@@ -18,10 +18,10 @@ _AT_ONCE = 1 << 18  # elements of a comparison of all slots with all experts; of
 
 def _inverted(seen: RoutingObservation) -> tuple[torch.Tensor, Kept | None]:
     """bool [T]: rows in which an expert that was not selected beats one that was; and with groups, those kept."""
-    low, high = seen.bounds
-    left = low.scatter(1, seen.chosen, -torch.inf)
+    left = seen.lowest_left()
     kept = None
     if seen.topk_group < seen.n_group:
+        low, high = seen.bounds
         taken = torch.zeros_like(low, dtype=torch.bool).scatter_(1, seen.chosen, True)
         kept = kept_groups(low, high, taken, seen.n_group, seen.topk_group, seen.group_score)
         left.masked_fill_(~kept.touched.repeat_interleave(seen.experts // seen.n_group, dim=1), -torch.inf)
@@ -201,9 +201,10 @@ def _weighed(seen: RoutingObservation) -> tuple[torch.Tensor, torch.Tensor]:
         error += (seen.top_k + 4) * U * expected
     else:
         expected = score
-    bound = (error + 4 * U * expected).mul_(seen.scale).add_(2.0**-126)
-    expected = expected if seen.scale == 1 else seen.scale * expected
-    used = (seen.weights - expected).abs_().div_(bound)
+    bound = torch.add(error, expected, alpha=4 * U)  # as exact as a product and a sum: 4u is a power of two
+    if seen.scale != 1:
+        bound, expected = bound.mul_(seen.scale), seen.scale * expected
+    used = (seen.weights - expected).abs_().div_(bound.add_(2.0**-126))
     return expected, used if judged is None else used.masked_fill_(~judged, 0.0)
 
 

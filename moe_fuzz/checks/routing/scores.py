@@ -4,13 +4,13 @@ how far those of a target may be from them."""
 from __future__ import annotations
 
 import math
-from functools import cached_property
 
 import torch
 
 from moe_fuzz.case import Case
 from moe_fuzz.checks.transfer import ends
 from moe_fuzz.contract import TargetInfo
+from moe_fuzz.lazy import cached
 from moe_fuzz.ops.routing.inputs import RoutingInputs
 from moe_fuzz.reference import grouped_topk, routing
 
@@ -26,85 +26,85 @@ class Scored:
 
     # ---- inputs -----------------------------------------------------------------------------------------------------
 
-    @property
+    @cached
     def logits(self) -> torch.Tensor:
         return self.inputs.plain["logits"]
 
-    @property
+    @cached
     def bias(self) -> torch.Tensor | None:
         return self.inputs.plain.get("bias")
 
-    @property
+    @cached
     def tokens(self) -> int:
         return self.logits.shape[0]
 
-    @property
+    @cached
     def experts(self) -> int:
         return self.logits.shape[1]
 
-    @property
+    @cached
     def top_k(self) -> int:
         return self.inputs.top_k
 
-    @property
+    @cached
     def renormalize(self) -> bool:
         return bool(self.inputs.options["renormalize"])
 
-    @property
+    @cached
     def scale(self) -> float:
         return float(self.inputs.options["scale"])
 
-    @property
+    @cached
     def dialect(self) -> str:
         return str(self.inputs.options["padding"])
 
-    @property
+    @cached
     def scoring(self) -> str:
         return str(self.inputs.options.get("scoring", self.case.op.removeprefix("topk_")))
 
-    @property
+    @cached
     def n_group(self) -> int:
         return int(self.inputs.options.get("n_group", 1))
 
-    @property
+    @cached
     def topk_group(self) -> int:
         return int(self.inputs.options.get("topk_group", 1))
 
-    @property
+    @cached
     def group_score(self) -> str:
         return str(self.inputs.options.get("group_score", "max"))
 
-    @property
+    @cached
     def n_shared(self) -> int:
         return self.inputs.width - self.top_k
 
-    @property
+    @cached
     def expert_map(self) -> torch.Tensor | None:
         """From logical to physical ids, int32 [E]."""
         return self.inputs.plain.get("expert_map")
 
     # ---- reference --------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @cached
     def _reference(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return routing.SCORES[self.scoring](self.logits, self.bias)
+        return routing.SCORES[self.scoring](self.logits, self.bias, self.finite)
 
-    @property
+    @cached
     def scores(self) -> torch.Tensor:
         """float64 scores [T, E]: softmax or sigmoid. Never NaN."""
         return self._reference[0]
 
-    @property
+    @cached
     def biased(self) -> torch.Tensor:
         """float64 scores by which experts are selected [T, E]. Never NaN."""
         return self._reference[1]
 
-    @cached_property
+    @cached
     def highest_logit(self) -> torch.Tensor:
         """float64 [T, 1]."""
         return self.logits.amax(dim=1, keepdim=True).double()
 
-    @cached_property
+    @cached
     def error(self) -> torch.Tensor:
         """δ [T, E]: how far a float32 score may be from the float64 one (docs/numerics.md)."""
         return self.error_of(self.logits.double(), self.scores)
@@ -123,7 +123,7 @@ class Scored:
             scaled = scaled.masked_fill_(scores == 0, 0.0).nan_to_num_(nan=torch.inf)
         return scaled.add_(floor)
 
-    @cached_property
+    @cached
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The lowest and the highest biased score [T, E] that a target may compute for each expert, around the float64
         one.
@@ -141,18 +141,18 @@ class Scored:
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @cached
     def flagged(self) -> torch.Tensor:
         """bool [T]: rows that the caller flagged as padding."""
         flags = self.inputs.plain.get("is_padding")
         return torch.zeros(self.tokens, dtype=torch.bool, device=self.logits.device) if flags is None else flags
 
-    @cached_property
+    @cached
     def finite(self) -> bool:
         """Whether no logit and no bias is NaN or infinite: most of what is asked of single rows then need not be."""
         return _finite(self.logits) and (self.bias is None or _finite(self.bias))
 
-    @cached_property
+    @cached
     def defined(self) -> torch.Tensor:
         """bool [T]: not flagged, and selection and weights are determined by the contract."""
         if "n_group" in self.inputs.options:  # also where all is finite: it may be that no choice of groups holds k
@@ -160,15 +160,22 @@ class Scored:
             return grouped_topk.defined_rows(self.logits, self.bias, self.top_k, *groups) & ~self.flagged
         if self.finite:
             return ~self.flagged
-        return routing.defined_rows(self.logits, self.bias, self.top_k) & ~self.flagged
+        if self.bias is not None and not _finite(self.bias):
+            return routing.defined_rows(self.logits, self.bias, self.top_k) & ~self.flagged
+        # The same of the logits alone, whose ends say it of all rows but those in which experts are masked.
+        defined = (self.highest_logit[:, 0] < math.inf) & ~self.flagged  # of a NaN neither comparison holds
+        masked = (defined & (self.logits.amin(dim=1) == -math.inf)).nonzero().flatten()
+        if len(masked):
+            defined[masked] = (self.logits[masked] > -math.inf).sum(dim=1) >= self.top_k
+        return defined
 
-    @cached_property
+    @cached
     def all_defined(self) -> bool:
         if self.finite and "is_padding" not in self.inputs.plain and "n_group" not in self.inputs.options:
             return True
         return bool(self.defined.all())
 
-    @cached_property
+    @cached
     def any_defined(self) -> bool:
         return self.tokens > 0 if self.all_defined else bool(self.defined.any())
 

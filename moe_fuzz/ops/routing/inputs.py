@@ -14,6 +14,7 @@ from moe_fuzz import generator, group_faults  # noqa: F401 - they register
 from moe_fuzz.case import Case, Fault
 from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.labels import Labels
+from moe_fuzz.lazy import cached
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 
 _BIAS_MAGNITUDE = 2.0**-2
@@ -28,16 +29,16 @@ class RoutingInputs(Inputs):
 
     fluid: ClassVar[tuple[str, ...]] = ("logits", "is_padding")
 
-    @property
+    @cached
     def top_k(self) -> int:
         return int(self.options["top_k"])
 
-    @property
+    @cached
     def width(self) -> int:
         """Slots of a row of the outputs: the routed ones, then those of fused shared experts."""
         return self.top_k + int(self.options.get("n_shared", 0))
 
-    @property
+    @cached
     def results(self) -> dict[str, Result]:
         shape = (self.tokens, self.width)
         return {"weights": (shape, torch.float32), "ids": (shape, torch.int32)}
@@ -98,8 +99,13 @@ def _weights(
     return found
 
 
+def _in_order(labels: Labels) -> Sequence[int]:
+    """The labels; as a range where they follow one another, as those of most cases do."""
+    return range(*labels.spans[0]) if len(labels.spans) == 1 else _listed(labels)
+
+
 @lru_cache(maxsize=64)
-def _in_order(labels: Labels) -> tuple[int, ...]:
+def _listed(labels: Labels) -> tuple[int, ...]:
     return tuple(labels)
 
 
@@ -107,7 +113,8 @@ def _positions(fault: Fault, rows: Labels) -> Sequence[int]:
     """Where the fault lies in a step of these rows; as a range where they follow one another, as padding does."""
     if not fault.rows:
         return range(len(rows))
-    return _as_range(fault.rows.positions(rows))
+    runs = fault.rows.runs(rows)
+    return runs[0] if len(runs) == 1 else _as_range(fault.rows.positions(rows))
 
 
 def _as_range(ascending: list[int]) -> Sequence[int]:
@@ -121,12 +128,12 @@ def _before_faults(
     faults: Sequence[tuple[Fault, Sequence[int]]], device: torch.device | str,
 ) -> Canvas:  # fmt: skip
     """The logits of a step before any fault, 0 in rows that a fault writes as a whole."""
-    kept = numpy.ones(len(rows), dtype=bool)
-    for fault, positions in faults:
-        if fault.stream is not None or FAULTS[fault.name].replaces:
-            kept[positions] = False
-    if kept.all():
+    replaced = [positions for fault, positions in faults if fault.stream is not None or FAULTS[fault.name].replaces]
+    if not any(replaced):
         return Canvas("logits", _fresh(case, rows, experts, stream, device), rows, experts, case.seed)
+    kept = numpy.ones(len(rows), dtype=bool)
+    for positions in replaced:
+        kept[slice(positions.start, positions.stop) if isinstance(positions, range) else positions] = False
     dtype = getattr(torch, str(case.config["dtype"]))
     zeros = torch.zeros(len(rows), len(experts), dtype=dtype, device=device)
     canvas = Canvas("logits", zeros, rows, experts, case.seed)
