@@ -72,7 +72,8 @@ def codes_of(blocks: Tensor, scales: Tensor, scale: Tensor) -> Tensor:
     """The codes of each block under these scale bytes, uint8 [M, K/16, 16]."""
     decode = _there(E4M3, blocks.device)[scales.clamp(max=126).long()] * (1 / scale)  # [M, K/16]
     scaled = (blocks * (1 / decode).clamp(max=FLT_MAX)[..., None]).abs().nan_to_num(nan=0.0, posinf=6.0)
-    code = nearest(torch.where(blocks.isinf(), 6.0, scaled.clamp(max=6.0)), _there(E2M1, blocks.device)) + 8 * blocks.signbit()
+    size = nearest(torch.where(blocks.isinf(), 6.0, scaled.clamp(max=6.0)), _there(E2M1, blocks.device))
+    code = size + 8 * blocks.signbit()
     return code.to(torch.uint8).masked_fill(blocks.isnan() | (scales == 0)[..., None], 0)
 
 
