@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from moe_fuzz import generator
+from moe_fuzz.mirror import uploaded
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 #: quiet NaNs of both signs, the canonical one and one with a payload, as bits of each dtype
@@ -42,7 +43,7 @@ class Canvas:
         """
         if isinstance(positions, range):
             return slice(positions.start, positions.stop)
-        return torch.tensor(positions, dtype=torch.int64, device=self.device)
+        return uploaded(torch.tensor(positions, dtype=torch.int64), self.device)
 
     def labels(self, positions: Sequence[int]) -> Sequence[int]:
         """Of the rows at these positions."""
@@ -62,7 +63,7 @@ class Canvas:
 
     def table(self, values: Sequence[float], dtype: torch.dtype | None = None) -> torch.Tensor:
         """The values as a tensor where the canvas is."""
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        return uploaded(torch.tensor(values, dtype=dtype), self.device)
 
     @property
     def device(self) -> torch.device:

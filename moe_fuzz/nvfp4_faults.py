@@ -27,13 +27,13 @@ class BlockCanvas(Canvas):
 
     def blocks(self, positions: Sequence[int]) -> torch.Tensor:
         """float32 [P, B, 16]"""
-        return self.values[positions].float().view(len(positions), -1, BLOCK)
+        return self.values[self.at(positions)].float().view(len(positions), -1, BLOCK)
 
     def put(self, positions: Sequence[int], blocks: torch.Tensor) -> None:
         """Stores blocks; finite numbers as such, at most the largest of the dtype."""
         limit = torch.finfo(self.values.dtype).max
         held = torch.where(blocks.isfinite(), blocks.clamp(-limit, limit), blocks)
-        self.values[positions] = held.flatten(1).to(self.values.dtype)
+        self.values[self.at(positions)] = held.flatten(1).to(self.values.dtype)
 
     def by_block(self, positions: Sequence[int], count: int, fault: str) -> torch.Tensor:
         """int64 [P, B] in [0, count)"""
@@ -119,7 +119,7 @@ class SenselessScale(Fault):
     value = 0.0
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.values[positions] = self.value
+        canvas.values[canvas.at(positions)] = self.value
 
 
 @register

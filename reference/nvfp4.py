@@ -8,12 +8,15 @@ Two codes a byte along K, the first in the low nibble. E4M3 is the finite varian
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 BLOCK = 16
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # codes 0 to 7; 8 to 15 are their negatives
 E4M3 = torch.tensor([(byte % 8 / 8 + (byte >= 8)) * 2.0 ** (max(byte // 8, 1) - 7) for byte in range(127)])  # 0 to 448
+_E4M3_NAN = torch.cat([E4M3, torch.tensor([torch.nan])])
 FLT_MAX = torch.finfo(torch.float32).max
 
 
@@ -62,15 +65,22 @@ def scale_bytes(blocks: Tensor, scale: Tensor) -> Tensor:
     amax = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=2) if blocks.numel() else blocks[..., 0]
     six = torch.full_like(scale, 6.0)  # by a number a GPU would multiply with its reciprocal: another rounding
     ideal = torch.where(scale > 0, amax * (scale / six), 0.0)
-    return nearest(ideal.clamp(max=448.0), E4M3)
+    return nearest(ideal.clamp(max=448.0), _there(E4M3, ideal.device))
 
 
 def codes_of(blocks: Tensor, scales: Tensor, scale: Tensor) -> Tensor:
     """The codes of each block under these scale bytes, uint8 [M, K/16, 16]."""
-    decode = E4M3.to(blocks.device)[scales.clamp(max=126).long()] * (1 / scale)  # [M, K/16]
+    decode = _there(E4M3, blocks.device)[scales.clamp(max=126).long()] * (1 / scale)  # [M, K/16]
     scaled = (blocks * (1 / decode).clamp(max=FLT_MAX)[..., None]).abs().nan_to_num(nan=0.0, posinf=6.0)
-    code = nearest(torch.where(blocks.isinf(), 6.0, scaled.clamp(max=6.0)), E2M1) + 8 * blocks.signbit()
+    size = nearest(torch.where(blocks.isinf(), 6.0, scaled.clamp(max=6.0)), _there(E2M1, blocks.device))
+    code = size + 8 * blocks.signbit()
     return code.to(torch.uint8).masked_fill(blocks.isnan() | (scales == 0)[..., None], 0)
+
+
+@cache
+def _there(table: Tensor, device: torch.device) -> Tensor:
+    """One of these tables where it is used: it is moved once."""
+    return table.to(device)
 
 
 def nearest(value: Tensor, table: Tensor) -> Tensor:
@@ -85,9 +95,8 @@ def nearest(value: Tensor, table: Tensor) -> Tensor:
 def dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor, expert_ids: Tensor | None = None) -> Tensor:
     """float32 [M, K]. scales: linear, [M, K/16] float8_e4m3fn or uint8. The product is exact, the division rounds."""
     code, bytes_ = unpack(codes).long(), scales.view(torch.uint8).long()
-    table = torch.cat([E4M3, torch.tensor([torch.nan])]).to(codes.device)
-    factor = table[bytes_ % 128] * torch.where(bytes_ < 128, 1.0, -1.0)  # [M, K/16]
-    value = E2M1.to(codes.device)[code % 8] * torch.where(code < 8, 1.0, -1.0)
+    factor = _there(_E4M3_NAN, codes.device)[bytes_ % 128] * torch.where(bytes_ < 128, 1.0, -1.0)  # [M, K/16]
+    value = _there(E2M1, codes.device)[code % 8] * torch.where(code < 8, 1.0, -1.0)
     whole = value.view(*factor.shape, BLOCK) * factor[..., None]
     scale = row_scale(global_scale, len(codes), expert_ids)
     return whole.view(code.shape) / torch.where(scale > 0, scale, 1.0)

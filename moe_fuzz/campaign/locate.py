@@ -1,13 +1,15 @@
 """A memory fault carries no address. Running the case again with one tensor fenced at a time names the culprit.
 
-Each question goes to a fresh worker: does it still crash when only this is fenced? First with soft guards alone (a
-fault that needs no hard one is a wild access and stays a crash), then tensor by tensor, then the side, then the kind of
-access, and last whether it is a write into an input itself.
+Does it still crash when only this is fenced? One worker is asked in a row, and names the tensor by its death: first
+with soft guards alone (a fault that needs no hard one is a wild access and stays a crash), then tensor by tensor, then
+whether it is a write into an input itself. What it says counts when fresh workers say so, of which the side and the
+kind of access are asked. A fault that is seen sometimes, or after other cases, is searched with fresh workers alone, of
+ever fewer tensors at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,7 +17,7 @@ from moe_fuzz.campaign.confirm import Key, matching, rerun
 from moe_fuzz.campaign.interfaces import Cases, Pool
 from moe_fuzz.case import Case
 from moe_fuzz.options import FenceOptions, RunOptions
-from moe_fuzz.verdict import Verdict, Violation
+from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict, Violation
 
 MEMORY_FAULTS = ("SIGSEGV", "SIGBUS", "illegal-access")
 OWN = "own"  # memory that the target allocated itself; the fence calls it own0, own1, … in the order of allocation
@@ -58,7 +60,7 @@ def locate(
 
     Symptoms: `logits:right:read`, `ids:left:write`, `logits:inside:write` (an input was written to), `own:right:read`
     (memory of the target's own). `tries`: runs a question, for a fault that is seen sometimes. `at_once`: questions
-    asked at the same time, each of a worker with the memory of one: those that a serial search would ask next.
+    asked at the same time, each of a worker with the memory of one; with more of them there are fewer rounds.
     """
     crash = matching(verdict, key)
     assert crash is not None
@@ -67,36 +69,86 @@ def locate(
         with_fence = replace(options, fence=fence)
         return any(matching(rerun(pool, cases, target, with_fence), key) is not None for _ in range(tries))
 
-    def answers(fences: Iterable[FenceOptions]) -> Iterator[bool]:
-        """In order; nobody is asked behind the answer that ended the search, but for those that were beside it."""
-        waiting = list(fences)
-        while waiting:
-            some, waiting = waiting[:at_once], waiting[at_once:]
-            if len(some) == 1:
-                yield crashes(some[0])
-                continue
-            with ThreadPoolExecutor(len(some)) as threads:
-                yield from list(threads.map(crashes, some))
-
-    def first(fences: Sequence[FenceOptions]) -> int | None:
-        return next((at for at, answer in enumerate(answers(fences)) if answer), None)
+    def ask(fences: Sequence[FenceOptions]) -> list[bool]:
+        """All of them, as many at a time as there may be."""
+        if at_once == 1 or len(fences) == 1:
+            return [crashes(fence) for fence in fences]
+        with ThreadPoolExecutor(at_once) as threads:
+            return list(threads.map(crashes, fences))
 
     # Soft guards stay everywhere: without them an overrun lands in somebody's heap, and crashes when it likes.
     soft = FenceOptions(hard=(), sides="both", access="any", readonly=(), own=options.fence.own)
     there = {name: role for name, role in tensors.items() if _is_there(cases[-1], name)}
-    fenced = {name: replace(soft, hard=(name,)) for name in there} | {OWN: replace(soft, hard=_ALL_OWN)}
-    culprit = first([soft, *fenced.values()])
-    if culprit == 0:
-        return crash
-    if culprit is not None:
-        name = list(fenced)[culprit - 1]
-        fence = fenced[name]
-        right, writes = answers([replace(fence, sides="right"), replace(fence, access="write")])
-        side = "right" if right else "left" if crashes(replace(fence, sides="left")) else "both"
-        return _located(crash, name, side, "write" if writes else "read")
+    fenced = [*there, OWN]
     inputs = [name for name, role in there.items() if role == "input"]
-    written = first([replace(soft, readonly=(name,)) for name in inputs])
-    return _located(crash, inputs[written], "inside", "write") if written is not None else crash
+
+    def hard(names: Sequence[str]) -> FenceOptions:
+        return replace(soft, hard=tuple(part for name in names for part in (_ALL_OWN if name == OWN else (name,))))
+
+    def readonly(names: Sequence[str]) -> FenceOptions:
+        return replace(soft, readonly=tuple(names))
+
+    def past_an_edge(name: str) -> Violation | None:
+        """What fresh workers say of this tensor alone."""
+        fence = hard([name])
+        right, write, left = replace(fence, sides="right"), replace(fence, access="write"), replace(fence, sides="left")
+        told = ask([right, write, left] if at_once > 2 else [right, write])
+        on_right, writes = told[:2]
+        if on_right or (told[2] if at_once > 2 else crashes(left)):
+            return _located(crash, name, "right" if on_right else "left", "write" if writes else "read")
+        return _located(crash, name, "both", "write" if writes else "read") if writes or crashes(fence) else None
+
+    if len(cases) == 1 and tries == 1:
+        fences = [soft, *(hard([name]) for name in fenced), *(readonly([name]) for name in inputs)]
+        at = _in_a_row(pool, cases, target, options, fences, key)
+        if at == 0:
+            return crash
+        if at is not None and at <= len(fenced):
+            if (found := past_an_edge(fenced[at - 1])) is not None:
+                return found
+        elif at is not None and crashes(fences[at]):
+            return _located(crash, inputs[at - 1 - len(fenced)], "inside", "write")
+    # Several cases leave something behind in a process, and so may one: then each question has a worker of its own.
+    if crashes(soft):
+        return crash
+    culprit = _first(fenced, hard, ask, at_once)
+    if culprit is not None and (found := past_an_edge(culprit)) is not None:
+        return found
+    written = _first(inputs, readonly, ask, at_once)
+    return _located(crash, written, "inside", "write") if written is not None else crash
+
+
+def _in_a_row(
+    pool: Pool, cases: Cases, target: str, options: RunOptions, fences: Sequence[FenceOptions], key: Key
+) -> int | None:  # fmt: skip
+    """The first of these under which the cases crash, asked of one worker, which survives the answers before it: to
+    start one takes far longer than to run a case. None: under none, or it was lost otherwise."""
+    with pool.fresh() as worker:
+        for at, fence in enumerate(fences):
+            verdict = worker.run(cases, target, replace(options, fence=fence))[-1]
+            if matching(verdict, key) is not None:
+                return at
+            if verdict.spent or verdict.kind in (CRASH, HANG, OOM):
+                return None
+    return None
+
+
+def _first(
+    names: Sequence[str], fence: Callable[[Sequence[str]], FenceOptions],
+    ask: Callable[[list[FenceOptions]], list[bool]], at_once: int,
+) -> str | None:  # fmt: skip
+    """The first of these that crashes under its fence, None if none does. Where one does, so do several at once: each
+    round of questions leaves one part in at_once + 1 of what may be the answer."""
+    low, high = 0, len(names)  # the answer is one of [low, high]; past the last: none
+    while low < high:
+        parts = min(at_once, high - low) + 1
+        ends = [low + (high - low + 1) * part // parts for part in range(1, parts)]  # of the parts but the last
+        told = ask([fence(names[low:end]) for end in ends])
+        hit = next((at for at, crashed in enumerate(told) if crashed), None)
+        bounds = [low, *ends, high + 1]
+        at = hit if hit is not None else len(ends)
+        low, high = bounds[at], bounds[at + 1] - 1
+    return names[low] if low < len(names) else None
 
 
 def _is_there(case: Case, tensor: str) -> bool:

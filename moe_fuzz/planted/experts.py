@@ -52,6 +52,8 @@ def zero_off_rank(*tensors: Tensor, **options: Any) -> Tensor:
 
 
 class _StaleSlots(Layer):
+    on_device = True  # what nobody wrote is poison there
+
     def combine(self, slots: Tensor, expert: Tensor) -> Tensor:
         return slots.float().sum(dim=1).to(self.x.dtype)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_fuzz.mirror import uploaded
 from moe_fuzz.planted.layer_parts import by_expert
 from moe_fuzz.reference.align import expert_of_slot
 from moe_fuzz.reference.experts_bf16 import activate
@@ -16,7 +17,14 @@ from moe_fuzz.reference.nvfp4 import nvfp4_quantize, unswizzle
 
 
 class Layer:
-    """Contract and shapes: `reference/experts_bf16.py`. Sums are those of torch in float32."""
+    """Contract and shapes: `reference/experts_bf16.py`. Sums are those of torch in float32.
+
+    On the host: a hundred small steps an expert take a GPU far longer, most of all one that processes share, and what
+    is wrong with the numbers is wrong there too. What is wrong with memory shows where that is: such a bug says
+    `on_device`, or stands in `given`, which puts the result where it belongs.
+    """
+
+    on_device = False
 
     def __init__(
         self, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, *, expert_map: Tensor | None = None,
@@ -32,8 +40,16 @@ class Layer:
     @classmethod
     def run(cls, *tensors: Tensor, **options: Any) -> Tensor:
         layer = cls(*tensors, **options)
-        expert = layer.expert_of_slots()  # [T, k], below 0: none
-        return layer.given(layer.combine(layer.slots(expert), expert))
+        if cls.on_device or not layer.x.is_cuda:
+            return layer.given(layer.result())
+        values = _on_host([*tensors, *options.values()])
+        given = dict(zip(options, values[len(tensors) :], strict=True)) | {"out": None}
+        y = cls(*values[: len(tensors)], **given).result()
+        return layer.given(uploaded(y, layer.x.device))
+
+    def result(self) -> Tensor:
+        expert = self.expert_of_slots()  # [T, k], below 0: none
+        return self.combine(self.slots(expert), expert)
 
     def expert_of_slots(self) -> Tensor:
         return expert_of_slot(self.ids, self.experts, self.expert_map)
@@ -102,19 +118,23 @@ class Layer:
         return y if self.out is None else self.out.copy_(y)
 
 
-def _on_host(values: Iterable[Any]) -> list[Any]:
-    return [value.cpu() if isinstance(value, Tensor) else value for value in values]
+def _on_host(values: Sequence[Any]) -> list[Any]:
+    """The values, with tensors copied to the host, for which the device is waited for once."""
+    copies = [_enqueued(value) if isinstance(value, Tensor) and value.is_cuda else value for value in values]
+    if any(copy is not value for copy, value in zip(copies, values, strict=True)):
+        torch.cuda.current_stream().synchronize()
+    return copies
+
+
+def _enqueued(tensor: Tensor) -> Tensor:
+    """A copy in memory of the host that is pinned: only into such one is copied without a wait. It is there after one.
+    """
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
 
 
 class Fp4Layer(Layer):
-    """Contract and shapes: `reference/experts_nvfp4.py`. On the host: a hundred small steps an expert take a GPU far
-    longer, and what is wrong with the numbers is wrong there too."""
-
-    @classmethod
-    def run(cls, *tensors: Tensor, **options: Any) -> Tensor:
-        out, device = options.pop("out", None), tensors[0].device
-        y = super().run(*_on_host(tensors), **dict(zip(options, _on_host(options.values()), strict=True))).to(device)
-        return y if out is None else out.copy_(y)
+    """Contract and shapes: `reference/experts_nvfp4.py`."""
 
     def __init__(
         self, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, w13_scales: Tensor, w2_scales: Tensor,
@@ -162,6 +182,8 @@ class Fp4Layer(Layer):
 
 class Capturable(Layer):
     """Every expert on every token, so that no shape hangs on the ids: a graph can be captured. For few experts."""
+
+    on_device = True
 
     def slots(self, expert: Tensor) -> Tensor:
         tokens = torch.arange(len(expert), device=self.x.device)

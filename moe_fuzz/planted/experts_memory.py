@@ -34,14 +34,11 @@ def workspace_clobbered(*tensors: Tensor, **options: Any) -> Tensor:
 
 
 class _Unwritten(Layer):
-    def combine(self, slots: Tensor, expert: Tensor) -> Tensor:
-        y = self.x.new_empty((len(expert), self.hidden)) if self.out is None else self.out
-        busy = (expert >= 0).any(dim=1)
-        y[busy] = super().combine(slots, expert)[busy]
-        return y
-
     def given(self, y: Tensor) -> Tensor:
-        return y
+        found = torch.empty_like(y) if self.out is None else self.out
+        busy = (self.expert_of_slots() >= 0).any(dim=1)
+        found[busy] = y[busy]
+        return found
 
 
 def idle_tokens_unwritten(*tensors: Tensor, **options: Any) -> Tensor:
@@ -56,28 +53,20 @@ def result_in_hidden_states(*tensors: Tensor, **options: Any) -> Tensor:
     return y
 
 
-class _Vectors(Layer):
-    def down(self, e: int, h: Tensor, weight: Tensor) -> Tensor:
-        w, padded = self.w2[e], -(-self.inter // 8) * 8
-        copy = w.new_empty((self.hidden, padded))
-        size = triton.next_power_of_2(padded)
-        rows = triton.next_power_of_2(triton.cdiv(self.hidden, 4))
-        if w.is_cuda:
-            rows = max(1, min(rows, 4096 // size))
-        _copy_kernel[(triton.cdiv(self.hidden, rows),)](
-            w, copy, self.hidden, self.inter, padded, *w.stride(), ROWS=rows, SIZE=size
-        )  # fmt: skip
-        kept, self.w2 = self.w2, copy[None, :, : self.inter].expand(self.experts, -1, -1)
-        try:
-            return super().down(e, h, weight)
-        finally:
-            self.w2 = kept
-
-
 def tail_read_in_vectors(*tensors: Tensor, **options: Any) -> Tensor:
     """flashinfer#4237: weights are read eight at a time where 8 does not divide I. What is too much is thrown away, so
     every result is right; behind the last row of the last expert it is another's memory."""
-    return _Vectors.run(*tensors, **options)
+    w2 = tensors[2]
+    (experts, hidden, inter), padded = w2.shape, -(-w2.shape[2] // 8) * 8
+    copy = w2.new_empty((experts, hidden, padded))
+    size = triton.next_power_of_2(padded)
+    rows = triton.next_power_of_2(triton.cdiv(hidden, 4))
+    if w2.is_cuda:
+        rows = max(1, min(rows, 4096 // size))
+    _copy_kernel[(triton.cdiv(hidden, rows), experts)](
+        w2, copy, hidden, inter, padded, *w2.stride(), ROWS=rows, SIZE=size
+    )  # fmt: skip
+    return Layer.run(*tensors[:2], copy[:, :, :inter], *tensors[3:], **options)
 
 
 class _Bulk(Layer):
@@ -111,22 +100,17 @@ def result_cleared_in_vectors(*tensors: Tensor, **options: Any) -> Tensor:
     return _Memset.run(*tensors, **options)
 
 
-class _NarrowOffset(Layer):
-    def slots(self, expert: Tensor) -> Tensor:
-        if self.x.numel():
-            gathered = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
-            rows = 1 if self.x.is_cuda else triton.next_power_of_2(triton.cdiv(len(self.x), 4))
-            _gather_kernel[(triton.cdiv(len(self.x), rows),)](
-                self.x, gathered, len(self.x), self.hidden, *self.x.stride(),
-                ROWS=rows, SIZE=triton.next_power_of_2(self.hidden),
-            )  # fmt: skip
-            self.x = gathered
-        return super().slots(expert)
-
-
 def hidden_offset_of_32_bits(*tensors: Tensor, **options: Any) -> Tensor:
     """vllm#34279: token times stride wraps in 32 bits where a row of x begins past 2^31 elements."""
-    return _NarrowOffset.run(*tensors, **options)
+    x = tensors[0]
+    if not x.numel():
+        return Layer.run(*tensors, **options)
+    gathered = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = 1 if x.is_cuda else triton.next_power_of_2(triton.cdiv(len(x), 4))
+    _gather_kernel[(triton.cdiv(len(x), rows),)](
+        x, gathered, *x.shape, *x.stride(), ROWS=rows, SIZE=triton.next_power_of_2(x.shape[1])
+    )  # fmt: skip
+    return Layer.run(gathered, *tensors[1:], **options)
 
 
 # ---- what outlives a call -------------------------------------------------------------------------------------------
@@ -171,8 +155,11 @@ def frozen_hidden_states(*tensors: Tensor, **options: Any) -> Tensor:
 
 @triton.jit
 def _copy_kernel(  # type: ignore[no-untyped-def]
-    w_ptr, out_ptr, rows, columns, padded, stride_r, stride_c, ROWS: tl.constexpr, SIZE: tl.constexpr
+    w_ptr, out_ptr, rows, columns, padded, stride_e, stride_r, stride_c, ROWS: tl.constexpr, SIZE: tl.constexpr
 ):
+    expert = tl.program_id(1).to(tl.int64)
+    w_ptr += expert * stride_e
+    out_ptr += expert * rows * padded
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, SIZE)[None, :]
     whole = (row < rows) & (column < padded)

@@ -51,6 +51,8 @@ def dropped_sorted_first(*tensors: Tensor, **options: Any) -> Tensor:
 
 
 class _UnwrittenMap(Permuted):
+    on_device = True
+
     def gathered(self, token: Tensor, kept: int) -> Tensor:
         source = torch.empty(len(token), dtype=torch.int32, device=token.device)  # a row's token
         source[:kept] = token[:kept].int()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_fuzz.mirror import uploaded
+
 MAX = torch.finfo(torch.float32).max
 
 
@@ -55,10 +57,10 @@ def by_expert(ids: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Of ids [T, k], each expert that is named, ascending, and its slots t * k + j, int64, ascending; ids below 0 name
     none. The device is waited for once for all of them: asked expert by expert, a layer of hundreds waits as often, and
     where several processes share a GPU each wait is a turn."""
-    named, slots = ids.flatten().long().sort(stable=True)
+    named, order = ids.cpu().flatten().long().sort(stable=True)
     experts, counts = named.unique_consecutive(return_counts=True)
-    end = 0
-    for expert, count in torch.stack([experts, counts], dim=1).tolist():
+    slots, end = uploaded(order, ids.device), 0
+    for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
         end += count
         if expert >= 0:
             yield expert, slots[end - count : end]

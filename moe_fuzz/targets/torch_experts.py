@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def experts_bf16(
     def down(e: int, h: Tensor) -> Tensor:
         return _product(h.to(x.dtype), w2[e])
 
-    return _summed(x, weights, expert, activated, down, b2, apply_weight_on_input, out)
+    return _summed(x, len(w2), weights, expert, activated, down, b2, apply_weight_on_input, out)
 
 
 def _activated(
@@ -52,15 +53,18 @@ def _activated(
 
 
 def _summed(
-    x: Tensor, weights: Tensor, expert: Tensor, activated: Callable[[int, Tensor, Tensor], Tensor],
+    x: Tensor, experts: int, weights: Tensor, expert: Tensor, activated: Callable[[int, Tensor, Tensor], Tensor],
     down: Callable[[int, Tensor], Tensor], b2: Tensor | None, on_input: bool, out: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The sum over the slots of expert [T, k], -1 for none, an expert after the other."""
     slots = torch.zeros((*expert.shape, x.shape[1]), dtype=torch.float32, device=x.device)  # [T, k, H]
-    for e in expert.unique().tolist():
-        if e < 0:
+    top_k = expert.shape[1]
+    named, order = expert.flatten().sort(stable=True)
+    ends = torch.searchsorted(named, torch.arange(experts + 1, device=x.device)).tolist()  # asks the device once
+    for e, (first, last) in enumerate(pairwise(ends)):
+        if first == last:
             continue
-        token, slot = (expert == e).nonzero(as_tuple=True)
+        token, slot = order[first:last] // top_k, order[first:last] % top_k
         weight = weights[token, slot][:, None]
         y = down(e, activated(e, token, weight))
         if b2 is not None:
@@ -95,7 +99,7 @@ def experts_nvfp4(
         w = _decoded(w2[e], w2_scales[e], scale_layout).to(x.dtype)
         return _product(_quantized(h.to(x.dtype), h_global), w) * _factor(w2_alpha[e], h_global)
 
-    return _summed(x, weights, expert, activated, down, b2, apply_weight_on_input, out)
+    return _summed(x, len(w2), weights, expert, activated, down, b2, apply_weight_on_input, out)
 
 
 def _decoded(codes: Tensor, scales: Tensor, layout: str) -> Tensor:

@@ -10,11 +10,14 @@ import pytest
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.confirm import confirm
 from moe_fuzz.campaign.locate import is_device_fault, launch_site, locate
+from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, HANG, Verdict, Violation
 from tests.cpu.campaign_fakes import GOOD, OPTIONS, SPACE, TARGET, FakePool, Listener, bad, campaign, crash, toy
+from tests.cpu.experts_seen import case_of
 
 KEY = ("routing", "wrong")
+EXPERTS = get_space("experts_bf16")
 
 
 def confirmed(judge, history=(), key=KEY):
@@ -130,11 +133,37 @@ def test_what_no_single_tensor_explains_stays_a_crash():
     assert located(judge).check == "crash"
 
 
-def test_every_question_goes_to_a_fresh_worker():
+def test_one_worker_names_the_tensor_and_fresh_ones_bear_it_out():
     pool = FakePool(fault("ids"))
     locate(pool, (toy(bias=True),), TARGET, RunOptions(), crash(), ("crash", "SIGSEGV"), SPACE.tensors)
-    assert pool.fresh_runs == 1 + 3 + 1 + 1  # none, three tensors, right, write
+    assert pool.fresh_runs == 1 + 1 + 1  # until it dies; right, write
     assert not pool.leased
+
+
+def test_a_sequence_is_searched_with_fresh_workers_alone():
+    asked = []
+
+    def judge(case, history, options):
+        if case.config["bias"]:
+            asked.append(history)
+            return fault("ids")(case, history, options)
+        return GOOD
+
+    pool = FakePool(judge)
+    cases = (toy(bias=False), toy(bias=True))
+    found = locate(pool, cases, TARGET, RunOptions(), crash(), ("crash", "SIGSEGV"), SPACE.tensors)
+    assert found.symptom == "ids:right:read"
+    assert asked == [cases[:1]] * pool.fresh_runs
+    assert pool.fresh_runs == 1 + 2 + 1 + 1  # none, two halves, right, write
+
+
+def test_what_a_worker_keeps_of_its_first_answer_hides_nothing():
+    """Memory that the target keeps is fenced as it was when it was made: asked in a row, this worker survives."""
+
+    def judge(case, history, options):
+        return GOOD if history else fault("own")(case, history, options)
+
+    assert located(judge).symptom == "own:right:read"
 
 
 @pytest.mark.parametrize("at_once", [2, 3, 8])
@@ -153,15 +182,26 @@ def test_questions_are_asked_at_the_same_time():
     together = threading.Barrier(3)
 
     def judge(case, history, options):
-        if options.fence.sides == "both" and options.fence.access == "any":
-            together.wait(timeout=10.0)  # nothing hard, logits, bias
+        if options.fence.sides != "both" or options.fence.access != "any":
+            together.wait(timeout=10.0)  # right, write, left
         return fault("bias")(case, history, options)
 
     pool = FakePool(judge)
     found = locate(pool, (toy(bias=True),), TARGET, RunOptions(), crash(), ("crash", "SIGSEGV"), SPACE.tensors,
                    at_once=3)  # fmt: skip
     assert found.symptom == "bias:right:read"
-    assert pool.fresh_runs == 3 + 2
+    assert pool.fresh_runs == 1 + 3
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("tensor", [*EXPERTS.tensors, "own"])
+def test_many_tensors_take_few_questions_of_fresh_workers(tensor, at_once):
+    """Where a fault shows sometimes: each is asked for several times."""
+    pool = FakePool(fault(tensor))
+    case, key = case_of(bias="same", expert_map="shard"), ("crash", "SIGSEGV")
+    asked = (case,), TARGET, RunOptions(), crash(), key, EXPERTS.tensors
+    assert locate(pool, *asked, tries=2, at_once=at_once).symptom == f"{tensor}:right:read"
+    assert pool.fresh_runs <= 2 * (1 + (4 if at_once == 1 else 6) + 3)
 
 
 # ---- the whole way

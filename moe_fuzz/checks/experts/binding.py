@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from moe_fuzz.checks.binding import SAMPLE, rejected
+from moe_fuzz.checks.experts.flags import look_together
 from moe_fuzz.checks.experts.observation import ExpertsObservation
 from moe_fuzz.checks.experts.values import values
+from moe_fuzz.mirror import on_host, uploaded
 from moe_fuzz.ops.experts.fp4_inputs import Fp4Inputs
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 
@@ -20,21 +22,23 @@ def wrong_answers(seen: ExpertsObservation) -> dict[str, Tensor]:
     """All zero; two experts swapped; the last expert left out; the routing weights ignored; and to each row the answer
     of the row before it. Where rows are too much alike for that to be wrong, or there is one alone, the right answer to
     other x. What would change nothing is not asked for: one expert cannot be swapped."""
-    x, weights, expert, y = seen.x, seen.weights, seen.expert, seen.outputs.y
+    x, weights, y = seen.x, seen.weights, seen.outputs.y
+    there, expert, kept = on_host(weights), on_host(seen.expert), on_host(seen.kept)
     made = {"the last expert left out": (x, weights, torch.where(expert == expert.max(), -1, expert))}
     if seen.experts > 1:
-        one = int(expert[seen.kept & (weights != 0)][0])
+        one = int(expert[kept & (there != 0)][0])
         neighbour = (one or seen.experts) - 1
         swapped = torch.where(expert == one, neighbour, torch.where(expert == neighbour, one, expert))
         made["two experts swapped"] = x, weights, swapped
-    if not (weights[seen.kept] == 1).all():
+    if not (there[kept] == 1).all():
         made["weights ignored"] = x, torch.ones_like(weights), expert
-    found = {name: values(inputs, x, weights, expert).to(y.dtype) for name, inputs in miswritten(seen.inputs).items()}
+    found = {name: values(inputs, x, weights, seen.expert).to(y.dtype)
+             for name, inputs in miswritten(seen.inputs).items()}  # fmt: skip
     exchanged = y.roll(1, 0)
     if seen.tokens == 1 or not _rejected(seen, exchanged):
         made["rows exchanged"] = seen.benign(torch.arange(seen.tokens)), weights, expert
-    stacked = (torch.cat(parts) for parts in zip(*made.values(), strict=True))
-    each = values(seen.inputs, *stacked).to(y.dtype).split(seen.tokens)
+    xs, each_weights, experts = (torch.cat(parts) for parts in zip(*made.values(), strict=True))
+    each = values(seen.inputs, xs, each_weights, uploaded(experts, x.device)).to(y.dtype).split(seen.tokens)
     return {"all zero": torch.zeros_like(y), "rows exchanged": exchanged, **dict(zip(made, each, strict=True)), **found}
 
 
@@ -59,9 +63,11 @@ def _rejected(seen: ExpertsObservation, y: Tensor) -> bool:
 
 def binding(seen: ExpertsObservation) -> list[str]:
     """The wrong answers that no check rejected; empty when the case proves parity."""
-    weighty = (seen.kept & (seen.weights != 0)).any(dim=1)  # else any answer is 0
-    judged = (seen.judged.all(dim=1) & weighty).nonzero().flatten()
+    weighty = (on_host(seen.kept) & (on_host(seen.weights) != 0)).any(dim=1)  # else any answer is 0
+    judged = (on_host(seen.judged.all(dim=1)) & weighty).nonzero().flatten()
     if not len(judged):
         return ["no row is judged"]
-    seen = seen.take(judged[:: -(-len(judged) // SAMPLE)])
-    return [name for name, y in wrong_answers(seen).items() if not _rejected(seen, y)]
+    seen = seen.take(uploaded(judged[:: -(-len(judged) // SAMPLE)], seen.x.device))
+    others = {name: seen.with_outputs(y) for name, y in wrong_answers(seen).items()}
+    look_together(others.values())
+    return [name for name, other in others.items() if not rejected(other, "experts", _JUDGES)]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from moe_fuzz.checks import check
 from moe_fuzz.checks.coordinates import first
 from moe_fuzz.checks.experts.explain import explain
+from moe_fuzz.checks.experts.flags import shares, wrong
 from moe_fuzz.checks.experts.observation import ExpertsObservation
 from moe_fuzz.verdict import Violation
 
@@ -14,14 +13,12 @@ from moe_fuzz.verdict import Violation
 @check("experts", "bound", parity=True)
 def bound(seen: ExpertsObservation) -> list[Violation]:
     """|y - float64 result| <= the running error through both products, the activation, the stores and the sum."""
-    low, high = seen.limits
-    wrong = seen.judged & ~((low <= seen.y) & (seen.y <= high))
-    share = (seen.y - seen.numbers.value).abs() / seen.numbers.bound
-    if not wrong.any():
-        used = torch.where(seen.judged & high.isfinite() & low.isfinite(), share, 0.0)
-        seen.budget["bound"] = float(used.max()) if used.numel() else 0.0
+    if not seen.flags["bound"]:
+        seen.budget["bound"] = seen.flags["bound_used"]
         return []
-    where = first(wrong)
+    if seen.brief:
+        return [Violation("bound", "off", "y is off")]
+    where, share = first(wrong(seen)["bound"]), shares(seen)
     text = f"token {where[0]}, column {where[1]}: y is off by {float(share[where]):.3g} bounds"
     text += explain(seen, where[0])
     expected = f"{float(seen.numbers.value[where]):.9g} ± {float(seen.numbers.bound[where]):.3g}"

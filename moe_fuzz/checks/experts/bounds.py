@@ -13,6 +13,7 @@ from moe_fuzz.checks.experts.requantized import requantized
 from moe_fuzz.checks.experts.rounding import LARGEST, TINY, U, depth, dtype_of, floor, gamma, store, ulp, unit
 from moe_fuzz.checks.experts.slots import Batch, batches
 from moe_fuzz.contract import Contract
+from moe_fuzz.mirror import on_host
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 
 _SHIFT = 2.0**8  # by which a target may have its decoded weights smaller while it sums up
@@ -40,7 +41,7 @@ class Numbers:
 def evaluate(inputs: ExpertsInputs, expert: Tensor, contract: Contract, random: Tensor | None = None) -> Numbers:
     """Values and bounds of the slots of `expert`, int64 [T, k], where -1 drops one. random: bool [T], the tokens whose
     roundings are those of random numbers; where there are some, variances too."""
-    if random is None or not bool(random.any()):
+    if random is None or not bool(on_host(random).any()):
         return _Evaluation(inputs, contract).run(expert)
     repeats = Repeats(random, expert, inputs.plain["w13"].shape[0], inputs.plain["x"].dtype)
     return _Evaluation(inputs, contract, repeats).run(expert)
@@ -77,16 +78,15 @@ class _Evaluation:
         if self.e_x is not None:
             self.open |= (self.e_x > 0).any(dim=1)
         for batch in batches(expert, rows * hidden, rows + hidden):
-            real = batch.real.flatten()
-            token = batch.token.flatten()[real]
+            token = batch.tokens
             v, e, var, s = self._slots(batch)
-            v, e = v.flatten(0, 1)[real], e.flatten(0, 1)[real]
+            v, e = batch.of_real(v), batch.of_real(e)
             value.index_add_(0, token, v)
             error.index_add_(0, token, e)
             size.index_add_(0, token, v.abs() + e)
             if var is not None and s is not None:
-                s = s.flatten(0, 1)[real]
-                variance.index_add_(0, token, var.flatten(0, 1)[real])
+                s = batch.of_real(s)
+                variance.index_add_(0, token, batch.of_real(var))
                 spread.index_add_(0, token, torch.stack([s.sum(1), s.square().sum(1)], dim=1))
                 largest.scatter_reduce_(0, token, s.amax(1), "amax")
         return self._sum(value, error, size, variance, spread, largest, expert)
@@ -193,8 +193,8 @@ class _Evaluation:
                 low, high = low - ulp(low, self.dtype), high + ulp(high, self.dtype)
         dtype = self.dtype if self.stored else torch.float32
         h, e_h = requantized(low, high, h, self.plain["h_global"], dtype, self.contract)
-        fell = (e_h > 0).any(dim=-1) & batch.real
-        self.open.index_fill_(0, batch.token[fell], True)
+        fell = (e_h > 0).any(dim=-1).flatten()[batch.at]
+        self.open |= torch.zeros_like(self.open, dtype=torch.float32).index_add_(0, batch.tokens, fell.float()) > 0
         return h, e_h
 
     def _scaled(
@@ -289,8 +289,7 @@ class _Evaluation:
 
 def _largest(sizes: Tensor) -> Tensor:
     """The largest of the sizes that are numbers: one expert's NaN is not a matter of the others."""
-    most = sizes.amax()
-    return most if bool(most.isfinite()) else sizes.nan_to_num(0.0, 0.0).amax()
+    return sizes.nan_to_num(0.0, 0.0).amax()
 
 
 def _random_gamma(terms: int) -> float:

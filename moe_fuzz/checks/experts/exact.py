@@ -5,6 +5,7 @@ from __future__ import annotations
 from moe_fuzz.checks import check
 from moe_fuzz.checks.coordinates import first
 from moe_fuzz.checks.experts.explain import explain
+from moe_fuzz.checks.experts.flags import wrong
 from moe_fuzz.checks.experts.observation import ExpertsObservation
 from moe_fuzz.verdict import Violation
 
@@ -12,13 +13,12 @@ from moe_fuzz.verdict import Violation
 @check("experts", "exact", parity=True)
 def exact(seen: ExpertsObservation) -> list[Violation]:
     """Bit for bit, after every store that the contract declares, where every sum is exact: see known.py."""
-    if not seen.inputs.exact:
+    if not seen.inputs.exact or not seen.flags["exact"]:
         return []
-    expected, known = seen.exact
-    wrong = known & ~seen.missing & seen.outputs.y.isfinite() & (seen.y != expected)
-    if not wrong.any():
-        return []
-    token, column = where = first(wrong)
+    if seen.brief:
+        return [Violation("exact", "bits", "y is not the exact result")]
+    expected = seen.exact[0]
+    token, column = where = first(wrong(seen)["exact"])
     text = f"token {token}, column {column}: y is not the exact result" + explain(seen, token)
     right, got = float(expected[where]), float(seen.y[where])
     return [Violation("exact", "bits", text, "y", where, f"{right:.9g}", f"{got:.9g}")]

@@ -38,8 +38,8 @@ class _Exact:
         unknown = torch.zeros_like(total)
         rows = self.plain["w13"].shape[1]
         for batch in batches(expert, rows * total.shape[1], rows + total.shape[1]):
-            real, token = batch.real.flatten(), batch.token.flatten()[batch.real.flatten()]
-            v, known = (part.flatten(0, 1)[real] for part in self._slots(batch))
+            token = batch.tokens
+            v, known = (batch.of_real(part) for part in self._slots(batch))
             total.index_add_(0, token, v)
             size.index_add_(0, token, v.abs())
             unit.scatter_reduce_(0, token[:, None].expand_as(v), unit_of(v), "amin")

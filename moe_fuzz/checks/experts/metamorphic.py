@@ -14,6 +14,7 @@ from moe_fuzz.checks.experts.determinism import other_bits
 from moe_fuzz.checks.experts.observation import ExpertsObservation
 from moe_fuzz.checks.experts.others import RANKS, SCALE
 from moe_fuzz.checks.relations import differs, pick, steady
+from moe_fuzz.mirror import answers, on_host, uploaded
 from moe_fuzz.ops.inputs import Inputs, element_bits
 from moe_fuzz.verdict import Violation
 
@@ -30,27 +31,25 @@ def _off(check_name: str, message: str, other: torch.Tensor, low: torch.Tensor, 
                       f"{float(other[where]):.9g}")]  # fmt: skip
 
 
-def _well(seen: ExpertsObservation) -> torch.Tensor:
-    """bool [T, H]: what was judged in the call itself, in rows where nothing was wrong. That is another check's."""
-    low, high = seen.limits
-    right = ~seen.claimed | (seen.judged & (low <= seen.y) & (seen.y <= high))
-    return seen.judged & right.all(dim=1)[:, None]
-
-
 @check("experts", "isolation", relation=True)
 def isolation(seen: ExpertsObservation) -> list[Violation]:
     """Other contents in padding rows, in undefined rows and in the weights of dropped slots, the same real rows: bit
     for bit where the target is deterministic, else within their bounds."""
     other_inputs = seen.healed_inputs
-    rows = seen.real.nonzero().flatten()
-    if other_inputs is seen.inputs or not len(rows):
+    if other_inputs is seen.inputs or not on_host(seen.real).any():
         return []
     message = "other contents in padding rows or dropped slots changed this real row"
     other = seen.healed[1]
-    found = _off("isolation", message, other.y.double(), *seen.limits, _well(seen) & seen.real[:, None])
-    if found or not seen.info.contract.deterministic:
-        return found
-    if not differs(seen.outputs, other)[rows].any() or not steady(seen, seen.inputs, other_inputs, rows, rows):
+    (low, high), y = seen.limits, other.y.double()
+    off = seen.well & seen.real[:, None] & ~((low <= y) & (y <= high))
+    other_rows = differs(seen.outputs, other) & seen.real
+    outside, changed = answers([off.any(), other_rows.any()])
+    if outside:
+        return _off("isolation", message, y, low, high, off)
+    if not (changed and seen.info.contract.deterministic):
+        return []
+    rows = seen.real.nonzero().flatten()
+    if not steady(seen, seen.inputs, other_inputs, rows, rows):
         return []
     return other_bits("isolation", message, seen.outputs.y[rows], other.y[rows], rows)
 
@@ -58,7 +57,7 @@ def isolation(seen: ExpertsObservation) -> list[Violation]:
 @check("experts", "batch_invariance", relation=True)
 def batch_invariance(seen: ExpertsObservation) -> list[Violation]:
     """Fewer rows in another order, the same bits in each. Padding is healed first: what it does, `isolation` says."""
-    if not seen.info.contract.batch_invariant or seen.tokens < 2 or not seen.real.any():
+    if not seen.info.contract.batch_invariant or seen.tokens < 2 or not on_host(seen.real).any():
         return []
     rows, other_inputs = seen.fewer
     base_inputs, base = seen.healed
@@ -76,7 +75,7 @@ def relabel(seen: ExpertsObservation) -> list[Violation]:
     if inputs is None:
         return []
     other = seen.call(inputs).y.double()
-    return _off("relabel", "with the experts in another order, y is another", other, *seen.limits, _well(seen))
+    return _off("relabel", "with the experts in another order, y is another", other, *seen.limits, seen.well)
 
 
 @check("experts", "shards", relation=True)
@@ -87,12 +86,13 @@ def shards(seen: ExpertsObservation) -> list[Violation]:
         return []
     total, bound = torch.zeros_like(seen.y), torch.zeros_like(seen.y)
     for rank, inputs in enumerate(parts):
-        local = torch.where(seen.expert % RANKS == rank, seen.expert, -1)
+        expert = on_host(seen.expert)
+        local = uploaded(torch.where(expert % RANKS == rank, expert, -1), seen.expert.device)
         numbers = evaluate(seen.inputs, local, seen.info.contract)
         total += (seen.eager or seen.call)(inputs).y.double()  # a graph has the experts of its capture
         bound += torch.where((local >= 0).any(dim=1)[:, None], numbers.bound, 0.0)
     most = torch.finfo(seen.x.dtype).max
-    claimed = _well(seen) & (seen.numbers.value.abs() + bound < most)  # else a part may be infinite
+    claimed = seen.well & (seen.numbers.value.abs() + bound < most)  # else a part may be infinite
     value = seen.numbers.value
     return _off("shards", "partial results of two ranks do not sum to the whole", total, value - bound, value + bound,
                 claimed)  # fmt: skip
@@ -107,7 +107,7 @@ def scaling(seen: ExpertsObservation) -> list[Violation]:
         return []
     message, other = "with twice the weights, y is not twice what it was", seen.call(inputs).y
     low, high = seen.limits
-    inside = _well(seen) & (seen.y.abs() < torch.finfo(seen.x.dtype).max / 4) & low.isfinite() & high.isfinite()
+    inside = seen.well & (seen.y.abs() < torch.finfo(seen.x.dtype).max / 4) & low.isfinite() & high.isfinite()
     if not seen.info.contract.deterministic or seen.x.dtype == torch.float16:
         return _off("scaling", message, other.double(), SCALE * low, SCALE * high, inside)
     twice = (seen.outputs.y.double() * SCALE).to(other.dtype)
@@ -128,7 +128,7 @@ def backends(seen: ExpertsObservation) -> list[Violation]:
         if seen.inputs.exact:
             expected, known = seen.exact
             low, high = torch.where(known, expected, low), torch.where(known, expected, high)
-        found = _off("backends", f"with the backend {name!r}, y is another", other, low, high, _well(seen))
+        found = _off("backends", f"with the backend {name!r}, y is another", other, low, high, seen.well)
         if found:
             return found
     return []
@@ -140,7 +140,7 @@ def ahead(seen: ExpertsObservation) -> Sequence[Inputs]:
     calls: list[Inputs] = []
     if not seen.tokens:
         return calls
-    some = bool(seen.real.any())
+    some = bool(on_host(seen.real).any())
     invariant = contract.batch_invariant and seen.tokens > 1 and some
     if contract.deterministic:
         calls.append(seen.inputs)

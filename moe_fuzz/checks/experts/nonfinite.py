@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe_fuzz.checks.experts.activations import CURVES, halves
 from moe_fuzz.checks.experts.slots import Batch, batches
+from moe_fuzz.mirror import on_host, uploaded
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 
 
@@ -18,16 +19,17 @@ def never_finite(inputs: ExpertsInputs, expert: Tensor) -> Tensor:
     found = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     if inputs.finite:
         return found > 0
+    weights = on_host(weights)
     weighty = weights.isfinite() & (weights != 0)
     if inputs.finite_weights:
-        weighty &= ~x.isfinite().all(dim=1)[:, None]
+        weighty &= ~inputs.finite_rows[:, None]
     rows = inputs.plain["w13"].shape[1]
-    for batch in batches(torch.where(weighty, expert, -1), rows * x.shape[1], rows + x.shape[1]):
+    there = uploaded(torch.where(weighty, on_host(expert), -1), x.device)
+    for batch in batches(there, rows * x.shape[1], rows + x.shape[1]):
         # What is quantized has no NaN and no infinity.
         h = x.new_zeros((1, 1, inputs.inter), dtype=torch.float64) if inputs.quantizes else _activated(inputs, batch)
         v = _product(inputs, "w2", h, batch).expand(*batch.token.shape, -1)
-        real = batch.real.flatten()
-        found.index_add_(0, batch.token.flatten()[real], (~v.isfinite()).double().flatten(0, 1)[real])
+        found.index_add_(0, batch.tokens, batch.of_real((~v.isfinite()).double()))
     return found > 0
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -12,11 +12,13 @@ import torch
 from moe_fuzz.case import Case
 from moe_fuzz.checks.experts import others
 from moe_fuzz.checks.experts.bounds import Numbers, evaluate
+from moe_fuzz.checks.experts.flags import first_look
 from moe_fuzz.checks.experts.known import exact_answer
 from moe_fuzz.checks.experts.nonfinite import never_finite
 from moe_fuzz.checks.experts.values import rounded
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.fence import unwritten
+from moe_fuzz.mirror import on_host, rows_of, uploaded
 from moe_fuzz.ops.experts.inputs import ExpertsInputs, benign_rows
 from moe_fuzz.reference.align import expert_of_slot
 
@@ -55,17 +57,21 @@ class ExpertsObservation:
 
     def take(self, rows: torch.Tensor) -> ExpertsObservation:
         """The call as seen on these rows alone, int64 [R]; what is known of them is not computed again."""
-        positions = rows.tolist()
+        positions = on_host(rows).tolist()
         part = replace(self, inputs=self.rows_of(self.inputs, rows), outputs=Outputs(self.outputs.y[rows]), budget={},
                        rows=positions if self.rows is None else [self.rows[at] for at in positions])  # fmt: skip
         for name in ("expert", "kept", "sound", "real", "random", "claimed", "hopeless"):
-            part.__dict__[name] = getattr(self, name)[rows]
+            part.__dict__[name] = rows_of(getattr(self, name), rows)
         part.__dict__["numbers"] = self.numbers.take(rows)
+        for name in ("limits", "exact") if self.inputs.exact else ("limits",):
+            part.__dict__[name] = tuple(one[rows] for one in getattr(self, name))
         return part
 
     def benign(self, rows: torch.Tensor) -> torch.Tensor:
         """Ordinary x for these rows: what could have stood there instead."""
-        positions = rows.tolist() if self.rows is None else [self.rows[row] for row in rows.tolist()]
+        positions = on_host(rows).tolist()
+        if self.rows is not None:
+            positions = [self.rows[row] for row in positions]
         return benign_rows(self.case, self.step_index, positions, self.x.device)
 
     # ---- inputs -----------------------------------------------------------------------------------------------------
@@ -94,24 +100,26 @@ class ExpertsObservation:
     @cached_property
     def expert(self) -> torch.Tensor:
         """int64 [T, k]: the expert of each slot, -1 where it is dropped."""
-        return expert_of_slot(self.inputs.plain["ids"], self.experts, self.inputs.plain.get("expert_map"))
+        expert_map = self.inputs.plain.get("expert_map")
+        there_is = None if expert_map is None else on_host(expert_map)
+        return self._made(expert_of_slot(on_host(self.inputs.plain["ids"]), self.experts, there_is))
 
     @cached_property
     def kept(self) -> torch.Tensor:
         """bool [T, k]: slots that have an expert here."""
-        return self.expert >= 0
+        return self._made(on_host(self.expert) >= 0)
 
     @cached_property
     def sound(self) -> torch.Tensor:
         """bool [T]: x is finite, or what is not is lost as the contract says; and the weights of the kept slots are."""
         lost = self.inputs.quantizes and self.info.contract.nonfinite == "reference"
-        weights = (self.weights.isfinite() | ~self.kept).all(dim=1)
-        return weights if lost else weights & self.x.isfinite().all(dim=1)
+        weights = (on_host(self.weights).isfinite() | ~on_host(self.kept)).all(dim=1)
+        return self._made(weights if lost else weights & self.inputs.finite_rows)
 
     @cached_property
     def real(self) -> torch.Tensor:
         """bool [T]: rows that are not padding, and whose values are determined."""
-        return self.sound & ~self.inputs.padding
+        return self._made(on_host(self.sound) & ~on_host(self.inputs.padding))
 
     @cached_property
     def random(self) -> torch.Tensor:
@@ -127,11 +135,12 @@ class ExpertsObservation:
             and not contract.truncates
             and min(self.x.shape[1], self.inputs.inter) >= _RANDOM_WIDTH
         )
+        ordinary = on_host(self.inputs.ordinary)
         if not valid:
-            return torch.zeros_like(self.inputs.ordinary)
-        ordered = self.expert.sort(dim=1).values
+            return self._made(torch.zeros_like(ordinary))
+        ordered = on_host(self.expert).sort(dim=1).values
         twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=1)
-        return self.inputs.ordinary & self.kept.any(dim=1) & ~twice
+        return self._made(ordinary & on_host(self.kept).any(dim=1) & ~twice)
 
     @cached_property
     def numbers(self) -> Numbers:
@@ -166,8 +175,13 @@ class ExpertsObservation:
     @cached_property
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The result [T, H], float64, and where its bits are known for certain, bool."""
-        usable = self.inputs.ordinary & self.sound & self.kept.any(dim=1)
-        return exact_answer(self.inputs, torch.where(usable[:, None], self.expert, -1), self.info.contract)
+        usable = on_host(self.inputs.ordinary) & on_host(self.sound) & on_host(self.kept).any(dim=1)
+        expert = self._made(torch.where(usable[:, None], on_host(self.expert), -1))
+        return exact_answer(self.inputs, expert, self.info.contract)
+
+    def _made(self, host: torch.Tensor) -> torch.Tensor:
+        """What was computed on the host, where the inputs are."""
+        return uploaded(host, self.inputs.device)
 
     # ---- other calls ------------------------------------------------------------------------------------------------
 
@@ -175,11 +189,12 @@ class ExpertsObservation:
     def healed_inputs(self) -> ExpertsInputs:
         """The same inputs with ordinary x in the rows that are not real, and other weights in dropped slots and in
         those rows; the very same where there is nothing to change."""
-        rows = (~self.real).nonzero().flatten()
-        spare = ~self.kept | ~self.real[:, None]
+        real, old = on_host(self.real), on_host(self.weights)
+        rows = self._made((~real).nonzero().flatten())
+        spare = ~on_host(self.kept) | ~real[:, None]
         if not bool(spare.any()):
             return self.inputs
-        weights = torch.where(spare, self.weights.nan_to_num(0.5, 0.25, 2.0).neg() + 1.0, self.weights)
+        weights = self._made(torch.where(spare, old.nan_to_num(0.5, 0.25, 2.0).neg() + 1.0, old))
         if not len(rows):
             return self.inputs.replace(weights=weights)
         x = self.x.clone()
@@ -195,7 +210,7 @@ class ExpertsObservation:
     @cached_property
     def fewer(self) -> tuple[torch.Tensor, ExpertsInputs]:
         """Every second real row from the last, int64 [R], and the healed inputs of these rows alone."""
-        rows = self.real.nonzero().flatten().flip(0)[::2]
+        rows = self._made(on_host(self.real).nonzero().flatten().flip(0)[::2])
         return rows, self.rows_of(self.healed_inputs, rows)
 
     def _turn(self, relation: str) -> bool:
@@ -227,8 +242,8 @@ class ExpertsObservation:
 
     def rows_of(self, inputs: ExpertsInputs, rows: torch.Tensor) -> ExpertsInputs:
         """The call with these rows alone, int64 [R]."""
-        part = inputs.replace(**{name: inputs.plain[name][rows] for name in inputs.fluid})
-        return replace(part, padding=inputs.padding[rows], ordinary=inputs.ordinary[rows])
+        part = inputs.replace(**{name: rows_of(inputs.plain[name], rows) for name in inputs.fluid})
+        return replace(part, padding=rows_of(inputs.padding, rows), ordinary=rows_of(inputs.ordinary, rows))
 
     # ---- outputs ----------------------------------------------------------------------------------------------------
 
@@ -251,6 +266,18 @@ class ExpertsObservation:
     def judged(self) -> torch.Tensor:
         """bool [T, H]: what the parity checks judge: claimed, written, finite. `finite` speaks of the others."""
         return self.claimed & ~self.missing & self.outputs.y.isfinite()
+
+    @cached_property
+    def well(self) -> torch.Tensor:
+        """bool [T, H]: what was judged in the call itself, in rows where nothing was wrong. That is another check's."""
+        low, high = self.limits
+        right = ~self.claimed | (self.judged & (low <= self.y) & (self.y <= high))
+        return self.judged & right.all(dim=1)[:, None]
+
+    @cached_property
+    def flags(self) -> Mapping[str, float]:
+        """What the first look at the output says: see flags.py."""
+        return first_look(self)
 
 
 _OF_INPUTS = ("expert", "kept", "sound", "real", "random", "numbers", "rounded", "claimed", "hopeless", "limits",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_fuzz.checks.experts.rounding import ulp
 from moe_fuzz.checks.experts.slots import Batch
+from moe_fuzz.mirror import on_host, uploaded
 
 _SAME = 2.0**-40  # relative: sums of the same terms in float64
 _NOTHING = 1e-12  # a correlation
@@ -32,7 +33,8 @@ class Repeats:
 
     def see(self, batch: Batch, v: Tensor, h: Tensor, s: Tensor) -> None:
         """v: [e, n, H], the slots as they are stored. h: [e, n, I], and the variances s of its roundings."""
-        real = batch.real & self.counted[batch.token]  # [e, n]
+        counted = self.counted[batch.token]
+        real = batch.real & counted  # [e, n]
         self.v.add(batch.experts, v, real)
         self.h.add(batch.experts, h, real)
         if not len(self.size):
@@ -40,7 +42,8 @@ class Repeats:
         self.size.index_add_(0, batch.experts, _total(s, real))
         rounded = (s > 0).any(dim=2)
         keys = torch.stack([*_key(v), *(part * rounded for part in _key(h))], dim=2)  # [e, n, 4]
-        self.keys[batch.token[real], batch.slot[real]] = keys[real]
+        keys = keys.masked_fill(~real[..., None], 0.0)
+        self.keys.view(-1, 4)[batch.places] = batch.of_real(keys)
 
     def shared(self, value: Tensor) -> Tensor:
         """Of each element of y, 1 and the sum of its error's correlations with those of other tokens at most, [T, H].
@@ -59,16 +62,17 @@ class Repeats:
         equal = torch.maximum(self._equal(0), self._equal(2)) - 1  # [T, k]
         equal = equal * (1 - alike.amin(dim=1))[self.expert.clamp(min=0)]  # which are not among those alike
         row = self._rows_alike(value)
-        if max(float((alike * others).max()), float(equal.max()), float(row.max())) < _NOTHING:
-            return one
+        most = torch.stack([(alike * others).max(), equal.max(), row.max()]).max()
         of_slots = member @ (alike * others) + equal.sum(dim=1, keepdim=True)
-        return 1 + torch.maximum(of_slots, row).clamp(max=max(0, int(self.counted.sum()) - 1))
+        shared = 1 + torch.maximum(of_slots, row).clamp(max=max(0, int(on_host(self.counted).sum()) - 1))
+        return torch.where(most < _NOTHING, one, shared)
 
     def _rows_alike(self, value: Tensor) -> Tensor:
         """[T, H]: the correlations of the last store with those of tokens that have the same experts."""
-        ordered = self.expert.sort(dim=1).values
-        group = ordered.unique(dim=0, return_inverse=True)[1]
-        rows = _Spread(int(group.max()) + 1, self.dtype)
+        ordered = on_host(self.expert).sort(dim=1).values
+        groups = ordered.unique(dim=0, return_inverse=True)[1]
+        group = uploaded(groups, self.expert.device)
+        rows = _Spread(int(groups.max()) + 1, self.dtype)
         rows.add(group, value[:, None], self.counted[:, None])
         others = (rows.count - 1).clamp(min=0)[:, None]
         return (rows.likeness() * others)[group]
@@ -76,17 +80,17 @@ class Repeats:
     def _equal(self, at: int) -> Tensor:
         """[T, k]: how many counted slots of the same expert have the row of this one, which is not all zero."""
         key, size = (part.flatten() for part in self.keys[..., at : at + 2].unbind(dim=-1))
-        found = torch.ones_like(key)
         some = ((self.expert >= 0) & self.counted[:, None]).flatten() & (size > 0)
-        key, size, expert = key[some], size[some], self.expert.flatten()[some]
+        expert = torch.where(some, self.expert.flatten(), self.experts)  # the others behind all experts
         order = key.argsort()
         order = order[expert[order].argsort(stable=True)]
         key, size, expert = key[order], size[order], expert[order]
         new = torch.ones_like(expert)
         new[1:] = ((expert[1:] != expert[:-1]) | ((key[1:] - key[:-1]).abs() > _SAME * size[1:])).long()
         run = new.cumsum(0) - 1
-        counts = torch.bincount(run).double()
-        found[some.nonzero().flatten()[order]] = counts[run]
+        counts = torch.zeros_like(key).index_add_(0, run, torch.ones_like(key))
+        found = torch.empty_like(key)
+        found[order] = torch.where(some[order], counts[run], 1.0)
         return found.view(self.expert.shape)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from moe_fuzz.contract import Contract
+from moe_fuzz.mirror import on_host
 from moe_fuzz.reference.nvfp4 import BLOCK, E2M1, E4M3, codes_of, nearest, scale_bytes
 
 ULPS = 4 * 2.0**-23  # relative: how near a tie float32 arithmetic in another order may take the other side
@@ -30,11 +33,12 @@ def requantized(low: Tensor, high: Tensor, value: Tensor, scale: Tensor, dtype: 
     stored in `dtype` before, unless it is float32. Infinite numbers are what the contract makes of them.
     """
     left = quantized(value, scale, dtype)
+    alone = low is value and high is value  # then a block has one scale byte, or two where it is near a tie
     low, high = (part.nan_to_num(0.0, torch.inf, -torch.inf).flatten(0, -2).unflatten(1, (-1, BLOCK))
                  for part in (low, high))  # [R, B, 16]; the code of a NaN is 0
     flat = left.reshape(low.shape)
     given = _usable(scale).double().view(1, 1)
-    if not bool(given > 0):
+    if not bool(_usable(on_host(scale)) > 0):
         return left, torch.zeros_like(left)
     exact = contract.rounding == "exact"
     off = 0.0 if exact else ULPS
@@ -43,11 +47,9 @@ def requantized(low: Tensor, high: Tensor, value: Tensor, scale: Tensor, dtype: 
     least, most = (_bytes(part.amax(dim=2), given, factor, exact)
                    for part, factor in ((least_size, 1 - off), (size, 1 + off)))  # fmt: skip
     lowest, highest = torch.full_like(low, torch.inf), torch.full_like(low, -torch.inf)
-    for step in range(_SCALES):
+    for step in range(2 - exact if alone else min(_SCALES, 1 + _widest(least, most))):
         there = least + step
         inside = (there <= most)[..., None]
-        if not inside.any():
-            break
         for part, factor in ((part, factor) for part in (low, high) for factor in {1 - off, 1 + off}):
             end = _rounded(part, there.clamp(max=126), given, factor, exact)
             lowest = torch.where(inside, torch.minimum(lowest, end), lowest)
@@ -56,11 +58,22 @@ def requantized(low: Tensor, high: Tensor, value: Tensor, scale: Tensor, dtype: 
         tiny = (size.amax(dim=2) * given / 6 < _LEAST)[..., None]
         lowest = torch.where(tiny, torch.minimum(lowest, 2 * low.clamp(max=0.0)), lowest)
         highest = torch.where(tiny, torch.maximum(highest, 2 * high.clamp(min=0.0)), highest)
-    limit = (6 * E4M3.double().to(low.device)[most.long()] / given)[..., None]  # of all that these scales hold
+    limit = (6 * _table("E4M3", low.device)[most.long()] / given)[..., None]  # of all that these scales hold
     wide = (most - least >= _SCALES)[..., None]
     lowest, highest = torch.where(wide, -limit, lowest), torch.where(wide, limit, highest)
     error = torch.maximum(flat - lowest, highest - flat).clamp(min=0.0)
     return left, error.view(left.shape)
+
+
+def _widest(least: Tensor, most: Tensor) -> int:
+    """Over how many steps the scale bytes of a block reach at most; -1 where there is no block."""
+    return int((most - least).amax()) if least.numel() else -1
+
+
+@cache
+def _table(name: str, device: torch.device) -> Tensor:
+    """float64: what codes, or the bytes of scales, stand for."""
+    return {"E2M1": E2M1, "E4M3": E4M3}[name].double().to(device)
 
 
 def _usable(scale: Tensor) -> Tensor:
@@ -72,8 +85,8 @@ def _value(codes: Tensor, bytes_: Tensor, scale: Tensor) -> Tensor:
     """float64 [R, B, 16]"""
     sign = torch.where(codes < 8, 1.0, -1.0)
     given = _usable(scale).double()
-    value = E2M1.double().to(codes.device)[codes.long() % 8] * sign
-    return value * E4M3.double().to(codes.device)[bytes_.long()][..., None] / torch.where(given > 0, given, 1.0)
+    value = _table("E2M1", codes.device)[codes.long() % 8] * sign
+    return value * _table("E4M3", codes.device)[bytes_.long()][..., None] / torch.where(given > 0, given, 1.0)
 
 
 def _bytes(amax: Tensor, scale: Tensor, factor: float, exact: bool) -> Tensor:
@@ -81,14 +94,14 @@ def _bytes(amax: Tensor, scale: Tensor, factor: float, exact: bool) -> Tensor:
     if exact:
         return scale_bytes(amax.float()[..., None], scale.float()).int()
     ideal = (amax * scale / 6 * factor).nan_to_num(0.0, torch.inf)
-    return nearest(ideal.clamp(max=448.0), E4M3.double()).int()
+    return nearest(ideal.clamp(max=448.0), _table("E4M3", ideal.device)).int()
 
 
 def _rounded(values: Tensor, bytes_: Tensor, scale: Tensor, factor: float, exact: bool) -> Tensor:
     """float64 [R, B, 16]: what is left of values under these scale bytes."""
     if exact:
         return _value(codes_of(values.float(), bytes_, scale.float()), bytes_, scale.float().view(1))
-    held = E4M3.double().to(values.device)[bytes_.long()][..., None] / scale
+    held = _table("E4M3", values.device)[bytes_.long()][..., None] / scale
     ratio = torch.where(held > 0, values.abs() / torch.where(held > 0, held, 1.0) * factor, 0.0)
-    code = nearest(ratio.nan_to_num(0.0, torch.inf).clamp(max=6.0), E2M1.double())
-    return E2M1.double().to(values.device)[code.long()] * held * torch.where(values < 0, -1.0, 1.0)
+    code = nearest(ratio.nan_to_num(0.0, torch.inf).clamp(max=6.0), _table("E2M1", values.device))
+    return _table("E2M1", values.device)[code.long()] * held * torch.where(values < 0, -1.0, 1.0)

@@ -8,32 +8,58 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_fuzz.mirror import on_host, uploaded
+
 _MOST = {"cpu": 1 << 20, "cuda": 1 << 25}  # float64 elements of the largest tensor of a batch
+_BATCHES = "_moe_fuzz_batches"  # an attribute of the experts of slots, which several evaluations ask for
 
 
 @dataclass(frozen=True)
 class Batch:
-    """n slots each of e experts. Where an expert has fewer, `real` is False and the indices are those of others."""
+    """n slots each of e experts. Where an expert has fewer, `real` is False and the indices are those of others.
+
+    What is real is also there as a list, because a mask as an index waits for the device.
+    """
 
     experts: Tensor  # int64 [e]
     token: Tensor  # int64 [e, n]
     slot: Tensor  # int64 [e, n]: the place in the token's row
     real: Tensor  # bool [e, n]
+    at: Tensor  # int64 [m]: where `real` is True, flat
+    tokens: Tensor  # int64 [m]: the tokens there
+    places: Tensor  # int64 [m]: token * k + slot there
+
+    def of_real(self, values: Tensor) -> Tensor:
+        """[m, D]: the rows of [e, n, D] that are real."""
+        return values.flatten(0, 1).index_select(0, self.at)
 
 
 def batches(expert: Tensor, each: int, wide: int) -> Iterator[Batch]:
     """The slots of expert int64 [T, k], where -1 drops one. A loop over experts would launch as many kernels as there
     are; here it is one batch for every power of two of slots, and more where memory asks for it.
 
+    They are put together on the host: of an `expert` that it has made, nothing waits for the device (see mirror.py).
+
     each: elements that an expert's matrices have. wide: elements of a row of a slot's tensors.
     """
-    top_k, flat = expert.shape[1], expert.flatten()
+    made = expert.__dict__.setdefault(_BATCHES, {})
+    if (each, wide) not in made:
+        made[each, wide] = [_there(batch, expert) for batch in _planned(on_host(expert), each, wide, expert.device)]
+    yield from made[each, wide]
+
+
+def _planned(
+    expert: Tensor, each: int, wide: int, device: torch.device
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:  # fmt: skip
+    """Of each batch the experts, and for each of their places the slot, token * k + j, and whether it is real [e, n].
+    """
+    flat = expert.flatten()
     if not flat.numel() or int(flat.max()) < 0:
         return
     counts = torch.bincount(flat[flat >= 0])
     order = flat.argsort(stable=True)[int((flat < 0).sum()) :]
     start = counts.cumsum(0) - counts
-    most = _MOST[expert.device.type]
+    most = _MOST[device.type]
     used = {index: count for index, count in enumerate(counts.tolist()) if count}
     most_slots = max(used.values())
     little = len(used) * max(each, most_slots * wide) <= most // 8  # then one batch costs less than several
@@ -44,12 +70,22 @@ def batches(expert: Tensor, each: int, wide: int) -> Iterator[Batch]:
         rows = min(largest, max(1, most // wide))
         step = max(1, most // max(each, rows * wide))
         for begin in range(0, len(members), step):
-            experts = torch.tensor(members[begin : begin + step], device=expert.device)
-            here = counts[experts]
+            experts = members[begin : begin + step]
+            here, first_slot = counts[experts], start[experts]
             for first in range(0, largest, rows):
-                nth = torch.arange(first, min(first + rows, largest), device=expert.device)
+                nth = torch.arange(first, min(first + rows, largest))
                 real = nth < here[:, None]  # [e, n]
                 if first and not real.any():
                     break
-                at = order[(start[experts][:, None] + nth).clamp(max=len(order) - 1)]
-                yield Batch(experts, at // top_k, at % top_k, real)
+                yield experts, order[(first_slot[:, None] + nth).clamp(max=len(order) - 1)], real
+
+
+def _there(planned: tuple[list[int], Tensor, Tensor], expert: Tensor) -> Batch:
+    """A batch where the experts of the slots are, moved in one piece."""
+    experts, place, real = planned
+    at = real.flatten().nonzero().flatten()
+    parts = [torch.tensor(experts), place.flatten(), real.flatten().long(), at, place.flatten()[at]]
+    moved = uploaded(torch.cat(parts), expert.device).split([len(part) for part in parts])
+    there, top_k = moved[1].view(place.shape), expert.shape[1]
+    return Batch(moved[0], there // top_k, there % top_k, moved[2].view(place.shape).bool(), moved[3],
+                 moved[4] // top_k, moved[4])  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_fuzz.checks import check
 from moe_fuzz.checks.experts.observation import ExpertsObservation
 from moe_fuzz.checks.experts.rounding import gamma, unit
+from moe_fuzz.mirror import answers, on_host, rows_of, uploaded
 from moe_fuzz.verdict import Violation
 
 ERROR = 1e-9  # the chance that a correct target is accused, a case
@@ -44,13 +45,19 @@ class _Test:
 def statistical(seen: ExpertsObservation) -> list[Violation]:
     """Mean z² and the share of y that the errors have in common, over all, by token, by column, by expert, and the
     largest |z|, against thresholds at a family-wise error of 1e-9. z is the error over its standard deviation."""
-    tokens = (seen.random & seen.judged.all(dim=1)).nonzero().flatten()
-    tokens = tokens[~seen.numbers.open[tokens]]
+    if not on_host(seen.random).any():
+        return []
+    usable = on_host(seen.judged.all(dim=1) & ~seen.numbers.open) & on_host(seen.random)
+    tokens = uploaded(usable.nonzero().flatten(), seen.x.device)
     if not len(tokens):
         return []
+    tests = [(test, *test.used()) for test in _Tests(seen, tokens, seen.numbers.value).all()]
+    largest = answers([used.max() for _, used, _, _ in tests])
+    if all(one <= 1 for one in largest):  # not where one is NaN
+        seen.budget["statistical"] = max(0.0, *largest)
+        return []
     share, from_rounded = 0.0, None
-    for number, test in enumerate(_Tests(seen, tokens, seen.numbers.value).all()):
-        used, got, most = test.used()
+    for number, (test, used, got, most) in enumerate(tests):
         if bool((used > 1).any()) and _mostly_rounded(seen, tokens):
             from_rounded = from_rounded or [test.used()[0] for test in _Tests(seen, tokens, seen.rounded).all()]
             used = torch.minimum(used, from_rounded[number])
@@ -82,10 +89,10 @@ class _Tests:
         self.count, self.hidden = self.z.shape
         self.shared = numbers.shared[tokens]  # [R, H]
         self.free, self.peak = _freedom(seen, tokens, self.hidden)
-        self.rows = tokens.tolist()
-        local = seen.expert[tokens]
-        used = local.unique()
-        self.used = used[used >= 0]
+        self.rows = on_host(tokens).tolist()
+        local = rows_of(seen.expert, tokens)
+        used = on_host(local).unique()
+        self.used = uploaded(used[used >= 0], tokens.device)
         self.member = (local[None] == self.used[:, None, None]).any(dim=2).double()  # [E, R]
 
     def all(self) -> Iterator[_Test]:

@@ -6,17 +6,26 @@ import torch
 
 from moe_fuzz.checks import check, outputs
 from moe_fuzz.checks.coordinates import first
+from moe_fuzz.checks.experts.flags import wrong
 from moe_fuzz.checks.experts.observation import ExpertsObservation
 from moe_fuzz.verdict import Violation
 
+#: What `finite` finds, in the order in which it is looked for.
+_NONFINITE = {
+    "nan": "y is NaN, though x and the weights are finite",
+    "infinite": "y is infinite, and is not near the dtype's largest",
+    "nan-lost": "x has a NaN, which is not seen in y",
+    "nonfinite-lost": "y is finite, though a NaN or an infinity in x, in a scale or in a global scale goes into it",
+}
 
-def violation(seen: ExpertsObservation, check_name: str, symptom: str, wrong: torch.Tensor, message: str,
+
+def violation(seen: ExpertsObservation, check_name: str, symptom: str, there: torch.Tensor, message: str,
               expected: str) -> list[Violation]:  # fmt: skip
-    """Of the first wrong element, bool [T, H]; none where there is none."""
-    if not wrong.any():
-        return []
-    where = first(wrong)
-    rows = int(wrong.any(dim=1).sum())
+    """Of the first wrong element, bool [T, H]."""
+    if seen.brief:
+        return [Violation(check_name, symptom, message)]
+    where = first(there)
+    rows = int(there.any(dim=1).sum())
     text = f"token {where[0]}: {message}" + (f" ({rows} tokens in all)" if rows > 1 else "")
     return [Violation(check_name, symptom, text, "y", where, expected, f"{float(seen.outputs.y[where]):.9g}")]
 
@@ -30,6 +39,8 @@ def structure(seen: ExpertsObservation) -> list[Violation]:
 @check("experts", "written")
 def written(seen: ExpertsObservation) -> list[Violation]:
     """Every element of y is written, those of padding rows too."""
+    if not seen.flags["written"]:
+        return []
     return violation(seen, "written", "y:unwritten", seen.missing, "y was not written", "a number")
 
 
@@ -37,28 +48,21 @@ def written(seen: ExpertsObservation) -> list[Violation]:
 def finite(seen: ExpertsObservation) -> list[Violation]:
     """Where the result is determined there is no NaN, and an infinity only where the dtype may overflow. A NaN in x is
     one in y, and so is one in a scale; an infinity is a NaN there or an infinity: nothing on the way hides them."""
-    y = seen.outputs.y
-    wrong = seen.claimed & y.isnan() & ~seen.missing
-    if wrong.any():
-        return violation(seen, "finite", "nan", wrong, "y is NaN, though x and the weights are finite", "a number")
-    low, high = seen.limits
-    wrong = seen.claimed & y.isinf() & torch.where(y > 0, high < torch.inf, low > -torch.inf)
-    if wrong.any():
-        return violation(seen, "finite", "infinite", wrong, "y is infinite, and is not near the dtype's largest",
-                         f"{float(seen.numbers.value[first(wrong)]):.9g}")  # fmt: skip
-    weighty = (seen.kept & (seen.weights != 0)).any(dim=1)
-    lost = torch.full_like(weighty, seen.inputs.quantizes)  # a code has no NaN
-    wrong = (seen.x.isnan().any(dim=1) & weighty & ~lost)[:, None] & ~y.isnan() & ~seen.missing
-    if found := violation(seen, "finite", "nan-lost", wrong, "x has a NaN, which is not seen in y", "nan"):
-        return found
-    wrong = seen.hopeless & y.isfinite() & ~seen.missing
-    message = "y is finite, though a NaN or an infinity in x, in a scale or in a global scale goes into it"
-    return violation(seen, "finite", "nonfinite-lost", wrong, message, "nan or inf")
+    symptom = next((name for name in _NONFINITE if seen.flags[name]), None)
+    if symptom is None:
+        return []
+    where, expected = wrong(seen)[symptom], "nan or inf" if symptom == "nonfinite-lost" else "nan"
+    if symptom == "nan":
+        expected = "a number"
+    elif symptom == "infinite":
+        expected = f"{float(seen.numbers.value[first(where)]):.9g}"
+    return violation(seen, "finite", symptom, where, _NONFINITE[symptom], expected)
 
 
 @check("experts", "dropped")
 def dropped(seen: ExpertsObservation) -> list[Violation]:
     """A token without an expert here gets exactly 0, whatever its x and its weights hold."""
-    alone = ~seen.kept.any(dim=1)[:, None]
-    wrong = alone & ~(seen.outputs.y == 0) & ~seen.missing
-    return violation(seen, "dropped", "nonzero", wrong, "no slot of it has an expert here, and y is not 0", "0")
+    if not seen.flags["dropped"]:
+        return []
+    message = "no slot of it has an expert here, and y is not 0"
+    return violation(seen, "dropped", "nonzero", wrong(seen)["dropped"], message, "0")

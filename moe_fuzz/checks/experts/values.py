@@ -22,8 +22,7 @@ def values(inputs: ExpertsInputs, x: Tensor, weights: Tensor, expert: Tensor) ->
     else is that of the inputs. Of finite numbers."""
     y = x.new_zeros(x.shape, dtype=torch.float64)
     for batch, v in _slots(inputs, x, weights, expert, _EXACT):
-        real = batch.real.flatten()
-        y.index_add_(0, batch.token.flatten()[real], v.flatten(0, 1)[real])
+        y.index_add_(0, batch.tokens, batch.of_real(v))
     return y
 
 
@@ -36,8 +35,7 @@ def rounded(inputs: ExpertsInputs, expert: Tensor, contract: Contract) -> Tensor
     x, top_k = inputs.plain["x"], expert.shape[1]
     slots = x.new_zeros((*expert.shape, x.shape[1]), dtype=torch.float64)  # [T, k, H]
     for batch, v in _slots(inputs, x, inputs.plain["weights"], expert, contract):
-        real = batch.real.flatten()
-        slots[batch.token.flatten()[real], batch.slot.flatten()[real]] = v.flatten(0, 1)[real]
+        slots.flatten(0, 1)[batch.places] = batch.of_real(v)
     y, narrow = slots[:, 0], dtype_of(contract.reduce, x.dtype)
     for slot in range(1, top_k):
         y = store(y + slots[:, slot], narrow)[0]

@@ -16,6 +16,7 @@ import torch
 
 from moe_fuzz import generator
 from moe_fuzz.case import Case
+from moe_fuzz.mirror import uploaded
 from moe_fuzz.ops.experts import draw, recipes
 from moe_fuzz.ops.experts.recipes import EXACT, Device, Tensors
 from moe_fuzz.reference.nvfp4 import BLOCK, E4M3
@@ -80,12 +81,12 @@ class Maker(recipes.Maker):
         in float16 1 on a ladder, and more than half of that."""
         word = generator.words(self.case.seed, f"{name}_alpha", [0], self.labels)[0]  # int64 [E]
         if self.recipe in EXACT:
-            return torch.exp2((word % 5 - 2).float()).to(self.device)
+            return uploaded(torch.exp2((word % 5 - 2).float()), self.device)
         limit = 2.0**self.scale
         if self.recipe == "ladder":
             limit = 2.0 ** (6 if self.dtype == torch.bfloat16 else 0)
         share = 0.5 + (word & 0xFFFFF).double() * 2.0**-21  # 0.5 to 1
-        return (share * limit / (6.0 * float(E4M3[self._range()[1]]))).float().to(self.device)
+        return uploaded((share * limit / (6.0 * float(E4M3[self._range()[1]]))).float(), self.device)
 
     def _range(self) -> tuple[int, int]:
         """The least and the largest scale byte."""
@@ -139,7 +140,7 @@ def global_scales(case: Case, device: Device) -> Tensors:
         if kind == "fitted":
             word = int(generator.words(seed, name, [0], [0])[0, 0])
             scale = _LARGEST / amax * (0.75 + (word & 0xFFFFF) * 2.0**-21)
-        found[name] = torch.tensor([scale], dtype=torch.float32, device=device)
+        found[name] = uploaded(torch.tensor([scale], dtype=torch.float32), device)
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 
 from moe_fuzz import generator
 from moe_fuzz.generator import Device
+from moe_fuzz.mirror import uploaded
 
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of the integer hash "lowbias32" by C. Wellons; the second wraps
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 26}  # elements that are mixed at once: what fits into a cache, or into memory
@@ -22,7 +23,7 @@ def keys(
     seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: Device = "cpu"
 ) -> torch.Tensor:
     """int32 [R, C]: a word of the generator for each place. Made on the host, where few words cost least."""
-    return generator.words(seed, name, rows, columns, stream).to(torch.int32).to(device)
+    return uploaded(generator.words(seed, name, rows, columns, stream).to(torch.int32), device)
 
 
 def mixed(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
 from moe_fuzz import generator
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.faults import FAULTS, Canvas
+from moe_fuzz.mirror import answers, on_host, uploaded
 from moe_fuzz.nvfp4_faults import ScaleCanvas
 from moe_fuzz.ops.experts import blocks, recipes
 from moe_fuzz.ops.experts.fp4 import BLOCK_FAULT, CALIBRATIONS, FACTORS, SCALES
@@ -38,8 +39,14 @@ class Fp4Inputs(ExpertsInputs):
 
     @property
     def finite_weights(self) -> bool:
-        return all(bool(self.plain[f"{name}_alpha"].isfinite().all() & (self.linear_scales(name) % 128 < 127).all())
-                   for name in ("w13", "w2"))  # fmt: skip
+        names = ("w13", "w2")
+        if not all(bool(on_host(self.plain[f"{name}_alpha"]).isfinite().all()) for name in names):
+            return False
+        return all(answers([self._numbers(name) for name in names]))
+
+    def _numbers(self, name: str) -> torch.Tensor:
+        """Whether no scale of w13 or w2 is NaN."""
+        return (self.linear_scales(name) % 128 < 127).all()
 
     def matrix(self, name: str, experts: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         codes, scales = self.plain[name], self.plain[f"{name}_scales"]
@@ -94,10 +101,10 @@ def _with_scales(case: Case, fault: str, name: str, table: torch.Tensor, codes: 
 
 def _with_factors(case: Case, fault: str, name: str, factors: torch.Tensor) -> torch.Tensor:
     """Global scales with a fault: of activations, the one there is; of weights, those of some experts."""
-    scales = Canvas(name, factors.clone()[:, None], range(len(factors)), [0], case.seed)
-    hit = _some(case, name, fault, factors.device) if name in FACTORS else torch.ones(len(factors), dtype=torch.bool)
+    scales = Canvas(name, on_host(factors).clone()[:, None], range(len(factors)), [0], case.seed)
+    hit = _some(case, name, fault, scales.device) if name in FACTORS else torch.ones(len(factors), dtype=torch.bool)
     FAULTS[fault].lay(scales, hit.nonzero().flatten().tolist())
-    return scales.values[:, 0].contiguous()
+    return uploaded(scales.values[:, 0].contiguous(), factors.device)
 
 
 def _some(case: Case, name: str, fault: str, device: torch.device) -> torch.Tensor:
@@ -116,7 +123,7 @@ def _fixed(seed: int, config: tuple[tuple[str, Scalar], ...], device: str) -> di
     if case.config["activations"] == "nvfp4":
         found |= blocks.global_scales(case, device)
     if expert_map is not None:
-        found["expert_map"] = expert_map.to(device)
+        found["expert_map"] = uploaded(expert_map, device)
     return found
 
 
@@ -135,10 +142,17 @@ def linear(scales: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return tiles.reshape(scales.shape)[:, :rows, :columns].contiguous()
 
 
+@cache
+def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What codes stand for, and bytes of scales."""
+    nan = torch.tensor([torch.nan])
+    return torch.cat([E2M1, -E2M1]).to(device), torch.cat([E4M3, nan, -E4M3, nan]).to(device)
+
+
 def decoded(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """float32 [E, R, C]: E2M1 times E4M3, exact, without any global scale. Scales are linear."""
     code = torch.stack([codes & 15, codes >> 4], dim=3).flatten(2).long()
-    values = torch.cat([E2M1, -E2M1]).to(codes.device)[code].unflatten(2, (-1, BLOCK))
-    nan = torch.tensor([torch.nan])
-    of_scales = torch.cat([E4M3, nan, -E4M3, nan]).to(codes.device)[scales.long()]  # [E, R, B]
+    of_codes, of_bytes = _tables(codes.device)
+    values = of_codes[code].unflatten(2, (-1, BLOCK))
+    of_scales = of_bytes[scales.long()]  # [E, R, B]
     return (values * of_scales[..., None]).flatten(2)

@@ -15,10 +15,13 @@ from moe_fuzz.contract import Capabilities
 from moe_fuzz.experts_faults import WeightsCanvas, write_padding
 from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.fence import Arena
+from moe_fuzz.mirror import on_host, uploaded
 from moe_fuzz.ops.experts import recipes
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 from moe_fuzz.reference.align import expert_of_slot
 
+_FINITE = "_moe_fuzz_finite_rows"  # an attribute of x, into which nobody writes once it is made
+_DRAWN_ON_HOST = 1 << 17  # keys of the selection of experts: of more a device takes the largest sooner
 _STALE = 62  # the stream of rows that no step of the case has had
 _BENIGN = 61  # of what rows could have held instead
 _WHOLE = ("noncontiguous", "int32_boundary", "transposed", "misaligned", "int64_ids")  # they name no rows
@@ -66,7 +69,20 @@ class ExpertsInputs(Inputs):
     @property
     def finite(self) -> bool:
         """Whether all that is multiplied is finite, but for the routing weights."""
-        return self.finite_weights and (self.quantizes or bool(self.plain["x"].isfinite().all()))
+        return self.finite_weights and (self.quantizes or bool(self.finite_rows.all()))
+
+    @property
+    def finite_rows(self) -> torch.Tensor:
+        """bool [T], on the host: where x is finite. The device is asked once, and not where no fault was laid on x."""
+        x = self.plain["x"]
+        if x.device.type == "cpu":
+            return x.isfinite().all(dim=1)
+        kept = getattr(x, _FINITE, None)
+        if kept is None:
+            kept = on_host(x.isfinite().all(dim=1))
+            setattr(x, _FINITE, kept)
+        assert isinstance(kept, torch.Tensor)
+        return kept
 
     def matrix(self, name: str, experts: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """float64 [e, R, C]: the numbers of w13 or w2 of these experts, as they are multiplied."""
@@ -122,19 +138,22 @@ def filled(
     plain = dict(fixed)
     stream = case.stream(step_index)
     x = Canvas("x", recipes.tokens(case, rows, stream, device), rows, range(int(config["hidden"])), case.seed)
-    weights = WeightsCanvas("weights", recipes.routing_weights(case, rows, stream, device), rows, range(top_k),
+    # The routing decision is laid out on the host: it is small, and who judges asks for it again and again.
+    weights = WeightsCanvas("weights", recipes.routing_weights(case, rows, stream, "cpu"), rows, range(top_k),
                             case.seed)  # fmt: skip
-    ids = IdsCanvas("ids", recipes.expert_ids(case, rows, stream, device), rows, range(top_k), case.seed,
+    there = "cpu" if len(rows) * len(case.experts) <= _DRAWN_ON_HOST else device
+    ids = IdsCanvas("ids", on_host(recipes.expert_ids(case, rows, stream, there)), rows, range(top_k), case.seed,
                     experts=case.experts)  # fmt: skip
     canvases: dict[str, Canvas] = {"x": x, "weights": weights, "ids": ids}
     for name in ("w13", "w2"):  # only their layout can be a fault
         canvases[name] = Canvas(name, plain[name], range(len(plain[name])), [0], case.seed)
 
-    padding = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    padding = torch.zeros(len(rows), dtype=torch.bool)
     flagged = step.padding.positions(step.rows)
     padding[flagged] = True
     write_padding(str(config["dialect"]), ids, weights, flagged)
     ordinary = torch.ones_like(padding)
+    touched = False  # x: by more than another layout
     last: list[int] = []  # rows of a fault that hangs on what the others leave
     for fault in step.faults:
         if fault.tensor not in canvases:  # laid into `fixed`
@@ -142,19 +161,25 @@ def filled(
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
         if fault.name == "stale_rows":
             source = _STALE if fault.stream is None else fault.stream
-            x.values[positions] = recipes.tokens(case, [rows[p] for p in positions], source, device)
+            x.values[x.at(positions)] = recipes.tokens(case, [rows[p] for p in positions], source, device)
         elif fault.name == "nan_dropped":
             last += positions
         elif fault.name in _WHOLE or rows:
             FAULTS[fault.name].lay(canvases[fault.tensor], positions)
             if fault.tensor in ("x", "weights") and fault.name not in _WHOLE:
                 ordinary[positions] = False
+                touched |= fault.tensor == "x"
     if last:
-        weights.dropped = expert_of_slot(ids.values, len(plain["w13"]), plain.get("expert_map")) < 0
+        expert_map = plain.get("expert_map")
+        there_is = None if expert_map is None else on_host(expert_map)
+        weights.dropped = expert_of_slot(ids.values, len(plain["w13"]), there_is) < 0
         FAULTS["nan_dropped"].lay(weights, last)
 
-    plain |= {"x": x.values, "weights": weights.values, "ids": ids.values}
-    inputs = kind(options, plain, recipe=str(config["recipe"]), padding=padding, ordinary=ordinary)
+    plain |= {"x": x.values, "weights": uploaded(weights.values, device), "ids": uploaded(ids.values, device)}
+    if not touched:  # every recipe gives finite numbers
+        setattr(x.values, _FINITE, torch.ones(len(rows), dtype=torch.bool))
+    inputs = kind(options, plain, recipe=str(config["recipe"]), padding=uploaded(padding, device),
+                  ordinary=uploaded(ordinary, device))  # fmt: skip
     for name, canvas in canvases.items():
         _lay_out(inputs, name, canvas)
     return inputs
@@ -166,7 +191,7 @@ def _fixed(op: str, seed: int, config: tuple[tuple[str, Scalar], ...], device: s
     labels, expert_map = recipes.shard(case)
     found = recipes.projections(case, labels, device)
     if expert_map is not None:
-        found["expert_map"] = expert_map.to(device)
+        found["expert_map"] = uploaded(expert_map, device)
     return found
 
 

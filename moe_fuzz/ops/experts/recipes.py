@@ -20,6 +20,7 @@ import torch
 
 from moe_fuzz import generator
 from moe_fuzz.case import Case
+from moe_fuzz.mirror import uploaded
 from moe_fuzz.ops.experts import draw
 
 Device = torch.device | str
@@ -175,7 +176,7 @@ class Maker:
         if self.recipe not in EXACT:
             return self._free("w13/up", self.inter, self.hidden)
         if self.recipe == "one_hot":
-            power = torch.tensor([2.0 ** (label * 5 % 4 - 1) for label in self.labels], device=self.device)
+            power = uploaded(torch.tensor([2.0 ** (label * 5 % 4 - 1) for label in self.labels]), self.device)
             return self._one_hot("w13/up", self.inter, self.hidden, power)
         row, column = self._words("w13/up", self.inter, self.hidden)
         word = draw.mixed(row, column)
