@@ -136,7 +136,7 @@ def test_refusals_are_not_running(tmp_path):
     assert "nothing ran" in summary.reason
 
     def mostly(case, history, options):
-        return GOOD if case.config["bias"] and len(case.experts) == 61 else Verdict(REJECTED)
+        return GOOD if int(case.digest[:2], 16) % 10 == 0 else Verdict(REJECTED)  # about 6 of 64
 
     summary = gate(tmp_path / "2", mostly, cases=None).run()
     assert summary.exit_code == 3
