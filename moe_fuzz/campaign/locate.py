@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moe_fuzz.campaign.confirm import Key, matching, rerun
 from moe_fuzz.campaign.interfaces import Cases, Pool
@@ -64,91 +64,115 @@ def locate(
     """
     crash = matching(verdict, key)
     assert crash is not None
-
-    def crashes(fence: FenceOptions) -> bool:
-        with_fence = replace(options, fence=fence)
-        return any(matching(rerun(pool, cases, target, with_fence), key) is not None for _ in range(tries))
-
-    def ask(fences: Sequence[FenceOptions]) -> list[bool]:
-        """All of them, as many at a time as there may be."""
-        if at_once == 1 or len(fences) == 1:
-            return [crashes(fence) for fence in fences]
-        with ThreadPoolExecutor(at_once) as threads:
-            return list(threads.map(crashes, fences))
-
-    # Soft guards stay everywhere: without them an overrun lands in somebody's heap, and crashes when it likes.
-    soft = FenceOptions(hard=(), sides="both", access="any", readonly=(), own=options.fence.own)
     there = {name: role for name, role in tensors.items() if _is_there(cases[-1], name)}
     fenced = [*there, OWN]
     inputs = [name for name, role in there.items() if role == "input"]
-
-    def hard(names: Sequence[str]) -> FenceOptions:
-        return replace(soft, hard=tuple(part for name in names for part in (_ALL_OWN if name == OWN else (name,))))
-
-    def readonly(names: Sequence[str]) -> FenceOptions:
-        return replace(soft, readonly=tuple(names))
-
-    def past_an_edge(name: str) -> Violation | None:
-        """What fresh workers say of this tensor alone."""
-        fence = hard([name])
-        right, write, left = replace(fence, sides="right"), replace(fence, access="write"), replace(fence, sides="left")
-        told = ask([right, write, left] if at_once > 2 else [right, write])
-        on_right, writes = told[:2]
-        if on_right or (told[2] if at_once > 2 else crashes(left)):
-            return _located(crash, name, "right" if on_right else "left", "write" if writes else "read")
-        return _located(crash, name, "both", "write" if writes else "read") if writes or crashes(fence) else None
-
+    questions = _Questions(pool, cases, target, options, key, tries, at_once)
     if len(cases) == 1 and tries == 1:
-        fences = [soft, *(hard([name]) for name in fenced), *(readonly([name]) for name in inputs)]
-        at = _in_a_row(pool, cases, target, options, fences, key)
-        if at == 0:
-            return crash
-        if at is not None and at <= len(fenced):
-            if (found := past_an_edge(fenced[at - 1])) is not None:
+        # To judge a case takes most of its time, and a fault mostly shows in the calls of the case itself.
+        for one in dict.fromkeys((replace(options, checks=()), options)):
+            found = _by_a_row(replace(questions, options=one), crash, fenced, inputs)
+            if found is not None:
                 return found
-        elif at is not None and crashes(fences[at]):
-            return _located(crash, inputs[at - 1 - len(fenced)], "inside", "write")
     # Several cases leave something behind in a process, and so may one: then each question has a worker of its own.
-    if crashes(soft):
+    if questions.crashes(questions.soft):
         return crash
-    culprit = _first(fenced, hard, ask, at_once)
-    if culprit is not None and (found := past_an_edge(culprit)) is not None:
+    culprit = questions.first(fenced, questions.hard)
+    if culprit is not None and (found := _past_an_edge(questions, crash, culprit)) is not None:
         return found
-    written = _first(inputs, readonly, ask, at_once)
+    written = questions.first(inputs, questions.readonly)
     return _located(crash, written, "inside", "write") if written is not None else crash
 
 
-def _in_a_row(
-    pool: Pool, cases: Cases, target: str, options: RunOptions, fences: Sequence[FenceOptions], key: Key
-) -> int | None:  # fmt: skip
-    """The first of these under which the cases crash, asked of one worker, which survives the answers before it: to
-    start one takes far longer than to run a case. None: under none, or it was lost otherwise."""
-    with pool.fresh() as worker:
-        for at, fence in enumerate(fences):
-            verdict = worker.run(cases, target, replace(options, fence=fence))[-1]
-            if matching(verdict, key) is not None:
-                return at
-            if verdict.spent or verdict.kind in (CRASH, HANG, OOM):
-                return None
-    return None
+def _by_a_row(questions: _Questions, crash: Violation, fenced: Sequence[str], inputs: Sequence[str]
+              ) -> Violation | None:  # fmt: skip
+    """What one worker says, asked in a row, and fresh ones say too; None where it or they say nothing."""
+    hard, readonly = [questions.hard([name]) for name in fenced], [questions.readonly([name]) for name in inputs]
+    fences = [questions.soft, *hard, *readonly]
+    at = questions.in_a_row(fences)
+    if at is None:
+        return None
+    if at == 0:
+        return crash
+    if at <= len(fenced):
+        return _past_an_edge(questions, crash, fenced[at - 1])
+    name = inputs[at - 1 - len(fenced)]
+    return _located(crash, name, "inside", "write") if questions.crashes(fences[at]) else None
 
 
-def _first(
-    names: Sequence[str], fence: Callable[[Sequence[str]], FenceOptions],
-    ask: Callable[[list[FenceOptions]], list[bool]], at_once: int,
-) -> str | None:  # fmt: skip
-    """The first of these that crashes under its fence, None if none does. Where one does, so do several at once: each
-    round of questions leaves one part in at_once + 1 of what may be the answer."""
-    low, high = 0, len(names)  # the answer is one of [low, high]; past the last: none
-    while low < high:
-        parts = min(at_once, high - low) + 1
-        ends = [low + (high - low + 1) * part // parts for part in range(1, parts)]  # of the parts but the last
-        told = ask([fence(names[low:end]) for end in ends])
-        hit = next((at for at, crashed in enumerate(told) if crashed), None)
-        bounds = [low, *ends, high + 1]
-        at = hit if hit is not None else len(ends)
-        low, high = bounds[at], bounds[at + 1] - 1
-    return names[low] if low < len(names) else None
+def _past_an_edge(questions: _Questions, crash: Violation, name: str) -> Violation | None:
+    """What fresh workers say of this tensor alone."""
+    fence, at_once = questions.hard([name]), questions.at_once
+    right, write, left = replace(fence, sides="right"), replace(fence, access="write"), replace(fence, sides="left")
+    told = questions.ask([right, write, left] if at_once > 2 else [right, write])
+    on_right, writes = told[:2]
+    if on_right or (told[2] if at_once > 2 else questions.crashes(left)):
+        return _located(crash, name, "right" if on_right else "left", "write" if writes else "read")
+    return _located(crash, name, "both", "write" if writes else "read") if writes or questions.crashes(fence) else None
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """Does it still crash when only this is fenced?"""
+
+    pool: Pool
+    cases: Cases
+    target: str
+    options: RunOptions
+    key: Key
+    tries: int
+    at_once: int
+
+    @property
+    def soft(self) -> FenceOptions:
+        """Soft guards stay everywhere: without them an overrun lands in somebody's heap, and crashes when it likes."""
+        return FenceOptions(hard=(), sides="both", access="any", readonly=(), own=self.options.fence.own)
+
+    def hard(self, names: Sequence[str]) -> FenceOptions:
+        every = tuple(part for name in names for part in (_ALL_OWN if name == OWN else (name,)))
+        return replace(self.soft, hard=every)
+
+    def readonly(self, names: Sequence[str]) -> FenceOptions:
+        return replace(self.soft, readonly=tuple(names))
+
+    def crashes(self, fence: FenceOptions) -> bool:
+        """What a fresh worker says, or several where it is seen sometimes."""
+        asked = (rerun(self.pool, self.cases, self.target, replace(self.options, fence=fence))
+                 for _ in range(self.tries))  # fmt: skip
+        return any(matching(verdict, self.key) is not None for verdict in asked)
+
+    def ask(self, fences: Sequence[FenceOptions]) -> list[bool]:
+        """All of them, as many at a time as there may be."""
+        if self.at_once == 1 or len(fences) == 1:
+            return [self.crashes(fence) for fence in fences]
+        with ThreadPoolExecutor(self.at_once) as threads:
+            return list(threads.map(self.crashes, fences))
+
+    def in_a_row(self, fences: Sequence[FenceOptions]) -> int | None:
+        """The first of these under which the cases crash, asked of one worker, which survives the answers before it: to
+        start one takes far longer than to run a case. None: under none, or it was lost otherwise."""
+        with self.pool.fresh() as worker:
+            for at, fence in enumerate(fences):
+                verdict = worker.run(self.cases, self.target, replace(self.options, fence=fence))[-1]
+                if matching(verdict, self.key) is not None:
+                    return at
+                if verdict.spent or verdict.kind in (CRASH, HANG, OOM):
+                    return None
+        return None
+
+    def first(self, names: Sequence[str], fence: Callable[[Sequence[str]], FenceOptions]) -> str | None:
+        """The first of these that crashes under its fence, None if none does. Where one does, so do several at once:
+        each round of questions leaves one part in at_once + 1 of what may be the answer."""
+        low, high = 0, len(names)  # the answer is one of [low, high]; past the last: none
+        while low < high:
+            parts = min(self.at_once, high - low) + 1
+            ends = [low + (high - low + 1) * part // parts for part in range(1, parts)]  # of the parts but the last
+            told = self.ask([fence(names[low:end]) for end in ends])
+            hit = next((at for at, crashed in enumerate(told) if crashed), None)
+            bounds = [low, *ends, high + 1]
+            at = hit if hit is not None else len(ends)
+            low, high = bounds[at], bounds[at + 1] - 1
+        return names[low] if low < len(names) else None
 
 
 def _is_there(case: Case, tensor: str) -> bool:

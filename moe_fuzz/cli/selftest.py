@@ -19,6 +19,7 @@ from moe_fuzz.config import did_you_mean
 from moe_fuzz.errors import EXIT_CLEAN, EXIT_FINDING, EnvironmentProblem, UsageError
 from moe_fuzz.planted.catalog import PLANTED
 from moe_fuzz.report.whole import replace_file
+from moe_fuzz.worker.gpus import gpus
 from moe_fuzz.worker.pool import Pool
 
 if TYPE_CHECKING:
@@ -55,10 +56,15 @@ def command(
     catch it does. Exit code 1 if any is missed.
     """
     device = params.pick_device(device)
-    chosen = [bug for bug in choose(names) if (bug.only or not only) and device in bug.devices]
+    asked = [bug for bug in choose(names) if bug.only or not only]
+    unseen = {bug.name: reason for bug in asked if (reason := why_not(bug, device))}
+    chosen = [bug for bug in asked if bug.name not in unseen]
+    if not asked:
+        raise UsageError("none of these bugs is planted for one check alone", "leave out --only")
     if not chosen:
-        raise UsageError(f"none of these bugs is {'planted for one check alone' if only else f'one of {device}'}",
-                         "leave out --only" if only else "--device cpu")
+        reasons = "; ".join(sorted({*unseen.values()}))
+        raise UsageError(f"none of these bugs can be seen here: each {reasons}",
+                         "--device cpu" if device == "cuda" else "--device cuda, on a machine with a GPU")  # fmt: skip
     count = min(params.pick_workers(workers, device), len(chosen))
     engine = run_alone if only else run_planted
     limit = memory or (MEMORY if device == "cpu" else None)
@@ -76,6 +82,8 @@ def command(
     click.echo(f"\n{len(outcomes) - len(missed)} of {len(outcomes)} planted bugs found")
     for outcome in missed:
         click.echo(f"{outcome.name}: {why(outcome)}")
+    for reason in dict.fromkeys(unseen.values()):
+        click.echo(f"not run, as each {reason}: {', '.join(name for name in unseen if unseen[name] == reason)}")
     if path is not None:
         _write(path, outcomes)
     ctx.exit(EXIT_FINDING if missed else EXIT_CLEAN)
@@ -89,6 +97,15 @@ def choose(names: Iterable[str]) -> Sequence[Planted]:
             meant = did_you_mean(name, by_name)
             raise UsageError(f"there is no planted bug {name!r}{meant}", f"there are {', '.join(by_name)}")
     return [by_name[name] for name in dict.fromkeys(names)] or list(PLANTED)
+
+
+def why_not(bug: Planted, device: str) -> str:
+    """Why a bug cannot be seen on this device of this machine; empty where it can."""
+    if device not in bug.devices:
+        return f"shows on {' or '.join(bug.devices)} alone"
+    if device == "cuda" and bug.processes > len(gpus()):
+        return f"needs {bug.processes} GPUs"
+    return ""
 
 
 def run_all(

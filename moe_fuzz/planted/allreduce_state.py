@@ -198,13 +198,13 @@ def last_rank_waits_elsewhere(x: Tensor, residual: Any, gamma: Tensor, eps: floa
 
 
 @triton.jit
-def _fill_kernel(buffer_ptr: Any, count: Any, BLOCK: tl.constexpr) -> None:
+def _fill_kernel(buffer_ptr, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(buffer_ptr + at, -0.0, mask=at < count)
 
 
 @triton.jit
-def _read_kernel(gamma_ptr: Any, read_ptr: Any, vectors: Any, BLOCK: tl.constexpr) -> None:
+def _read_kernel(gamma_ptr, read_ptr, vectors, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     vector = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = vector[:, None] * 16 + tl.arange(0, 16)[None, :]
     there = (vector < vectors)[:, None]
@@ -212,7 +212,7 @@ def _read_kernel(gamma_ptr: Any, read_ptr: Any, vectors: Any, BLOCK: tl.constexp
 
 
 @triton.jit
-def _clear_kernel(buffer_ptr: Any, vectors: Any, BLOCK: tl.constexpr) -> None:
+def _clear_kernel(buffer_ptr, vectors, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     vector = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = vector[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(buffer_ptr + at, tl.zeros((BLOCK, 16), dtype=tl.uint8), mask=(vector < vectors)[:, None])

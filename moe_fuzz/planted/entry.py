@@ -33,5 +33,10 @@ class Planted:
         return tuple(self.capabilities.get("devices", ("cpu", "cuda")))
 
     @property
+    def processes(self) -> int:
+        """How many it takes at least to see it, each on a GPU of its own where it runs on GPUs."""
+        return 2 if self.capabilities.get("processes") else 1
+
+    @property
     def target(self) -> str:
         return f"{self.op}@planted.{self.name}"

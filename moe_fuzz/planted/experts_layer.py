@@ -148,12 +148,33 @@ class Fp4Layer(Layer):
         self.alphas = {"w13": w13_alpha, "w2": w2_alpha}
         self.swizzled, self.quantizes = scale_layout == "swizzled", activations == "nvfp4"
         self.globals = {"w13": x_global, "w2": h_global}  # of what is multiplied with either
+        self._shown: Tensor | None = None
 
     def up_product(self, e: int, token: Tensor) -> Tensor:
-        return self.first(self.left("w13", self.x[token]), self.decoded("w13", e)) * self.factor("w13", e)
+        return self.first(self.shown(token), self.decoded("w13", e)) * self.factor("w13", e)
+
+    def shown(self, token: Tensor) -> Tensor:
+        """What is multiplied of these tokens: made of all at once, as no row hangs on another."""
+        if self._shown is None:
+            self._shown = self.left("w13", self.x)
+        return self._shown[token]
+
+    def slots(self, expert: Tensor) -> Tensor:
+        slots = self.x.new_empty((*expert.shape, self.hidden))
+        chosen = [(e, at // self.top_k, at % self.top_k) for e, at in by_expert(expert)]
+        between = [self.gate_up(e, token, self.weight(token, slot)[:, None]) for e, token, slot in chosen]
+        for (e, token, slot), h in zip(chosen, self.kept(between), strict=True):
+            slots[token, slot] = self.down(e, h, self.weight(token, slot)[:, None])
+        return slots
+
+    def kept(self, between: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What is multiplied of the activation's results of each expert [n, I]: it too is made of all at once."""
+        if not between:
+            return between
+        return self.left("w2", torch.cat(list(between))).split([len(h) for h in between])
 
     def down_product(self, e: int, h: Tensor) -> Tensor:
-        return self.second(self.left("w2", h), self.decoded("w2", e)) * self.factor("w2", e)
+        return self.second(h, self.decoded("w2", e)) * self.factor("w2", e)
 
     def decoded(self, name: str, e: int) -> Tensor:
         """float32 [R, C] without the global scale."""

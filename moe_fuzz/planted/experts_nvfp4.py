@@ -3,6 +3,7 @@ between the products."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -267,6 +268,12 @@ def requantized_under_the_scale_of_x(*tensors: Tensor, **options: Any) -> Tensor
 
 
 class _Stale(Fp4Layer):
+    def shown(self, token: Tensor) -> Tensor:
+        return self.left("w13", self.x[token])
+
+    def kept(self, between: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [self.left("w2", h) for h in between]
+
     def quantized(self, rows: Tensor, given: Tensor) -> Tensor:
         codes, scales = nvfp4_quantize(rows, given)
         held = scales.view(torch.uint8)

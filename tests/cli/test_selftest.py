@@ -16,8 +16,9 @@ import pytest
 from moe_fuzz import strategies
 from moe_fuzz.campaign.selftest import draw, run_alone, run_planted
 from moe_fuzz.case import Case
-from moe_fuzz.cli.selftest import run_all
+from moe_fuzz.cli.selftest import command, run_all, why_not
 from moe_fuzz.contract import TargetInfo
+from moe_fuzz.errors import UsageError
 from moe_fuzz.ops import get_space
 from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
 
@@ -32,6 +33,7 @@ class Bug:
     only: bool = True
     fence: str = "torch"
     devices: tuple[str, ...] = ("cpu", "cuda")
+    processes: int = 1
 
     @property
     def target(self) -> str:
@@ -225,3 +227,18 @@ def test_what_was_found_is_kept_when_the_rest_is_interrupted() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_all(bugs, one, 1, lambda so_far: kept.append([bug.name for bug in so_far]))  # type: ignore[arg-type, misc]
     assert kept == [["first"], ["first", "second"]]
+
+
+def test_what_cannot_be_seen_here_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_fuzz.cli.selftest.gpus", lambda: ("one",))
+    assert why_not(Bug(), "cpu") == why_not(Bug(), "cuda") == ""
+    assert why_not(Bug(devices=("cuda",)), "cpu") == "shows on cuda alone"
+    assert why_not(Bug(processes=2), "cuda") == "needs 2 GPUs"
+    assert why_not(Bug(processes=2), "cpu") == ""
+    monkeypatch.setattr("moe_fuzz.cli.selftest.gpus", lambda: ("one", "two"))
+    assert why_not(Bug(processes=2), "cuda") == ""
+
+
+def test_only_what_cannot_be_seen_here_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="can be seen here: each shows on cuda alone"):
+        command.main(["narrow_index", "--device", "cpu"], standalone_mode=False)

@@ -166,6 +166,23 @@ def test_what_a_worker_keeps_of_its_first_answer_hides_nothing():
     assert located(judge).symptom == "own:right:read"
 
 
+def test_it_asks_without_checks_and_with_them_where_only_their_calls_fault():
+    asked = []
+
+    def judge(case, history, options):
+        asked.append(options.checks)
+        return GOOD if options.checks == () else fault("ids")(case, history, options)
+
+    assert located(judge).symptom == "ids:right:read"
+    first = asked.index(None)
+    assert first > len(SPACE.tensors)
+    assert set(asked[:first]) == {()}
+    assert set(asked[first:]) == {None}
+    asked.clear()
+    located(lambda case, history, options: (asked.append(options.checks), fault("ids")(case, history, options))[1])
+    assert set(asked) == {()}
+
+
 @pytest.mark.parametrize("at_once", [2, 3, 8])
 @pytest.mark.parametrize("tensor", ["logits", "bias", "ids", "own", "inside", "wild", "none"])
 def test_questions_beside_each_other_have_the_answers_of_a_row(tensor, at_once):
