@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Program = Generator[Callable[[], bool] | None, None, None]
 
@@ -40,6 +41,10 @@ class Device:
 
     def run(self) -> None:
         """Until all streams are empty. Raises GivenUp where each rank that is left waits."""
+        with _disable_current_modes():  # a fence of each small tensor between two steps would cost more than the step
+            self._run()
+
+    def _run(self) -> None:
         until = time.monotonic() + self.group.timeout_s
         while left := [key for key, stream in self._streams.items() if stream]:
             able = [key for key in left if (wait := self._blocked.get(key)) is None or wait()]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_fuzz.mirror import uploaded
 from moe_fuzz.planted.layer_parts import by_expert
@@ -44,7 +45,8 @@ class Layer:
             return layer.given(layer.result())
         values = _on_host([*tensors, *options.values()])
         given = dict(zip(options, values[len(tensors) :], strict=True)) | {"out": None}
-        y = cls(*values[: len(tensors)], **given).result()
+        with _disable_current_modes():  # to see what is allocated costs as much as the layer; none of it is the GPU's
+            y = cls(*values[: len(tensors)], **given).result()
         return layer.given(uploaded(y, layer.x.device))
 
     def result(self) -> Tensor:
@@ -149,6 +151,7 @@ class Fp4Layer(Layer):
         self.swizzled, self.quantizes = scale_layout == "swizzled", activations == "nvfp4"
         self.globals = {"w13": x_global, "w2": h_global}  # of what is multiplied with either
         self._shown: Tensor | None = None
+        self._linear: dict[str, Tensor] = {}
 
     def up_product(self, e: int, token: Tensor) -> Tensor:
         return self.first(self.shown(token), self.decoded("w13", e)) * self.factor("w13", e)
@@ -183,8 +186,13 @@ class Fp4Layer(Layer):
 
     def scales(self, name: str, e: int) -> Tensor:
         """uint8 [R, C/16] of an expert."""
-        codes, table = self.codes[name], self.tables[name][e]
-        return unswizzle(table, codes.shape[1], codes.shape[2] // 8) if self.swizzled else table
+        if not self.swizzled:
+            return self.tables[name][e]
+        if name not in self._linear:  # of all experts at once: tables of whole tiles lie one behind the other
+            table, codes = self.tables[name].view(torch.uint8), self.codes[name]
+            plain = unswizzle(table.flatten(0, 1), table.shape[0] * table.shape[1], table.shape[2])
+            self._linear[name] = plain.view(table.shape)[:, : codes.shape[1], : codes.shape[2] // 8]
+        return self._linear[name][e]
 
     def factor(self, name: str, e: int) -> Tensor:
         given, alpha = self.globals[name], self.alphas[name][e]

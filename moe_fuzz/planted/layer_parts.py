@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_fuzz.mirror import uploaded
 
@@ -74,12 +75,14 @@ def experts_sum(
     `first` of the layer's biases. products [T, k, 2I]: hidden @ w13.T, where it is there. scale: of hidden."""
     y = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     top_k = ids.shape[1]
-    for expert, slots in by_expert(ids.masked_fill(ids >= len(w13), -1)):
-        token, slot = slots // top_k, slots % top_k
-        a = hidden[token].float() @ w13[expert].float().t() if products is None else products[token, slot]
-        part = _after(a if scale is None else a * scale, expert, w2, given, first)
-        weight = weights[token, slot, None]
-        y.index_add_(0, token, (part * weight).masked_fill(weight == 0, 0.0))
+    chosen = by_expert(ids.masked_fill(ids >= len(w13), -1))
+    with _disable_current_modes():  # a fence of each of these small tensors would cost as much as all the rest
+        for expert, slots in chosen:
+            token, slot = slots // top_k, slots % top_k
+            a = hidden[token].float() @ w13[expert].float().t() if products is None else products[token, slot]
+            part = _after(a if scale is None else a * scale, expert, w2, given, first)
+            weight = weights[token, slot, None]
+            y.index_add_(0, token, (part * weight).masked_fill(weight == 0, 0.0))
     return y
 
 
