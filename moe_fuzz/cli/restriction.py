@@ -64,7 +64,8 @@ def restriction(
     _check("fault", faults, [NO_FAULT, *(name for space in spaces for name in space.faults)])
     if faults is not None and NO_FAULT in faults and len(faults) > 1:
         raise UsageError(f"--faults {','.join(faults)}: {NO_FAULT} stands alone", "leave it out, or the others")
-    axes = [axis for space in spaces for axis in space.axes(TargetInfo("", space.op, ""))]
+    # What is drawn and is no field of a config has a name of several words.
+    axes = [axis for space in spaces for axis in space.axes(TargetInfo("", space.op, "")) if axis.name.isidentifier()]
     for field, values in only or ():
         _check("field", [field], [axis.name for axis in axes])
         _check(f"{field} value", values, [spelled(v) for axis in axes if axis.name == field for v in axis.values])

@@ -69,5 +69,5 @@ def binding(seen: ExpertsObservation) -> list[str]:
         return ["no row is judged"]
     seen = seen.take(uploaded(judged[:: -(-len(judged) // SAMPLE)], seen.x.device))
     others = {name: seen.with_outputs(y) for name, y in wrong_answers(seen).items()}
-    look_together(others.values())
+    look_together(list(others.values()))
     return [name for name, other in others.items() if not rejected(other, "experts", _JUDGES)]

@@ -5,13 +5,11 @@ Nearly every output is right. Which element is wrong, and how, a check finds out
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from moe_fuzz.mirror import answers
 
 if TYPE_CHECKING:
     from moe_fuzz.checks.experts.observation import ExpertsObservation
@@ -19,24 +17,27 @@ if TYPE_CHECKING:
 
 def first_look(seen: ExpertsObservation) -> Mapping[str, float]:
     """Of each of `wrong`, whether an element is, 1 or 0; and the largest error over its bound, as `bound_used`."""
-    found = _enqueued(seen)
-    return dict(zip(found, answers(list(found.values())), strict=True))
+    return _looked(seen, 1)[0]
 
 
-def look_together(observations: Iterable[ExpertsObservation]) -> None:
-    """The first look at several outputs, which wait as one."""
-    found = [(seen, _enqueued(seen)) for seen in observations]
-    told = iter(answers([flag for _, flags in found for flag in flags.values()]))
-    for seen, flags in found:
-        seen.__dict__["flags"] = dict(zip(flags, told, strict=False))
+def look_together(observations: Sequence[ExpertsObservation]) -> None:
+    """The first look at several outputs of the same inputs, as at one that is as often as long."""
+    if observations:
+        stacked = observations[0].with_outputs(torch.stack([seen.outputs.y for seen in observations]))
+        for seen, flags in zip(observations, _looked(stacked, len(observations)), strict=True):
+            seen.__dict__["flags"] = flags
 
 
-def _enqueued(seen: ExpertsObservation) -> dict[str, Tensor]:
-    """Of one element each."""
-    found = {name: mask.any() for name, mask in wrong(seen).items()}
+def _looked(seen: ExpertsObservation, count: int) -> list[dict[str, float]]:
+    """Of an output [T, H], or of `count` ones [count, T, H]."""
+    size = seen.outputs.y.numel() // count  # there may be none
+    names, masks = zip(*_wrong(seen), strict=True)
+    found = torch.stack(masks).view(len(masks), count, size).any(dim=2).double()
     low, high = seen.limits
-    share = torch.where(seen.judged & high.isfinite() & low.isfinite(), shares(seen), 0.0)
-    return found | {"bound_used": share.max() if share.numel() else share.new_zeros(())}
+    share = torch.where(seen.judged & high.isfinite() & low.isfinite(), shares(seen), 0.0).view(count, size)
+    used = share.amax(dim=1) if size else share.new_zeros(count)
+    told = torch.cat([found, used[None]]).t().tolist()
+    return [dict(zip((*names, "bound_used"), flags, strict=True)) for flags in told]
 
 
 def shares(seen: ExpertsObservation) -> Tensor:
@@ -45,7 +46,7 @@ def shares(seen: ExpertsObservation) -> Tensor:
 
 
 def wrong(seen: ExpertsObservation) -> dict[str, Tensor]:
-    """bool [T, H], by what is wrong there."""
+    """bool of the output's shape, by what is wrong there."""
     return dict(_wrong(seen))
 
 

@@ -11,15 +11,16 @@ MAX_ELEMENTS = 1 << 27
 #: Elements of the projections of a case. A GPU makes and multiplies far more in a millisecond, but they are also laid
 #: into fences, and judged in float64.
 BUDGET = 1 << 21
+SHARES = (1.0, 1 / 8)  # of it, for one case in two each: most flaws show in sizes that cost less than their judgement
 FP4_BUDGET = 1 << 18  # in the interpreter, a number that has to be decoded costs ten times as much
 #: Seconds that an interpreted case may take; most take a third of it. A block of slots takes 7 ms in the two products
 #: however small it is, an expert with a slot has one at least, and a case calls the kernel three times or four.
 CPU_BUDGET = 0.4
 CPU_CALLS = 3
-CUDA_BUDGET = 1 << 22  # x, and the outputs of the slots
+CUDA_BUDGET = 1 << 22  # x, and what the slots hold
 
 
-def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]], budget: int) -> dict[str, Scalar]:
+def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]], budget: float) -> dict[str, Scalar]:
     """The config with hidden and intermediate cut down until its projections are within the budget: the larger of the
     two first, to the next smaller size that can be had."""
     whole = dict(config)
@@ -39,7 +40,8 @@ def affordable_tokens(tokens: int, config: Mapping[str, Scalar], device: str) ->
     if device == "cpu":
         # What a config costs with a token alone is not changed by refusing it a few more.
         return tokens <= 1 or _judged_call(tokens, config) <= max(CPU_BUDGET, 2 * _judged_call(1, config))
-    return tokens * int(config["hidden"]) * (1 + int(config["top_k"])) <= CUDA_BUDGET
+    hidden, inter, top_k = int(config["hidden"]), int(config["intermediate"]), int(config["top_k"])
+    return tokens * (hidden + top_k * (hidden + inter)) <= CUDA_BUDGET
 
 
 def call_seconds(tokens: int, config: Mapping[str, Scalar]) -> float:

@@ -29,6 +29,7 @@ TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 12
           1023, 1025, 2049, 4097)  # fmt: skip
 _FEW = 4  # token counts
 TOP_K_LIMIT, EXPERTS_LIMIT = 64, 4096
+_SHARE = "share of the budget"  # is drawn, and is no field of a config
 
 #: What may break one row. On x, the plainest first.
 X_FAULTS = ("zero_rows", "nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "huge_rows", "ladder",
@@ -82,6 +83,7 @@ class ExpertsSpace:
             Axis("hidden", self._taken(HIDDEN, can.max_hidden, can.min_multiple_h)),
             Axis("intermediate", self._taken(INTERMEDIATE, can.max_intermediate, can.min_multiple_i)),
             *(Axis(name, values) for name, values in self.limits(info).items()),
+            Axis(_SHARE, cost.SHARES),
         )
 
     def _taken(self, values: tuple[int, ...], most: int, multiple: int) -> list[int]:
@@ -97,9 +99,11 @@ class ExpertsSpace:
         return MODES if info.contract.graph else MODES[:1]
 
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
-        whole = moves.mended({**config, "experts": str(Labels.range(int(config["experts"])))})
+        budget = self.budget * float(config.get(_SHARE, 1))
+        drawn = {name: value for name, value in config.items() if name != _SHARE}
+        whole = moves.mended({**drawn, "experts": str(Labels.range(int(config["experts"])))})
         allowed = {axis.name: axis.values for axis in self.axes(info)}
-        return cost.shrunk(whole, {name: [int(value) for value in allowed[name]] for name in SIZES}, self.budget)
+        return cost.shrunk(whole, {name: [int(value) for value in allowed[name]] for name in SIZES}, budget)
 
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
         found = tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device))

@@ -25,7 +25,7 @@ EP = (1, 2, 3, 4, 8)
 #: Elements of w13 and w2: the host draws them anew for each case, and multiplies them in float64.
 MAX_WEIGHTS = 1 << 18
 CPU_BUDGET = 0.3  # seconds an interpreted case may take: a layer is a router, and a few launches a shard
-CUDA_HIDDEN = 1 << 19  # T x H x k on a device, for the same reason
+CUDA_SLOTS = 1 << 20  # numbers that the slots hold, on a device, for the same reason
 
 FIELDS: dict[str, tuple[Scalar, ...]] = {
     "hidden": HIDDEN,
@@ -128,8 +128,8 @@ class LayerSpace(routing.RoutingSpace):
             found = tuple(t for t in routing.TOKENS if self.cpu_seconds(t, config) <= CPU_BUDGET)
             # Where nothing but a token or none can be afforded, none would be every second case.
             return found if len(found) > 2 else (1,)
-        width = int(config["hidden"]) * int(config["top_k"])
-        return tuple(t for t in routing.TOKENS if t * width <= CUDA_HIDDEN)
+        width = (int(config["hidden"]) + int(config["intermediate"])) * int(config["top_k"])
+        return tuple(t for t in routing.TOKENS if t * width <= CUDA_SLOTS)
 
     def affordable(self, case: Case, device: str) -> bool:
         # A step costs more calls in a graph mode; with no more time, no case of several shards would have one.
