@@ -152,6 +152,9 @@ def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: tor
 #: 512 experts a k that is known saves 18 % (H200). Any other k shares a binary that is faster to compile.
 _KNOWN_K = (1, 2, 4, 6, 8, 10)
 
+#: Rows that are many enough for routing_top1.py. In the interpreter few are, so that it is run there at all.
+_MANY = 8 if _INTERPRETED else 1024
+
 #: Triton's arithmetic of powers and quotients takes the host longer than all else before a launch.
 _kept = lru_cache(maxsize=1024)
 
@@ -163,7 +166,7 @@ def _is_top1(tokens: int, experts: int, top_k: int, other: bool, summed: bool) -
     """Whether routing_top1.py serves the call: where nothing is summed all kernels give a row the same bits, so even
     the number of tokens may choose. A warp there takes several rows, for half the instructions a row; few rows are
     sooner done by many warps."""
-    return top_k == 1 and experts in (32, 64, 128, 256) and tokens >= 1024 and not other and not summed
+    return top_k == 1 and experts in (32, 64, 128, 256) and tokens >= _MANY and not other and not summed
 
 
 @_kept

@@ -126,9 +126,10 @@ def shape_of(group: Group, tokens: int, hidden: int, size: int, backend: str) ->
     columns = triton.next_power_of_2(hidden)
     mine = triton.cdiv(tokens, group.world) if backend == "two_shot" else tokens
     most = SIGNAL_BYTES // (4 * group.world)
-    if _INTERPRETED:  # a program costs 25 ms there, whatever its tile
+    if _INTERPRETED:  # a program costs 25 ms there, whatever its tile; of many rows it has two, as on a GPU
         blocks = max(1, 8 // group.world)
-        rows = max(1, min(triton.next_power_of_2(triton.cdiv(mine, blocks)), (1 << 16) // columns))
+        each = triton.next_power_of_2(triton.cdiv(mine, blocks))
+        rows = max(1, min(each if each <= 8 else each // 2, (1 << 16) // columns))
         return rows, columns, 4, min(triton.cdiv(mine, rows), blocks)
     rows = max(1, 512 // columns)  # of narrow rows several make a warp's worth
     warps = min(16, max(1, rows * columns * size // _WARP_BYTES))

@@ -137,6 +137,7 @@ def test_the_best_of_many_rows_as_they_lie_on_a_gpu(experts, monkeypatch):
     logits = torch.randint(-3, 4, (1030, experts), generator=torch.Generator().manual_seed(experts)).bfloat16()
     logits[1::7] = -torch.nan
     logits[2::7, experts // 2 :] = torch.inf
+    monkeypatch.setattr(routing, "_MANY", 1024)  # as on a GPU
     parts = [routing.topk_sigmoid(part, 1) for part in logits.split(515)]  # by the other kernel
     monkeypatch.setattr(routing, "_top1", partial(routing._top1, interpreted=False))
     found = routing.topk_sigmoid(logits, 1)
@@ -157,6 +158,7 @@ def test_the_best_of_many_rows_is_that_of_a_few(router, renormalize, dtype, expe
     flags = torch.arange(1030) % 5 == 4
     launched = []
     monkeypatch.setattr(routing, "top1", _Spy(routing.top1, launched))
+    monkeypatch.setattr(routing, "_MANY", 1024)  # as on a GPU
     for padding in ("distinct", "minus_one"):
         options = {"renormalize": renormalize, "scale": 2.5, "padding": padding}
         whole = router(logits, 1, is_padding=flags, **options)
