@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,8 +49,8 @@ _COMPARED = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast
 _COMPUTED = {ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "+"), ast.FloorDiv: ("//", "%"),
              ast.Mod: ("%", "//"), ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"), ast.LShift: ("<<", ">>"),
              ast.RShift: (">>", "<<"), ast.BitXor: ("^", "|")}  # fmt: skip
-_NAMES = {"maximum": "minimum", "minimum": "maximum", "max": "min", "min": "max", "zeros": "ones",
-          "cdiv": "fdiv"}  # fmt: skip
+_NAMES = {"maximum": "minimum", "minimum": "maximum", "max": "min", "min": "max"}
+_TREE = ("moe_fuzz", "kernels", "reference")  # of which links of the package lead into each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +114,15 @@ def mutants(file: str, source: str) -> Iterator[Mutant]:
             yield changed(node, *span(node), "pass")
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             name = node.func.attr
-            if name == "where" and len(node.args) == 3:
+            of_triton = isinstance(node.func.value, ast.Name) and node.func.value.id == "tl"
+            if name == "where" and of_triton and len(node.args) == 3:
                 condition, yes, no = (text(*span(arg)) for arg in node.args)
                 yield changed(node, *span(node), f"tl.where({condition}, {no}, {yes})")
             if name in ("load", "store") and any(keyword.arg == "mask" for keyword in node.keywords):
                 kept = [keyword for keyword in node.keywords if keyword.arg not in ("mask", "other")]
                 bare = ast.Call(node.func, node.args, kept)
                 yield changed(node, *span(node), ast.unparse(bare))
-            if name in _NAMES and isinstance(node.func.value, ast.Name) and node.func.value.id == "tl":
+            if name in _NAMES and of_triton:
                 begin, end = span(node.func)
                 yield changed(node, begin, end, f"tl.{_NAMES[name]}")
 
@@ -178,8 +180,11 @@ print(json.dumps([found, ran, round(time.monotonic() - start, 1)]))
 def hunt(tree: Path, target: str, cases: int, seconds: float, seed: int) -> tuple[str, int, float]:
     """What found the change, or nothing; how many cases ran, and for how long."""
     command = [sys.executable, "-c", HUNT, target, str(cases), str(seconds), str(seed)]
-    done = subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True,
-                          text=True, timeout=seconds + 120, check=False)  # fmt: skip
+    try:
+        done = subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True,
+                              text=True, timeout=seconds + 120, check=False)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "hang: the campaign did not end", 0, seconds + 120
     if done.returncode:
         raise SystemExit(f"{target} could not be tried: {done.stderr[-2000:]}")
     found, ran, took = json.loads(done.stdout.splitlines()[-1])
@@ -191,7 +196,7 @@ def try_source(file: str, source: str, cases: int, seconds: float, seed: int) ->
     found, ran, took = "", 0, 0.0
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         tree = Path(name)
-        for part in ("moe_fuzz", "kernels"):
+        for part in _TREE:
             shutil.copytree(ROOT / part, tree / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         (tree / "kernels" / file).write_text(source)
         for target in targets_of(file):
@@ -255,11 +260,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         every = survivors_of(asked.again)
     else:
         every = [mutant for file in files for mutant in chosen(file, asked.count, asked.seed)]
+    for target, file in {target: one.file for one in every for target in targets_of(one.file)}.items():
+        found = try_source(file, (kernels / file).read_text(), 8, 60.0, asked.seed)[0]
+        if found:
+            raise SystemExit(f"{target} does not pass as it is, so its mutants would all be found: {found}")
     records: list[dict[str, Any]] = []
+    writing = threading.Lock()
     started = time.monotonic()
 
     def work(mutant: Mutant) -> None:
         record = try_one(mutant, asked.cases, asked.seconds, asked.seed)
+        with writing:
+            tell(mutant, record)
+
+    def tell(mutant: Mutant, record: dict[str, Any]) -> None:
         records.append(record)
         word = record["found_by"] or ("is never run" if record["reached"] is False else "SURVIVES")
         print(f"{len(records)} of {len(every)}, {time.monotonic() - started:.0f} s: {mutant.file}:{mutant.line} "
@@ -272,7 +286,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             pass
     left = [record for record in records if not record["found_by"]]
     unread = [record for record in left if record["reached"] is not False]
-    print(f"{len(records) - len(left)} of {len(records)} found, {len(left) - len(unread)} are never run; left:")
+    broken = sum(record["found_by"].startswith("does not load") for record in records)
+    print(f"{len(records) - len(left)} of {len(records)} found, {broken} of them as they do not load; "
+          f"{len(left) - len(unread)} are never run; left:")  # fmt: skip
     for record in sorted(unread, key=lambda one: (one["file"], one["line"])):
         print(f"  {record['file']}:{record['line']}: {record['was']!r} -> {record['becomes']!r}")
 

@@ -69,8 +69,10 @@ def locate(
     inputs = [name for name, role in there.items() if role == "input"]
     questions = _Questions(pool, cases, target, options, key, tries, at_once)
     if len(cases) == 1 and tries == 1:
-        # To judge a case takes most of its time, and a fault mostly shows in the calls of the case itself.
-        for one in dict.fromkeys((replace(options, checks=()), options)):
+        # To judge a case takes most of its time, and a fault mostly shows in the calls of the case itself. Of several
+        # steps the first that is wrong ends a case, which takes its checks to know.
+        bare = (replace(options, checks=()),) if len(cases[0].steps) == 1 else ()
+        for one in dict.fromkeys((*bare, options)):
             found = _by_a_row(replace(questions, options=one), crash, fenced, inputs)
             if found is not None:
                 return found

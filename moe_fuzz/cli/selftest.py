@@ -63,8 +63,10 @@ def command(
         raise UsageError("none of these bugs is planted for one check alone", "leave out --only")
     if not chosen:
         reasons = "; ".join(sorted({*unseen.values()}))
-        raise UsageError(f"none of these bugs can be seen here: each {reasons}",
-                         "--device cpu" if device == "cuda" else "--device cuda, on a machine with a GPU")  # fmt: skip
+        other = "cpu" if device == "cuda" else "cuda"
+        there = any(other in bug.devices for bug in asked)
+        hint = f"--device {other}, where there is one" if there else "use a machine with more GPUs"
+        raise UsageError(f"none of these bugs can be seen here: each {reasons}", hint)
     count = min(params.pick_workers(workers, device), len(chosen))
     engine = run_alone if only else run_planted
     limit = memory or (MEMORY if device == "cpu" else None)

@@ -57,7 +57,9 @@ class Steps(ABC):
         self.index = 0  # of the step at hand
         self.violations: list[Violation] = []
         self.detail = ""  # for a person: the traceback of what the target raised
-        self.parity = True  # of every step so far
+        names, _ = _named(case.op, self.family.name, options.checks, relations=True)
+        self._compares = bool(set(names) - {"structure"})  # else nobody asked for what a result is compared with
+        self.parity = self._compares  # of every step so far
         self.budget = 0.0
         self.fence_seconds = 0.0
         self.stats: Counter[str] = Counter()  # what the family counts of its inputs
@@ -213,8 +215,7 @@ class Steps(ABC):
         self.attempt(others, lambda: f" (when `{name}` called it again)")
         self._add_first(before, "canary", canaries())
         self.budget = max(self.budget, *seen.budget.values(), 0.0)
-        if not set(names) - {"structure"}:  # nobody asked for what the numbers are compared with
-            self.parity = False
+        if not self._compares:
             return
         last = self.index == len(self.case.steps) - 1
         # Binding costs as much as all the checks together, and says something of the case: once is enough.

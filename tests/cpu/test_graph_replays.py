@@ -143,6 +143,18 @@ def test_drawn_cases_pass(runner: Runner) -> None:
     assert any(v.parity for case, v in verdicts if case.mode == "graph")
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("checks", "parity"), [(None, True), (("determinism",), True), (("structure",), False), ((), False)]
+)
+def test_parity_is_for_those_who_compare_numbers(runner: Runner, checks: tuple[str, ...] | None, parity: bool) -> None:
+    """A relation is asked of the last step alone, and is compared with all the same."""
+    rows = tuple(Step(Labels.range(8)) for _ in range(3))
+    case = Case("topk_softmax", SIMPLEST | {"experts": "0-15", "top_k": 2}, rows, 5, "graph")
+    verdict = runner.run(case, "topk_softmax@builtin", RunOptions(checks))
+    assert (verdict.kind, verdict.parity) == (PASS, parity), verdict.violations
+
+
 def test_buffers_are_static_and_made_the_largest_first(runner: Runner, file: Path) -> None:
     verdict = run(runner, f"{file}:counts", step(2), step(8), step(2, 1), step(8, 4))
     assert verdict.kind == PASS, verdict.violations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -128,6 +129,14 @@ def test_no_restriction_changes_nothing() -> None:
     assert Restriction(faults=())
 
 
+def cases_in(file) -> int:
+    """Of a batch that a thread of the killed campaign may be writing down at this moment."""
+    until = time.monotonic() + 10.0
+    while not (text := file.read_text()) and time.monotonic() < until:
+        time.sleep(0.01)
+    return len(json.loads(text)["cases"])
+
+
 def test_a_campaign_goes_on_only_under_the_same_restriction(tmp_path) -> None:
     class Killed(BaseException):
         pass
@@ -141,7 +150,7 @@ def test_a_campaign_goes_on_only_under_the_same_restriction(tmp_path) -> None:
         with pytest.raises(Killed):
             campaign(tmp_path, always_good, killer, restriction=ties, seed=None).run()
         # What was running when it was killed runs again in any case: it may be what killed it.
-        running = sum(len(json.loads(file.read_text())["cases"]) for file in (tmp_path / "inflight").glob("*.json"))
+        running = sum(map(cases_in, (tmp_path / "inflight").glob("*.json")))
         listener = Listener()
         made = campaign(tmp_path, always_good, listener, restriction=restriction, seed=None)
         made.run()
