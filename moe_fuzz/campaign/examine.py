@@ -18,7 +18,7 @@ from moe_fuzz.campaign.minimize import Minimized, Reducer
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.options import FenceOptions, RunOptions
-from moe_fuzz.verdict import UNJUDGED, Verdict, Violation
+from moe_fuzz.verdict import CRASH, HANG, OOM, UNJUDGED, Verdict, Violation
 
 
 def blame(space: Space, minimized: Minimized, violation: Violation) -> str:
@@ -90,7 +90,7 @@ class Examiner:
 
     def still_fails(self, finding: Finding) -> bool:
         """Whether a finding of an earlier campaign fails today, in fresh workers and under all checks. An answer that
-        was not judged in time does not show that it is gone."""
+        was not judged does not show that it is gone, nor does a worker that is."""
         tries = 1 if finding.reproduces == "always" else 2 * TRIES
         all_cases = ((*finding.sequence, finding.case), *((face.case,) for face in finding.faces))
         return any(self._fails(cases, finding, tries, doubted=True) for cases in all_cases)
@@ -104,10 +104,14 @@ class Examiner:
         return same_defect(self.space, earlier, new, fails)
 
     def _fails(self, cases: Cases, finding: Finding, tries: int, doubted: bool = False) -> bool:
-        """doubted: an answer that was not judged counts, too."""
+        """doubted: an answer that was not judged counts, too, and none at all."""
         options = replace(self.options, checks=None, fence=FenceOptions(own=finding.own))
         verdicts = (rerun(self.pool, cases, finding.target, options) for _ in range(tries))
-        return any(holds(verdict, finding.raw) or (doubted and UNJUDGED in verdict.stats) for verdict in verdicts)
+        return any(
+            holds(verdict, finding.raw)
+            or (doubted and (UNJUDGED in verdict.stats or verdict.kind in (CRASH, HANG, OOM)))
+            for verdict in verdicts
+        )
 
     def _minimize(
         self, confirmed: Confirmation, key: Key, seconds: float, progress: Callable[[int, Case], None]

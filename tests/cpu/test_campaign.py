@@ -13,7 +13,7 @@ from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.case import loads_sequence
 from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
 from moe_fuzz.report import text
-from moe_fuzz.verdict import OOM, PASS, REJECTED, UNJUDGED, VIOLATION, Verdict
+from moe_fuzz.verdict import CRASH, HANG, OOM, PASS, REJECTED, UNJUDGED, VIOLATION, Verdict
 from tests.cpu.campaign_fakes import (
     GOOD,
     TARGET,
@@ -138,6 +138,23 @@ def test_a_finding_that_could_not_be_judged_in_time_is_not_gone(tmp_path):
     summary = campaign(tmp_path, judge).run()
     assert (summary.fixed, [f.id for f in summary.known]) == ((), [finding.id])
     assert 0 < summary.rows[0].unjudged == summary.verdicts[REJECTED]
+
+
+@pytest.mark.parametrize("kind", [CRASH, HANG, OOM])
+def test_a_finding_whose_worker_is_gone_is_not(tmp_path, kind):
+    """Whatever ended it, nobody has seen the case pass."""
+    [finding] = campaign(tmp_path, when(nan_on_odd)).run().new
+    replayed = []
+
+    def judge(case, history, options):
+        if case == finding.case and not replayed:
+            replayed.append(case)
+            return bad(kind, "closed-pipe", kind)
+        return GOOD
+
+    summary = campaign(tmp_path, judge).run()
+    assert (summary.fixed, [f.id for f in summary.known]) == ((), [finding.id])
+    assert replayed
 
 
 def test_what_does_not_come_back_is_flaky(tmp_path):
