@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.report.ndjson import Ndjson
+from tests.benchmark_script import benchmark
 from tests.cli.campaign_told import ROW, TARGET, told
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,12 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def picture() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("picture", ROOT / "benchmarks" / "picture.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("picture")
 
 
 def bars(file: Path) -> list[str]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -20,21 +16,10 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 from moe_fuzz.reference.align import expert_of_slot
 from moe_fuzz.reference.experts_bf16 import ACTIVATIONS, GATE_LAYOUTS, activate
+from tests.benchmark_script import benchmark
 from tests.cpu.experts_seen import FAMILY, STEADY, case_of, judge, observe
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def prover() -> ModuleType:
-    """benchmarks/prove_bound.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("prove_bound", ROOT / "benchmarks" / "prove_bound.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prove_bound"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---- right answers --------------------------------------------------------------------------------------------------
@@ -64,7 +49,7 @@ def test_no_check_speaks_of_a_right_answer(activation, recipe):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_no_check_speaks_of_a_device_that_rounds_as_badly_as_it_may(activation):
     """Sums in any order, rounded or cut off, and each contract: benchmarks/prove_bound.py has the device."""
-    prove = prover()
+    prove = benchmark("prove_bound")
     random = prove.Random(1)
     for seed in range(12):
         layer, contract = prove.layer_of(random)
@@ -84,7 +69,7 @@ def test_no_check_speaks_of_a_device_that_rounds_as_badly_as_it_may(activation):
 
 def test_brute_force_does_not_leave_the_bound():
     """The sample of benchmarks/prove_bound.py that a test has time for."""
-    prove = prover()
+    prove = benchmark("prove_bound")
     assert prove.dot_products(prove.Random(3), 100_000) <= 1
     worst, claimed = prove.layers(prove.Random(3), 60_000)
     assert claimed > 50_000

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.benchmark_script import benchmark
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,13 +30,7 @@ def kernel(x_ptr, count: int = 3):
 
 @pytest.fixture(scope="module")
 def mutants() -> Any:
-    spec = importlib.util.spec_from_file_location("mutants", ROOT / "benchmarks" / "mutants.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutants"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("mutants")
 
 
 def test_it_changes_what_is_run_in_one_place(mutants: Any) -> None:

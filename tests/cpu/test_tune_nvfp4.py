@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from dataclasses import replace
@@ -13,20 +12,13 @@ import pytest
 
 from moe_fuzz.kernels.experts_nvfp4 import blocks
 from moe_fuzz.kernels.experts_nvfp4.blocks import PLANS, Tile
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+from tests.benchmark_script import FOLDER, benchmark
 
 
 @pytest.fixture
 def tune(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("tune_nvfp4", FOLDER / "tune_nvfp4.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "tune_nvfp4", module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(FOLDER))  # it imports its neighbours
+    return benchmark("tune_nvfp4")
 
 
 def test_the_table_is_rewritten(tune: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
