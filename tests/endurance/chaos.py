@@ -249,7 +249,8 @@ def one_directory(
             finish(campaign, place, book, expected)
             return
         if campaign.process.returncode not in (-9, 1, 3):
-            book.problems.append(f"a run ends in {campaign.process.returncode}: {campaign.err}")
+            said = f"{campaign.err}, after {campaign.out[-2000:]}"
+            book.problems.append(f"a run ends in {campaign.process.returncode}: {said}")
             return
 
 
