@@ -302,9 +302,8 @@ class Campaign:
     def _finish(self) -> Summary:
         self._triage.leave()
         self._triage.flush()
-        finished = not self._interrupted
         with self._lock:
-            self._save(finished)
+            self._save(finished=False)
         total = Tally()
         total.merge(self._plan.before)
         total.merge(self._tally)
@@ -317,5 +316,7 @@ class Campaign:
         if self._health is not None:
             self._emit(events.WorkersCounted(self._health()))
         self._emit(events.CampaignFinished(summary))
+        if not self._interrupted:
+            self._save(finished=True)  # last: who is killed before the reports are whole goes on with this campaign
         return summary
 

@@ -11,10 +11,12 @@ import pytest
 from moe_fuzz.campaign import engine, events
 from moe_fuzz.campaign.state import StateDir
 from tests.cpu.campaign_fakes import (
+    GOOD,
     TARGET,
     FakePool,
     Listener,
     always_good,
+    bad,
     campaign,
     nan_on_odd,
     ran,
@@ -117,6 +119,22 @@ def test_a_finding_is_news_until_a_campaign_has_ended_with_it(tmp_path, monkeypa
         monkeypatch.undo()
     summary = campaign(tmp_path, when(nan_on_odd), cases=300).run()
     assert (summary.exit_code, len(summary.new)) == (1, 1)
+
+
+def test_killed_while_the_reports_are_written_the_same_campaign_goes_on(tmp_path):
+    def judge(case, history, options):
+        return bad() if case.config["bias"] else GOOD
+
+    def cut(event):
+        if isinstance(event, events.CampaignFinished):
+            raise Killed
+
+    with pytest.raises(Killed):
+        campaign(tmp_path, judge, cut, cases=60).run()
+    listener = Listener()
+    summary = campaign(tmp_path, judge, listener, cases=60).run()
+    assert listener.of(events.CampaignStarted)[0].resumed
+    assert (summary.cases, summary.exit_code, len(summary.new)) == (60, 1, 1)  # news, until somebody was told
 
 
 def test_a_round_in_flight_when_killed_is_run_first(tmp_path):

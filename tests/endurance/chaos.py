@@ -245,7 +245,8 @@ def one_directory(
         book.problems += [f"process {pid} is left" for pid in pids]
         if "Traceback" in campaign.err:
             book.problems.append(campaign.err)
-        if campaign.process.returncode == 1 and campaign.of("campaign-finished"):
+        if campaign.process.returncode in (-9, 1) and campaign.of("campaign-finished"):
+            # killed after its last word or not: the next run may be a new campaign, to which all of this is known
             finish(campaign, place, book, expected)
             return
         if campaign.process.returncode not in (-9, 1, 3):
