@@ -20,6 +20,7 @@ from moe_fuzz.execute.compiling import watch_compilers, watch_dynamo
 from moe_fuzz.execute.eager import EagerSteps
 from moe_fuzz.execute.exhibit import exhibit
 from moe_fuzz.execute.graph import GraphSteps
+from moe_fuzz.execute.heap import keep_freed_memory
 from moe_fuzz.execute.interpreter import hasten
 from moe_fuzz.execute.ranks import RankSteps
 from moe_fuzz.execute.steps import Steps
@@ -45,6 +46,7 @@ class Runner:
             hasten()
         else:
             _start_cuda()
+        keep_freed_memory()
         torch.set_num_threads(1)  # a worker is one core's work; the pool decides how many there are
 
     def describe(self, target: str) -> TargetInfo:
