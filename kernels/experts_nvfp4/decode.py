@@ -98,6 +98,22 @@ def decode_blocks(codes, scales, DTYPE: tl.constexpr, PLAIN: tl.constexpr):
 
 
 @triton.jit
+def decode_in_order(codes, scales, DTYPE: tl.constexpr, PLAIN: tl.constexpr):
+    """As `decode_blocks`, with the columns as they are: what a thread has of a block are 32 bytes of a row."""
+    rows: tl.constexpr = codes.shape[0]
+    if PLAIN:
+        scale = (_plain_scale(scales) / shift_back(DTYPE))[:, :, None]
+        found = plain_code(codes[:, :, None] >> (4 * tl.arange(0, 16)[None, None, :])) * scale
+    else:
+        c0, c4, c1, c5, c2, c6, c3, c7, c8, c12, c9, c13, c10, c14, c11, c15 = _decode_asm(codes, scales, DTYPE)
+        # of what comes of joins the last one is the last bit of the column
+        even = tl.join(tl.join(tl.join(c0, c8), tl.join(c4, c12)), tl.join(tl.join(c2, c10), tl.join(c6, c14)))
+        odd = tl.join(tl.join(tl.join(c1, c9), tl.join(c5, c13)), tl.join(tl.join(c3, c11), tl.join(c7, c15)))
+        found = tl.join(even, odd)  # [R, B, 8..15, 4 of 8, 2 of 4, 1 of 2]
+    return tl.reshape(found, (rows, 16 * codes.shape[1]))
+
+
+@triton.jit
 def plain_code(code):
     """The value of the lowest four bits, in float32."""
     magnitude = (code & 7).to(tl.int32)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from moe_fuzz.kernels.align import _NUMBERS, _SCALARS, count_slots
 from moe_fuzz.kernels.experts_bf16.epilogue import rounded
-from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, place, plain_code
+from moe_fuzz.kernels.experts_nvfp4.decode import decode_in_order, place, plain_code
 from moe_fuzz.kernels.nvfp4 import _e2m1_codes, _e4m3_bytes, _e4m3_values
 
 
@@ -128,11 +128,8 @@ def _decode_tile(
     codes = tl.load(w_ptr + line[:, None] * blocks + b[None, :], mask=inside, other=0)
     at = scale_offset(line // rows, line % rows, b, rows, blocks, SWIZZLED)
     scales = tl.load(scale_ptr + at, mask=inside, other=0)
-    values = decode_blocks(codes, scales, out_ptr.dtype.element_ty, INTERPRETED)  # [R, 16 B], in the order of `place`
-    p = tl.arange(0, 16 * BLOCKS)
-    q = p % 128
-    column = p // 128 * 128 + q // 2 % 8 * 16 + q // 16 % 4 + q // 64 * 8 + q % 2 * 4  # `place` undone
-    column += nth % tiles_k * BLOCKS * 16
+    values = decode_in_order(codes, scales, out_ptr.dtype.element_ty, INTERPRETED)  # [R, 16 B]
+    column = nth % tiles_k * BLOCKS * 16 + tl.arange(0, 16 * BLOCKS)
     tl.store(
         out_ptr + line[:, None] * blocks * 16 + column[None, :], values.to(out_ptr.dtype.element_ty),
         mask=(line < rows.to(tl.int64) * experts)[:, None] & (column < blocks * 16)[None, :],

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_… of malloc.h
-_FROM_THE_HEAP = 32 << 20  # bytes; glibc takes no more. The largest array of a batch has 8 MiB (checks/experts/slots.py)
+#: Bytes; glibc takes no more. The largest array of a batch has 8 MiB (checks/experts/slots.py).
+_FROM_THE_HEAP = 32 << 20
 _KEPT = 256 << 20  # bytes at the end of the heap
 
 

@@ -75,8 +75,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     # No group of ranks runs there meanwhile. A pool's worker waits for its turn itself: who held one around that would
     # wait for a group that waits for them.
-    alone = contextlib.nullcontext() if "pool" in pyfuncitem.fixturenames else beside(default_directory(), gpus()[0].uuid)
-    with alone:
+    has_pool = "pool" in pyfuncitem.fixturenames
+    with contextlib.nullcontext() if has_pool else beside(default_directory(), gpus()[0].uuid):
         outcome, text = CHILD.run(pyfuncitem.nodeid)
     if outcome == "skipped":
         pytest.skip(text)

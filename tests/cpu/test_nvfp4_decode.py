@@ -1,0 +1,63 @@
+"""The order of the columns that decoding gives, as the compiled kernels put it together: the interpreter has no machine
+code, so what that gives of a block is spelled out here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from moe_fuzz.kernels.experts_nvfp4 import decode
+from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, decode_in_order, place, plain_code
+from moe_fuzz.reference.nvfp4 import E2M1, E4M3
+
+pytestmark = pytest.mark.interpreter
+
+ROWS, BLOCKS = 2, 16
+
+
+@triton.jit
+def _one(codes, scales, n: tl.constexpr):  # type: ignore[no-untyped-def]
+    return plain_code(codes >> (4 * n)) * decode._plain_scale(scales)
+
+
+@triton.jit
+def _spelled_out(codes, scales, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As `_decode_asm`, in its order of nibbles."""
+    return (
+        _one(codes, scales, 0), _one(codes, scales, 4), _one(codes, scales, 1), _one(codes, scales, 5),
+        _one(codes, scales, 2), _one(codes, scales, 6), _one(codes, scales, 3), _one(codes, scales, 7),
+        _one(codes, scales, 8), _one(codes, scales, 12), _one(codes, scales, 9), _one(codes, scales, 13),
+        _one(codes, scales, 10), _one(codes, scales, 14), _one(codes, scales, 11), _one(codes, scales, 15),
+    )  # fmt: skip
+
+
+@triton.jit
+def _kernel(codes_ptr, scales_ptr, out_ptr, place_ptr, IN_ORDER: tl.constexpr, R: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, R)[:, None] * B + tl.arange(0, B)[None, :]
+    codes, scales = tl.load(codes_ptr + at), tl.load(scales_ptr + at)
+    if IN_ORDER:
+        found = decode_in_order(codes, scales, tl.bfloat16, False)
+    else:
+        found = decode_blocks(codes, scales, tl.bfloat16, False)
+    column = tl.arange(0, 16 * B)
+    tl.store(out_ptr + tl.arange(0, R)[:, None] * 16 * B + column[None, :], found)
+    tl.store(place_ptr + column, place(column))
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_every_column_is_where_it_belongs(monkeypatch: pytest.MonkeyPatch, in_order: bool) -> None:
+    monkeypatch.setattr(decode, "_decode_asm", _spelled_out)
+    generator = torch.Generator().manual_seed(1)
+    code = torch.randint(0, 16, (ROWS, BLOCKS, 16), generator=generator)
+    scale = torch.randint(0, 0x7F, (ROWS, BLOCKS), generator=generator, dtype=torch.uint8)
+    packed = torch.zeros(ROWS, BLOCKS, dtype=torch.int64)
+    for n in range(16):
+        packed |= code[:, :, n] << (4 * n)
+    out, places = torch.empty(ROWS, 16 * BLOCKS), torch.empty(16 * BLOCKS, dtype=torch.int32)
+    _kernel[(1,)](packed, scale, out, places, IN_ORDER=in_order, R=ROWS, B=BLOCKS)
+    values = torch.cat([E2M1, -E2M1])[code] * E4M3[scale.long()][..., None]
+    found = out if in_order else out[:, places.long()]
+    assert torch.equal(found, values.reshape(ROWS, -1))
+    assert len(found.unique()) > 100
