@@ -49,11 +49,23 @@ def test_rounds_are_valid_and_inside_the_capabilities(info, data):
     for case in cases:
         SPACE.validate(case)
         assert SPACE.refusal(case, info) == ""
-        weights = 3 * len(case.experts) * int(case.config["hidden"]) * int(case.config["intermediate"])
-        assert weights <= cost.BUDGET or info is LITTLE
+        sides = int(case.config["hidden"]), int(case.config["intermediate"])
+        room = cost.OF_WIDE if max(sides) >= cost.WIDE else 1
+        assert 3 * len(case.experts) * sides[0] * sides[1] <= room * cost.BUDGET or info is LITTLE
         for simpler in islice(SPACE.simplify(case), 40):
             SPACE.validate(simpler)
             assert simpler != case
+
+
+def test_a_side_as_long_as_a_model_has_it_is_kept_where_the_rest_is_small() -> None:
+    sizes = {"hidden": (16, 2048, 7168), "intermediate": (16, 64, 256)}
+
+    def afforded(experts: str) -> tuple[object, object]:
+        config = {"experts": experts, "hidden": 7168, "intermediate": 256}
+        found = cost.afforded(config, sizes, 3 * 2048 * 64)
+        return found["hidden"], found["intermediate"]
+
+    assert [afforded(experts) for experts in ("0", "0-3", "0-40")] == [(2048, 256), (16, 256), (16, 64)]
 
 
 @BOTH

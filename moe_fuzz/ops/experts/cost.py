@@ -12,12 +12,19 @@ MAX_ELEMENTS = 1 << 27
 #: into fences, and judged in float64: of four times as many 54 planted bugs took as many cases, and 1.6 times as long.
 BUDGET = 1 << 19
 SHARES = (1.0, 1 / 8)  # of it, for one case in two each: most flaws show in sizes that cost less than their judgement
+WIDE, OF_WIDE = 2048, 4  # a side that long is a model's own, and may take so many times the budget
 FP4_BUDGET = 1 << 18  # in the interpreter, a number that has to be decoded costs ten times as much
 #: Seconds that an interpreted case may take; most take a third of it. A block of slots takes 7 ms in the two products
 #: however small it is, an expert with a slot has one at least, and a case calls the kernel three times or four.
 CPU_BUDGET = 0.4
 CPU_CALLS = 3
 CUDA_BUDGET = 1 << 19  # x, and what the slots hold
+
+
+def afforded(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]], budget: float) -> dict[str, Scalar]:
+    """The config as `shrunk` to the budget, or to a larger one where that leaves a side as long as models have them."""
+    wide = shrunk(config, sizes, OF_WIDE * budget)
+    return wide if max(int(wide[name]) for name in sizes) >= WIDE else shrunk(config, sizes, budget)
 
 
 def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]], budget: float) -> dict[str, Scalar]:

@@ -103,7 +103,7 @@ class ExpertsSpace:
         drawn = {name: value for name, value in config.items() if name != _SHARE}
         whole = moves.mended({**drawn, "experts": str(Labels.range(int(config["experts"])))})
         allowed = {axis.name: axis.values for axis in self.axes(info)}
-        return cost.shrunk(whole, {name: [int(value) for value in allowed[name]] for name in SIZES}, budget)
+        return cost.afforded(whole, {name: [int(value) for value in allowed[name]] for name in SIZES}, budget)
 
     def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
         found = tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device))
