@@ -25,6 +25,7 @@ from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.findings import RenderRepro
 from moe_fuzz.campaign.harvest import Harvest
 from moe_fuzz.campaign.interfaces import Cases, Pool, Sanitize, Sources, Space, own_sources
+from moe_fuzz.campaign.locate import DEVICE_FAULTS
 from moe_fuzz.campaign.pace import progress
 from moe_fuzz.campaign.plan import GRID_SHARE, Settings, Unit, corpus_limit, nothing_left, units
 from moe_fuzz.campaign.progress import Plan
@@ -36,12 +37,17 @@ from moe_fuzz.campaign.triage import Triage
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem
-from moe_fuzz.verdict import Verdict
+from moe_fuzz.verdict import CRASH, Verdict
 
 PROGRESS_EVERY = 0.25  # seconds
 POLL = 0.1  # seconds
 MAX_REPLAYS = 2  # of a round that was running when a campaign was killed
 PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
+DOUBTFUL = 2  # faults of the device that no case brings back, from which on the device is doubted
+_DOUBT = (
+    f"{DOUBTFUL} cases met a fault of the GPU that comes back neither alone nor after what ran before them. Is the GPU "
+    "sound? `nvidia-smi -q -d ECC` and Xid errors in `dmesg` tell; try another GPU, or one worker on it"
+)
 
 __all__ = ["Campaign", "Settings", "Summary"]
 
@@ -74,6 +80,7 @@ class Campaign:
         self._unit_tallies: dict[Unit, Tally] = {}
         self._phase = ""
         self._last_progress = 0.0
+        self._device_faults = 0  # that did not come back
         self._start = time.monotonic()
         self._targets: dict[str, tuple[TargetInfo, Space]] = {}
         self._unavailable: dict[str, EnvironmentProblem] = {}
@@ -294,6 +301,10 @@ class Campaign:
         self._tally.count_flaky(bad.target)
         self._stats.flaky(bad)
         self._emit(events.FlakySeen(bad.target, bad.case, bad.verdict))
+        if bad.key[0] == CRASH and bad.key[1] in DEVICE_FAULTS:
+            self._device_faults += 1
+            if self._device_faults == DOUBTFUL:
+                self._emit(events.Note(_DOUBT))
 
     def _save(self, finished: bool) -> None:
         self._plan.save(self._settings, self._state, list(self._triage.new), finished)

@@ -254,6 +254,27 @@ def test_a_worker_killed_by_somebody_else_is_told_and_flaky(tmp_path):
     assert [event.reason for event in listener.of(events.WorkerLost)] == ["killed:SIGKILL"]
 
 
+@pytest.mark.parametrize(("symptom", "doubted"), [("misaligned-access", 1), ("SIGSEGV", 0)])
+def test_a_gpu_whose_faults_no_case_brings_back_is_doubted(tmp_path, symptom, doubted):
+    def judge(case, history, options):
+        return Verdict(CRASH, (Violation("crash", symptom, symptom),)) if case.digest in struck else GOOD
+
+    class Struck(FakePool):
+        """At three moments, whatever the case: the first time that it runs."""
+
+        def judge(self, case, history, options):
+            struck.discard(case.digest)
+            if not getattr(self._local, "fresh", False) and len(self.leased) in (9, 19, 29):
+                struck.add(case.digest)
+            return super().judge(case, history, options)
+
+    struck: set[str] = set()
+    pool, listener = Struck(judge), Listener()
+    summary = campaign(tmp_path, judge, listener, pool=pool, cases=50).run()
+    assert (summary.exit_code, summary.flaky) == (0, 3)
+    assert sum("Is the GPU sound?" in note.message for note in listener.of(events.Note)) == doubted
+
+
 def test_when_the_time_is_up_one_of_each_kind_is_reported_and_the_rest_stays_pending(tmp_path):
     def judge(case, history, options):
         if "ties" in case.fault_names or case.config["bias"]:
