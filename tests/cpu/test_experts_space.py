@@ -9,7 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_fuzz import align_faults, experts_faults, faults, nvfp4_faults, strategies  # noqa: F401 - they register
+import moe_fuzz.faults.align
+import moe_fuzz.faults.experts
+import moe_fuzz.faults.nvfp4  # noqa: F401 - they register
+from moe_fuzz import faults, strategies
 from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.errors import CaseError

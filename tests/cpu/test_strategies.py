@@ -10,15 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_fuzz import (  # noqa: F401 - faults register
-    align_faults,
-    allreduce_faults,
-    experts_faults,
-    faults,
-    group_faults,
-    nvfp4_faults,
-    strategies,
-)
+import moe_fuzz.faults.align
+import moe_fuzz.faults.allreduce
+import moe_fuzz.faults.experts
+import moe_fuzz.faults.groups
+import moe_fuzz.faults.nvfp4  # noqa: F401 - they register
+from moe_fuzz import faults, strategies
 from moe_fuzz.campaign.drive import drive
 from moe_fuzz.case import Case, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo

@@ -8,9 +8,9 @@ from typing import ClassVar, Self
 import torch
 
 from moe_fuzz import generator
-from moe_fuzz.align_faults import IdsCanvas, keys
 from moe_fuzz.case import Case
 from moe_fuzz.faults import FAULTS
+from moe_fuzz.faults.align import IdsCanvas, keys
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 from moe_fuzz.reference.align import align_shapes
 

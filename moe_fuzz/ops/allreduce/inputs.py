@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from moe_fuzz import allreduce_faults, generator  # noqa: F401 - its faults register
+from moe_fuzz import generator
 from moe_fuzz.case import Case
-from moe_fuzz.faults import FAULTS, Canvas
+from moe_fuzz.faults import FAULTS, Canvas, allreduce  # noqa: F401 - its faults register
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 
 #: Integers up to this are exact in each dtype: what all ranks and the residual may come to.

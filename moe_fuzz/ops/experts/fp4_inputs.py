@@ -10,8 +10,8 @@ import torch
 from moe_fuzz import generator
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.faults import FAULTS, Canvas
+from moe_fuzz.faults.nvfp4 import ScaleCanvas
 from moe_fuzz.mirror import answers, on_host, uploaded
-from moe_fuzz.nvfp4_faults import ScaleCanvas
 from moe_fuzz.ops.experts import blocks, recipes
 from moe_fuzz.ops.experts.fp4 import BLOCK_FAULT, CALIBRATIONS, FACTORS, SCALES
 from moe_fuzz.ops.experts.inputs import ExpertsInputs, filled

@@ -9,11 +9,11 @@ from typing import ClassVar, TypeVar
 
 import torch
 
-from moe_fuzz.align_faults import IdsCanvas
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.contract import Capabilities
-from moe_fuzz.experts_faults import WeightsCanvas, write_padding
 from moe_fuzz.faults import FAULTS, Canvas
+from moe_fuzz.faults.align import IdsCanvas
+from moe_fuzz.faults.experts import WeightsCanvas, write_padding
 from moe_fuzz.fence import Arena
 from moe_fuzz.mirror import on_host, uploaded
 from moe_fuzz.ops.experts import recipes

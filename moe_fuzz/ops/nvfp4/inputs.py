@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 
 from moe_fuzz import generator
-from moe_fuzz.align_faults import IdsCanvas
 from moe_fuzz.case import Case
 from moe_fuzz.faults import FAULTS
+from moe_fuzz.faults.align import IdsCanvas
+from moe_fuzz.faults.nvfp4 import BlockCanvas
 from moe_fuzz.labels import Labels
-from moe_fuzz.nvfp4_faults import BlockCanvas
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 from moe_fuzz.reference.nvfp4 import BLOCK, row_scale
 

@@ -10,9 +10,9 @@ from typing import ClassVar
 import numpy
 import torch
 
-from moe_fuzz import generator, group_faults  # noqa: F401 - they register
+from moe_fuzz import generator
 from moe_fuzz.case import Case, Fault
-from moe_fuzz.faults import FAULTS, Canvas
+from moe_fuzz.faults import FAULTS, Canvas, groups  # noqa: F401 - they register
 from moe_fuzz.labels import Labels
 from moe_fuzz.lazy import cached
 from moe_fuzz.ops.inputs import Inputs, Lie, Result

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from moe_fuzz import generator
-from moe_fuzz.faults import Canvas, Fault, register
+from moe_fuzz.faults.fault import Canvas, Fault, register
 
 #: columns; the sizes of groups that people serve (20, 32), and what divides them and others
 _PERIODS = (1, 2, 3, 4, 5, 8, 10, 16, 20, 32)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_fuzz.faults import Canvas, Fault, register
+from moe_fuzz.faults.fault import Canvas, Fault, register
 from moe_fuzz.generator import choice
 from moe_fuzz.ops.inputs import element_bits
 from moe_fuzz.reference.nvfp4 import BLOCK, E2M1, E4M3

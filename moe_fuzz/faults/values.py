@@ -1,104 +1,13 @@
-"""The faults: adversities that serving brings and tests do not, each a small class that lays itself into a tensor.
-
-A fault on values writes into the rows a case names; a fault on layout changes where the elements lie. Both take all
-they need from the case's own generator, so that a fault is the same after rows or experts have been taken away.
-Which fault may lie where is said by the spaces (ops/*/space.py), by name.
-"""
+"""Faults on the values of rows, or of a bias: what padding holds, what ties, what overflows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from moe_fuzz import generator
-from moe_fuzz.mirror import uploaded
-
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-#: quiet NaNs of both signs, the canonical one and one with a payload, as bits of each dtype
-_NANS = {
-    torch.float32: (0x7FC00000, 0xFFC00000, 0x7FC01234, 0xFFFFFFFF),
-    torch.bfloat16: (0x7FC0, 0xFFC0, 0x7FC5, 0xFFFF),
-    torch.float16: (0x7E00, 0xFE00, 0x7E05, 0xFFFF),
-}
-
-
-@dataclass
-class Canvas:
-    """A tensor while its faults are laid: plain memory, not yet fenced."""
-
-    name: str
-    values: torch.Tensor  # [rows, columns], in the dtype the target will see
-    rows: Sequence[int]  # label of each row
-    columns: Sequence[int]  # label of each column
-    seed: int
-    stride_gap: int = 0  # elements between the end of a row and the start of the next; of a column, where transposed
-    transposed: bool = False  # columns are packed, not rows
-    offset: int = 0  # elements between the aligned start of the memory and the first element
-
-    def at(self, positions: Sequence[int]) -> slice | torch.Tensor:
-        """The rows at these positions as an index into the values. Those of a range are neither looked up nor copied.
-        """
-        if isinstance(positions, range):
-            return slice(positions.start, positions.stop)
-        return uploaded(torch.tensor(positions, dtype=torch.int64), self.device)
-
-    def labels(self, positions: Sequence[int]) -> Sequence[int]:
-        """Of the rows at these positions."""
-        if isinstance(positions, range):
-            return self.rows[positions.start : positions.stop]
-        return [self.rows[p] for p in positions]
-
-    def choose(self, positions: Sequence[int], count: int, fault: str) -> torch.Tensor:
-        """int64 [len(positions), columns] in [0, count): a fault's own choice at each place."""
-        rows = self.labels(positions)
-        return generator.choice(self.seed, f"{self.name}/{fault}", rows, self.columns, count, device=self.device)
-
-    def choose_rows(self, positions: Sequence[int], count: int, fault: str) -> torch.Tensor:
-        """int64 [len(positions), 1] in [0, count): a fault's own choice for each row."""
-        rows = self.labels(positions)
-        return generator.choice(self.seed, f"{self.name}/{fault}", rows, [0], count, device=self.device)
-
-    def table(self, values: Sequence[float], dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The values as a tensor where the canvas is."""
-        return uploaded(torch.tensor(values, dtype=dtype), self.device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    def nans(self, positions: Sequence[int], fault: str) -> torch.Tensor:
-        """NaN [len(positions), columns]: of one bit pattern a row, as a computation leaves them, or of several.
-
-        A row of one pattern is the harder one: among NaNs of both signs, some are always on the side that wins.
-        """
-        dtype = self.values.dtype
-        bits = self.table(_NANS[dtype], torch.int64).to(_BITS[dtype])  # wraps to the signed pattern
-        mode = self.choose_rows(positions, 2 * len(bits), fault + "/pattern")  # [P, 1]
-        mixed = self.choose(positions, len(bits), fault)
-        return bits[torch.where(mode < len(bits), mode, mixed)].view(dtype)
-
-
-class Fault:
-    """A kind of fault. `lay` changes the canvas at the given row positions (all rows, where the case names none), each
-    of which is named once; a range of them, where they follow one another, has the least work."""
-
-    name: ClassVar[str]
-    #: it writes every element of its rows, whatever was there: that need not be made
-    replaces: ClassVar[bool] = False
-
-    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        raise NotImplementedError
-
-
-FAULTS: dict[str, Fault] = {}
-
-
-def register(kind: type[Fault]) -> type[Fault]:
-    FAULTS[kind.name] = kind()
-    return kind
+from moe_fuzz.faults.fault import Canvas, Fault, register
 
 
 @register
@@ -287,53 +196,3 @@ class NegativeBias(Fault):
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         canvas.values[canvas.at(positions)] = -2.0 - canvas.values[canvas.at(positions)].abs()
-
-
-@register
-class Noncontiguous(Fault):
-    """Rows stand apart, as in a slice of a wider buffer; what lies between them is no one's to touch.
-
-    One time in four far apart, so that the distance of the last row from the first leaves 24 bits where rows are many.
-    """
-
-    name = "noncontiguous"
-
-    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        gap = int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 16))
-        canvas.stride_gap = 1 + gap if gap < 12 else 256 * (gap - 11) + 1
-
-
-@register
-class Int32Boundary(Fault):
-    """Rows so far apart that the last begins past 2^31 elements, as the rows of a large buffer do: an offset that is
-    computed in 32 bits wraps (vllm#42201, vllm#39213, flashinfer#3007). Only the rows have memory."""
-
-    name = "int32_boundary"
-
-    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        if canvas.transposed:
-            return
-        apart = 1 << 31
-        gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 13))
-        canvas.stride_gap = apart // max(1, len(canvas.rows) - 1) + gap
-
-
-@register
-class Transposed(Fault):
-    """The tensor is a transposed view, as `(W @ x.T).T` gives it: the experts of a token stand apart."""
-
-    name = "transposed"
-
-    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.transposed = True
-        canvas.stride_gap = int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 14))
-
-
-@register
-class Misaligned(Fault):
-    """The first element is not where vector loads want it: a storage offset of 1 to 3 elements."""
-
-    name = "misaligned"
-
-    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        canvas.offset = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 3))

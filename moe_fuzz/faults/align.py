@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_fuzz import generator
-from moe_fuzz.faults import Canvas, Fault, register
+from moe_fuzz.faults.fault import Canvas, Fault, register
 from moe_fuzz.labels import Labels
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moe_fuzz.faults import Canvas, Fault, register
+from moe_fuzz.faults.fault import Canvas, Fault, register
 
 
 @register

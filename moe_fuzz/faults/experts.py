@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_fuzz.align_faults import IdsCanvas
-from moe_fuzz.faults import Canvas, Fault, register
+from moe_fuzz.faults.align import IdsCanvas
+from moe_fuzz.faults.fault import Canvas, Fault, register
 
 
 @dataclass

@@ -1,0 +1,58 @@
+"""Faults on layout: where the elements of a tensor lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_fuzz import generator
+from moe_fuzz.faults.fault import Canvas, Fault, register
+
+
+@register
+class Noncontiguous(Fault):
+    """Rows stand apart, as in a slice of a wider buffer; what lies between them is no one's to touch.
+
+    One time in four far apart, so that the distance of the last row from the first leaves 24 bits where rows are many.
+    """
+
+    name = "noncontiguous"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        gap = int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 16))
+        canvas.stride_gap = 1 + gap if gap < 12 else 256 * (gap - 11) + 1
+
+
+@register
+class Int32Boundary(Fault):
+    """Rows so far apart that the last begins past 2^31 elements, as the rows of a large buffer do: an offset that is
+    computed in 32 bits wraps (vllm#42201, vllm#39213, flashinfer#3007). Only the rows have memory."""
+
+    name = "int32_boundary"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        if canvas.transposed:
+            return
+        apart = 1 << 31
+        gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 13))
+        canvas.stride_gap = apart // max(1, len(canvas.rows) - 1) + gap
+
+
+@register
+class Transposed(Fault):
+    """The tensor is a transposed view, as `(W @ x.T).T` gives it: the experts of a token stand apart."""
+
+    name = "transposed"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.transposed = True
+        canvas.stride_gap = int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 14))
+
+
+@register
+class Misaligned(Fault):
+    """The first element is not where vector loads want it: a storage offset of 1 to 3 elements."""
+
+    name = "misaligned"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        canvas.offset = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 3))
