@@ -50,7 +50,11 @@ def turn(
 
 @contextlib.contextmanager
 def beside(directory: Path, uuid: str, patience: float = PATIENCE, given_up: GivenUp = _never) -> Iterator[None]:
-    """The block runs while no group does on this GPU, and others may run beside it. Raises as `turn`."""
+    """The block runs while no group does on this GPU, and others may run beside it. Raises as `turn`.
+
+    It must not wait for anybody who waits for a turn there: a group that came between stands before them in the line,
+    and behind this block.
+    """
     with _held(directory, uuid, fcntl.LOCK_SH, patience, given_up):
         yield
 
