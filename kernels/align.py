@@ -150,7 +150,7 @@ def _experts_from(
 ):  # fmt: skip
     slot = first + tl.arange(0, COUNT)
     ok = slot < slots
-    where = (slot // top_k).to(tl.int64) * stride_t + (slot % top_k) * stride_k
+    where = (slot // top_k).to(tl.int64) * stride_t + (slot % top_k).to(tl.int64) * stride_k
     ids = tl.load(ids_ptr + where, mask=ok, other=-1)
     return slot, local_experts(ids, map_ptr, map_stride, num_ids, num_experts, ok, HAS_MAP)
 

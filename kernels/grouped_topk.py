@@ -164,8 +164,9 @@ def _grouped_topk_kernel(
     col = group * size + member  # [1, G', S']
     real = (group < n_group) & (member < size)
     base = logits_ptr + row * logits_stride_t  # [R]
+    far = col.to(tl.int64)  # columns may lie as far apart as rows
 
-    x = tl.load(base[:, None, None] + col * logits_stride_e, mask=row_ok[:, None, None] & real, other=float("-inf"))
+    x = tl.load(base[:, None, None] + far * logits_stride_e, mask=row_ok[:, None, None] & real, other=float("-inf"))
     x = _finite_above(x.to(tl.float32))  # [R, G', S']
     if SIGMOID:
         top = tl.full((ROWS,), 0.0, tl.float32)
@@ -179,7 +180,7 @@ def _grouped_topk_kernel(
         score = e / total[:, None, None]
     rank = x  # either score is monotone, and the logits are exact
     if HAS_BIAS:
-        rank = score + tl.load(bias_ptr + col * bias_stride, mask=real, other=0.0)
+        rank = score + tl.load(bias_ptr + far * bias_stride, mask=real, other=0.0)
         score = rank
 
     # Integer keys, so that each search has one winner whatever the values are: the upper half orders like the float
@@ -217,7 +218,7 @@ def _grouped_topk_kernel(
     routed = slot < top_k
     ids = lanes - 1 - (taken & 0xFFFFFFFF).to(tl.int32)  # [R, slots']
     load = row_ok[:, None] & routed
-    picked = tl.load(base[:, None] + ids * logits_stride_e, mask=load, other=float("-inf"))
+    picked = tl.load(base[:, None] + ids.to(tl.int64) * logits_stride_e, mask=load, other=float("-inf"))
     picked = _finite_above(picked.to(tl.float32))  # [R, slots']
     if RENORMALIZE:
         # Relative to the largest of them, so that the sum is no smaller than 1 (sigmoid: 1/2) even where a bias has
@@ -234,7 +235,7 @@ def _grouped_topk_kernel(
     else:
         weights = tl.exp(picked - top[:, None]) / total[:, None] * scale
     if HAS_MAP:
-        ids = tl.load(expert_map_ptr + ids * expert_map_stride, mask=load, other=0)
+        ids = tl.load(expert_map_ptr + ids.to(tl.int64) * expert_map_stride, mask=load, other=0)
     ids = tl.where(routed, ids, experts + slot - top_k)  # the shared experts follow, past every logical id
     weights = tl.where(routed, weights, 1.0)
 

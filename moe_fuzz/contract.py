@@ -71,6 +71,7 @@ class Capabilities:
     scale: bool = True
     is_padding: bool = True
     strided: bool = True  # takes inputs whose rows are not packed
+    any_strides: bool = False  # takes vectors whose elements stand apart, and columns as far apart as rows
     out: bool = False  # writes into `out=(...)` buffers when given
     alignment: int = 16  # bytes to which every input and output must be aligned; 1: element alignment is enough
     devices: tuple[str, ...] = ("cpu", "cuda")

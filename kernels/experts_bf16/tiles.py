@@ -39,7 +39,7 @@ def slots_of(
 @triton.jit
 def weights_of(weights_ptr, slot, ok, top_k, stride_t, stride_k):
     """The router's weights [M] of slots, 0 where not `ok`."""
-    at = (slot // top_k).to(tl.int64) * stride_t + (slot % top_k) * stride_k
+    at = (slot // top_k).to(tl.int64) * stride_t + (slot % top_k).to(tl.int64) * stride_k
     return tl.load(weights_ptr + at, mask=ok, other=0.0)
 
 
@@ -81,6 +81,6 @@ def _slots_from(
     HAS_MAP: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     slot = begin + tl.arange(0, COUNT)
-    at = (slot // top_k).to(tl.int64) * ids_stride_t + (slot % top_k) * ids_stride_k
+    at = (slot // top_k).to(tl.int64) * ids_stride_t + (slot % top_k).to(tl.int64) * ids_stride_k
     ids = tl.load(ids_ptr + at, mask=slot < slots, other=-1)
     return slot, local_experts(ids, map_ptr, map_stride, num_ids, num_experts, slot < slots, HAS_MAP)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from moe_fuzz import generator
 from moe_fuzz.faults.fault import Canvas, Fault, register
+from moe_fuzz.fence.sparse import MAX_APART
 
 
 @register
 class Noncontiguous(Fault):
-    """Rows stand apart, as in a slice of a wider buffer; what lies between them is no one's to touch.
+    """Rows stand apart, as in a slice of a wider buffer, or the elements of a vector, as in a column of one; what lies
+    between them is no one's to touch.
 
     One time in four far apart, so that the distance of the last row from the first leaves 24 bits where rows are many.
     """
@@ -35,6 +37,23 @@ class Int32Boundary(Fault):
         apart = 1 << 31
         gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 13))
         canvas.stride_gap = apart // max(1, len(canvas.rows) - 1) + gap
+
+
+@register
+class FarColumns(Fault):
+    """Columns so far apart that the last begins past 2^31 elements, in a view whose columns are packed: an offset of a
+    column that is computed in 32 bits wraps. Only the columns have memory, so there are few of them, or it is not laid.
+    """
+
+    name = "far_columns"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        columns = len(canvas.columns)
+        if not 2 <= columns <= MAX_APART:
+            return
+        gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 13))
+        canvas.transposed = True
+        canvas.stride_gap = (1 << 31) // (columns - 1) + gap
 
 
 @register

@@ -31,7 +31,7 @@ class Lie:
 
     def strides(self, shape: Sequence[int]) -> tuple[int, ...]:
         if len(shape) != 2:
-            return (1,)
+            return (max(1, self.column_stride),)
         return (1, self.column_stride) if self.column_stride else (shape[1] + self.gap, 1)
 
 

@@ -20,7 +20,7 @@ from moe_fuzz.targets.builtin_allreduce import allreduce_rmsnorm as _allreduce
 _CONTRACT = Contract(
     deterministic=True, batch_invariant=True, ties="lowest_index_first", ordered=True, padding=PADDING_DIALECTS
 )
-_CAPABILITIES = Capabilities(out=True, alignment=1)
+_CAPABILITIES = Capabilities(out=True, alignment=1, any_strides=True)
 _SORTED = Contract(deterministic=True, ordered=True, stable=True, accepts=PADDING_DIALECTS)
 _BLOCKS = Capabilities(max_experts=8192, out=True, alignment=1, block_sizes=())
 

@@ -63,6 +63,18 @@ def test_rows_hold_their_values_and_little_memory(edge: str) -> None:
         assert {*cpu._KEPT} <= kept
 
 
+def test_so_do_packed_columns() -> None:
+    with open_arena("cpu") as arena:
+        tensor = arena.tensor("logits", (33, 4), torch.bfloat16, strides=(1, STRIDE), offset=1, alignment=2)
+        plain = torch.arange(132.0).view(33, 4).bfloat16()
+        assert torch.equal(tensor.copy_(plain), plain)
+        assert tensor[0, 3].data_ptr() - tensor.data_ptr() == 3 * STRIDE * 2
+        assert arena.check() == []
+        poke(tensor, 0, 66)  # the slack behind the first column
+        [violation] = arena.check()
+        assert violation.tensor == "logits"
+
+
 @pytest.mark.parametrize(
     ("element", "expected"),
     [(0, 0), (3 * STRIDE + 32, 0), (3 * STRIDE + 33, -signal.SIGSEGV), (2 * STRIDE - (1 << 32), -signal.SIGSEGV),

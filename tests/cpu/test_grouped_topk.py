@@ -215,7 +215,8 @@ def test_any_strides(view):
         "offset": logits_of(9, 43)[:, 3:],
         "expanded": logits_of(1, 40).expand(9, 40),
     }[view]
-    bias, table = logits_of(1, 80)[0, ::2] / 50, torch.randperm(160)[::4].int()
+    bias, table = (logits_of(1, 80) / 50)[0, ::2], torch.randperm(160).int()[::4]
+    assert (bias.stride(), table.stride()) == ((2,), (4,))
     groups = {"n_group": 4, "topk_group": 2, "group_score": "top2_sum"}
     got = grouped_topk(logits, 5, **groups, bias=bias, expert_map=table)
     packed = grouped_topk(logits.contiguous(), 5, **groups, bias=bias.contiguous(), expert_map=table.contiguous())

@@ -82,7 +82,13 @@ def test_any_strides(view):
         "expanded": logits_of(1, 40).expand(9, 40),
     }
     logits = views[view]
-    bias = logits_of(1, 80)[0, ::2] / 50
+    bias = (logits_of(1, 80) / 50)[0, ::2]
+    flags = (torch.arange(27) % 4 == 0)[::3]
+    assert (bias.stride(), flags.stride()) == ((2,), (3,))
+    got = topk_softmax(logits, 5, bias=bias, is_padding=flags, padding="minus_one")
+    packed = topk_softmax(logits.contiguous(), 5, bias=bias.contiguous(), is_padding=flags.contiguous(),
+                          padding="minus_one")  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(got, packed, strict=True))
     got = topk_softmax(logits, 5, bias=bias)
     packed = topk_softmax(logits.contiguous(), 5, bias=bias.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(got, packed, strict=True))

@@ -43,6 +43,7 @@ class GroupedSpace(space.RoutingSpace):
         *(FaultPlace(name, "logits", on_rows=True) for name in _GROUP_FAULTS),
         *space.PLACES,
         FaultPlace("overlapping_map", "expert_map", on_rows=False, needs="expert_map"),
+        FaultPlace("noncontiguous", "expert_map", on_rows=False, needs="expert_map"),
     )
     sizes: ClassVar[tuple[str, ...]] = ("experts", "top_k", "n_group", "topk_group")
     fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = {**FIELDS, **space.FIELDS}

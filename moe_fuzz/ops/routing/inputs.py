@@ -70,6 +70,11 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
         flags = numpy.zeros(len(rows), dtype=bool)
         flags[step.padding.positions(step.rows)] = True
         inputs.plain["is_padding"] = torch.from_numpy(flags).to(device)
+        canvas = Canvas("is_padding", inputs.plain["is_padding"][None], [0], rows, case.seed)
+        for fault in step.faults:
+            if fault.tensor == "is_padding":
+                FAULTS[fault.name].lay(canvas, [0])
+                inputs.lies["is_padding"] = _lie_of_vector(canvas)
     return inputs
 
 
@@ -95,7 +100,7 @@ def _weights(
         for fault in faults:
             if fault.tensor == name and canvas.values.numel():
                 FAULTS[fault.name].lay(canvas, fault.rows.positions(within) if fault.rows else [0])
-        found[name] = canvas.values[0], _lie(canvas)
+        found[name] = canvas.values[0], _lie_of_vector(canvas)
     return found
 
 
@@ -146,6 +151,11 @@ def _lie(canvas: Canvas) -> Lie:
     """The stride is that of the whole step, also where a check takes fewer rows: they are rows of the same view."""
     column_stride = max(1, len(canvas.rows) + canvas.stride_gap) if canvas.transposed else 0
     return Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
+
+
+def _lie_of_vector(canvas: Canvas) -> Lie:
+    """Of a canvas of one row: what stands between rows is what stands between its elements."""
+    return Lie(0, canvas.offset, 1 + canvas.stride_gap if canvas.stride_gap else 0)
 
 
 def _fresh(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-from moe_fuzz.case import MODES, Case, Scalar
+from moe_fuzz.case import MODES, Case, Fault, Scalar
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
@@ -69,7 +69,15 @@ PLACES = (
     # Not piecewise: the producer's graph would need real memory for all that lies between the rows.
     FaultPlace("int32_boundary", "logits", on_rows=False, max_rows=64, modes=("eager", "graph")),
     FaultPlace("misaligned", "logits", on_rows=False),
+    FaultPlace("far_columns", "logits", on_rows=False, modes=("eager", "graph")),
+    *(FaultPlace("noncontiguous", name, on_rows=False, needs=name) for name in ("bias", "is_padding")),
 )
+
+
+def _odd_strides(laid: FaultPlace | Fault) -> bool:
+    """Whether it takes a target with `any_strides`."""
+    name = laid.fault if isinstance(laid, FaultPlace) else laid.name
+    return name == "far_columns" or (name == "noncontiguous" and laid.tensor != "logits")
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ class RoutingSpace:
             for place in self.places
             if (not place.needs or config[place.needs])
             and (place.fault not in _STRIDED or info.capabilities.strided)
+            and (not _odd_strides(place) or info.capabilities.any_strides)
             and (place.fault != "misaligned" or info.capabilities.alignment <= 1)
         )
 
@@ -179,7 +188,11 @@ class RoutingSpace:
         yield config["is_padding"] and not can.is_padding, "is_padding"
         yield config["is_padding"] and config["padding"] not in contract.padding, f"padding={config['padding']}"
         yield config["out"] and not can.out, "out"
-        yield set(_STRIDED) & set(case.fault_names) and not can.strided, "strided logits"
+        laid = [fault for step in case.steps for fault in step.faults]
+        odd = any(_odd_strides(fault) for fault in laid)
+        strided = any(fault.name in _STRIDED and not _odd_strides(fault) for fault in laid)
+        yield strided and not can.strided, "strided logits"
+        yield odd and not can.any_strides, "strided vectors, or columns of logits far apart"
         yield "misaligned" in case.fault_names and can.alignment > 1, "misaligned logits"
 
     # ---- what it is like --------------------------------------------------------------------------------------------

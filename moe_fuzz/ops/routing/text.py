@@ -40,8 +40,9 @@ FAULTS = {
     "stale_rows": "rows hold an earlier step's data",
     "extreme_bias": "a bias of every sign and magnitude, -Inf too",
     "negative_bias": "a bias that makes every biased score negative",
-    "noncontiguous": "rows stand apart in a wider buffer",
+    "noncontiguous": "rows stand apart in a wider buffer, or the elements of a vector",
     "int32_boundary": "rows so far apart that offsets pass 2^31 elements",
+    "far_columns": "columns so far apart that offsets pass 2^31 elements",
     "transposed": "columns are packed, and rows are not",
     "misaligned": "the first element is not aligned for vector loads",
 }
