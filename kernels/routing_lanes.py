@@ -101,7 +101,8 @@ def topk_by_lanes(
     for v in tl.static_range(EACH):
         real = row_ok if FULL else row_ok & (lane + v * LANES < experts)[None, :]
         real = tl.broadcast_to(real, (ROWS, LANES))
-        x = tl.load(_flat(base + tl.full([], v * LANES, tl.int64) * logits_stride_e), mask=_flat(real), other=float("-inf"))
+        at = base + tl.full([], v * LANES, tl.int64) * logits_stride_e
+        x = tl.load(_flat(at), mask=_flat(real), other=float("-inf"))
         x = widened(tl.reshape(x, (ROWS, LANES)))
         if HAS_BIAS and not SIGMOID:
             x = clamped(x, LARGEST, NAN_SAFE)  # every score depends on the sum
@@ -121,7 +122,8 @@ def topk_by_lanes(
         column = (lane + v * LANES)[None, :]  # [1, L]
         rank = xs[v]  # without a bias: both scores are monotone, and the logits are exact
         if HAS_BIAS:
-            bias = tl.load(bias_base + tl.full([], v * LANES, tl.int64) * bias_stride, mask=row_ok & (column < experts), other=0.0)
+            at = bias_base + tl.full([], v * LANES, tl.int64) * bias_stride
+            bias = tl.load(at, mask=row_ok & (column < experts), other=0.0)
             rank = (1.0 / (1.0 + tl.exp(-xs[v])) if SIGMOID else tl.exp(xs[v] - top) * (1.0 / total)) + bias
         low = (LANES - 1 - lane)[None, :] + LANES * (EACH - 1 - v)  # the lower the expert, the higher
         keys = keys + (key_of(rank, low, column < experts, FULL, WIDE, EACH == 16),)

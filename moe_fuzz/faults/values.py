@@ -68,6 +68,9 @@ class PartialInf(Fault):
         canvas.values[canvas.at(positions)] = torch.where(pick == 1, torch.full_like(row, -torch.inf), row)
 
 
+_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # experts
+
+
 def _moved(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     """Their sums, rounded. A NaN keeps its bits: a conversion leaves other ones in a vector than alone."""
     return torch.where(values.isnan(), values, (values.float() + by).to(values.dtype))
@@ -75,7 +78,8 @@ def _moved(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
 
 @register
 class MaskedExperts(Fault):
-    """One expert in three is masked by -Inf; the row stays defined while k finite ones are left.
+    """Experts are masked by -Inf: one in three, or in every second row the first ones, the last ones, or a run of them,
+    as many as a kernel may have in a block. The row stays defined while k finite ones are left.
 
     In every second row these lie far down, below the finite numbers that kernels take for -Inf (-1e4, -65504, -1e9).
     """
@@ -83,12 +87,24 @@ class MaskedExperts(Fault):
     name = "masked_experts"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        hit = canvas.choose(positions, 3, self.name) == 0
+        hit = torch.where(
+            canvas.choose_rows(positions, 2, self.name + "/runs") == 0,
+            canvas.choose(positions, 3, self.name) == 0, self._run(canvas, positions),
+        )  # fmt: skip
         depths = (0, 0, 15, 15) if canvas.values.dtype == torch.float16 else (0, 0, 20, 40)
         down = canvas.table([-(2.0**depth) if depth else 0.0 for depth in depths])
         pick = canvas.choose_rows(positions, len(depths), self.name + "/down")  # [P, 1]
         row = _moved(canvas.values[canvas.at(positions)], down[pick])
         canvas.values[canvas.at(positions)] = torch.where(hit, torch.full_like(row, -torch.inf), row)
+
+    def _run(self, canvas: Canvas, positions: Sequence[int]) -> torch.Tensor:
+        """bool [P, columns]: by the experts' labels, so that those which are left after others are gone stay as they
+        were."""
+        label = canvas.table(canvas.columns, torch.int64)[None, :]
+        block = canvas.table(_BLOCKS)[canvas.choose_rows(positions, len(_BLOCKS), self.name + "/block")]  # [P, 1]
+        kind = canvas.choose_rows(positions, 3, self.name + "/kind")  # before `block`, from it on, the second one
+        first, second = label < block, (label >= block) & (label < 2 * block)
+        return torch.where(kind == 0, first, torch.where(kind == 1, ~first, second))
 
 
 @register

@@ -1,5 +1,5 @@
-"""Tensors whose rows, or packed columns, lie so far apart that their offsets pass 2^31 elements: gigabytes of addresses,
-and memory for these alone. What lies between two of them faults like any guard.
+"""Tensors whose rows, or packed columns, lie so far apart that their offsets pass 2^31 elements: gigabytes of
+addresses, and memory for these alone. What lies between two of them faults like any guard.
 """
 
 from __future__ import annotations

@@ -15,7 +15,10 @@ __all__ = ["align", "allreduce_rmsnorm", "experts_bf16", "experts_nvfp4", "group
            "topk_sigmoid", "topk_softmax"]  # fmt: skip
 
 
-@declares(contract=Contract(deterministic=True, ordered=True), capabilities=Capabilities(compiles=False, alignment=1, any_strides=True))
+@declares(
+    contract=Contract(deterministic=True, ordered=True),
+    capabilities=Capabilities(compiles=False, alignment=1, any_strides=True),
+)
 def topk_softmax(
     logits: torch.Tensor, top_k: int, renormalize: bool = False, bias: torch.Tensor | None = None, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +35,10 @@ def topk_softmax(
     return weights * scale, ids.to(torch.int32)
 
 
-@declares(contract=Contract(deterministic=True, ordered=True), capabilities=Capabilities(compiles=False, alignment=1, any_strides=True))
+@declares(
+    contract=Contract(deterministic=True, ordered=True),
+    capabilities=Capabilities(compiles=False, alignment=1, any_strides=True),
+)
 def topk_sigmoid(
     logits: torch.Tensor, top_k: int, renormalize: bool = False, bias: torch.Tensor | None = None, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +57,9 @@ def topk_sigmoid(
 
 @declares(
     contract=Contract(deterministic=True, ordered=True),
-    capabilities=Capabilities(compiles=False, alignment=1, any_strides=True, min_group_size=2, group_score_by_bias=True),
+    capabilities=Capabilities(
+        compiles=False, alignment=1, any_strides=True, min_group_size=2, group_score_by_bias=True
+    ),
 )
 def grouped_topk(
     logits: torch.Tensor,

@@ -236,6 +236,16 @@ def test_layouts_keep_the_values(tensor, fault):
         assert all(placed[name].is_contiguous() for name in placed if name != tensor)
 
 
+def test_many_rows_of_a_weight_do_not_stand_so_far_apart_that_looking_between_them_takes_seconds():
+    widest = 0
+    for seed in range(12):
+        large = case(faults=[Fault("noncontiguous", "w13")], seed=seed, experts="0-95", intermediate=2048, hidden=3)
+        lie = materialize(large, 0).lies["w13"]
+        widest = max(widest, lie.gap)
+        assert lie.gap * 96 * 2 * 2048 <= 1 << 24
+    assert widest > 12
+
+
 def test_a_graph_is_captured_on_distinct_experts():
     inputs = materialize(case(faults=[Fault("int64_ids", "ids")], top_k=3), 0)
     blank = inputs.blank()

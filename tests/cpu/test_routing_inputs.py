@@ -186,6 +186,31 @@ def test_a_transposed_view_has_the_same_values_and_packed_columns():
     assert len(gaps) > 3
 
 
+def test_far_columns_begin_past_2_to_the_31_where_they_are_few():
+    for experts, far in ((6, True), (64, True), (65, False), (1, False)):
+        inputs = materialize(case_of(Fault("far_columns", "logits"), rows=5, experts=experts, top_k=1), 0)
+        with open_arena("cpu") as arena:
+            logits = inputs.place(arena, Capabilities())["logits"]
+            assert (logits.stride(1) * (experts - 1) >= 1 << 31) == far
+            assert torch.equal(logits, inputs.plain["logits"])
+
+
+@pytest.mark.parametrize("name", ["bias", "is_padding"])
+def test_the_elements_of_a_vector_stand_apart(name):
+    inputs = materialize(case_of(Fault("noncontiguous", name), **{name: True}), 0)
+    with open_arena("cpu") as arena:
+        vector = inputs.place(arena, Capabilities())[name]
+        assert vector.stride(0) > 1
+        assert torch.equal(vector, inputs.plain[name])
+
+
+def test_masked_experts_come_in_runs_too():
+    case = case_of(Fault("masked_experts", "logits", Labels.range(200)), rows=200, experts=96)
+    masked = materialize(case, 0).plain["logits"] == -torch.inf
+    runs = {tuple(row.nonzero().flatten().tolist()) for row in masked}
+    assert {tuple(range(32)), tuple(range(64)), tuple(range(32, 96)), tuple(range(32, 64))} <= runs
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_transposed_view_may_be_small(rows):
     inputs = materialize(case_of(Fault("transposed", "logits"), rows=rows, experts=1, top_k=1), 0)

@@ -94,8 +94,8 @@ def shards(seen: ExpertsObservation) -> list[Violation]:
     most = torch.finfo(seen.x.dtype).max
     claimed = seen.well & (seen.numbers.value.abs() + bound < most)  # else a part may be infinite
     value = seen.numbers.value
-    return _off("shards", "partial results of two ranks do not sum to the whole", total, value - bound, value + bound,
-                claimed)  # fmt: skip
+    return _off("shards", "the partial results of two ranks do not sum to what the reference gives",
+                total, value - bound, value + bound, claimed)  # fmt: skip
 
 
 @check("experts", "scaling", relation=True)

@@ -195,15 +195,21 @@ def _fixed(op: str, seed: int, config: tuple[tuple[str, Scalar], ...], device: s
     return found
 
 
+_NEAR = 12  # elements between two rows
+_MOST_APART = 1 << 24  # between the first and the last: what a guard looks through at each call
+
+
 def _lay_out(inputs: ExpertsInputs, name: str, canvas: Canvas) -> None:
     if not (canvas.stride_gap or canvas.transposed or canvas.offset):
         return
-    tensor = inputs.plain[name]
+    tensor, gap = inputs.plain[name], canvas.stride_gap
+    far = tensor.dim() == 3 and gap > 1 << 16
+    if tensor.dim() == 3 and not far:  # an expert's rows stand apart, and they may be many
+        gap = min(gap, max(_NEAR, _MOST_APART // max(1, tensor.shape[0] * tensor.shape[1])))
     # The stride is that of the whole step, also where a check takes fewer rows: they are rows of the same view.
     column_stride = max(1, len(canvas.rows) + canvas.stride_gap) if canvas.transposed else 0
-    inputs.lies[name] = Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
+    inputs.lies[name] = Lie(0 if canvas.transposed else gap, canvas.offset, column_stride)
     if tensor.dim() == 3:
-        far = canvas.stride_gap > 1 << 16
         inputs.folds[name] = tensor.shape[0] if far else tensor.shape[0] * tensor.shape[1]
 
 
