@@ -133,6 +133,14 @@ def test_together_with_other_layouts() -> None:
         assert Runner("cpu").run(made, "topk_softmax@torch", RunOptions()).kind == PASS
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("op", ["topk_softmax", "topk_sigmoid", "grouped_topk"])
+def test_our_routers_find_columns_that_begin_past_2_to_the_31(op: str) -> None:
+    config = {**get_space(op).simplest, "experts": "0-9", "top_k": 3}
+    step = Step(Labels.range(5), faults=(Fault("far_columns", "logits"),))
+    assert Runner("cpu").run(Case(op, config, (step,), 3), f"{op}@builtin", RunOptions()).kind == PASS
+
+
 def test_the_fault_is_for_few_rows() -> None:
     with pytest.raises(CaseError, match="64 rows at most, not 65"):
         get_space("topk_softmax").validate(case(65))
