@@ -150,9 +150,9 @@ def prune(corpus: Corpus, get_space: GetSpace) -> tuple[list[Entry], list[Entry]
         for digest, entry in corpus.entries.items()
     }
 
-    def size(digest: str) -> float:
-        case = corpus.entries[digest].case
-        return sum(step.tokens + 1 for step in case.steps) * (1 + len(case.fault_names))
+    def size(digest: str) -> tuple[float, float]:
+        case, budget = corpus.entries[digest].case, corpus.entries[digest].budget
+        return sum(step.tokens + 1 for step in case.steps) * (1 + len(case.fault_names)), -budget  # then the nearest
 
     pinned = [digest for digest, entry in sorted(corpus.entries.items()) if entry.pinned]
     kept = set(lattice.cover(items, pinned, size))

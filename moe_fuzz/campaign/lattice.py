@@ -50,12 +50,13 @@ def cells(space: Space, case: Case, budget: float) -> frozenset[Cell]:
 
 
 def cover(
-    items: Mapping[str, frozenset[Cell]], keep: Sequence[str] = (), weight: Callable[[str], float] = lambda name: 1.0
+    items: Mapping[str, frozenset[Cell]], keep: Sequence[str] = (),
+    weight: Callable[[str], tuple[float, ...]] = lambda name: (),
 ) -> list[str]:
     """Names whose cells together are all cells, those of `keep` among them, in order of their names.
 
     The smallest such set is hard to know (set cover); this is the greedy one, which is at most ln n times as large,
-    less whatever turns out to be covered by others. weight: what an item costs, if equal gains do not decide.
+    less whatever turns out to be covered by others. weight: the lower, the better, if equal gains do not decide.
     """
     chosen = list(dict.fromkeys(keep))
     left = set().union(*items.values()) - set().union(*(items[name] for name in chosen))
