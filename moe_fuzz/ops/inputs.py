@@ -27,7 +27,8 @@ class Lie:
 
     gap: int = 0  # between the end of a row and the start of the next
     offset: int = 0  # before the first element
-    column_stride: int = 0  # not 0: rows are packed no more than columns are, and a row's elements stand this far apart
+    #: not 0: columns are packed, not rows, and a row's elements stand this far apart; so do those of a vector
+    column_stride: int = 0
 
     def strides(self, shape: Sequence[int]) -> tuple[int, ...]:
         if len(shape) != 2:

@@ -70,11 +70,11 @@ def test_a_greedy_choice_that_turns_out_to_be_covered_goes():
 
 def test_what_must_be_kept_is_and_counts():
     items = sets("ab", "abc", "c")
-    assert lattice.cover(items, keep=["0"], weight={"0": 1, "1": 9, "2": 1}.__getitem__) == ["0", "2"]
+    assert lattice.cover(items, keep=["0"], weight={"0": (1,), "1": (9,), "2": (1,)}.__getitem__) == ["0", "2"]
 
 
 def test_of_equals_the_cheaper_one_stays():
-    assert lattice.cover(sets("ab", "ab"), weight={"0": 5.0, "1": 2.0}.__getitem__) == ["1"]
+    assert lattice.cover(sets("ab", "ab"), weight={"0": (5.0,), "1": (2.0,)}.__getitem__) == ["1"]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -31,7 +31,7 @@ FAULTS = {
     "neg_inf_rows": "whole rows of -Inf",
     "partial_nan": "a third of a row is NaN",
     "partial_inf": "a quarter of a row is +Inf, a quarter -Inf",
-    "masked_experts": "a third of the experts masked by -Inf, the others far down in every second row",
+    "masked_experts": "experts masked by -Inf, a third of them or a run; the others far down in every second row",
     "shifted_rows": "all logits of a row shifted by the same large number",
     "huge_rows": "the dtype's largest numbers of both signs",
     "ladder": "zeros, subnormals, a ladder of magnitudes",
