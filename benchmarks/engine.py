@@ -31,15 +31,19 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from moe_fuzz import strategies
-from moe_fuzz.case import Case
+from moe_fuzz.case import Case, Step
 from moe_fuzz.contract import TargetInfo
+from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
+from moe_fuzz.ops.routing.space import SIMPLEST
 from moe_fuzz.options import FenceOptions, RunOptions
-from moe_fuzz.verdict import Verdict
+from moe_fuzz.verdict import CRASH, Verdict
 from moe_fuzz.worker.pool import Pool
 
 ROUND = 8
 SLOW = 0.020  # seconds from which on isolation must cost at most a tenth
+ENOUGH_SLOW = 8  # of fewer such cases nothing is said
+DEATHS = 5
 PATIENT = RunOptions(deadline=60.0)
 FEWEST = {True: 2, False: 4}  # cases of a config, with replays and without
 COMPILED, LOADED = 0.5, 0.7  # of --seconds: until then
@@ -252,7 +256,7 @@ def measure(
             calls[name] = lambda options=options: [runner.run(case, target, options) for case in cases]  # type: ignore[misc]
         if graph and eager:
             calls["eager"] = lambda: [runner.run(case, target, PATIENT) for case in eager]
-        if slow and len(slow) < len(cases):  # else they are all cases
+        if ENOUGH_SLOW <= len(slow) < len(cases):  # else they are all cases
             calls["slow in process"] = lambda: [runner.run(case, target, PATIENT) for case in slow]
             calls["slow one worker"] = lambda: through(pool, slow, target, 1)
         if own is not None and eager:
@@ -262,17 +266,38 @@ def measure(
             calls["eager one worker"] = lambda: through(pool, eager, target, 1)
         found: dict[str, list[float]] = {}
         result: dict[str, float] = {}
+        after_death = replacement(pool)
+        say("workers died and were replaced")
         for repeat in range(repeats):
             started = passed()
             for name, call in calls.items():
                 found.setdefault(name, []).append(timed(call))
             result = figures(found, verdicts, cases, len(slow), drawing, workers)
+            result["seconds from a death to the next verdict"] = after_death
             keep(result)
             say(f"repeat {repeat + 1} took {passed() - started:.1f} s")
             if passed() + (passed() - started) > 0.95 * seconds:
                 break
     say("done")
     return result
+
+
+def replacement(pool: Pool) -> float:
+    """Seconds from the verdict on a case that kills its worker to that on the next one, which a fresh worker runs."""
+    ordinary, deadly = (
+        Case("topk_softmax", {**SIMPLEST, "experts": experts, "top_k": 2}, (Step(Labels.range(4)),), 1)
+        for experts in ("0-11", "0-12")  # of 13 this bug reads 16
+    )
+    target, ends = "topk_softmax@planted.reads_past_logits", list[float]()
+    with pool.lease() as worker:
+        judged(worker.run([ordinary], target, PATIENT))  # compiled
+    for _ in range(DEATHS):
+        with pool.lease() as worker:
+            died, lived = worker.run([deadly, ordinary], target, PATIENT, lambda *_: ends.append(time.monotonic()))
+        judged([lived])
+        if died.kind != CRASH:
+            raise SystemExit(f"nothing died: {died}")
+    return statistics.median(alive - dead for dead, alive in zip(ends[::2], ends[1::2], strict=True))
 
 
 def figures(

@@ -127,7 +127,7 @@ def _gate_kernel(
             sums = tl.dot(left.to(tl.float32), right.to(tl.float32), sums, input_precision="ieee")
         else:
             sums = tl.dot(left, right, sums)
-        x += DEPTH * hidden_stride_h
-        g += DEPTH * gate_stride_h
+        x += tl.cast(DEPTH, tl.int64) * hidden_stride_h
+        g += tl.cast(DEPTH, tl.int64) * gate_stride_h
     where = row.to(tl.int64)[:, None] * experts + expert[None, :]
     tl.store(logits_ptr + where, sums, mask=(row < tokens)[:, None] & (expert < experts)[None, :])

@@ -92,8 +92,8 @@ def grouped_product_kernel(
                 if INTERPRETED:  # its dot takes the bits of bfloat16 for integers
                     left, right = left.to(tl.float32), right.to(tl.float32)
                 sums = tl.dot(left, right, sums)
-                a += BLOCK_D * a_stride_d
-                w += BLOCK_D * w_stride_d
+                a += tl.cast(BLOCK_D, tl.int64) * a_stride_d  # columns may stand 2^31 / BLOCK_D apart, or further
+                w += tl.cast(BLOCK_D, tl.int64) * w_stride_d
 
             if HAS_ALPHA:
                 sums *= alpha
@@ -141,7 +141,8 @@ def sum_slots_kernel(
     for first in range(0, top_k, UNROLL):
         for nth in tl.static_range(UNROLL):  # loads that do not wait for each other
             ok = (row < tokens) & (first + nth < top_k)
-            ids = tl.load(ids_ptr + row * ids_stride_t + (first + nth) * ids_stride_k, mask=ok, other=-1)
+            place = row * ids_stride_t + tl.cast(first + nth, tl.int64) * ids_stride_k
+            ids = tl.load(ids_ptr + place, mask=ok, other=-1)
             kept = local_experts(ids, map_ptr, map_stride, num_ids, num_experts, ok, HAS_MAP) >= 0
             at = (row * top_k + first + nth)[:, None] * hidden + column[None, :]
             total += tl.load(slots_ptr + at, mask=inside & kept[:, None], other=0.0).to(tl.float32)

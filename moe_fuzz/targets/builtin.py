@@ -22,7 +22,7 @@ _CONTRACT = Contract(
 )
 _CAPABILITIES = Capabilities(out=True, alignment=1, any_strides=True)
 _SORTED = Contract(deterministic=True, ordered=True, stable=True, accepts=PADDING_DIALECTS)
-_BLOCKS = Capabilities(max_experts=8192, out=True, alignment=1, block_sizes=())
+_BLOCKS = Capabilities(max_experts=8192, out=True, alignment=1, any_strides=True, block_sizes=())
 
 
 def _promises(
@@ -45,22 +45,25 @@ nvfp4_quantize = declares(
             accepts=PADDING_DIALECTS,
         ),
         Capabilities(
-            out=True, alignment=1, global_scales=GLOBAL_SCALES, scale_dtypes=("float32", "bfloat16"),
+            out=True, alignment=1, any_strides=True, global_scales=GLOBAL_SCALES,
+            scale_dtypes=("float32", "bfloat16"),
         ),
     )
 )(fp4.nvfp4_quantize)
 experts_bf16 = declares(
     # not batch-invariant: block shapes follow the number of slots, and with them the order of a sum
     contract=Contract(deterministic=True, accepts=PADDING_DIALECTS),
-    capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1),
+    capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True),
     clauses={"*": "the contract in the docstring of moe_fuzz.reference.experts_bf16"},
 )(experts.experts_bf16)
 _FP4_EXPERTS: dict[str, Any] = {
     "contract": Contract(deterministic=True, rounding="exact", nonfinite="reference", accepts=PADDING_DIALECTS),
     "clauses": {"*": "the contract in the docstring of moe_fuzz.reference.experts_nvfp4"},
 }
-_FP4_CAPABILITIES = Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, global_scales=GLOBAL_SCALES,
-                                 nan_scales=True, backends=fp4_experts.BACKENDS)  # fmt: skip
+_FP4_CAPABILITIES = Capabilities(
+    dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True, global_scales=GLOBAL_SCALES,
+    nan_scales=True, backends=fp4_experts.BACKENDS,
+)  # fmt: skip
 experts_nvfp4 = declares(
     **_FP4_EXPERTS, capabilities=replace(_FP4_CAPABILITIES, activation_formats=fp4_experts.formats()),
     origin=f"{fp4_experts.__name__}, {fp4_experts.rule()}",

@@ -22,7 +22,7 @@ def _product(a: Tensor, w: Tensor) -> Tensor:  # [n, D], [R, D] -> [n, R] float3
 
 @declares(
     contract=Contract(deterministic=True, graph=False, slot="float32"),  # it asks the device which experts have tokens
-    capabilities=Capabilities(compiles=False, dtypes=("bfloat16", "float16"), out=True, alignment=1),
+    capabilities=Capabilities(compiles=False, dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True),
 )
 def experts_bf16(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, *, expert_map: Tensor | None = None,
@@ -76,7 +76,7 @@ def _summed(
 
 @declares(
     contract=Contract(deterministic=True, graph=False, slot="float32"),
-    capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, nan_scales=True),
+    capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True, nan_scales=True),
 )
 def experts_nvfp4(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, w13_scales: Tensor, w2_scales: Tensor,

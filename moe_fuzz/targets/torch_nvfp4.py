@@ -9,7 +9,7 @@ from moe_fuzz.contract import Capabilities, Contract, declares
 
 @declares(
     contract=Contract(deterministic=True, batch_invariant=True, scale_padding="zero"),
-    capabilities=Capabilities(compiles=False, alignment=1, activations=("silu",),
+    capabilities=Capabilities(compiles=False, alignment=1, any_strides=True, activations=("silu",),
                               scale_dtypes=("float32", "bfloat16")),
 )
 def nvfp4_quantize(

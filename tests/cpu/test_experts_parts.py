@@ -283,7 +283,7 @@ def test_a_sum_in_16_bits_breaks_a_promise_of_32_alone(registered: Registered) -
     """As moe_sum was until 0.24, under the schema of 0.33."""
     registered("vllm 0.33.0", {"moe_sum": lambda slots, out, ids=None, expert_map=None: in_dtype(
         slots.masked_fill(slots.isnan(), 0.0), out)})  # fmt: skip
-    said = {word.partition(":")[0] for word in fuzz("vllm.moe_sum", 120, enough=3)} - {PASS}
+    said = {word.partition(":")[0] for word in fuzz("vllm.moe_sum", 120, enough=8)} - {PASS}
     assert said & {"exact", "bound", "statistical"}
 
 

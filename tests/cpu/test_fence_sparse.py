@@ -141,6 +141,40 @@ def test_our_routers_find_columns_that_begin_past_2_to_the_31(op: str) -> None:
     assert Runner("cpu").run(Case(op, config, (step,), 3), f"{op}@builtin", RunOptions()).kind == PASS
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("provider", ["builtin", "torch"])
+@pytest.mark.parametrize(("op", "tensor"), [
+    ("align", "ids"), ("experts_bf16", "x"), ("experts_bf16", "weights"), ("experts_bf16", "ids"),
+    ("experts_nvfp4", "x"), ("experts_nvfp4", "ids"), ("nvfp4_quantize", "x"),
+])  # fmt: skip
+def test_columns_of_other_ops_begin_past_2_to_the_31(op: str, tensor: str, provider: str) -> None:
+    """With the largest sizes of which columns may lie far apart, in the modes that have the fault."""
+    space, runner, target = get_space(op), Runner("cpu"), f"{op}@{provider}"
+    info = runner.describe(target)
+    config = {axis.name: axis.values[0] for axis in space.axes(info)}
+    wanted = {"hidden": 64, "intermediate": 32, "experts": 5, "top_k": 3}
+    config = space.complete({**config, **{name: n for name, n in wanted.items() if name in config}}, info)
+    if op == "nvfp4_quantize":
+        config |= {"blocks": "0-3"}
+    step = Step(Labels.range(5), faults=(Fault("far_columns", tensor),))
+    for mode in ("eager", "graph"):
+        if mode in space.modes(info):
+            made = Case(op, config, (step,), 3, mode)
+            space.validate(made)
+            verdict = runner.run(made, target, RunOptions())
+            assert (verdict.kind, verdict.violations) == (PASS, ())
+
+
+def test_an_activation_leaves_no_room_for_columns_that_far_apart() -> None:
+    """Of 64 columns of a gate and 64 of a factor none is laid far from the next."""
+    space, runner, target = get_space("nvfp4_quantize"), Runner("cpu"), "nvfp4_quantize@torch"
+    info = runner.describe(target)
+    config = {axis.name: axis.values[0] for axis in space.axes(info)}
+    config = space.complete(config, info) | {"blocks": "0-3", "activation": "silu"}
+    step = Step(Labels.range(5), faults=(Fault("far_columns", "x"),))
+    assert runner.run(Case("nvfp4_quantize", config, (step,), 3), target, RunOptions()).kind == PASS
+
+
 def test_the_fault_is_for_few_rows() -> None:
     with pytest.raises(CaseError, match="64 rows at most, not 65"):
         get_space("topk_softmax").validate(case(65))

@@ -148,8 +148,9 @@ def test_no_script_for_another_device(runner: Runner) -> None:
         render(finding_of(case, verdict), exhibit_of(runner, case) | {"device": "xpu"})
 
 
-def test_no_script_for_rows_gigabytes_apart(runner: Runner) -> None:
-    case = case_of("topk_softmax@torch", faults=(Fault("int32_boundary", "logits"),))
+@pytest.mark.parametrize("fault", ["int32_boundary", "far_columns"])
+def test_no_script_for_what_lies_gigabytes_apart(runner: Runner, fault: str) -> None:
+    case = case_of("topk_softmax@torch", faults=(Fault(fault, "logits"),))
     verdict = Verdict(VIOLATION, (Violation("weights", "off", "is off"),))
     with pytest.raises(CaseError, match="gigabytes apart"):
         render(finding_of(case, verdict), exhibit_of(runner, case))

@@ -42,6 +42,7 @@ _HANG = 10  # the least seconds after which the script says that it hangs, where
 _MEMORY = 4 << 30  # bytes, where the worker had no limit
 _WIDTH = 117  # three quotes stand before the first line
 #: what an exhibit's `load` may leave out
+_FAR = {"int32_boundary", "far_columns"}  # layouts of gigabytes of addresses
 _NOTHING: Mapping[str, Any] = {"libraries": [], "environment": {}, "imports": [], "calls": ""}
 #: what a script may need of the standard library
 _MODULES = ("base64", "ctypes", "faulthandler", "functools", "glob", "importlib", "importlib.util", "inspect", "json",
@@ -98,15 +99,15 @@ def render(
     """The script of a finding, from the exhibit of its case and those of the cases that must run before it.
 
     bare: the finding shows without guards and poison, so the script has none, unless the finding is about them.
-    Raises CaseError for what a script cannot do: another device, rows gigabytes apart.
+    Raises CaseError for what a script cannot do: another device, rows or columns gigabytes apart.
     """
     device = exhibit["device"]
     if device not in FENCED_DEVICES:
         raise CaseError("", f"a script for device {device!r} cannot be written", "use `moe-fuzz replay`")
     if finding.own == "all":
         raise CaseError("", "a script cannot fence what the target allocates in C++", "use `moe-fuzz replay`")
-    if any("int32_boundary" in case.fault_names for case in (*finding.sequence, finding.case)):
-        raise CaseError("", "a script has no memory for rows that lie gigabytes apart", "use `moe-fuzz replay`")
+    if any(_FAR & set(case.fault_names) for case in (*finding.sequence, finding.case)):
+        raise CaseError("", "a script has no memory for what lies gigabytes apart", "use `moe-fuzz replay`")
     check, load = finding.check, _NOTHING | exhibit["load"]
     earlier: list[Calls] = []
     for other, its in zip(finding.sequence, before, strict=True):

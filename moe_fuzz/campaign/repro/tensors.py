@@ -78,10 +78,9 @@ def summary(tensor: Mapping[str, Any]) -> str:
 
 
 def _lines(tensor: Mapping[str, Any]) -> Iterator[str]:
-    size = _SIZES[tensor["dtype"]]
+    size, whole = _SIZES[tensor["dtype"]], tensor["bits"]
     if size == 8:  # as torch takes them: signed
-        whole = struct.unpack(f"={len(tensor['bits'])}q", struct.pack(f"={len(tensor['bits'])}Q", *tensor["bits"]))
-        tensor = {**tensor, "bits": whole}
+        whole = struct.unpack(f"={len(whole)}q", struct.pack(f"={len(whole)}Q", *whole))
     digits = "d" if size in (1, 8) else f"#0{2 + 2 * size}x"
     width = tensor["shape"][-1] if tensor["shape"] else 1
     per_line = {1: 16, 2: 6, 4: 4, 8: 8}[size]
@@ -89,7 +88,7 @@ def _lines(tensor: Mapping[str, Any]) -> Iterator[str]:
     for row, texts in enumerate(rows(tensor)):
         for at in range(0, width, per_line):
             end = min(at + per_line, width)
-            integers = [format(bits, digits) for bits in tensor["bits"][row * width + at : row * width + end]]
+            integers = [format(bits, digits) for bits in whole[row * width + at : row * width + end]]
             place = f"row {row}" if several else ""
             if width > per_line:
                 place = f"{place} [{at}:{end}]".strip()

@@ -67,6 +67,7 @@ PLACES = (
     FaultPlace("transposed", "ids", on_rows=False),
     # Not piecewise: the producer's graph would need real memory for all that lies between the rows.
     FaultPlace("int32_boundary", "ids", on_rows=False, max_rows=64, modes=("eager", "graph")),
+    FaultPlace("far_columns", "ids", on_rows=False, modes=("eager", "graph")),
     FaultPlace("misaligned", "ids", on_rows=False),
 )
 
@@ -133,7 +134,7 @@ class AlignSpace:
             return f"ids of no expert ({fault})"
         if fault in _DUPLICATES and not can.duplicate_ids:
             return "an expert twice in a row"
-        if fault in _STRIDED and not can.strided:
+        if (fault in _STRIDED and not can.strided) or (fault == "far_columns" and not can.any_strides):
             return "strided ids"
         return "misaligned ids" if fault == "misaligned" and can.alignment > 1 else ""
 

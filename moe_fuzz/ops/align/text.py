@@ -38,6 +38,7 @@ FAULTS = {
     "wide_ids": "int64 ids that are an expert's if all but 32 bits are cut off",
     "noncontiguous": "rows stand apart in a wider buffer",
     "int32_boundary": "rows so far apart that offsets pass 2^31 elements",
+    "far_columns": "columns so far apart that offsets pass 2^31 elements",
     "transposed": "columns are packed, and rows are not",
     "misaligned": "the first element is not aligned for vector loads",
 }

@@ -24,7 +24,7 @@ _FINITE = "_moe_fuzz_finite_rows"  # an attribute of x, into which nobody writes
 _DRAWN_ON_HOST = 1 << 17  # keys of the selection of experts: of more a device takes the largest sooner
 _STALE = 62  # the stream of rows that no step of the case has had
 _BENIGN = 61  # of what rows could have held instead
-_WHOLE = ("noncontiguous", "int32_boundary", "transposed", "misaligned", "int64_ids")  # they name no rows
+_WHOLE = ("noncontiguous", "int32_boundary", "far_columns", "transposed", "misaligned", "int64_ids")  # of no rows
 
 
 def _no_rows() -> torch.Tensor:

@@ -49,6 +49,7 @@ PLACES = (
     *(FaultPlace("misaligned", name, on_rows=False) for name in ("x", "w13", "w2", "weights", "ids")),
     *(FaultPlace("transposed", name, on_rows=False) for name in ("x", "weights", "ids")),
     *(FaultPlace("int32_boundary", name, on_rows=False, max_rows=64, modes=_NO_PIECES) for name in ("x", "w13", "w2")),
+    *(FaultPlace("far_columns", name, on_rows=False, modes=_NO_PIECES) for name in ("x", "weights", "ids")),
 )
 
 
@@ -127,7 +128,7 @@ class ExpertsSpace:
             return "int64 ids"
         if fault in _DUPLICATES and not can.duplicate_ids:
             return "an expert twice in a row"
-        if fault in _STRIDED and not can.strided:
+        if (fault in _STRIDED and not can.strided) or (fault == "far_columns" and not can.any_strides):
             return f"strided {tensor}"
         return f"misaligned {tensor}" if fault == "misaligned" and can.alignment > 1 else ""
 

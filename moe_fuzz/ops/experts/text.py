@@ -53,6 +53,7 @@ FAULTS = {
     "int64_ids": "ids are int64",
     "noncontiguous": "rows stand apart in a wider buffer",
     "int32_boundary": "rows of x, or experts of a projection, so far apart that offsets pass 2^31 elements",
+    "far_columns": "columns so far apart that offsets pass 2^31 elements",
     "transposed": "columns are packed, and rows are not",
     "misaligned": "the first element is not aligned for vector loads",
 }

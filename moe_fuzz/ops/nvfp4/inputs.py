@@ -13,6 +13,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.faults import FAULTS
 from moe_fuzz.faults.align import IdsCanvas
 from moe_fuzz.faults.nvfp4 import BlockCanvas
+from moe_fuzz.fence.sparse import MAX_APART
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 from moe_fuzz.reference.nvfp4 import BLOCK, row_scale
@@ -73,7 +74,7 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
         if fault.name == "stale_rows":
             old = _STALE if fault.stream is None else fault.stream
             canvas.values[positions] = _plain(case, [rows[p] for p in positions], old, device)
-        elif canvas.values.numel():
+        elif canvas.values.numel() and not (fault.name == "far_columns" and _width(case) > MAX_APART):
             FAULTS[fault.name].lay(canvas, positions)
     inputs.plain["x"] = _activated(case, rows, stream, canvas.values)
     column_stride = max(1, len(rows) + canvas.stride_gap) if canvas.transposed else 0
@@ -82,8 +83,12 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
 
 
 def elements(case: Case, step_index: int) -> int:
-    halves = 2 if case.config["activation"] != "none" else 1
-    return case.steps[step_index].tokens * BLOCK * len(Labels.parse(str(case.config["blocks"]))) * halves
+    return case.steps[step_index].tokens * _width(case)
+
+
+def _width(case: Case) -> int:
+    """Columns of x: with an activation it is a gate beside a factor."""
+    return len(_columns(case)) * (2 if case.config["activation"] != "none" else 1)
 
 
 def fresh(case: Case, rows: Sequence[int], stream: int, device: torch.device | str) -> torch.Tensor:

@@ -65,6 +65,7 @@ PLACES = (
     FaultPlace("transposed", "x", on_rows=False),
     # Not piecewise: the producer's graph would need real memory for all that lies between the rows.
     FaultPlace("int32_boundary", "x", on_rows=False, max_rows=64, modes=("eager", "graph")),
+    FaultPlace("far_columns", "x", on_rows=False, modes=("eager", "graph")),
     FaultPlace("misaligned", "x", on_rows=False),
     *(FaultPlace(name, "expert_ids", on_rows=True, needs="expert_ids") for name in ID_FAULTS),
 )
@@ -140,7 +141,7 @@ class QuantizeSpace:
         if fault in ID_FAULTS[1:] and {"minus_one_ids": "minus_one", "num_experts_ids": "num_experts"}.get(
             fault, "garbage") not in contract.accepts:  # fmt: skip
             return f"rows of no expert ({fault})"
-        if fault in _STRIDED and not can.strided:
+        if (fault in _STRIDED and not can.strided) or (fault == "far_columns" and not can.any_strides):
             return "strided x"
         return "misaligned x" if fault == "misaligned" and can.alignment > 1 else ""
 

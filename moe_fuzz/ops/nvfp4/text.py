@@ -50,6 +50,7 @@ FAULTS = {
     "all_to_one": "all rows are of one expert",
     "noncontiguous": "rows stand apart in a wider buffer",
     "int32_boundary": "rows so far apart that offsets pass 2^31 elements",
+    "far_columns": "columns so far apart that offsets pass 2^31 elements",
     "transposed": "columns are packed, and rows are not",
     "misaligned": "the first element is not aligned for vector loads",
 }
