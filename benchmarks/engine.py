@@ -43,7 +43,7 @@ from moe_fuzz.worker.pool import Pool
 ROUND = 8
 SLOW = 0.020  # seconds from which on isolation must cost at most a tenth
 ENOUGH_SLOW = 8  # of fewer such cases nothing is said
-DEATHS = 5
+DEATHS = 3
 PATIENT = RunOptions(deadline=60.0)
 FEWEST = {True: 2, False: 4}  # cases of a config, with replays and without
 COMPILED, LOADED = 0.5, 0.7  # of --seconds: until then
@@ -217,6 +217,8 @@ def measure(
         os.environ["TRITON_INTERPRET"] = "1"
     from moe_fuzz.execute.runner import Runner  # after the variable: Triton reads it when a kernel is defined
 
+    with Pool(1, device) as lonely:
+        after_death = {"of one worker": replacement(lonely)}
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(Pool(max(workers), device))
         runner = Runner(device)
@@ -266,14 +268,14 @@ def measure(
             calls["eager one worker"] = lambda: through(pool, eager, target, 1)
         found: dict[str, list[float]] = {}
         result: dict[str, float] = {}
-        after_death = replacement(pool)
+        after_death[f"of {max(workers)} workers"] = replacement(pool)
         say("workers died and were replaced")
         for repeat in range(repeats):
             started = passed()
             for name, call in calls.items():
                 found.setdefault(name, []).append(timed(call))
             result = figures(found, verdicts, cases, len(slow), drawing, workers)
-            result["seconds from a death to the next verdict"] = after_death
+            result |= {f"seconds from a death, {one}, to the next verdict": s for one, s in after_death.items()}
             keep(result)
             say(f"repeat {repeat + 1} took {passed() - started:.1f} s")
             if passed() + (passed() - started) > 0.95 * seconds:

@@ -8,6 +8,16 @@ from moe_fuzz import generator
 from moe_fuzz.faults.fault import Canvas, Fault, register
 from moe_fuzz.fence.sparse import MAX_APART
 
+_PAGES = 1 << 21  # elements that are whole pages, whatever the dtype and the device
+
+
+def _far(canvas: Canvas, fault: str, count: int) -> int:
+    """The stride of `count` rows, or columns, of which the last begins past 2^31 elements. But for a few elements it is
+    whole pages, so that all tensors of so many rows use the same memory, which takes milliseconds to map."""
+    gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{fault}", [0], [0], 13))
+    apart = max(-(-(1 << 31) // max(1, count - 1)), canvas.values.numel() // count)
+    return -(-apart // _PAGES) * _PAGES + gap
+
 
 @register
 class Noncontiguous(Fault):
@@ -34,9 +44,8 @@ class Int32Boundary(Fault):
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         if canvas.transposed:
             return
-        apart = 1 << 31
-        gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 13))
-        canvas.stride_gap = apart // max(1, len(canvas.rows) - 1) + gap
+        rows = max(1, len(canvas.rows))
+        canvas.stride_gap = _far(canvas, self.name, rows) - canvas.values.numel() // rows
 
 
 @register
@@ -51,9 +60,8 @@ class FarColumns(Fault):
         columns = len(canvas.columns)
         if not 2 <= columns <= MAX_APART:
             return
-        gap = 1 + int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}", [0], [0], 13))
         canvas.transposed = True
-        canvas.stride_gap = (1 << 31) // (columns - 1) + gap
+        canvas.stride_gap = _far(canvas, self.name, columns) - len(canvas.rows)
 
 
 @register

@@ -6,8 +6,9 @@ all of it canaries. What nobody can write beside needs none: an input is filled 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -137,6 +138,51 @@ class CudaPlaced(Placed):
         )
 
 
+class Evenly(NamedTuple):
+    """Islands of the same size at even addresses, the same distance apart, and so their rows: all are written, or
+    compared, at once. Sizes in bytes."""
+
+    first: Island
+    number: int
+    pages_apart: int
+    rows_apart: int
+
+    @classmethod
+    def of(cls, islands: Sequence[Island]) -> Evenly | None:
+        """None where they are not like that."""
+        first, second = islands[0], islands[min(1, len(islands) - 1)]
+        found = cls(first, len(islands), second.lo - first.lo, second.start - first.start)
+        even = not any(at & 1 for at in (*first, found.rows_apart))
+        return found if even and all(found._nth(n) == island for n, island in enumerate(islands)) else None
+
+    def _nth(self, n: int) -> Island:
+        pages, rows = n * self.pages_apart, n * self.rows_apart
+        first = self.first
+        return Island(first.lo + pages, first.hi + pages, first.start + rows, first.end + rows)
+
+    def pages(self, away: int = 0) -> torch.Tensor:
+        """int16 [count, words of an island's pages]"""
+        return _words(self.first.lo + away, self.number, self.first.hi - self.first.lo, self.pages_apart)
+
+    def rows(self, away: int = 0) -> torch.Tensor:
+        """int16 [count, words of a row]"""
+        return _words(self.first.start + away, self.number, self.first.end - self.first.start, self.rows_apart)
+
+    def differs(self, word: int) -> torch.Tensor:
+        """bool, on the device: whether a word beside the rows is another."""
+        found = (self.pages() != word).contiguous()
+        step = found.shape[1] + (self.rows_apart - self.pages_apart) // 2
+        rows = (self.number, (self.first.end - self.first.start) // 2)
+        found.as_strided(rows, (step, 1), (self.first.start - self.first.lo) // 2).zero_()
+        return found.any()
+
+
+def _words(address: int, count: int, size: int, apart: int) -> torch.Tensor:
+    """int16 [count, size / 2]: of each `apart` bytes the first `size`."""
+    memory = bytes_at(address, (count - 1) * apart + size).view(torch.int16)
+    return memory.as_strided((count, size // 2), (apart // 2, 1))
+
+
 class CudaSparse(CudaPlaced):
     """One whose rows lie far apart: granules of memory for each, all hard around them."""
 
@@ -165,10 +211,17 @@ class CudaSparse(CudaPlaced):
 
     def reset(self, whole: bool) -> None:
         if self.block.kind.twin:  # beside it nobody can write: what was laid there is there
-            if self.block.laid == self.rows:
+            last, self.block.laid = self.block.laid, self.rows
+            if last == self.rows:
                 return
-            self.block.laid = self.rows
-        away = self.block.away
+            evenly = Evenly.of(last) if isinstance(last, list) else None
+            if evenly is not None:  # all but the rows that the tensor before had
+                evenly.rows(self.block.away).fill_(WORD)
+                return
+        away, evenly = self.block.away, Evenly.of(self.rows)
+        if whole and evenly is not None:
+            evenly.pages(away).fill_(WORD)
+            return
         for row in (Island(*(away + at for at in row)) for row in self.rows):
             for lo, hi in ((row.lo, row.hi),) if whole else ((row.lo, row.start), (row.end, row.hi)):
                 odd = lo & 1  # a byte beside a row, where an element is one
@@ -191,6 +244,9 @@ class CudaSparse(CudaPlaced):
         return canary.compare(memory.data_ptr() + odd, hi - lo, where)
 
     def differs(self) -> list[torch.Tensor]:
+        evenly = Evenly.of(self.rows)
+        if evenly is not None:
+            return [evenly.differs(WORD)]
         found = []
         for row in self.rows:
             for lo, hi in ((row.lo, row.start), (row.end, row.hi)):
