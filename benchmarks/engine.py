@@ -232,6 +232,8 @@ def measure(
             through(own, [case for case in cases if case.mode == "eager"][:1], target, 1, everything)
         cases = compiled(pool, cases, target, max(workers), COMPILED * seconds)
         say(f"{len(cases)} of {drawn} cases compiled")
+        after_death[f"of {max(workers)} workers"] = replacement(pool)
+        say("workers died and were replaced")
         loaded(pool, cases, target, max(workers), LOADED * seconds, lambda case: runner.run(case, target, PATIENT))
         say("loaded in every worker")
         began = passed()
@@ -268,8 +270,6 @@ def measure(
             calls["eager one worker"] = lambda: through(pool, eager, target, 1)
         found: dict[str, list[float]] = {}
         result: dict[str, float] = {}
-        after_death[f"of {max(workers)} workers"] = replacement(pool)
-        say("workers died and were replaced")
         for repeat in range(repeats):
             started = passed()
             for name, call in calls.items():

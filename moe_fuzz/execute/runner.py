@@ -177,7 +177,10 @@ def _start_cuda() -> None:
         torch.cuda.set_device(meeting.rank())
     torch.cuda.current_stream().synchronize()  # the context exists from here on, and costs no case its seconds
     if budget := int(os.environ.get(MEMORY, "0")):
+        from moe_fuzz.fence.cuda_placed import POOL  # it has kernels of Triton's, which a process on a CPU interprets
+
         cuda_driver.limit(budget)
+        POOL.max_bytes = min(POOL.max_bytes, budget // 4)
         if allocator.installed() is None:
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))

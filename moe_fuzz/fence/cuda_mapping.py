@@ -190,7 +190,7 @@ class SparseBlock(Block):
 class Pool:
     """Idle blocks by kind."""
 
-    def __init__(self, max_bytes: int = 1 << 30, max_blocks: int = 512, max_addresses: int = 1 << 40) -> None:
+    def __init__(self, max_bytes: int = 2 << 30, max_blocks: int = 512, max_addresses: int = 2 << 40) -> None:
         """max_addresses: bytes of address space, of which a block whose rows lie far apart takes tens of gigabytes."""
         self.max_bytes, self.max_blocks, self.max_addresses = max_bytes, max_blocks, max_addresses
         self.made = 0  # blocks, ever
