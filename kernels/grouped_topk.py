@@ -5,15 +5,40 @@ One group of all experts is no group: such a call is the plain router's (routing
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 if __package__:
-    from .routing import topk_sigmoid, topk_softmax
+    from .grouped_lanes import grouped_by_lanes
+    from .routing import (
+        KNOWN_K,
+        LARGEST,
+        interpreted_rows,
+        launches_early,
+        processors,
+        topk_sigmoid,
+        topk_softmax,
+        warps_for,
+    )
+    from .routing_lanes import list_length, network
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
-    from routing import topk_sigmoid, topk_softmax
+    from grouped_lanes import grouped_by_lanes
+    from routing import (
+        KNOWN_K,
+        LARGEST,
+        interpreted_rows,
+        launches_early,
+        processors,
+        topk_sigmoid,
+        topk_softmax,
+        warps_for,
+    )
+    from routing_lanes import list_length, network
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIALECTS = ("distinct", "minus_one", "num_experts", "zero_weight", "garbage")
@@ -69,25 +94,42 @@ def grouped_topk(
     if tokens == 0:
         return weights, ids
 
-    group_pad, size_pad = triton.next_power_of_2(n_group), triton.next_power_of_2(experts // n_group)
-    rows, warps = _block(tokens, group_pad * size_pad)
     if is_padding is None or padding == "distinct":
         is_padding, flagged = None, 0
     else:
         flagged = 2 if padding == "garbage" else 1
+    values = float(scale), {"minus_one": -1, "num_experts": experts}.get(padding, 0)
+    strides = (
+        logits.stride(0), logits.stride(1), bias.stride(0) if bias is not None else 0,
+        is_padding.stride(0) if is_padding is not None else 0, expert_map.stride(0) if expert_map is not None else 0,
+    )  # fmt: skip
+    constants = {
+        "SIGMOID": scoring == "sigmoid", "TOP2_SUM": group_score == "top2_sum" and experts > n_group,
+        "HAS_BIAS": bias is not None, "HAS_MAP": expert_map is not None, "RENORMALIZE": bool(renormalize),
+        "FLAGGED": flagged,
+    }  # fmt: skip
+    wide = bias is not None or logits.dtype == torch.float32
+    if _by_lanes(experts, n_group, slots, wide):
+        block = _lanes(tokens, experts, n_group, topk_group, top_k, wide, processors(logits.device))
+        pdl = launches_early(logits.device)
+        grouped_by_lanes[(triton.cdiv(tokens, block["ROWS"]),)](
+            logits, bias, is_padding, expert_map,  # inputs
+            weights, ids,  # outputs
+            tokens, experts, topk_group, top_k, n_shared,  # sizes
+            *strides, *values,
+            LARGEST=LARGEST[logits.dtype], WIDE=wide, PDL=pdl, **constants, **block,
+            **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+        return weights, ids
+    group_pad, size_pad = triton.next_power_of_2(n_group), triton.next_power_of_2(experts // n_group)
+    rows, warps = _block(tokens, group_pad * size_pad)
     _grouped_topk_kernel[(triton.cdiv(tokens, rows),)](
         logits, bias, is_padding, expert_map,  # inputs
         weights, ids,  # outputs
         tokens, experts, n_group, topk_group, top_k, n_shared,  # sizes
-        logits.stride(0), logits.stride(1),  # strides, in elements
-        bias.stride(0) if bias is not None else 0,
-        is_padding.stride(0) if is_padding is not None else 0,
-        expert_map.stride(0) if expert_map is not None else 0,
-        float(scale), {"minus_one": -1, "num_experts": experts}.get(padding, 0),  # values
-        SIGMOID=scoring == "sigmoid", TOP2_SUM=group_score == "top2_sum" and experts > n_group,  # constants
-        HAS_BIAS=bias is not None, HAS_MAP=expert_map is not None, RENORMALIZE=bool(renormalize), FLAGGED=flagged,
-        ROWS=rows, GROUP_PAD=group_pad, SIZE_PAD=size_pad, SLOT_PAD=triton.next_power_of_2(slots),
-        num_warps=warps,
+        *strides, *values,
+        ROWS=rows, GROUP_PAD=group_pad, SIZE_PAD=size_pad, SLOT_PAD=triton.next_power_of_2(slots), num_warps=warps,
+        **constants,
     )  # fmt: skip
     return weights, ids
 
@@ -122,6 +164,26 @@ def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: tor
     if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.device != device):
         raise ValueError(f"{name} must be {list(shape)} {dtype} on {device}, "
                          f"not {list(tensor.shape)} {tensor.dtype} on {tensor.device}")
+
+
+def _by_lanes(experts: int, n_group: int, slots: int, wide: bool) -> bool:
+    """Whether groups are whole lanes of a warp (grouped_lanes.py), as all models have them that are served. Nothing of
+    it is the batch's, so that a row's bits are not."""
+    return experts % 32 == 0 and 32 % n_group == 0 and slots <= 32 and experts <= 32 * (12 if wide else 16)
+
+
+@cache
+def _lanes(
+    tokens: int, experts: int, n_group: int, topk_group: int, top_k: int, wide: bool, processors: int
+) -> dict[str, Any]:
+    """How rows lie in `grouped_by_lanes`."""
+    each = experts // 32
+    known = top_k in KNOWN_K and topk_group <= 4
+    warps = 4 if _INTERPRETED else warps_for(tokens, processors)
+    rows = interpreted_rows(tokens, 32) if _INTERPRETED else warps
+    return {"ROWS": rows, "LANES": 32, "EACH": each, "GROUPS": n_group, "LIST": list_length(each),
+            "NETWORK": network(list_length(each)), "TOP_K": top_k if known else 0,
+            "TOPK_GROUP": topk_group if known else 0, "num_warps": warps}  # fmt: skip
 
 
 def _block(tokens: int, lanes: int) -> tuple[int, int]:

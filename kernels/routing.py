@@ -23,7 +23,7 @@ else:  # loaded by its path, as the script of a finding does: its neighbours are
     from routing_top1 import top1
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPES}
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPES}
 DIALECTS = ("distinct", "minus_one", "num_experts", "zero_weight", "garbage")
 _INTERPRETED = triton.knobs.runtime.interpret
 
@@ -89,7 +89,7 @@ def _topk(
     tokens, experts = shape
     if not 1 <= top_k <= min(experts, 32):
         raise ValueError(f"top_k must be from 1 to min(E, 32) = {min(experts, 32)}, not {top_k}")
-    if not 0.0 <= scale <= _LARGEST[torch.float32]:
+    if not 0.0 <= scale <= LARGEST[torch.float32]:
         raise ValueError(f"scale must be a finite float32 >= 0, not {scale}")
     if padding not in DIALECTS:
         raise ValueError(f"padding must be one of {', '.join(DIALECTS)}, not {padding!r}")
@@ -123,7 +123,7 @@ def _topk(
             PACKED=packed, EXPERTS=experts,
             **constants, **block,
         )  # fmt: skip
-    elif not wide and experts in (1, 2, 4, 8, 16) and top_k in _KNOWN_K:
+    elif not wide and experts in (1, 2, 4, 8, 16) and top_k in KNOWN_K:
         block = _threads(tokens, experts)
         topk_by_threads[(-(-tokens // block["ROWS"]),)](
             logits, flags, weights, ids,
@@ -132,7 +132,7 @@ def _topk(
             **constants, **block,
         )  # fmt: skip
     else:
-        block = _lanes(tokens, experts, top_k, wide, _processors(logits.device))
+        block = _lanes(tokens, experts, top_k, wide, processors(logits.device))
         topk_by_lanes[(-(-tokens // block["ROWS"]),)](
             logits, bias, flags, weights, ids,
             tokens, experts, top_k, stride_t, stride_e, bias.stride(0) if bias is not None else 0, flags_stride,
@@ -150,7 +150,7 @@ def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: tor
 
 #: The k of the models that people serve (moe_fuzz/ops/routing/presets.py): a binary for each. At 4096 tokens of
 #: 512 experts a k that is known saves 18 % (H200). Any other k shares a binary that is faster to compile.
-_KNOWN_K = (1, 2, 4, 6, 8, 10)
+KNOWN_K = (1, 2, 4, 6, 8, 10)
 
 #: Rows that are many enough for routing_top1.py. In the interpreter few are, so that it is run there at all.
 _MANY = 8 if _INTERPRETED else 1024
@@ -174,16 +174,16 @@ def _constants(
     sigmoid: bool, renormalize: bool, flagged: int, nan_safe: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """What all three kernels are compiled for."""
-    pdl = _pdl(device)
+    pdl = launches_early(device)
     return {"SIGMOID": sigmoid, "RENORMALIZE": renormalize, "FLAGGED": flagged, "NAN_SAFE": nan_safe,
-            "LARGEST": _LARGEST[dtype], "PDL": pdl, **({"launch_pdl": True} if pdl else {})}  # fmt: skip
+            "LARGEST": LARGEST[dtype], "PDL": pdl, **({"launch_pdl": True} if pdl else {})}  # fmt: skip
 
 
 @_kept
 def _top1(tokens: int, experts: int, interpreted: bool = _INTERPRETED) -> dict[str, Any]:
     """How rows lie in `top1`. 4096 of them are 256 programs: all of those run at once, and few have to be started."""
     if interpreted:
-        rows = _interpreted_rows(tokens, experts)
+        rows = interpreted_rows(tokens, experts)
         return {"ROWS": rows, "SPREAD": rows // 2}
     return {"ROWS": 16, "SPREAD": 8, "num_warps": experts // 32}  # two loads of a thread, 16 bytes each
 
@@ -192,7 +192,7 @@ def _top1(tokens: int, experts: int, interpreted: bool = _INTERPRETED) -> dict[s
 def _threads(tokens: int, experts: int) -> dict[str, Any]:
     """How rows lie in `topk_by_threads`. One warp a program: 4096 rows are 128 warps, for 132 multiprocessors."""
     chunk = min(experts, 8)  # 16 bytes
-    return {"ROWS": _interpreted_rows(tokens, experts) if _INTERPRETED else 32, "CHUNK": chunk,
+    return {"ROWS": interpreted_rows(tokens, experts) if _INTERPRETED else 32, "CHUNK": chunk,
             "HALVINGS": chunk.bit_length() - 1, "NETWORK": network(experts), "num_warps": 1}  # fmt: skip
 
 
@@ -204,21 +204,21 @@ def _lanes(
     warps = 4
     if interpreted:  # each step costs the same whatever its size: all of a row is one, longer than a warp
         lanes, each = max(64, triton.next_power_of_2(experts)), 1
-        rows = _interpreted_rows(tokens, lanes)
+        rows = interpreted_rows(tokens, lanes)
     else:
         lanes = min(32, triton.next_power_of_2(experts))
         if experts > lanes * (12 if wide else 16):
             lanes = 128  # four warps: sorting longer lists takes the compiler seconds, and each time anew in fuzzing
         else:
-            warps = _warps(-(-tokens * lanes // 32), processors)
+            warps = warps_for(-(-tokens * lanes // 32), processors)
         each = list_length(triton.cdiv(experts, lanes))
         rows = 32 * warps // lanes  # one element of a list a thread, so that no layout is the compiler's to choose
-    known = top_k in _KNOWN_K
+    known = top_k in KNOWN_K
     return {"ROWS": rows, "LANES": lanes, "EACH": each, "FULL": experts == lanes * each, "SORTED": known,
             "NETWORK": network(each) if known else (), "TOP_K": top_k if known else 0, "num_warps": warps}  # fmt: skip
 
 
-def _warps(work: int, processors: int) -> int:
+def warps_for(work: int, processors: int) -> int:
     """Warps of a program, where `work` warps have work to do: 4, or 16 where no multiprocessor gets more of it by that.
 
     A fourth as many programs have sooner started: 4096 rows of 64 experts take 8 % less time (H200). But in larger
@@ -230,13 +230,13 @@ def _warps(work: int, processors: int) -> int:
     return 16 if fine == coarse <= 64 else 4
 
 
-def _interpreted_rows(tokens: int, width: int) -> int:
+def interpreted_rows(tokens: int, width: int) -> int:
     """In the interpreter a program costs the same whatever its block: there are at most 2."""
     return min(triton.next_power_of_2(triton.cdiv(tokens, 2)), (1 << 20) // width)
 
 
 @cache
-def _pdl(device: torch.device) -> bool:
+def launches_early(device: torch.device) -> bool:
     """Whether kernels may start while the one before them still runs (programmatic dependent launch, Hopper on).
 
     That saves 0.15 us of a launch, and is safe: the first thing that a kernel here does is to wait until all that went
@@ -252,6 +252,6 @@ def _pdl(device: torch.device) -> bool:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 of anything else, where kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

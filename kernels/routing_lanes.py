@@ -102,7 +102,7 @@ def topk_by_lanes(
         real = row_ok if FULL else row_ok & (lane + v * LANES < experts)[None, :]
         real = tl.broadcast_to(real, (ROWS, LANES))
         at = base + tl.full([], v * LANES, tl.int64) * logits_stride_e
-        x = tl.load(_flat(at), mask=_flat(real), other=float("-inf"))
+        x = tl.load(flat(at), mask=flat(real), other=float("-inf"))
         x = widened(tl.reshape(x, (ROWS, LANES)))
         if HAS_BIAS and not SIGMOID:
             x = clamped(x, LARGEST, NAN_SAFE)  # every score depends on the sum
@@ -112,8 +112,8 @@ def topk_by_lanes(
         peak = xs[0]
         for v in tl.static_range(1, EACH):
             peak = tl.maximum(peak, xs[v])
-        top = _row_top(peak, LARGEST, NAN_SAFE)  # [R, 1]
-        total = _total(xs, top, EACH)
+        top = row_top(peak, LARGEST, NAN_SAFE)  # [R, 1]
+        total = total_of(xs, top, EACH)
 
     if HAS_BIAS:  # each row loads it for itself: what lies in this warp's registers need not come from another's
         bias_base = tl.broadcast_to((bias_ptr + lane.to(tl.int64) * bias_stride)[None, :], (ROWS, LANES))
@@ -133,19 +133,19 @@ def topk_by_lanes(
 
     lowest = tl.full((ROWS, LANES), -0x8000000000000000 if WIDE else -0x80000000, tl.int64 if WIDE else tl.int32)
     best = lowest  # [R, L]: slot j in lane j
-    first = _next(keys, EACH, SORTED, WIDE)  # [R, 1]
+    first = next_key(keys, EACH, SORTED, WIDE)  # [R, 1]
     winner = first
     if TOP_K > 0:  # unrolled: of each list only what can still win is kept
         for j in tl.static_range(TOP_K):
             best = tl.where(lane[None, :] == j, winner, best)
             if j + 1 < TOP_K:
-                keys = _without(keys, winner, lowest, EACH, SORTED)
-                winner = _next(keys, EACH, SORTED, WIDE)
+                keys = without(keys, winner, lowest, EACH, SORTED)
+                winner = next_key(keys, EACH, SORTED, WIDE)
     else:
         for j in range(top_k):
             best = tl.where(lane[None, :] == j, winner, best)
-            keys = _without(keys, winner, lowest, EACH, SORTED)
-            winner = _next(keys, EACH, SORTED, WIDE)
+            keys = without(keys, winner, lowest, EACH, SORTED)
+            winner = next_key(keys, EACH, SORTED, WIDE)
 
     used = lane[None, :] < top_k  # [1, L]
     ids = LANES * EACH - 1 - (best & 0x1FFF).to(tl.int32)
@@ -153,10 +153,10 @@ def topk_by_lanes(
         # One more read, which the cache answers: to find it among the lists would be EACH shuffles.
         at = logits_ptr + row[:, None] * logits_stride_t + ids.to(tl.int64) * logits_stride_e
         mask = tl.broadcast_to(row_ok & used, (ROWS, LANES))
-        picked = tl.reshape(tl.load(_flat(at), mask=_flat(mask), other=float("-inf")), (ROWS, LANES))
+        picked = tl.reshape(tl.load(flat(at), mask=flat(mask), other=float("-inf")), (ROWS, LANES))
         picked = widened(picked)
         if RENORMALIZE:
-            top = _row_top(picked, LARGEST, NAN_SAFE)
+            top = row_top(picked, LARGEST, NAN_SAFE)
         elif SIGMOID:
             top = 0.0  # not used
     else:
@@ -168,7 +168,7 @@ def topk_by_lanes(
     score = relative_score(picked, top, SIGMOID, RENORMALIZE)
     if not RENORMALIZE and not HAS_BIAS and not SIGMOID:
         # Of that divisor, NaN and +inf have no share either.
-        weights = saturated(score / _total(xs, top, EACH), NAN_SAFE) * scale
+        weights = saturated(score / total_of(xs, top, EACH), NAN_SAFE) * scale
     else:
         score = saturated(score, NAN_SAFE)
         if RENORMALIZE:
@@ -190,14 +190,14 @@ def topk_by_lanes(
 
 
 @triton.jit
-def _flat(x):
+def flat(x):
     """[R, L] -> [R * L]. Where addresses say nothing of their order, Triton 3.6 lays the rows of a block across the
     lanes of a warp, and all that is computed of what was loaded takes the way through shared memory, there and back."""
     return tl.reshape(x, (x.shape[0] * x.shape[1],))
 
 
 @triton.jit
-def _total(xs, top, EACH: tl.constexpr):
+def total_of(xs, top, EACH: tl.constexpr):
     """Sum of exp(x - top) over a row."""
     total = tl.exp(xs[0] - top)
     for v in tl.static_range(1, EACH):
@@ -206,14 +206,14 @@ def _total(xs, top, EACH: tl.constexpr):
 
 
 @triton.jit
-def _row_top(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
+def row_top(x, LARGEST: tl.constexpr, NAN_SAFE: tl.constexpr):
     """[R, L] -> [R, 1], at least the least float32. A maximum of integers over a warp is one instruction."""
     top = float_of(tl.max(order_of(x, 0x7FFFFF, False), axis=1)[:, None], 0x7FFFFF)
     return top_of(top, LARGEST, NAN_SAFE)
 
 
 @triton.jit
-def _without(keys, winner, lowest, EACH: tl.constexpr, SORTED: tl.constexpr):
+def without(keys, winner, lowest, EACH: tl.constexpr, SORTED: tl.constexpr):
     """The lists without the winner. One that runs out holds what is below every expert that is left."""
     rest = ()
     for v in tl.static_range(EACH):
@@ -226,7 +226,7 @@ def _without(keys, winner, lowest, EACH: tl.constexpr, SORTED: tl.constexpr):
 
 
 @triton.jit
-def _next(keys, EACH: tl.constexpr, SORTED: tl.constexpr, WIDE: tl.constexpr):
+def next_key(keys, EACH: tl.constexpr, SORTED: tl.constexpr, WIDE: tl.constexpr):
     """The largest key of a row, [R, 1]. Over a warp, twice 32 bits are faster than once 64: one instruction each."""
     key = keys[0]
     if not SORTED:

@@ -11,6 +11,7 @@ import torch
 from moe_fuzz.kernels.experts_bf16 import blocks as bf16
 from moe_fuzz.kernels.experts_bf16 import experts_bf16
 from moe_fuzz.kernels.experts_nvfp4 import blocks, experts_nvfp4
+from moe_fuzz.kernels.grouped_topk import grouped_topk
 from moe_fuzz.kernels.nvfp4 import nvfp4_quantize
 
 Call = tuple[str, Callable[[], Any]]
@@ -114,7 +115,22 @@ def plans_bf16() -> Iterator[Call]:
                    partial(experts_bf16, x, w13, w2, torch.empty(tokens, top_k), ids, plan=plan))  # fmt: skip
 
 
+def grouped() -> Iterator[Call]:
+    """Groups that are whole lanes of a warp, of models and of none, and such that are not."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for experts, n_group, kept, top_k, scoring, by in (
+            (256, 8, 4, 8, "sigmoid", "top2_sum"), (160, 8, 3, 6, "softmax", "max"),
+            (96, 4, 3, 5, "softmax", "top2_sum"), (60, 4, 2, 4, "sigmoid", "max"),
+        ):  # fmt: skip
+            logits, numbers = torch.empty(9, experts, dtype=dtype), torch.zeros(experts)
+            given = partial(grouped_topk, logits, top_k, n_group=n_group, topk_group=kept, scoring=scoring,
+                            group_score=by)  # fmt: skip
+            yield f"{experts} in {n_group} {dtype}", partial(given, n_shared=2, expert_map=numbers.int())
+            yield f"{experts} in {n_group} {dtype} bias", partial(given, bias=numbers, renormalize=True)
+
+
 GROUPS: Mapping[str, Callable[[], Iterator[Call]]] = {
+    "grouped_topk": grouped,
     "nvfp4_quantize": quantizer, "experts_nvfp4": plans_nvfp4, "experts_nvfp4 options": options_nvfp4,
     "experts_bf16": plans_bf16, "experts_nvfp4 scaled": scaled_nvfp4,
 }  # fmt: skip

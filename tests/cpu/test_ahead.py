@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
     "PYTHONPATH": str(ROOT)
 }
-GROUPS = {"nvfp4_quantize": "90", "experts_nvfp4": "90", "experts_nvfp4 options": "90", "experts_bf16": "90",
-          "experts_nvfp4 scaled": "100"}  # fmt: skip
+GROUPS = {"grouped_topk": "90", "nvfp4_quantize": "90", "experts_nvfp4": "90", "experts_nvfp4 options": "90",
+          "experts_bf16": "90", "experts_nvfp4 scaled": "100"}  # fmt: skip
 
 _PROGRAM = """
 import torch, triton, triton.language as tl

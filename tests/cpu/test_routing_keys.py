@@ -96,7 +96,7 @@ def test_rows_of_a_program_change_no_bit(router, experts, top_k, dtype, options,
     found = []
     for warps in (4, 16):
         routing._lanes.func.cache_clear()
-        monkeypatch.setattr(routing, "_warps", lambda work, processors, warps=warps: warps)
+        monkeypatch.setattr(routing, "warps_for", lambda work, processors, warps=warps: warps)
         found.append(router(logits, top_k, **keywords))
     routing._lanes.func.cache_clear()
     assert launched == [(5,), (2,)]
@@ -108,7 +108,7 @@ def test_rows_of_a_program_change_no_bit(router, experts, top_k, dtype, options,
 def test_warps_of_a_program():
     """16 where all run at once and no multiprocessor has more of them than with 4; few rows never meet a second."""
     H200 = 132
-    chosen = {tokens: routing._warps(tokens, H200) for tokens in range(1, 40000)}
+    chosen = {tokens: routing.warps_for(tokens, H200) for tokens in range(1, 40000)}
     assert [chosen[tokens] for tokens in (1, 128, 1024, 1584, 1585, 2112, 2113, 3696, 3697, 4096, 4224, 4225)] == [
         4, 4, 4, 4, 16, 16, 4, 4, 16, 16, 16, 4]  # fmt: skip
     assert [chosen[tokens] for tokens in (6144, 8192, 8448, 8449, 16384)] == [16, 16, 16, 4, 4]
