@@ -95,8 +95,8 @@ def grouped_by_lanes(
     for v in tl.static_range(EACH):
         rank = xs[v]  # without a bias: both scores are monotone, and the logits are exact
         if HAS_BIAS:
-            at = bias_ptr + (first_of_lane + v) * bias_stride
-            bias = tl.load(tl.broadcast_to(at, (ROWS, LANES)), mask=all_ok, other=0.0)
+            at = tl.broadcast_to(bias_ptr + (first_of_lane + v) * bias_stride, (ROWS, LANES))
+            bias = tl.reshape(tl.load(flat(at), mask=flat(all_ok), other=0.0), (ROWS, LANES))
             rank = (1.0 / (1.0 + tl.exp(-xs[v])) if SIGMOID else tl.exp(xs[v] - row_peak) * (1.0 / total)) + bias
         low = ((LANES - 1 - lane) * EACH + (EACH - 1 - v))[None, :]  # the lower the expert, the higher
         keys = keys + (key_of(rank, low, True, True, WIDE, LIST == 16),)
