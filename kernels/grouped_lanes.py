@@ -1,7 +1,7 @@
 """A row within a warp, where groups are whole lanes: lane l holds the experts l EACH to (l + 1) EACH - 1, sorted.
 
-So the best two of a group are those of its 32 / n_group lanes, all groups at once, and which groups are kept is a
-maximum over the lanes for each. The search for experts is that of routing_lanes.py, with empty lists in the lanes of
+So the best two of a group are those of its 32 / n_group lanes, all groups at once, and whether a group is kept is how
+many are better. The search for experts is that of routing_lanes.py, with empty lists in the lanes of
 the other groups.
 """
 
@@ -61,7 +61,7 @@ def grouped_by_lanes(
     FLAGGED: tl.constexpr,  # flagged rows: 0 are routed, 1 get (padding_id, 0), 2 stay unwritten
     LARGEST: tl.constexpr,  # of the logits' dtype
     WIDE: tl.constexpr,  # keys of 64 bits; else of 32, which hold a 16-bit float and an id
-    TOP_K: tl.constexpr, TOPK_GROUP: tl.constexpr,  # top_k and topk_group; 0: as the argument says
+    TOP_K: tl.constexpr,  # top_k; 0: as the argument says
     PDL: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,  # E == LANES * EACH
     GROUPS: tl.constexpr,  # divides LANES
@@ -119,13 +119,13 @@ def grouped_by_lanes(
                     score, second = score / total, second / total
             score += second
         order = order_of(score, 0x7FFFFF, False)
-        kept = lane[None, :] < tl.zeros((ROWS, 1), tl.int32)  # none
-        if TOPK_GROUP > 0:
-            for _ in tl.static_range(TOPK_GROUP):
-                kept = _with_best_group(kept, order, lane, GROUPS)
-        else:
-            for _ in range(topk_group):
-                kept = _with_best_group(kept, order, lane, GROUPS)
+        # How many groups are better, of equal ones those before it. No comparison waits for another.
+        group = (lane // (LANES // GROUPS))[None, :]
+        better = tl.zeros((ROWS, LANES), tl.int32)
+        for g in tl.static_range(GROUPS):
+            of_g = tl.max(tl.where(group == g, order, -0x80000000), axis=1)[:, None]
+            better += ((of_g > order) | ((of_g == order) & (group > g))).to(tl.int32)
+        kept = better < topk_group
         # Their experts are topk_group * E / n_group >= k, so that none of another group is ever reached.
         rest = ()
         for v in tl.static_range(LIST):
@@ -192,13 +192,3 @@ def _group_max(key, GROUPS: tl.constexpr):
     shape: tl.constexpr = (key.shape[0], GROUPS, key.shape[1] // GROUPS)
     largest = tl.max(tl.reshape(key, shape), axis=2)
     return tl.reshape(tl.broadcast_to(largest[:, :, None], shape), (key.shape[0], key.shape[1]))
-
-
-@triton.jit
-def _with_best_group(kept, order, lane, GROUPS: tl.constexpr):
-    """The lanes of the groups that are kept, and of the best other one, of equal ones the first."""
-    PER: tl.constexpr = order.shape[1] // GROUPS
-    top = tl.max(tl.where(kept, -0x80000000, order), axis=1)[:, None]
-    behind = tl.where((order == top) & (kept == 0), order.shape[1] - 1 - lane[None, :], -1)  # never of one kept
-    winner = order.shape[1] - 1 - tl.max(behind, axis=1)[:, None]
-    return kept | (lane[None, :] // PER == winner // PER)

@@ -110,7 +110,7 @@ def grouped_topk(
     }  # fmt: skip
     wide = bias is not None or logits.dtype == torch.float32
     if _by_lanes(experts, n_group, slots, wide):
-        block = _lanes(tokens, experts, n_group, topk_group, top_k, wide, processors(logits.device))
+        block = _lanes(tokens, experts, n_group, top_k, processors(logits.device))
         pdl = launches_early(logits.device)
         grouped_by_lanes[(triton.cdiv(tokens, block["ROWS"]),)](
             logits, bias, is_padding, expert_map,  # inputs
@@ -173,17 +173,14 @@ def _by_lanes(experts: int, n_group: int, slots: int, wide: bool) -> bool:
 
 
 @cache
-def _lanes(
-    tokens: int, experts: int, n_group: int, topk_group: int, top_k: int, wide: bool, processors: int
-) -> dict[str, Any]:
+def _lanes(tokens: int, experts: int, n_group: int, top_k: int, processors: int) -> dict[str, Any]:
     """How rows lie in `grouped_by_lanes`."""
     each = experts // 32
-    known = top_k in KNOWN_K and topk_group <= 4
     warps = 4 if _INTERPRETED else warps_for(tokens, processors)
     rows = interpreted_rows(tokens, 32) if _INTERPRETED else warps
     return {"ROWS": rows, "LANES": 32, "EACH": each, "GROUPS": n_group, "LIST": list_length(each),
-            "NETWORK": network(list_length(each)), "TOP_K": top_k if known else 0,
-            "TOPK_GROUP": topk_group if known else 0, "num_warps": warps}  # fmt: skip
+            "NETWORK": network(list_length(each)), "TOP_K": top_k if top_k in KNOWN_K else 0,
+            "num_warps": warps}  # fmt: skip
 
 
 def _block(tokens: int, lanes: int) -> tuple[int, int]:

@@ -38,7 +38,7 @@ class Limits:
 
     memory: int | None = None  # bytes of writable private memory; more is refused to the process
     cases: int = 2000  # a process runs, then it is recycled
-    growth: int = 1 << 30  # bytes a process may grow, then it is recycled
+    growth: int = 2 << 30  # bytes a process may grow, then it is recycled; on a GPU one is 1 GiB larger when warm
 
 
 class Worker:
