@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moe_fuzz.fence import cuda_placed
-from moe_fuzz.fence.cuda_placed import Evenly
+from moe_fuzz.fence import evenly as rows_at_once
+from moe_fuzz.fence.evenly import Evenly
 from moe_fuzz.fence.layout import place
 from moe_fuzz.fence.sparse import Island, islands
 
@@ -18,7 +18,7 @@ PAGE, WORD = 256, 0x7FFD
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     found = torch.zeros(1 << 16, dtype=torch.uint8)
-    monkeypatch.setattr(cuda_placed, "bytes_at", lambda address, size: found[address : address + size])
+    monkeypatch.setattr(rows_at_once, "bytes_at", lambda address, size: found[address : address + size])
     return found
 
 
