@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import sys
 import threading
@@ -369,7 +370,7 @@ def main() -> None:
         if options.json is None:
             return
         record = {
-            "command": " ".join(["python", "benchmarks/engine.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "benchmarks/engine.py", *sys.argv[1:]]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             **told,
             "versions": {name: version(name) for name in ("moe-fuzz", "torch", "triton", "numpy", "hypothesis")},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -95,7 +96,7 @@ def command(
         raise EnvironmentProblem("there is no GPU here, so there is nothing to time",
                                  "run it on a machine with one; `moe-fuzz doctor` says what this one has")  # fmt: skip
     about: dict[str, Any] = {
-        "command": " ".join(["moe-fuzz", *sys.argv[1:]]),
+        "command": shlex.join(["moe-fuzz", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "method": {"rounds": rounds, "unit": "us"} | ({} if of_layers else {"launches": launches, "l2": "warm"}),
     }
