@@ -81,12 +81,13 @@ def grouped_by_lanes(
         x = tl.load(flat(at), mask=flat(all_ok), other=float("-inf"))
         xs = xs + (clamped(widened(tl.reshape(x, (ROWS, LANES))), LARGEST, True),)
 
-    SUMMED: tl.constexpr = not SIGMOID and (HAS_BIAS or TOP2_SUM or not RENORMALIZE)
-    if SUMMED:
+    SUMMED: tl.constexpr = not SIGMOID and (HAS_BIAS or not RENORMALIZE)
+    if SUMMED or (TOP2_SUM and not SIGMOID):
         peak = xs[0]
         for v in tl.static_range(1, EACH):
             peak = tl.maximum(peak, xs[v])
         row_peak = row_top(peak, LARGEST, True)  # [R, 1]
+    if SUMMED:
         total = total_of(xs, row_peak, EACH)
 
     # Integer keys, so that each search has one winner whatever the values are (routing_keys.py).
@@ -107,17 +108,19 @@ def grouped_by_lanes(
 
     if GROUPS > 1:
         best = _group_max(keys[0], GROUPS)  # [R, L]: of the lane's group
-        score = value_of(best, WIDE)
         if TOP2_SUM:
-            after = keys[1] if LIST > 1 else lowest
-            second = value_of(_group_max(tl.where(keys[0] == best, after, keys[0]), GROUPS), WIDE)
-            if not HAS_BIAS:
-                top = row_peak if SUMMED else 0.0
-                score = relative_score(score, top, SIGMOID, False)
-                second = relative_score(second, top, SIGMOID, False)
-                if SUMMED:
-                    score, second = score / total, second / total
-            score += second
+            if HAS_BIAS:
+                score, after = value_of(keys[0], WIDE), value_of(keys[1] if LIST > 1 else lowest, WIDE)
+            else:  # of the softmax the numerators: what they are all divided by changes no order
+                top = 0.0 if SIGMOID else row_peak
+                score = relative_score(value_of(keys[0], WIDE), top, SIGMOID, False)
+                after = relative_score(value_of(keys[1] if LIST > 1 else keys[0], WIDE), top, SIGMOID, False)
+            if LIST == 1:
+                after = tl.full((ROWS, LANES), float("-inf"), tl.float32)
+            second = tl.where(keys[0] == best, after, score)
+            score = _group_max(score, GROUPS) + _group_max(second, GROUPS)
+        else:
+            score = value_of(best, WIDE)
         order = order_of(score, 0x7FFFFF, False)
         # How many groups are better, of equal ones those before it. No comparison waits for another.
         group = (lane // (LANES // GROUPS))[None, :]
@@ -169,7 +172,9 @@ def grouped_by_lanes(
         weights = score / total * scale
 
     if HAS_MAP:
-        ids = tl.load(expert_map_ptr + ids.to(tl.int64) * expert_map_stride, mask=row_ok & routed, other=0)
+        mask = tl.broadcast_to(row_ok & routed, (ROWS, LANES))
+        at = expert_map_ptr + ids.to(tl.int64) * expert_map_stride
+        ids = tl.reshape(tl.load(flat(at), mask=flat(mask), other=0), (ROWS, LANES))
     ids = tl.where(routed, ids, experts + lane[None, :] - top_k)  # the shared experts follow, past every logical id
     weights = tl.where(routed, weights, 1.0)
     where = row[:, None] * (top_k + n_shared) + lane[None, :]

@@ -5,7 +5,7 @@ One group of all experts is no group: such a call is the plain router's (routing
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -172,7 +172,7 @@ def _by_lanes(experts: int, n_group: int, slots: int, wide: bool) -> bool:
     return experts % 32 == 0 and 32 % n_group == 0 and slots <= 32 and experts <= 32 * (12 if wide else 16)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _lanes(tokens: int, experts: int, n_group: int, top_k: int, processors: int) -> dict[str, Any]:
     """How rows lie in `grouped_by_lanes`."""
     each = experts // 32

@@ -120,7 +120,8 @@ def grouped() -> Iterator[Call]:
     for dtype in (torch.bfloat16, torch.float32):
         for experts, n_group, kept, top_k, scoring, by in (
             (256, 8, 4, 8, "sigmoid", "top2_sum"), (160, 8, 3, 6, "softmax", "max"),
-            (96, 4, 3, 5, "softmax", "top2_sum"), (60, 4, 2, 4, "sigmoid", "max"),
+            (96, 4, 3, 5, "softmax", "top2_sum"), (384, 8, 4, 8, "softmax", "top2_sum"),
+            (60, 4, 2, 4, "sigmoid", "max"),
         ):  # fmt: skip
             logits, numbers = torch.empty(9, experts, dtype=dtype), torch.zeros(experts)
             given = partial(grouped_topk, logits, top_k, n_group=n_group, topk_group=kept, scoring=scoring,

@@ -54,6 +54,16 @@ def test_a_card_will_take_it(group: str) -> None:
     assert failed == 0
 
 
+def test_routers_of_groups_stay_in_registers() -> None:
+    """Where a score met a sum of its row behind the groups, Triton laid out all of the row anew: 5 KiB a thread."""
+    pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no compiler for NVIDIA")
+    done = run(str(ROOT / "benchmarks" / "ahead.py"), "--whole", "grouped_topk")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    spilled = [int(line.split()[2]) for line in done.stdout.splitlines() if " spilled " in line]
+    assert len(spilled) >= 16
+    assert set(spilled) == {0}, done.stdout[-4000:]
+
+
 def test_it_refuses_what_a_card_would(tmp_path: Path) -> None:
     pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no compiler for NVIDIA")
     program = tmp_path / "program.py"
