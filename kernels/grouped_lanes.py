@@ -25,7 +25,7 @@ if __package__:
         value_of,
         widened,
     )
-    from .routing_lanes import flat, next_key, row_top, total_of, without
+    from .routing_lanes import flat, row_top, slots_of, total_of
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
     from routing_keys import (
         clamped,
@@ -40,7 +40,7 @@ else:  # loaded by its path, as the script of a finding does: its neighbours are
         value_of,
         widened,
     )
-    from routing_lanes import flat, next_key, row_top, total_of, without
+    from routing_lanes import flat, row_top, slots_of, total_of
 
 
 @triton.jit(
@@ -135,21 +135,7 @@ def grouped_by_lanes(
             rest = rest + (tl.where(kept, keys[v], lowest),)
         keys = rest
 
-    found = lowest  # [R, L]: slot j in lane j
-    first = next_key(keys, LIST, True, WIDE)  # [R, 1]
-    winner = first
-    if TOP_K > 0:
-        for j in tl.static_range(TOP_K):
-            found = tl.where(lane[None, :] == j, winner, found)
-            if j + 1 < TOP_K:
-                keys = without(keys, winner, lowest, LIST, True)
-                winner = next_key(keys, LIST, True, WIDE)
-    else:
-        for j in range(top_k):
-            found = tl.where(lane[None, :] == j, winner, found)
-            keys = without(keys, winner, lowest, LIST, True)
-            winner = next_key(keys, LIST, True, WIDE)
-
+    found, first = slots_of(keys, lowest, lane, top_k, TOP_K, LIST, True, WIDE)
     routed = lane[None, :] < top_k  # [1, L]
     ids = LANES * EACH - 1 - (found & 0x1FFF).to(tl.int32)
     if HAS_BIAS:

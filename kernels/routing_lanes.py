@@ -132,20 +132,7 @@ def topk_by_lanes(
             keys = exchanged(keys, NETWORK[n][0], NETWORK[n][1], EACH, WIDE)
 
     lowest = tl.full((ROWS, LANES), -0x8000000000000000 if WIDE else -0x80000000, tl.int64 if WIDE else tl.int32)
-    best = lowest  # [R, L]: slot j in lane j
-    first = next_key(keys, EACH, SORTED, WIDE)  # [R, 1]
-    winner = first
-    if TOP_K > 0:  # unrolled: of each list only what can still win is kept
-        for j in tl.static_range(TOP_K):
-            best = tl.where(lane[None, :] == j, winner, best)
-            if j + 1 < TOP_K:
-                keys = without(keys, winner, lowest, EACH, SORTED)
-                winner = next_key(keys, EACH, SORTED, WIDE)
-    else:
-        for j in range(top_k):
-            best = tl.where(lane[None, :] == j, winner, best)
-            keys = without(keys, winner, lowest, EACH, SORTED)
-            winner = next_key(keys, EACH, SORTED, WIDE)
+    best, first = slots_of(keys, lowest, lane, top_k, TOP_K, EACH, SORTED, WIDE)
 
     used = lane[None, :] < top_k  # [1, L]
     ids = LANES * EACH - 1 - (best & 0x1FFF).to(tl.int32)
@@ -194,6 +181,28 @@ def flat(x):
     """[R, L] -> [R * L]. Where addresses say nothing of their order, Triton 3.6 lays the rows of a block across the
     lanes of a warp, and all that is computed of what was loaded takes the way through shared memory, there and back."""
     return tl.reshape(x, (x.shape[0] * x.shape[1],))
+
+
+@triton.jit
+def slots_of(
+    keys, lowest, lane, top_k, TOP_K: tl.constexpr, EACH: tl.constexpr, SORTED: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """The largest top_k keys of a row, the one of slot j in lane j, [R, L]; and the first of them, [R, 1]."""
+    best = lowest
+    first = next_key(keys, EACH, SORTED, WIDE)
+    winner = first
+    if TOP_K > 0:  # unrolled: of each list only what can still win is kept
+        for j in tl.static_range(TOP_K):
+            best = tl.where(lane[None, :] == j, winner, best)
+            if j + 1 < TOP_K:
+                keys = without(keys, winner, lowest, EACH, SORTED)
+                winner = next_key(keys, EACH, SORTED, WIDE)
+    else:
+        for j in range(top_k):
+            best = tl.where(lane[None, :] == j, winner, best)
+            keys = without(keys, winner, lowest, EACH, SORTED)
+            winner = next_key(keys, EACH, SORTED, WIDE)
+    return best, first
 
 
 @triton.jit
