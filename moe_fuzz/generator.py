@@ -69,6 +69,31 @@ def words(
     return torch.stack(parts, dim=-1)[:, there[2], there[3]]
 
 
+def several(seed: int, wanted: Sequence[tuple[str, Sequence[int], Sequence[int], int]]) -> list[torch.Tensor]:
+    """On the host, for each (name, rows, columns, stream) what `words` gives, as int32. Few words are made all at once:
+    their time is that of the number of operations."""
+    found: list[Any] = []
+    parts, places = [], []
+    for name, rows, columns, stream in wanted:
+        blocks, block_of, lane_of, _ = _blocks(columns if isinstance(columns, range) else tuple(columns))
+        counters = numpy.empty((4, len(rows), len(blocks)), dtype=numpy.uint32)
+        counters[0], counters[1] = blocks, _array(rows).reshape(-1, 1)
+        counters[2], counters[3] = zlib.crc32(name.encode()), stream
+        parts.append(counters.reshape(4, -1))
+        places.append((len(rows), len(blocks), block_of, lane_of))
+    if 4 * sum(part.shape[1] for part in parts) > _FEW:
+        return [torch.from_numpy(_on_host(seed, *one).view(numpy.int32)) for one in wanted]
+    blocks, rows, tensor_id, stream = numpy.concatenate(parts, axis=1)[:, None]  # [1, N] each
+    table = numpy.empty((1, blocks.shape[1], 4), dtype=numpy.uint32)
+    _of_few(table, seed, rows, blocks, tensor_id, stream)
+    first = 0
+    for count, each, block_of, lane_of in places:
+        part = table[0, first : first + count * each].reshape(count, each, 4)
+        found.append(torch.from_numpy(part[:, block_of, lane_of].view(numpy.int32)))
+        first += count * each
+    return found
+
+
 def _on_host(seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int) -> Any:
     """The words as numpy's uint32 [R, C], contiguous."""
     blocks, block_of, lane_of, straight = _blocks(columns if isinstance(columns, range) else tuple(columns))

@@ -37,6 +37,15 @@ def test_values_depend_on_labels_alone():
     assert not torch.equal(whole, generator.triangular(5, "logits", range(9), range(37), stream=1))
 
 
+def test_several_are_what_each_is_alone():
+    few = [("x", range(9), [0], 3), ("x/columns", [0], range(37), 0), ("ids", [8, 2], [36, 0, 5], 1), ("w", [], [1], 0)]
+    many = [("x", range(900), range(300), 3), ("x/columns", [0], range(37), 0)]
+    for wanted in (few, many):
+        for (name, rows, columns, stream), got in zip(wanted, generator.several(5, wanted), strict=True):
+            assert got.dtype == torch.int32
+            assert torch.equal(got, generator.words(5, name, rows, columns, stream).to(torch.int32))
+
+
 def test_golden_hash():
     values = generator.triangular(2**62 + 12345, "logits", range(64), range(130))
     assert hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16] == "7e8b851270738383"

@@ -62,9 +62,10 @@ def halves(a: Tensor, activation: str, gate_layout: str) -> tuple[Tensor, Tensor
     return (one, other) if gate_layout == "first" else (other, one)
 
 
-def spread(curve: Curve, g: Tensor, error: Tensor) -> Tensor:
-    """max |f(v) - f(g)| over v in g ± error: at an end of the interval, or at the bottom where that lies inside."""
-    at, low, high = curve.of(g), g - error, g + error
+def spread(curve: Curve, g: Tensor, error: Tensor, at: Tensor) -> Tensor:
+    """max |f(v) - f(g)| over v in g ± error: at an end of the interval, or at the bottom where that lies inside. at:
+    f(g)."""
+    low, high = g - error, g + error
     most = torch.maximum((curve.of(low) - at).abs(), (curve.of(high) - at).abs())
     inside = (low < curve.bottom) & (curve.bottom < high)
     lowest = curve.of(torch.full_like(g[..., :1], curve.bottom))
@@ -72,17 +73,19 @@ def spread(curve: Curve, g: Tensor, error: Tensor) -> Tensor:
 
 
 def activated(activation: str, gate: Tensor, up: Tensor | None, e_gate: Tensor, e_up: Tensor | None,
-              u_op: float, floor: float, tanh: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """h, and how far what a target computes from gate ± e_gate and up ± e_up may be from it, before it is stored.
+              u_op: float, floor: float, tanh: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """h; how far what a target computes from gate ± e_gate and up ± e_up may be from it, before it is stored; and the
+    curve at the gate.
 
     u_op: unit roundoff of the dtype to which each operation but the last is rounded beyond float32; 0 for none.
     floor: the absolute error of such a rounding.
     tanh: sigmoids are made of 0.5 tanh(z / 2) + 0.5, which has an absolute accuracy only.
     """
     curve = CURVES[activation]
-    f, d = curve.of(gate), spread(curve, gate, e_gate)
+    f = curve.of(gate)
+    d = spread(curve, gate, e_gate, f)
     if up is None or e_up is None:
-        return f, d + 2 * U * (f + d) + TINY
+        return f, d + 2 * U * (f + d) + TINY, f
     if activation == "swiglu_oai":
         factor = up.clamp(-7.0, 7.0) + 1.0
         e_factor = torch.maximum(((up + e_up).clamp(-7.0, 7.0) + 1.0 - factor).abs(),
@@ -100,4 +103,4 @@ def activated(activation: str, gate: Tensor, up: Tensor | None, e_gate: Tensor, 
     if u_op:  # silu and gelu: the curve's own result; swiglu_oai: 1.702 c, the sigmoid, c times it, and q + 1
         rounded = 1.0 if activation != "swiglu_oai" else 3.5 + _STEEP * below
         lost = lost + 1.02 * rounded * u_op * size + 3 * floor * (1 + gate.abs() + e_gate) * largest
-    return h, lost
+    return h, lost, f

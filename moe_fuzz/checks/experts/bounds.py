@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_fuzz.checks.experts.activations import CURVES, activated, halves
+from moe_fuzz.checks.experts.activations import activated, halves
 from moe_fuzz.checks.experts.repeats import Repeats
 from moe_fuzz.checks.experts.requantized import requantized
 from moe_fuzz.checks.experts.rounding import LARGEST, TINY, U, depth, dtype_of, floor, gamma, store, ulp, unit
@@ -166,8 +166,8 @@ class _Evaluation:
         gate, up = halves(a, self.activation, self.layout)
         e_gate, e_up = halves(e_a, self.activation, self.layout)
         rounded = self.contract.activation == "dtype"
-        h, e_h = activated(self.activation, gate, up, e_gate, e_up, self.u if rounded else 0.0, self.floor,
-                           self.contract.sigmoid == "tanh")  # fmt: skip
+        h, e_h, f = activated(self.activation, gate, up, e_gate, e_up, self.u if rounded else 0.0, self.floor,
+                              self.contract.sigmoid == "tanh")  # fmt: skip
         if self.stored and not self.inputs.quantizes:  # else `_requantized` stores it
             e_h = e_h + self.u * (h.abs() + e_h) + self.floor
         if sharp is None:
@@ -179,9 +179,7 @@ class _Evaluation:
         if up is None or d_up is None:
             passed = 2 * gate.clamp(min=0.0) * d_gate
             return h, e_h, steps + passed.square()
-        f, factor = CURVES[self.activation].of(gate), up
-        if self.activation == "swiglu_oai":
-            factor = up.clamp(-7.0, 7.0) + 1.0
+        factor = up.clamp(-7.0, 7.0) + 1.0 if self.activation == "swiglu_oai" else up
         return h, e_h, steps + (1.13 * factor * d_gate).square() + (f * d_up).square()
 
     def _requantized(self, batch: Batch, h: Tensor, e_h: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ LARGEST = 2.0**127  # what float32 holds for certain
 TINY = 2.0**-126  # the smallest normal number of float32 and of bfloat16: below it a result may be flushed to 0
 #: Bits of the significand, the hidden one included: integers up to 2^that are exact.
 PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+_FRACTION_BITS = 52  # of a float64
+_FRACTION, _EXPONENT = (1 << _FRACTION_BITS) - 1, 0x7FF << _FRACTION_BITS
 _LEAST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}  # the smallest subnormal
 
 
@@ -43,9 +45,8 @@ def depth(terms: int) -> float:
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance between neighbouring numbers of `dtype` at |values|, float64."""
-    exponent = torch.frexp(values).exponent - PRECISION[dtype]
-    step = torch.ldexp(torch.ones_like(values), exponent)
-    return step.clamp(min=_LEAST[dtype]).masked_fill(values == 0, _LEAST[dtype])
+    steps = _power(values.view(torch.int64)).mul_(2.0 ** (1 - PRECISION[dtype]))
+    return steps.clamp_(min=_LEAST[dtype], max=2.0**1000)  # of an infinity too a number, whose difference to it is none
 
 
 def store(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -55,8 +56,14 @@ def store(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def unit_of(values: Tensor) -> Tensor:
-    """The largest power of two of which each value is a whole multiple; infinity for 0. Finite values of 53 bits."""
-    mantissa, exponent = torch.frexp(values)
-    whole = torch.ldexp(mantissa, torch.full_like(exponent, 53)).long()
-    lowest = (whole & -whole).double()
-    return torch.ldexp(lowest, exponent - 53).masked_fill(values == 0, torch.inf)
+    """The largest power of two of which each value is a whole multiple; infinity for 0. Of normal float64 numbers."""
+    bits = values.view(torch.int64)
+    significand = (bits & _FRACTION) | (1 << _FRACTION_BITS)
+    lowest = (significand & -significand).double()
+    return _power(bits).mul_(2.0**-_FRACTION_BITS).mul_(lowest).masked_fill_(values == 0, torch.inf)
+
+
+def _power(bits: Tensor) -> Tensor:
+    """The largest power of two that is no larger than each number of these bits; 0 for 0. Taken out of the bits, where
+    frexp and ldexp take ten times as long."""
+    return (bits & _EXPONENT).view(torch.float64)

@@ -98,8 +98,8 @@ class Maker(recipes.Maker):
     def encoded(self, name: str, values: object) -> Blocks:
         """The projection of this name. values: what makes it, where its bits are known."""
         rows, columns = (self.hidden, self.inter) if name == "w2" else (self.inter, self.hidden)
-        row = draw.keys(self.case.seed, name + "/scales", self.labels, range(rows), 0, self.device).flatten()
-        column = draw.keys(self.case.seed, name + "/scales/columns", [0], range(columns // BLOCK), 0, self.device)[0]
+        row, column = draw.lines(self.case.seed, f"{name}/scales", self.labels, range(rows), range(columns // BLOCK), 0,
+                                 self.device)  # fmt: skip
         if self.recipe in EXACT:
             assert callable(values)
             return self._written(values(), row, column)

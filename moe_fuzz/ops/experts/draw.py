@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy
 import torch
 
 from moe_fuzz import generator
 from moe_fuzz.generator import Device
 from moe_fuzz.mirror import uploaded
 
-_M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of the integer hash "lowbias32" by C. Wellons; the second wraps
+_M1, _M2 = 0x7FEB352D, 0x846CA68B  # of the integer hash "lowbias32" by C. Wellons
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 26}  # elements that are mixed at once: what fits into a cache, or into memory
 SIZE = 1 << 16  # of a table: as many values as a draw tells apart
 
@@ -26,12 +27,29 @@ def keys(
     return uploaded(generator.words(seed, name, rows, columns, stream).to(torch.int32), device)
 
 
+def lines(
+    seed: int, name: str, rows: Sequence[int], each: Sequence[int], columns: Sequence[int], stream: int = 0,
+    device: Device = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The words of the rows of a tensor, `each` of `rows`, and of its columns: int32 [R * len(each)] and [C]. Those of
+    columns are the same in every step, whatever the stream."""
+    row, column = generator.several(seed, [(name, rows, each, stream), (f"{name}/columns", [0], columns, 0)])
+    return uploaded(row.flatten(), device), uploaded(column[0], device)
+
+
 def mixed(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """int32 [R, C] in [0, 2^16): the words of a row and of a column, int32 [R] and [C], mixed."""
+    if rows.device.type == "cpu":  # in numpy, which has unsigned numbers, and whose operations cost less
+        there = numpy.bitwise_xor.outer(rows.numpy().view(numpy.uint32), columns.numpy().view(numpy.uint32))
+        there *= numpy.uint32(_M1)
+        there ^= there >> numpy.uint32(15)
+        there *= numpy.uint32(_M2)
+        there >>= numpy.uint32(16)
+        return torch.from_numpy(there.view(numpy.int32))
     word = rows[:, None] ^ columns
     word *= _M1
     word ^= (word >> 15) & 0x1FFFF
-    word *= _M2
+    word *= _M2 - (1 << 32)  # which wraps
     word >>= 16
     word &= 0xFFFF
     return word

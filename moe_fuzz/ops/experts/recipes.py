@@ -97,8 +97,7 @@ def _look_up(
 def tokens(case: Case, rows: Sequence[int], stream: int, device: Device) -> torch.Tensor:
     """x [R, H] of these row labels, before any fault."""
     recipe, dtype, hidden = str(case.config["recipe"]), _dtype(case), int(case.config["hidden"])
-    row = draw.keys(case.seed, "x", rows, [0], stream, device)[:, 0]
-    column = draw.keys(case.seed, "x/columns", [0], range(hidden), 0, device)[0]
+    row, column = draw.lines(case.seed, "x", rows, [0], range(hidden), stream, device)
     if recipe == "dense":
         return _look_up("tent", int(case.config["magnitude"]), dtype, row, column)
     if recipe == "ladder":
@@ -116,8 +115,7 @@ def tokens(case: Case, rows: Sequence[int], stream: int, device: Device) -> torc
 def routing_weights(case: Case, rows: Sequence[int], stream: int, device: Device) -> torch.Tensor:
     """weights float32 [R, k] of these row labels, before any fault."""
     recipe, narrow = str(case.config["recipe"]), _dtype(case) == torch.float16
-    row = draw.keys(case.seed, "weights", rows, [0], stream, device)[:, 0]
-    column = draw.keys(case.seed, "weights/columns", [0], range(int(case.config["top_k"])), 0, device)[0]
+    row, column = draw.lines(case.seed, "weights", rows, [0], range(int(case.config["top_k"])), stream, device)
     kind = "share"
     if recipe in EXACT:
         kind = ("narrow_" if narrow else "") + ("input_powers" if case.config["weight_on_input"] else "powers")
@@ -130,8 +128,7 @@ def expert_ids(case: Case, rows: Sequence[int], stream: int, device: Device) -> 
     So a row goes on naming the same experts when others, which it did not name, are taken away.
     """
     labels, top_k = list(case.experts), int(case.config["top_k"])
-    row = draw.keys(case.seed, "ids", rows, [0], stream, device)[:, 0]
-    column = draw.keys(case.seed, "ids/columns", [0], labels, 0, device)[0]
+    row, column = draw.lines(case.seed, "ids", rows, [0], labels, stream, device)
     key = draw.mixed(row, column).long() << 16 | torch.arange(len(labels), device=row.device)  # no two are equal
     return key.topk(top_k, dim=1).indices.int()
 
@@ -199,8 +196,7 @@ class Maker:
         found = []
         for (name, size), kind in zip(sizes.items(), kinds.get(self.recipe, ("tent",) * 3), strict=True):
             exponent = self._bias_exponent(name) if self.recipe == "dense" else 0
-            row = draw.keys(self.case.seed, name, self.labels, [0], 0, self.device)[:, 0]
-            column = draw.keys(self.case.seed, name + "/columns", [0], range(size), 0, self.device)[0]
+            row, column = draw.lines(self.case.seed, name, self.labels, [0], range(size), 0, self.device)
             found.append(_look_up(kind, exponent, dtype, row, column))
         return found[0], found[1], found[2]
 
@@ -239,8 +235,7 @@ class Maker:
         return out.scatter_(2, column[:, :, None], value[:, :, None])
 
     def _words(self, name: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        row = draw.keys(self.case.seed, name, self.labels, range(rows), 0, self.device).flatten()
-        return row, draw.keys(self.case.seed, name + "/columns", [0], range(columns), 0, self.device)[0]
+        return draw.lines(self.case.seed, name, self.labels, range(rows), range(columns), 0, self.device)
 
     def _shaped(self, values: torch.Tensor, rows: int) -> torch.Tensor:
         return values.view(len(self.labels), rows, values.shape[-1])
