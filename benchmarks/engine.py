@@ -45,6 +45,7 @@ ROUND = 8
 SLOW = 0.020  # seconds from which on isolation must cost at most a tenth
 ENOUGH_SLOW = 8  # of fewer such cases nothing is said
 DEATHS = 3
+PARTS = 4  # rounds that each of several workers runs at least: with one or two, most would wait for the last
 PATIENT = RunOptions(deadline=60.0)
 FEWEST = {True: 2, False: 4}  # cases of a config, with replays and without
 COMPILED, LOADED = 0.5, 0.7  # of --seconds: until then
@@ -254,8 +255,11 @@ def measure(
         slow = [case for case, verdict in zip(cases, verdicts, strict=True) if verdict.seconds >= SLOW]
 
         calls: dict[str, Callable[[], object]] = {}
+        passes: dict[str, int] = {}  # over all cases, in one call
         for number in workers:
-            calls[f"{number} workers"] = lambda number=number: through(pool, cases, target, number)  # type: ignore[misc]
+            often = passes[f"{number} workers"] = -(-PARTS * number // len(rounds_of(cases))) if number > 1 else 1
+            many = cases * often
+            calls[f"{number} workers"] = lambda number=number, many=many: through(pool, many, target, number)  # type: ignore[misc]
         for name, fence in list(fence_variants().items())[: None if fences else 1]:
             options = RunOptions(fence=fence, deadline=60.0)
             calls[name] = lambda options=options: [runner.run(case, target, options) for case in cases]  # type: ignore[misc]
@@ -274,7 +278,7 @@ def measure(
         for repeat in range(repeats):
             started = passed()
             for name, call in calls.items():
-                found.setdefault(name, []).append(timed(call))
+                found.setdefault(name, []).append(timed(call) / passes.get(name, 1))
             result = figures(found, verdicts, cases, len(slow), drawing, workers)
             result |= {f"seconds from a death, {one}, to the next verdict": s for one, s in after_death.items()}
             keep(result)
@@ -311,7 +315,7 @@ def figures(
     drawing: float,
     workers: tuple[int, ...],
 ) -> dict[str, float]:
-    """What is printed, from seconds by variant, one for each repeat."""
+    """What is printed, from the seconds of a pass by variant, one for each repeat."""
     median = {name: statistics.median(times) for name, times in found.items()}
 
     def ratio(name: str, to: str) -> float:
