@@ -74,13 +74,14 @@ class Outcome:
     upstream: str
     found: bool
     cases: int
-    seconds: float  # without those of compiling
+    seconds: float  # without those of compiling, and of starting a worker
     inline: str = ""  # the case that found it
     message: str = ""  # what the check said of it
     others: tuple[str, ...] = ()  # checks that fired too, before or with the expected one
     silent: bool | None = None  # with `alone`: no other check fires on the same cases. None: not asked
     seen: int = 0  # cases the target took; a bug cannot be found by cases that are all rejected
     compile_seconds: float = 0.0
+    start_seconds: float = 0.0  # until a worker had loaded the target: it imports torch, and on a GPU makes a context
 
     @property
     def passed(self) -> bool:
@@ -100,14 +101,16 @@ def run_planted(
     device: str = "cpu",
 ) -> Outcome:
     """Runs cases on the planted bug until its check fires, or the budget is spent. `checks`: those on; None: all."""
-    target = planted.target
+    target, asked = planted.target, time.monotonic()
+    info = pool.describe(target)
     start = time.monotonic()
-    cases = itertools.islice(draw(planted.op, pool.describe(target), device, seed), max_cases)
+    cases = itertools.islice(draw(planted.op, info, device, seed), max_cases)
     outcome = Outcome(planted.name, target, planted.check, planted.upstream, False, 0, 0.0)
     options = _options(planted, checks)
     with closing(_verdicts(cases, target, pool, options, start + max_seconds)) as verdicts:
         outcome = _until_found(planted, pool, options, verdicts, outcome)
-    return replace(outcome, seconds=time.monotonic() - start - outcome.compile_seconds)
+    seconds = time.monotonic() - start - outcome.compile_seconds
+    return replace(outcome, seconds=seconds, start_seconds=start - asked)
 
 
 def _until_found(

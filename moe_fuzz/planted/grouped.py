@@ -226,12 +226,11 @@ def _weights(logits: Tensor, ids: Tensor, scoring: str, renormalize: bool) -> Te
 
 def _first_larger(values: Tensor, count: int) -> Tensor:
     """The flaw of `nan_groups`: a scan that moves on only to what is larger."""
-    chosen = []
+    chosen, column = [], torch.arange(values.shape[1], device=values.device)
     for _ in range(count):
-        best, index = values[:, :1], torch.zeros_like(values[:, :1], dtype=torch.long)
-        for column in range(1, values.shape[1]):
-            larger = values[:, column : column + 1] > best
-            best, index = torch.where(larger, values[:, column : column + 1], best), index.masked_fill(larger, column)
+        found = values.masked_fill(values.isnan(), -torch.inf)  # none is larger than what was found before it
+        first = torch.where(found == found.amax(dim=1, keepdim=True), column, len(column)).amin(dim=1, keepdim=True)
+        index = first.masked_fill(values[:, :1].isnan(), 0)  # and nothing is larger than that
         chosen.append(index)
         values = values.scatter(1, index, -torch.inf)
     return torch.cat(chosen, dim=1)
