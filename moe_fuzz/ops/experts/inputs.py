@@ -214,13 +214,13 @@ def _lay_out(inputs: ExpertsInputs, name: str, canvas: Canvas) -> None:
 
 
 def elements(case: Case, step_index: int) -> int:
-    """What a host takes to make and judge a step, in what it does in 0.6 us (fitted to measurements): a number of what
-    a slot holds goes through a hundred operations, a weight through a few; one that is decoded, through more."""
+    """Microseconds that a host takes to make and judge a step, fitted to measurements: a number of what a slot holds
+    goes through a hundred operations, a weight through a few; one that is decoded, through more."""
     config = case.config
     hidden, inter = int(config["hidden"]), int(config["intermediate"])
     weights = 3 * len(case.experts) * hidden * inter
     slots = case.steps[step_index].tokens * int(config["top_k"]) * (hidden + inter)
-    return weights // 8 + slots if "activations" in config else weights // 64 + slots // 4
+    return weights // 24 + slots // 6 if "activations" in config else weights // 128 + slots // 8
 
 
 def benign_rows(
