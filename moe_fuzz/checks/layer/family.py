@@ -13,7 +13,7 @@ from moe_fuzz.ops.layer.inputs import materialize
 
 
 def _elements(case: Case, step_index: int) -> int:
-    """As in ops/experts/inputs.py, in what a host does in 0.6 us: each number that a slot holds, and 512 of the products
+    """As in ops/experts/inputs.py, in 0.6 us: each number that a slot holds, and 512 of the products
     that it takes to make them."""
     config = case.config
     hidden, inter = int(config["hidden"]), int(config["intermediate"])
