@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: The targets that run a file, by the beginning of its name; the first that finds a mutant is enough.
 TARGETS = {
     "routing": ("topk_softmax@builtin", "topk_sigmoid@builtin", "grouped_topk@builtin"),
-    "grouped_topk": ("grouped_topk@builtin",),
+    "grouped": ("grouped_topk@builtin",),
     "align": ("align@builtin", "experts_bf16@builtin"),
     "experts_bf16": ("experts_bf16@builtin", "experts_nvfp4@builtin"),
     "moe_layer": ("moe_layer@builtin",),
@@ -254,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--again", type=Path)
     asked = parser.parse_args(argv)
     kernels = ROOT / "kernels"
+    if missing := [file for file in asked.files if not (kernels / file).is_file()]:
+        parser.error(f"below {kernels} there is no {', '.join(missing)}")
     files = asked.files or sorted(str(path.relative_to(kernels)) for path in kernels.rglob("*.py")
                                   if path.name != "__init__.py")  # fmt: skip
     if asked.again is not None:
