@@ -98,6 +98,11 @@ def rounds_of(cases: list[Case]) -> list[list[Case]]:
     return [cases[at : at + ROUND] for at in range(0, len(cases), ROUND)]
 
 
+def passes_of(workers: int, cases: list[Case]) -> int:
+    """How often several workers run all cases to have enough to do."""
+    return -(-PARTS * workers // max(1, len(rounds_of(cases)))) if workers > 1 else 1
+
+
 def through(pool: Pool, cases: list[Case], target: str, workers: int, options: RunOptions = PATIENT) -> None:
     """Runs the cases in so many workers at once, and sees to it that they pass."""
     todo, verdicts = rounds_of(cases), list[Verdict]()
@@ -240,8 +245,10 @@ def measure(
         say("loaded in every worker")
         began = passed()
         verdicts, used = list[Verdict](), list[Case]()
-        # A repeat takes no longer than each of its variants in one process would. The last tenth is for ending it all.
-        variants = 3 + len(workers) + 4 * fences + (3 * fences if device == "cuda" else 0)
+        # A repeat takes no longer than each of its variants in one process would, where workers are at least half as
+        # many times as fast as they are many. The last tenth is for ending it all.
+        several = sum(max(1.0, 2 * passes_of(number, cases) / number) for number in workers)
+        variants = 3 + several + 4 * fences + (3 * fences if device == "cuda" else 0)
         for case in cases:
             if used and (passed() - began) * variants > 0.9 * seconds - passed():
                 break
@@ -257,7 +264,7 @@ def measure(
         calls: dict[str, Callable[[], object]] = {}
         passes: dict[str, int] = {}  # over all cases, in one call
         for number in workers:
-            often = passes[f"{number} workers"] = -(-PARTS * number // len(rounds_of(cases))) if number > 1 else 1
+            often = passes[f"{number} workers"] = passes_of(number, cases)
             many = cases * often
             calls[f"{number} workers"] = lambda number=number, many=many: through(pool, many, target, number)  # type: ignore[misc]
         for name, fence in list(fence_variants().items())[: None if fences else 1]:

@@ -54,11 +54,12 @@ def choose(slots: int, num_ids: int) -> Plan:
 
 
 def interpreted(hidden: int, inter: int) -> Plan:
-    """In the interpreter a step costs the same whatever its size, so there are few. A tile groups its slots anew: from
-    a handful on `align`, once, costs less."""
+    """In the interpreter a step costs the same whatever its size, so there are few. One size in five is cut in two, for
+    the seams are to be run as well. A tile groups its slots anew: from a handful on `align`, once, costs less."""
 
     def blocks(rows: int, depth: int) -> Blocks:
         d = min(triton.next_power_of_2(depth), 4096)
-        return Blocks(16, max(min(triton.next_power_of_2(rows), (1 << 20) // d), 2), d, 2, 4, 1)
+        n = min(triton.next_power_of_2(rows), (1 << 20) // d)
+        return Blocks(16, max(n // 2 if rows % 5 == 0 else n, 2), d // 2 if depth % 5 == 0 else d, 2, 4, 1)
 
     return Plan(0, blocks(2 * inter, hidden), blocks(hidden, inter), inline_slots=4)

@@ -58,13 +58,16 @@ def choose(slots: int, num_ids: int) -> Plan:
 
 def interpreted(hidden: int, inter: int) -> Plan:
     """In the interpreter a step costs the same whatever its size, so there are few: of the first product, too, which
-    writes whole 128 columns. A tile groups its slots anew: from a handful on `align`, once, costs less."""
+    writes whole 128 columns. One size in five is cut in two, for the seams are to be run as well. A tile groups its
+    slots anew: from a handful on `align`, once, costs less."""
 
-    def blocks(rows: int, depth: int) -> Tile:
+    def blocks(rows: int, depth: int, cut: bool) -> Tile:
         d = min(max(triton.next_power_of_2(depth), 128), 1024)
-        return Tile(16, max(min(triton.next_power_of_2(rows), (1 << 18) // d), 16), d, 2, 4, 1)
+        n = min(triton.next_power_of_2(rows), (1 << 18) // d)
+        return Tile(16, max(n // 2 if cut else n, 16), max(d // 2, 128) if depth % 5 == 0 else d, 2, 4, 1)
 
-    return Plan(0, blocks(2 * (inter + -inter % 128), hidden), blocks(hidden, inter), inline_slots=4)
+    return Plan(0, blocks(2 * (inter + -inter % 128), hidden, inter % 5 == 0), blocks(hidden, inter, hidden % 5 == 0),
+                inline_slots=4)  # fmt: skip
 
 
 def choose_backend(

@@ -74,7 +74,7 @@ class Outcome:
     upstream: str
     found: bool
     cases: int
-    seconds: float  # without those of compiling, and of starting a worker
+    seconds: float  # without those of compiling, and of starting the first worker; with those after one that died
     inline: str = ""  # the case that found it
     message: str = ""  # what the check said of it
     others: tuple[str, ...] = ()  # checks that fired too, before or with the expected one

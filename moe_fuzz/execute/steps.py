@@ -31,7 +31,7 @@ from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
 
-#: From which on a device judges. Most families count them so that a host takes a microsecond for one.
+#: From which on a device judges: about where a host takes as long. What an element is, each family says.
 DEVICE_ELEMENTS = 1 << 15
 _BRIEF = contextlib.nullcontext()
 

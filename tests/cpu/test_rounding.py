@@ -35,6 +35,7 @@ def test_a_unit_is_the_lowest_bit() -> None:
     values = _numbers()
     unit = unit_of(values)
     assert torch.equal(unit == torch.inf, values == 0)
+    assert (unit_of(torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=torch.float64)) == torch.inf).all()
     real, unit = values[values != 0], unit[values != 0]
     assert (torch.frexp(unit).mantissa == 0.5).all()
     whole = real / unit

@@ -56,7 +56,9 @@ def store(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def unit_of(values: Tensor) -> Tensor:
-    """The largest power of two of which each value is a whole multiple; infinity for 0. Of normal float64 numbers."""
+    """The largest power of two of which each value is a whole multiple; infinity for 0. Of float64 numbers, none of
+    them subnormal. Of an infinity and of NaN it is infinity, too: what they go into is not finite, whatever its unit.
+    """
     bits = values.view(torch.int64)
     significand = (bits & _FRACTION) | (1 << _FRACTION_BITS)
     lowest = (significand & -significand).double()
