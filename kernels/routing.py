@@ -202,7 +202,9 @@ def _lanes(
 ) -> dict[str, Any]:
     """How rows lie in `topk_by_lanes`."""
     warps = 4
-    if interpreted:  # each step costs the same whatever its size: all of a row is one, longer than a warp
+    if interpreted and (experts % 5 or experts > 384):
+        # Each step costs the same whatever its size: all of a row is one, longer than a warp. One size in five lies as
+        # on a GPU, for lists are to be run as well.
         lanes, each = max(64, triton.next_power_of_2(experts)), 1
         rows = interpreted_rows(tokens, lanes)
     else:
@@ -213,6 +215,8 @@ def _lanes(
             warps = warps_for(-(-tokens * lanes // 32), processors)
         each = list_length(triton.cdiv(experts, lanes))
         rows = 32 * warps // lanes  # one element of a list a thread, so that no layout is the compiler's to choose
+        if interpreted:
+            rows = interpreted_rows(tokens, lanes * each)
     known = top_k in KNOWN_K
     return {"ROWS": rows, "LANES": lanes, "EACH": each, "FULL": experts == lanes * each, "SORTED": known,
             "NETWORK": network(each) if known else (), "TOP_K": top_k if known else 0, "num_warps": warps}  # fmt: skip
