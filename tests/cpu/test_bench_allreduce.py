@@ -91,6 +91,14 @@ def test_the_table_is_within_5_percent_at_every_measured_point(ranks):
             assert fused == (choice.chosen(point, here, family)[0] == backend)
 
 
+def test_four_ranks_measured_again_are_within_5_percent_of_the_table():
+    """The table is of another day's run."""
+    found = json.loads((RESULTS / "h200-allreduce-4-again.json").read_text())
+    measured = [choice.Point(p["hidden"], p["tokens"], p["bytes"], p["fused"], p["unfused"]) for p in found["points"]]
+    assert len(measured) == 45
+    assert choice.misses(measured, CAPS[4, found["arch"], found["links"]]) == []
+
+
 def test_caps_by_the_width_of_rows_go_to_a_file_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     wide = {"x": (100, 200)}
     table = {(2, "sm90", "nvlink"): Caps(1000, wide, "s", ((64, Caps(10)), (128, Caps(20, {"x": 7}))))}
