@@ -25,8 +25,10 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120
 ODD_BUCKETS = (3, 7, 13, 33, 65, 100)
 #: What is in the tail before a replay: most often what was there, else what a layer before has left there.
 TAILS = ("", "", "", "nan_rows", "inf_rows", "neg_inf_rows", "huge_rows", "zero_rows")
-SMALL = 6  # of the dictionary's token counts: half of all cases are of these, which are cheap and break most
-MODEST, LARGE_SHARE = 513, 0.08  # the token counts beyond it, and how many cases are of these
+SMALL = 6  # of the dictionary's token counts: these are cheap, and break most
+MODEST = 513  # the token counts beyond it are large: hardly ever one that costs as much as a hundred of the others
+#: The kinds of token counts, each as often as its share.
+SIZES = ("small",) * 6 + ("any",) * 5 + ("large",)
 MAX_SEQUENCE, MAX_REPLAYS = 4, 8  # steps
 
 LaidFault = tuple[FaultPlace, int]  # and where it lies, as in `fault_rows`
@@ -104,15 +106,24 @@ def some(swarm: Sequence[FaultPlace], most: int, chosen: random.Random) -> tuple
     return tuple((place, chosen.randint(0, 3)) for place in places)
 
 
-def random_plan(tokens: Sequence[int], faults: Sequence[LaidFault], padding: int, chosen: random.Random) -> Plan:
-    """A plan for the grid, which has chosen a fault and some padding that must be in it. tokens: as in `plan`."""
+def within(tokens: Sequence[int], faults: Sequence[LaidFault]) -> Sequence[int]:
+    """The token counts that all of the faults can be laid into; all, if there are none."""
+    most = min((place.max_rows for place, _ in faults if place.max_rows is not None), default=None)
+    return tokens if most is None else [count for count in tokens if count <= most] or tokens
+
+
+def random_plan(
+    tokens: Sequence[int], faults: Sequence[LaidFault], padding: int, size: str, chosen: random.Random
+) -> Plan:  # fmt: skip
+    """A plan for the grid, which has chosen a fault, some padding and a kind of size that must be in it. tokens: as in
+    `plan`."""
     moves = [Move(0, min(padding, 4), chosen.randrange(len(TAILS)), tuple(faults))]
     moves += [
         Move(chosen.randint(0, 1), chosen.randint(0, 4), chosen.randrange(len(TAILS)), ())
         for _ in range(chosen.randint(1, MAX_SEQUENCE - 1))
     ]
     chosen.shuffle(moves)
-    return Plan(_some_sizes(tokens, chosen), tuple(moves))
+    return Plan(_some_sizes(tokens, chosen, size), tuple(moves))
 
 
 def make(
@@ -247,15 +258,16 @@ def _size(plan: Plan, move: Move) -> int:
     return plan.sizes[move.size % len(plan.sizes)]
 
 
-def some_size(tokens: Sequence[int], chosen: random.Random) -> int:
-    """A token count: a cheap one half of the time, hardly ever one that costs as much as a hundred of them."""
-    share = chosen.random()
+def some_size(tokens: Sequence[int], chosen: random.Random, kind: str = "") -> int:
+    """A token count of a kind, see SIZES; one of them by its share without one."""
+    kind = kind or chosen.choice(SIZES)
     large = [count for count in tokens if count > MODEST]
-    if share < 0.5 or len(tokens) <= SMALL:
+    if kind == "small" or len(tokens) <= SMALL:
         return chosen.choice(tokens[:SMALL])
-    return chosen.choice(large if share > 1 - LARGE_SHARE and large else tokens[: len(tokens) - len(large)])
+    return chosen.choice(large if kind == "large" and large else tokens[: len(tokens) - len(large)])
 
 
-def _some_sizes(tokens: Sequence[int], chosen: random.Random) -> tuple[int, ...]:
-    """One or two."""
-    return tuple(dict.fromkeys(some_size(tokens, chosen) for _ in range(chosen.randint(1, 2))))
+def _some_sizes(tokens: Sequence[int], chosen: random.Random, kind: str = "") -> tuple[int, ...]:
+    """One or two, the first of a kind."""
+    count = chosen.randint(1, 2)
+    return tuple(dict.fromkeys(some_size(tokens, chosen, kind if not at else "") for at in range(count)))

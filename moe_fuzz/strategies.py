@@ -107,13 +107,13 @@ def _alike(
             sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device, taken)
             for plan in plans
         ]
-    return [
-        make_case(
-            space, config, sequences.some_size(tokens, chosen), chosen.randint(0, 6),
-            sequences.some(swarm, 3, chosen), chosen.getrandbits(62), info.name,
-        )
-        for _ in range(chosen.randint(1, MAX_ROUND))
-    ]  # fmt: skip
+    cases = []
+    for _ in range(chosen.randint(1, MAX_ROUND)):
+        faults = sequences.some(swarm, 3, chosen)
+        size = sequences.some_size(sequences.within(tokens, faults), chosen)
+        padding, seed = chosen.randint(0, 6), chosen.getrandbits(62)
+        cases.append(make_case(space, config, size, padding, faults, seed, info.name))
+    return cases
 
 
 def make_case(
@@ -137,44 +137,55 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     """
     chosen = random.Random(seed)
     places: list[Scalar] = ["", *(f"{p.fault}@{p.tensor}" for p in space.places)]
-    rows = Axis("padding rows", (0, 1, 2, 4, 5)), Axis("where", (0, 1, 2, 3))
     runs = sequences.runs(space.modes(info), device)
-    axes = [*space.axes(info), Axis("fault", places), *rows, Axis("run", runs)]
-    for row in pairwise(axes, chosen):
-        config = space.complete({axis.name: row[axis.name] for axis in axes[:-4]}, info)
+    own = space.axes(info)
+    owed: list[FaultPlace] = []  # that a config had no room for: the next that has, and no fault of its own, takes one
+    rows = Axis("padding rows", (0, 1, 2, 4, 5)), Axis("where", (0, 1, 2, 3)), Axis("size", sequences.SIZES)
+    for row in pairwise([*own, Axis("fault", places), *rows, Axis("run", runs)], chosen):
+        config = space.complete({axis.name: row[axis.name] for axis in own}, info)
+        asked = next((place for place in space.places if f"{place.fault}@{place.tensor}" == row["fault"]), None)
         drawn = str(row["run"])
+        if asked is not None and sequences.mode(drawn) not in asked.modes and sequences.SINGLE in runs:
+            drawn = sequences.SINGLE  # else the fault would be laid nowhere, and its pairs be met by no case
         run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, runs, device)
         config = _in_mode(config, run, info)
         taken = space.places_for(config, info)
-        fitting = [place for place in taken if sequences.mode(run) in place.modes]
-        place = next((p for p in fitting if f"{p.fault}@{p.tensor}" == row["fault"]), None)
+        wanted = [asked, *owed] if asked is not None else owed
+        place = next((one for one in wanted if one in taken and sequences.mode(run) in one.modes), None)
+        owed = [one for one in wanted if one is not place]
         faults = [(place, int(row["where"]))] if place else []
+        fitting = sequences.within(tokens, faults)
         if run != sequences.SINGLE:
-            plan = sequences.random_plan(tokens, faults, int(row["padding rows"]), chosen)
+            plan = sequences.random_plan(fitting, faults, int(row["padding rows"]), str(row["size"]), chosen)
             yield sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device, taken)
             continue
-        count = sequences.some_size(tokens, chosen)
+        count = sequences.some_size(fitting, chosen, str(row["size"]))
         yield make_case(space, config, count, int(row["padding rows"]), faults, chosen.getrandbits(62), info.name)
 
 
 def pairwise(axes: Sequence[Axis], chosen: random.Random) -> Iterator[dict[str, Scalar]]:
-    """Rows that together hold every pair of values of every two axes at least once."""
+    """Rows that together hold every pair of values of every two axes at least once. Each row begins with values that
+    the fewest rows have had: all faults have come once before one comes for the third time."""
     missing: dict[tuple[int, int], set[tuple[int, int]]] = {
         (a, b): {(i, j) for i in range(len(axes[a].values)) for j in range(len(axes[b].values))}
         for a, b in combinations(range(len(axes)), 2)
     }
     left = sum(map(len, missing.values()))
+    used = [[0] * len(axis.values) for axis in axes]
     while left:
+        rare = [[i for i, count in enumerate(counts) if count == min(counts)] for counts in used]
+        pair = max(missing, key=lambda ab: len(missing[ab]))
         best: list[int] = []
         best_gain = -1
         for _ in range(8):
-            row = [chosen.randrange(len(axis.values)) for axis in axes]
-            pair = max(missing, key=lambda ab: len(missing[ab]))
+            row = [chosen.choice(values) for values in rare]
             row[pair[0]], row[pair[1]] = min(missing[pair], key=lambda _: chosen.random())
             gain = sum((row[a], row[b]) in todo for (a, b), todo in missing.items())
             if gain > best_gain:
                 best, best_gain = row, gain
         for (a, b), todo in missing.items():
             todo.discard((best[a], best[b]))
+        for counts, value in zip(used, best, strict=True):
+            counts[value] += 1
         left -= best_gain
         yield {axis.name: axis.values[i] for axis, i in zip(axes, best, strict=True)}

@@ -16,6 +16,8 @@ FORMAT = 1
 OURS = "builtin"
 #: What ours has to be at every point: this share of the fastest upstream's time, or this share of copy bandwidth.
 UPSTREAM_SHARE, COPY_SHARE = 0.8, 0.85
+#: The sizes of a config, and how their columns are headed; an op has some of them.
+_SIZES = {"experts": "E", "top_k": "k", "blocks": "blocks of 16"}
 SAFETY_SHARE = 1.02  # and the whole interval of safe over unsafe lies below
 
 
@@ -52,7 +54,8 @@ def table(results: Sequence[Result], candidates: Sequence[Candidate]) -> Table:
     """A line a point, a column a candidate: microseconds a launch. In front, what no kernel can be faster than."""
     made = Table(title="microseconds a launch, in CUDA graphs, data in L2", title_justify="left")
     made.add_column("point")
-    for head in ("T", "E", "k", "empty", "copy"):
+    sizes = [name for name in _SIZES if any(name in result.point.config for result in results)]
+    for head in ("T", *(_SIZES[name] for name in sizes), "empty", "copy"):
         made.add_column(head, justify="right")
     for candidate in candidates:
         made.add_column(candidate.label, justify="right")
@@ -63,7 +66,7 @@ def table(results: Sequence[Result], candidates: Sequence[Candidate]) -> Table:
         floor = [f"{statistics.median(result.floor[name]):.2f}" if result.floor else "" for name in ("empty", "copy")]
         ratio, share = versus_upstream(result, candidates), of_copy(result, OURS)
         made.add_row(
-            result.point.name, str(result.point.tokens), str(config["experts"]), str(config["top_k"]), *floor,
+            result.point.name, str(result.point.tokens), *(str(config.get(name, "")) for name in sizes), *floor,
             *(cell(result, candidate.label) for candidate in candidates),
             f"{ratio.median:.2f}" if ratio else "-", f"{share.median:.0%}" if share else "-",
         )  # fmt: skip

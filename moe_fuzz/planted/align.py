@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
 Out = tuple[Tensor, Tensor, Tensor, Tensor] | None
@@ -242,10 +243,19 @@ def _plan(
     arrival: Tensor | None = None, tail: int = -1,
 ) -> Plan:  # fmt: skip
     """The plan for these experts [N], -1 where dropped. arrival: the slots [N] as they are ranked."""
-    if ids.is_cuda and not torch.cuda.is_current_stream_capturing():  # on the host, at a third of the time
-        made = _plan(ids.cpu(), expert.cpu(), block_size, num_experts, None if counts is None else counts.cpu(),
-                     None if arrival is None else arrival.cpu(), tail)  # fmt: skip
-        return made[0].to(ids.device), made[1].to(ids.device), made[2].to(ids.device), made[3].to(ids.device)
+    if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _planned(ids, expert, block_size, num_experts, counts, arrival, tail)
+    counted, ranked = (None if tensor is None else tensor.cpu() for tensor in (counts, arrival))
+    # On the host, at a third of the time; and to see what each of these steps allocates costs as much as they do.
+    with _disable_current_modes():
+        made = _planned(ids.cpu(), expert.cpu(), block_size, num_experts, counted, ranked, tail)
+    return made[0].to(ids.device), made[1].to(ids.device), made[2].to(ids.device), made[3].to(ids.device)
+
+
+def _planned(
+    ids: Tensor, expert: Tensor, block_size: int, num_experts: int, counts: Tensor | None, arrival: Tensor | None,
+    tail: int,
+) -> Plan:  # fmt: skip
     slots, room = ids.numel(), _room(ids, block_size, num_experts)
     arrival = torch.arange(slots, device=ids.device) if arrival is None else arrival
     bucket = torch.where(expert < 0, num_experts, expert)[arrival]

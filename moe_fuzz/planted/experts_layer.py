@@ -41,13 +41,13 @@ class Layer:
     @classmethod
     def run(cls, *tensors: Tensor, **options: Any) -> Tensor:
         layer = cls(*tensors, **options)
-        if cls.on_device or not layer.x.is_cuda:
+        if cls.on_device:
             return layer.given(layer.result())
         values = _on_host([*tensors, *options.values()])
         given = dict(zip(options, values[len(tensors) :], strict=True)) | {"out": None}
         with _disable_current_modes():  # to see what is allocated costs as much as the layer; none of it is the GPU's
             y = cls(*values[: len(tensors)], **given).result()
-        return layer.given(uploaded(y, layer.x.device))
+        return layer.given(uploaded(y, layer.x.device) if layer.x.is_cuda else y)
 
     def result(self) -> Tensor:
         expert = self.expert_of_slots()  # [T, k], below 0: none

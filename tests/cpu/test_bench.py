@@ -23,7 +23,7 @@ from moe_fuzz.bench.drive import Result, Timer, measure_all
 from moe_fuzz.bench.points import EXTRA, NAN_ROWS, Candidate, Point, candidates, points
 from moe_fuzz.bench.stats import estimate, interval_rank, paired
 from moe_fuzz.errors import EnvironmentProblem, UsageError
-from moe_fuzz.ops import get_space
+from moe_fuzz.ops import OPS, get_space
 
 FAKE = str(Path(__file__).with_name("bench_child.py"))
 SMALL = Point("topk_softmax", "small", 12, {"experts": 16, "top_k": 2, "dtype": "bfloat16"}, 5)
@@ -247,6 +247,17 @@ def test_table() -> None:
     assert "sglang: unavailable at small T=12: not installed" in notes
     assert "* torch: on NaN rows it fails the check finite" in notes
     assert not any("builtin" in note and "*" in note for note in notes)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "allreduce_rmsnorm"])
+def test_every_op_has_a_table(op: str) -> None:
+    """An op has sizes of its own: the quantizer knows no experts."""
+    stream = io.StringIO()
+    shown = points(op)[:2]
+    Console(file=stream, width=200).print(table.table([Result(point) for point in shown], WHO))
+    for point in shown:
+        assert point.name in stream.getvalue()
+        assert all(str(point.config[name]) in stream.getvalue() for name in {*point.config} & {"experts", "blocks"})
 
 
 def test_result_file() -> None:

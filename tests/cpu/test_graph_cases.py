@@ -218,7 +218,7 @@ def test_simplify_leads_out_of_graph_modes() -> None:
 
 def test_plans_are_a_function_of_their_seed() -> None:
     def made(seed: int) -> Case:
-        plan = sequences.random_plan((1, 2, 3, 8, 40), (), 1, random.Random(seed))
+        plan = sequences.random_plan((1, 2, 3, 8, 40), (), 1, "any", random.Random(seed))
         return sequences.make(SPACE, CONFIG, "graph", plan, seed, INFO.name, "cuda")
 
     assert made(3) == made(3)

@@ -24,6 +24,7 @@ from moe_fuzz.ops import OPS, get_space
 from moe_fuzz.ops.routing.space import CPU_BUDGET, CUDA_ELEMENTS
 from moe_fuzz.ops.space import Axis
 from moe_fuzz.restriction import RestrictedSpace, Restriction
+from moe_fuzz.sequences import MODEST
 
 SPACE = get_space("topk_softmax")
 EVERYTHING = TargetInfo(
@@ -137,6 +138,49 @@ def test_pairwise_covers_every_pair():
         pairs = {(row[one.name], row[other.name]) for row in rows}
         assert len(pairs) == len(one.values) * len(other.values)
     assert len(rows) < 5 * 3 * 4 * 2 / 2
+
+
+def test_pairwise_brings_every_value_early():
+    import random
+
+    axes = [Axis("big", range(40)), Axis("other", range(38)), Axis("fault", range(30)), Axis("flag", range(2))]
+    for seed in range(5):
+        rows = list(islice(strategies.pairwise(axes, random.Random(seed)), 45))
+        assert {row["fault"] for row in rows} == set(range(30))
+
+
+def _grid_of(op, count, *faults):
+    """The first cases on a GPU for a target that takes whatever there is, and what is laid in each."""
+    accepts = ("distinct", "minus_one", "num_experts", "garbage")
+    can = replace(EVERYTHING.capabilities, any_strides=True)
+    info = replace(EVERYTHING, op=op, contract=Contract(accepts=accepts, padding=PADDING_DIALECTS), capabilities=can)
+    space = RestrictedSpace(get_space(op), Restriction(faults=faults or None))
+    cases = list(islice(strategies.grid(space, info, "cuda", 1), count))
+    return cases, [{(fault.name, fault.tensor) for step in case.steps for fault in step.faults} for case in cases]
+
+
+@pytest.mark.parametrize("op", ["topk_softmax", "grouped_topk", "align", "experts_bf16", "nvfp4_quantize"])
+def test_the_grid_lays_every_fault_early(op):
+    places = get_space(op).places
+    _, laid = _grid_of(op, 6 * len(places))
+    assert {(place.fault, place.tensor) for place in places} <= set().union(*laid)
+
+
+@pytest.mark.parametrize(("op", "fault"), [("align", "int32_boundary"), ("topk_softmax", "int32_boundary"),
+                                           ("experts_bf16", "wide_ids"), ("grouped_topk", "negative_bias")])  # fmt: skip
+def test_what_the_grid_asks_for_is_laid(op, fault):
+    """Every second row asks for the only fault there is. It needs few rows, or a mode, or a bias: where a row
+    has them not it was dropped, and its pairs met by no case."""
+    _, laid = _grid_of(op, 200, fault)
+    assert sum(any(name == fault for name, _ in found) for found in laid) > 75
+
+
+def test_the_grid_has_large_numbers_of_tokens_with_nearly_every_fault_of_rows():
+    """All but those whose one pair with a large number fell to a graph, which holds no such number."""
+    cases, laid = _grid_of("align", 900)
+    large = set().union(*(found for case, found in zip(cases, laid, strict=True) if max(case.buckets) > MODEST))
+    on_rows = {(place.fault, place.tensor) for place in get_space("align").places if place.on_rows}
+    assert len(on_rows - large) <= 2 < len(on_rows)
 
 
 def test_every_fault_of_a_space_exists_and_is_described():
