@@ -167,7 +167,8 @@ def test_the_grid_lays_every_fault_early(op):
 
 
 @pytest.mark.parametrize(("op", "fault"), [("align", "int32_boundary"), ("topk_softmax", "int32_boundary"),
-                                           ("experts_bf16", "wide_ids"), ("grouped_topk", "negative_bias")])  # fmt: skip
+                                           ("experts_bf16", "wide_ids"),
+                                           ("grouped_topk", "negative_bias")])  # fmt: skip
 def test_what_the_grid_asks_for_is_laid(op, fault):
     """Every second row asks for the only fault there is. It needs few rows, or a mode, or a bias: where a row
     has them not it was dropped, and its pairs met by no case."""
