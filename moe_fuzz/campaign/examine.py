@@ -14,7 +14,8 @@ from moe_fuzz.campaign.faces import same_defect
 from moe_fuzz.campaign.finding import Finding, features_of, fingerprint, needed_features, place
 from moe_fuzz.campaign.interfaces import Cases, Pool, Sanitize, Sanitized, Space
 from moe_fuzz.campaign.locate import is_about_memory, is_device_fault, is_memory_fault, launch_site, locate
-from moe_fuzz.campaign.minimize import Minimized, Reducer
+from moe_fuzz.campaign.minimize import Minimized
+from moe_fuzz.campaign.reduce import reduce
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.options import FenceOptions, RunOptions
@@ -116,27 +117,13 @@ class Examiner:
     def _minimize(
         self, confirmed: Confirmation, key: Key, seconds: float, progress: Callable[[int, Case], None]
     ) -> tuple[Minimized, Verdict]:
-        target = confirmed.case.target
-        tries = 1 if confirmed.always else TRIES
-        verdicts: dict[Cases, Verdict] = {}
-
-        def fails(cases: Cases) -> bool:
-            for _ in range(tries):
-                verdict = rerun(self.pool, cases, target, self.options)
-                if holds(verdict, key):
-                    verdicts[cases] = verdict
-                    return True
-            return False
-
-        nothing = Minimized(confirmed.case, confirmed.sequence, 0, False, ())
         if seconds <= 0:
-            return nothing, confirmed.verdict
-        reducer = Reducer(self.space, fails, seconds, progress=progress, tries=self.tries)
-        minimized = reducer.run(confirmed.case, confirmed.sequence)
-        cases = (*minimized.before, minimized.case)
-        if cases not in verdicts:
-            return minimized, confirmed.verdict
-        return minimized, verdicts[cases]
+            return Minimized(confirmed.case, confirmed.sequence, 0, False, ()), confirmed.verdict
+        cases = (*confirmed.sequence, confirmed.case)
+        return reduce(
+            self.pool, self.space, cases, confirmed.case.target, confirmed.verdict, key, self.options, seconds,
+            runs=1 if confirmed.always else TRIES, tries=self.tries, progress=progress,
+        )  # fmt: skip
 
     def _needed_fence(self, cases: Cases, bad: BadCase, always: bool) -> str:
         """FenceOptions.own for a replay: what everybody has, if the failure shows with it."""

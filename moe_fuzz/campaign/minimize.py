@@ -54,6 +54,12 @@ class Reducer:
         self._progress = progress
         self._tried: dict[tuple[str, ...], bool] = {}
         self._best: Cases = ()
+        self._way: list[Case] = []
+
+    @property
+    def way(self) -> tuple[Case, ...]:
+        """The cases that `run` accepted, one after the other."""
+        return tuple(self._way)
 
     def run(self, case: Case, before: Cases = ()) -> Minimized:
         """Takes away what can go. `(*before, case)` must fail; it is not run again."""
@@ -75,7 +81,7 @@ class Reducer:
             self._best = plain  # as small without it
         tries = len(self._tried) - 1
         last = self._best[-1]
-        return Minimized(last, self._best[:-1], tries, complete, _explain(case, last, len(before), len(self._best) - 1))
+        return Minimized(last, self._best[:-1], tries, complete, explain(case, last, len(before), len(self._best) - 1))
 
     def _size(self, cases: Cases) -> tuple[int, ...]:
         victim = cases[-1]
@@ -195,6 +201,7 @@ class Reducer:
         self._tried[digests] = failed
         if failed:
             self._best = cases
+            self._way.append(cases[-1])
         if self._progress is not None:
             self._progress(len(self._tried) - 1, self._best[-1])
         return failed
@@ -241,7 +248,7 @@ def _digests(cases: Cases) -> tuple[str, ...]:
     return tuple(case.digest for case in cases)
 
 
-def _explain(first: Case, last: Case, before: int, before_now: int) -> tuple[str, ...]:
+def explain(first: Case, last: Case, before: int, before_now: int) -> tuple[str, ...]:
     """What was taken away, line by line."""
     facts: list[tuple[str, object, object]] = [
         ("cases before it", before, before_now),

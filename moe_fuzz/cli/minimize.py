@@ -8,15 +8,15 @@ from pathlib import Path
 import click
 
 from moe_fuzz.campaign.confirm import Key, holds, rerun
-from moe_fuzz.campaign.interfaces import Cases
 from moe_fuzz.campaign.interfaces import Pool as PoolLike
-from moe_fuzz.campaign.minimize import Minimized, Reducer
+from moe_fuzz.campaign.minimize import Minimized
+from moe_fuzz.campaign.reduce import reduce
 from moe_fuzz.case import Case, dumps_sequence
 from moe_fuzz.cli import params, source
 from moe_fuzz.errors import EnvironmentProblem, UsageError
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import REJECTED
+from moe_fuzz.verdict import REJECTED, Verdict
 from moe_fuzz.worker.pool import Pool
 
 
@@ -68,23 +68,20 @@ def command(
 def minimize(pool: PoolLike, found: source.Source, target: str, options: RunOptions, seconds: float) -> Minimized:
     """Raises UsageError if the case does not fail, EnvironmentProblem if it cannot run."""
     space = get_space(found.case.op)
-    key = _failure(pool, found, target, options)
-
-    def fails(cases: Cases) -> bool:
-        return holds(rerun(pool, cases, target, options), key)
+    key, verdict = _failure(pool, found, target, options)
 
     def show(tries: int, best: Case) -> None:
         if sys.stderr.isatty():
             click.echo(f"\r\x1b[2Ktry {tries}: {space.label(best)}"[:200], nl=False, err=True)
 
-    result = Reducer(space, fails, seconds, progress=show).run(found.case, found.cases[:-1])
+    result, _ = reduce(pool, space, tuple(found.cases), target, verdict, key, options, seconds, progress=show)
     if sys.stderr.isatty():
         click.echo("\r\x1b[2K", nl=False, err=True)
     return result
 
 
-def _failure(pool: PoolLike, found: source.Source, target: str, options: RunOptions) -> Key:
-    """What must stay the same: the finding's own failure if it shows, else the first one that does."""
+def _failure(pool: PoolLike, found: source.Source, target: str, options: RunOptions) -> tuple[Key, Verdict]:
+    """What must stay the same: the finding's own failure if it shows, else the first one that does; and the verdict."""
     verdict = rerun(pool, found.cases, target, options)
     if verdict.kind == REJECTED:
         raise EnvironmentProblem(f"the case cannot run on {target}: {verdict.kind}", verdict.detail)
@@ -93,8 +90,8 @@ def _failure(pool: PoolLike, found: source.Source, target: str, options: RunOpti
             f"the case does not fail on {target}", "nothing is to be minimized; --target names another one"
         )
     if found.finding is not None and holds(verdict, found.finding.raw):
-        return found.finding.raw
-    return verdict.key
+        return found.finding.raw, verdict
+    return verdict.key, verdict
 
 
 def describe(found: source.Source, result: Minimized) -> list[str]:
@@ -104,7 +101,7 @@ def describe(found: source.Source, result: Minimized) -> list[str]:
     else:
         lines = [f"from  {label(found.case)}", f"to    {label(result.case)}"]
         lines += [f"      {line}" for line in result.explain]
-        lines.append(f"{result.tries} tries, each in a fresh process")
+        lines.append(f"{result.tries} tries; what is left fails in a fresh process")
     if not result.complete:
         lines.append("the time was up first: a longer --time may find a smaller one")
     if result.before:

@@ -48,8 +48,11 @@ def overrun(logits: torch.Tensor, top_k: int, renormalize: bool = False) -> Resu
 
 @_PROMISES
 def once(logits: torch.Tensor, top_k: int, renormalize: bool = False) -> Result:
-    """Wrong the first time that anybody calls it with an odd number of experts."""
-    return odd(logits, top_k) if logits.shape[1] % 2 and _first("once") else sound(logits, top_k)
+    """Wrong the first time that anybody calls it with an odd number of experts: the last of them is never looked at,
+    and where that was not chosen, no weight is right."""
+    weights, ids = sound(logits, top_k)
+    wrong = len(logits) and logits.shape[1] % 2 and _first("once")
+    return (-1.0 - weights, odd(logits, top_k)[1]) if wrong else (weights, ids)
 
 
 @_PROMISES

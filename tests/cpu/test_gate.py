@@ -110,7 +110,7 @@ def test_the_minimal_case_has_to_fail_three_times_too(tmp_path):
             return GOOD
         runs[case.digest] += 1
         minimal = case.steps[0].tokens == 1 and len(case.experts) == 1
-        return GOOD if minimal and runs[case.digest] > 1 else bad()
+        return GOOD if minimal and runs[case.digest] > 3 else bad()  # as often as the reducer asks
 
     [finding] = gate(tmp_path, judge).run().gate.unstable
     assert finding.reproduces.startswith("sometimes")
