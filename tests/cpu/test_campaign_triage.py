@@ -8,8 +8,12 @@ import threading
 import pytest
 
 from moe_fuzz.campaign import events
+from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import confirm
+from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.locate import is_device_fault, launch_site, locate
+from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.campaign.triage import Triage
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, HANG, Verdict, Violation
@@ -286,6 +290,24 @@ def test_when_the_time_is_up_one_of_each_kind_is_reported_and_the_rest_stays_pen
     assert not any(finding.minimal for finding in summary.new)
     assert summary.unexamined >= len(list((tmp_path / "pending").iterdir()))
     assert summary.exit_code == 1
+
+
+def test_a_rare_kind_is_examined_before_the_second_of_a_loud_one(tmp_path):
+    loud = [toy(experts, bias=experts == 8, dtype="float16" if experts == 3 else "float32") for experts in (8, 3, 1)]
+    rare = toy(faults=["nan_rows"])
+
+    def judge(case, history, options):
+        return bad("routing", "rare") if case.fault_names else bad("routing", "loud") if case in loud else GOOD
+
+    pool, told = FakePool(judge), Listener()
+    examiner = Examiner(pool, pool.describe(TARGET), SPACE, OPTIONS, "cpu")
+    with StateDir(tmp_path) as state:
+        triage = Triage(state, {TARGET: examiner}, told, lambda bad: None, lambda: None)
+        for at, case in enumerate([*loud, rare]):
+            triage.offer((0, at), BadCase(TARGET, case, judge(case, (), OPTIONS), ()))
+        while triage.work(lambda: 60.0):
+            pass
+    assert [event.symptom for event in told.of(events.FindingConfirming)] == ["loud", "rare", "loud", "loud"]
 
 
 def test_what_a_case_lacked_its_finding_does_not_need(tmp_path):
