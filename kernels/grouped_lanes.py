@@ -59,6 +59,7 @@ def grouped_by_lanes(
     TOP2_SUM: tl.constexpr,  # else max
     HAS_BIAS: tl.constexpr, HAS_MAP: tl.constexpr, RENORMALIZE: tl.constexpr,
     FLAGGED: tl.constexpr,  # flagged rows: 0 are routed, 1 get (padding_id, 0), 2 stay unwritten
+    NAN_SAFE: tl.constexpr,
     LARGEST: tl.constexpr,  # of the logits' dtype
     WIDE: tl.constexpr,  # keys of 64 bits; else of 32, which hold a 16-bit float and an id
     TOP_K: tl.constexpr,  # top_k; 0: as the argument says
@@ -79,14 +80,14 @@ def grouped_by_lanes(
     for v in tl.static_range(EACH):
         at = base + tl.full([], v, tl.int64) * logits_stride_e
         x = tl.load(flat(at), mask=flat(all_ok), other=float("-inf"))
-        xs = xs + (clamped(widened(tl.reshape(x, (ROWS, LANES))), LARGEST, True),)
+        xs = xs + (clamped(widened(tl.reshape(x, (ROWS, LANES))), LARGEST, NAN_SAFE),)
 
     SUMMED: tl.constexpr = not SIGMOID and (HAS_BIAS or not RENORMALIZE)
     if SUMMED or (TOP2_SUM and not SIGMOID):
         peak = xs[0]
         for v in tl.static_range(1, EACH):
             peak = tl.maximum(peak, xs[v])
-        row_peak = row_top(peak, LARGEST, True)  # [R, 1]
+        row_peak = row_top(peak, LARGEST, NAN_SAFE)  # [R, 1]
     if SUMMED:
         total = total_of(xs, row_peak, EACH)
 
@@ -142,14 +143,14 @@ def grouped_by_lanes(
         at = logits_ptr + row[:, None] * logits_stride_t + ids.to(tl.int64) * logits_stride_e
         mask = tl.broadcast_to(row_ok & routed, (ROWS, LANES))
         picked = tl.reshape(tl.load(flat(at), mask=flat(mask), other=float("-inf")), (ROWS, LANES))
-        picked = clamped(widened(picked), LARGEST, True)
-        top = row_top(picked, LARGEST, True) if RENORMALIZE else 0.0
+        picked = clamped(widened(picked), LARGEST, NAN_SAFE)
+        top = row_top(picked, LARGEST, NAN_SAFE) if RENORMALIZE else 0.0
     else:
         picked = tl.where(routed, value_of(found, WIDE), float("-inf"))
-        top = top_of(value_of(first, WIDE), LARGEST, True)
+        top = top_of(value_of(first, WIDE), LARGEST, NAN_SAFE)
     if SUMMED and not RENORMALIZE:
         top = row_peak
-    score = saturated(relative_score(picked, top, SIGMOID, RENORMALIZE), True)
+    score = saturated(relative_score(picked, top, SIGMOID, RENORMALIZE), NAN_SAFE)
     if RENORMALIZE:
         weights = score / divisor(row_sum(score)) * scale
     elif SIGMOID:

@@ -18,11 +18,10 @@ if __package__:
     from .routing import (
         KNOWN_K,
         LARGEST,
+        _topk,
         interpreted_rows,
         launches_early,
         processors,
-        topk_sigmoid,
-        topk_softmax,
         warps_for,
     )
     from .routing_lanes import list_length, network
@@ -31,11 +30,10 @@ else:  # loaded by its path, as the script of a finding does: its neighbours are
     from routing import (
         KNOWN_K,
         LARGEST,
+        _topk,
         interpreted_rows,
         launches_early,
         processors,
-        topk_sigmoid,
-        topk_softmax,
         warps_for,
     )
     from routing_lanes import list_length, network
@@ -72,12 +70,21 @@ def grouped_topk(
 
     Raises ValueError for anything outside these shapes, dtypes and ranges.
     """
+    return _grouped_topk(logits, top_k, n_group, topk_group, scoring, group_score, renormalize, bias, scale, is_padding,
+                         padding, n_shared, expert_map, out)  # fmt: skip
+
+
+def _grouped_topk(
+    logits: Tensor, top_k: int, n_group: int, topk_group: int, scoring: str, group_score: str, renormalize: bool,
+    bias: Tensor | None, scale: float, is_padding: Tensor | None, padding: str, n_shared: int,
+    expert_map: Tensor | None, out: tuple[Tensor, Tensor] | None,
+    nan_safe: bool = True,  # False leaves out what it costs that NaN and +inf are safe, for the benchmark that says so
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(logits, top_k, n_group, topk_group, scoring, group_score, scale, padding, n_shared)
     tokens, experts = logits.shape
     if n_group == 1 and n_shared == 0 and expert_map is None:
-        router = topk_sigmoid if scoring == "sigmoid" else topk_softmax
-        return router(logits, top_k, renormalize=renormalize, bias=bias, scale=scale, is_padding=is_padding,
-                      padding=padding, out=out)  # fmt: skip
+        sigmoid = scoring == "sigmoid"
+        return _topk(sigmoid, logits, top_k, renormalize, bias, scale, is_padding, padding, out, nan_safe)
     slots = top_k + n_shared
     _expect("bias", bias, (experts,), torch.float32, logits.device)
     _expect("is_padding", is_padding, (tokens,), torch.bool, logits.device)
@@ -117,7 +124,7 @@ def grouped_topk(
             weights, ids,  # outputs
             tokens, experts, topk_group, top_k, n_shared,  # sizes
             *strides, *values,
-            LARGEST=LARGEST[logits.dtype], WIDE=wide, PDL=pdl, **constants, **block,
+            NAN_SAFE=nan_safe, LARGEST=LARGEST[logits.dtype], WIDE=wide, PDL=pdl, **constants, **block,
             **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
         return weights, ids

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moe_fuzz.contract import Capabilities, Contract, declares
+from moe_fuzz.kernels import grouped_topk as grouped
 from moe_fuzz.kernels import routing
 from moe_fuzz.targets import torch as plain
 
@@ -38,6 +39,28 @@ def topk_sigmoid_unsafe(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Our kernel without the operations that NaN and +inf need."""
     return routing._topk(True, logits, top_k, renormalize, bias, scale, None, "distinct", out, nan_safe=False)
+
+
+@declares(
+    contract=_ORDERED,
+    capabilities=Capabilities(out=True, is_padding=False, alignment=1, n_shared=0, expert_map=False),
+)
+def grouped_topk_unsafe(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    n_group: int,
+    topk_group: int,
+    scoring: str = "softmax",
+    group_score: str = "max",
+    renormalize: bool = False,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Our kernel without the operations that NaN and +inf need, where groups are whole lanes: all models' are."""
+    return grouped._grouped_topk(logits, top_k, n_group, topk_group, scoring, group_score, renormalize, bias, scale,
+                                 None, "distinct", 0, None, out, nan_safe=False)  # fmt: skip
 
 
 def _after_nan_to_num(router: str) -> Callable[..., Any]:

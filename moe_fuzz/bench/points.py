@@ -19,6 +19,7 @@ TOKENS = (1, 128, 4096)
 NAN_ROWS = "nan-rows"
 _NAN_TOKENS, _NAN_EVERY = 128, 10
 _NAN_CONFIG: Mapping[str, Scalar] = {"experts": 128, "top_k": 8, "renormalize": True, "dtype": "bfloat16"}
+_WITH_NAN_ROWS = ("topk_softmax", "topk_sigmoid")
 _SEED = 1
 
 #: Beside the known targets: what making a row safe costs, here by leaving it out, there by a pass in front.
@@ -28,7 +29,7 @@ EXTRA: Mapping[str, Mapping[str, str]] = {
         "torch + nan_to_num": f"{op}@moe_fuzz.bench.candidates:{op}_nan_to_num",
     }
     for op in ("topk_softmax", "topk_sigmoid")
-}
+} | {"grouped_topk": {"builtin, NaN-unsafe": "grouped_topk@moe_fuzz.bench.candidates:grouped_topk_unsafe"}}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def points(op: str, presets: Sequence[str] = (), tokens: Sequence[int] = TOKENS)
             hint = f"did you mean {near[0]!r}?" if near else f"the presets are {', '.join([NAN_ROWS, *known])}"
             raise UsageError(f"{op} has no preset {name!r}", hint)
     found = []
-    if op in EXTRA and (not presets or NAN_ROWS in presets):
+    if op in _WITH_NAN_ROWS and (not presets or NAN_ROWS in presets):
         found.append(Point(op, NAN_ROWS, _NAN_TOKENS, _NAN_CONFIG, _NAN_EVERY))
     chosen = [name for name in known if not presets or name in presets]
     # what a server quantizes is in bfloat16, whatever is the simplest to fuzz

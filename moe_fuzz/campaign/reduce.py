@@ -59,7 +59,7 @@ def reduce(
     reducer = Reducer(space, fails, ends - monotonic(), progress=told, tries=tries)
     found = reducer.run(start[-1], start[:-1])
     facts = explain(cases[-1], found.case, len(cases) - 1, len(found.before))
-    return replace(found, tries=before + found.tries, explain=facts), seen[*found.before, found.case]
+    return replace(found, tries=before + found.tries, explain=facts), seen[(*found.before, found.case)]
 
 
 def _scout(

@@ -23,6 +23,7 @@ from moe_fuzz.bench.drive import Result, Timer, measure_all
 from moe_fuzz.bench.points import EXTRA, NAN_ROWS, Candidate, Point, candidates, points
 from moe_fuzz.bench.stats import estimate, interval_rank, paired
 from moe_fuzz.errors import EnvironmentProblem, UsageError
+from moe_fuzz.kernels.grouped_topk import grouped_topk
 from moe_fuzz.ops import OPS, get_space
 
 FAKE = str(Path(__file__).with_name("bench_child.py"))
@@ -140,6 +141,21 @@ def test_what_nan_safety_leaves_out() -> None:
     weights, ids = extra.topk_softmax_unsafe(logits, 4, renormalize=True)
     assert weights.isnan().all()
     assert len(set(ids[0].tolist())) == 4
+
+
+@pytest.mark.parametrize("groups", [(64, 4), (64, 1)])  # whole lanes; none, which is another kernel
+def test_what_nan_safety_leaves_out_of_groups(groups: tuple[int, int]) -> None:
+    experts, n_group = groups
+    logits = torch.randn(5, experts)
+    logits[2] = math.nan
+    call = {"n_group": n_group, "topk_group": 1, "renormalize": True, "scoring": "sigmoid"}
+    weights, ids = extra.grouped_topk_unsafe(logits, 4, **call)
+    safe = grouped_topk(logits, 4, **call)
+    sound = torch.arange(5) != 2
+    assert torch.equal(ids[sound], safe[1][sound])
+    assert torch.equal(weights[sound], safe[0][sound])
+    assert weights[2].isnan().any()
+    assert safe[0][2].isfinite().all()
 
 
 def test_verification(tmp_path: Path) -> None:

@@ -94,20 +94,22 @@ def test_a_group_that_is_out_never_wins(router, group_score):
 
 @BOTH
 @RULES
-def test_ties_fall_to_the_lowest_group_and_id(router, group_score):
-    logits = torch.zeros(2, 12)
-    logits[1] = torch.tensor([0.0, -0.0, 1.0] * 4)
+@pytest.mark.parametrize("size", [3, 8, 24])  # of a group: the kernel for any sizes, then that of whole lanes
+def test_ties_fall_to_the_lowest_group_and_id(router, group_score, size):
+    logits = torch.zeros(2, 4 * size)
+    logits[1] = torch.tensor(([0.0, -0.0, 1.0] + [0.0] * size)[:size] * 4)
     groups = {"n_group": 4, "topk_group": 2, "group_score": group_score}
-    assert router(logits, 4, **groups)[1].tolist() == [[0, 1, 2, 3], [2, 5, 0, 1]]
+    assert router(logits, 4, **groups)[1].tolist() == [[0, 1, 2, 3], [2, size + 2, 0, 1]]
 
 
 @BOTH
-def test_shared_slots_follow_and_are_not_looked_up(router):
-    logits = logits_of(3, 8)
-    table = torch.tensor([70, 60, 50, 40, 30, 20, 10, 90], dtype=torch.int32)
+@pytest.mark.parametrize("experts", [8, 64])
+def test_shared_slots_follow_and_are_not_looked_up(router, experts):
+    logits = logits_of(3, experts)
+    table = 100 + torch.randperm(experts, generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     plain = router(logits, 3, n_group=2, topk_group=1, renormalize=True, scale=2.5)
     weights, ids = router(logits, 3, n_group=2, topk_group=1, renormalize=True, scale=2.5, n_shared=2, expert_map=table)
-    assert ids[:, 3:].tolist() == [[8, 9]] * 3
+    assert ids[:, 3:].tolist() == [[experts, experts + 1]] * 3
     assert weights[:, 3:].tolist() == [[1.0, 1.0]] * 3
     assert torch.equal(ids[:, :3], table[plain[1].long()])
     assert torch.equal(weights[:, :3], plain[0])
@@ -115,15 +117,17 @@ def test_shared_slots_follow_and_are_not_looked_up(router):
 
 
 @BOTH
+@pytest.mark.parametrize(("experts", "n_group"), [(6, 3), (64, 4)])
 @pytest.mark.parametrize(
-    ("dialect", "sentinel"), [("minus_one", -1), ("num_experts", 6), ("zero_weight", 0), ("garbage", 77)]
+    ("dialect", "sentinel"), [("minus_one", -1), ("num_experts", None), ("zero_weight", 0), ("garbage", 77)]
 )
-def test_a_dialect_rules_all_slots(router, dialect, sentinel):
-    logits, flags = logits_of(5, 6), torch.tensor([False, True, False, True, False])
+def test_a_dialect_rules_all_slots(router, experts, n_group, dialect, sentinel):
+    sentinel = experts if sentinel is None else sentinel
+    logits, flags = logits_of(5, experts), torch.tensor([False, True, False, True, False])
     logits[3] = NAN
     out = torch.full((5, 4), 0.5), torch.full((5, 4), 77, dtype=torch.int32)
-    table = torch.arange(10, 16, dtype=torch.int32)
-    groups = {"n_group": 3, "topk_group": 2, "n_shared": 2, "expert_map": table}
+    table = torch.arange(10, 10 + experts, dtype=torch.int32)
+    groups = {"n_group": n_group, "topk_group": 2, "n_shared": 2, "expert_map": table}
     weights, ids = router(logits, 2, **groups, is_padding=flags, padding=dialect, out=out)
     assert weights is out[0]
     assert ids is out[1]
@@ -139,7 +143,8 @@ def test_a_dialect_rules_all_slots(router, dialect, sentinel):
 @SCORINGS
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(
-    ("experts", "n_group", "topk_group", "top_k"), [(5, 1, 1, 5), (12, 4, 2, 5), (15, 5, 5, 15), (8, 8, 4, 4)]
+    ("experts", "n_group", "topk_group", "top_k"),
+    [(5, 1, 1, 5), (12, 4, 2, 5), (15, 5, 5, 15), (8, 8, 4, 4), (64, 4, 2, 8), (32, 32, 4, 4)],
 )
 def test_undefined_rows_give_distinct_ids(router, experts, n_group, topk_group, top_k, with_bias, scoring, group_score):
     rows = [[NAN], [-NAN], [-INF], [INF], [INF, NAN, -INF], [BIG, -BIG], [NAN, 1.0], [-INF, INF, 0.0]]
@@ -207,15 +212,16 @@ def test_bits_of_a_row_depend_on_that_row_alone(experts, n_group, group_score):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("experts", [40, 64])
 @pytest.mark.parametrize("view", ["columns", "transposed", "offset", "expanded"])
-def test_any_strides(view):
+def test_any_strides(view, experts):
     logits = {
-        "columns": logits_of(9, 80)[:, ::2],
-        "transposed": logits_of(40, 9).t(),
-        "offset": logits_of(9, 43)[:, 3:],
-        "expanded": logits_of(1, 40).expand(9, 40),
+        "columns": logits_of(9, 2 * experts)[:, ::2],
+        "transposed": logits_of(experts, 9).t(),
+        "offset": logits_of(9, experts + 3)[:, 3:],
+        "expanded": logits_of(1, experts).expand(9, experts),
     }[view]
-    bias, table = (logits_of(1, 80) / 50)[0, ::2], torch.randperm(160).int()[::4]
+    bias, table = (logits_of(1, 2 * experts) / 50)[0, ::2], torch.randperm(4 * experts).int()[::4]
     assert (bias.stride(), table.stride()) == ((2,), (4,))
     groups = {"n_group": 4, "topk_group": 2, "group_score": "top2_sum"}
     got = grouped_topk(logits, 5, **groups, bias=bias, expert_map=table)
