@@ -80,15 +80,18 @@ def grouped_by_lanes(
     for v in tl.static_range(EACH):
         at = base + tl.full([], v, tl.int64) * logits_stride_e
         x = tl.load(flat(at), mask=flat(all_ok), other=float("-inf"))
-        xs = xs + (clamped(widened(tl.reshape(x, (ROWS, LANES))), LARGEST, NAN_SAFE),)
+        x = widened(tl.reshape(x, (ROWS, LANES)))
+        if HAS_BIAS and not SIGMOID:
+            x = clamped(x, LARGEST, NAN_SAFE)  # every score depends on the sum
+        xs = xs + (x,)
 
-    SUMMED: tl.constexpr = not SIGMOID and (HAS_BIAS or not RENORMALIZE)
-    if SUMMED or (TOP2_SUM and not SIGMOID):
+    if not SIGMOID and (HAS_BIAS or TOP2_SUM or not RENORMALIZE):
         peak = xs[0]
         for v in tl.static_range(1, EACH):
             peak = tl.maximum(peak, xs[v])
-        row_peak = row_top(peak, LARGEST, NAN_SAFE)  # [R, 1]
-    if SUMMED:
+        # The sum over all of a row with NaN or +inf is neither: its divisor is inf, whatever the peak is.
+        row_peak = row_top(peak, LARGEST, NAN_SAFE and (HAS_BIAS or TOP2_SUM))  # [R, 1]
+    if not SIGMOID and (HAS_BIAS or not RENORMALIZE):
         total = total_of(xs, row_peak, EACH)
 
     # Integer keys, so that each search has one winner whatever the values are (routing_keys.py).
@@ -143,20 +146,21 @@ def grouped_by_lanes(
         at = logits_ptr + row[:, None] * logits_stride_t + ids.to(tl.int64) * logits_stride_e
         mask = tl.broadcast_to(row_ok & routed, (ROWS, LANES))
         picked = tl.reshape(tl.load(flat(at), mask=flat(mask), other=float("-inf")), (ROWS, LANES))
-        picked = clamped(widened(picked), LARGEST, NAN_SAFE)
+        picked = widened(picked)
         top = row_top(picked, LARGEST, NAN_SAFE) if RENORMALIZE else 0.0
     else:
         picked = tl.where(routed, value_of(found, WIDE), float("-inf"))
         top = top_of(value_of(first, WIDE), LARGEST, NAN_SAFE)
-    if SUMMED and not RENORMALIZE:
+    if not SIGMOID and not RENORMALIZE:
         top = row_peak
-    score = saturated(relative_score(picked, top, SIGMOID, RENORMALIZE), NAN_SAFE)
+    score = relative_score(picked, top, SIGMOID, RENORMALIZE)
     if RENORMALIZE:
+        score = saturated(score, NAN_SAFE)
         weights = score / divisor(row_sum(score)) * scale
     elif SIGMOID:
-        weights = score * scale
+        weights = saturated(score, NAN_SAFE) * scale
     else:
-        weights = score / total * scale
+        weights = saturated(score / total, NAN_SAFE) * scale
 
     if HAS_MAP:
         mask = tl.broadcast_to(row_ok & routed, (ROWS, LANES))
