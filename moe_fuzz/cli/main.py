@@ -161,6 +161,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             place = f" ({error.filename})" if error.filename else ""
             return _complain(f"{error.strerror}{place}", "`moe-fuzz doctor` looks at the machine", EXIT_ENVIRONMENT)
         return _internal(error, arguments)
+    except ModuleNotFoundError as error:
+        package = (error.name or "moe_fuzz").partition(".")[0]
+        if package == "moe_fuzz":
+            return _internal(error, arguments)
+        hint = "install moe-fuzz with pip, which brings all that it needs; its sources alone on PYTHONPATH do not"
+        return _complain(f"the package {package} is not installed for {sys.executable}", hint, EXIT_ENVIRONMENT)
     except Exception as error:  # noqa: BLE001 -- the last resort: whatever it is, it is no finding
         return _internal(error, arguments)
 
