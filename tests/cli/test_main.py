@@ -95,7 +95,7 @@ def test_a_poor_encoding_is_no_error(spawn: Spawn) -> None:
         (MoeFuzzError("inside"), 4, "error: inside\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (OSError(28, "No space left on device"), 3, "No space left"),
-        (ModuleNotFoundError("No module named 'filelock'", name="filelock"), 3, "the package filelock is not installed"),
+        (ModuleNotFoundError("No module named 'rich'", name="rich"), 3, "the package rich is not installed"),
         (ModuleNotFoundError("No module named 'moe_fuzz.x'", name="moe_fuzz.x"), 4, "internal error"),
     ],
 )
