@@ -152,7 +152,7 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
         taken = space.places_for(config, info)
         wanted = [asked, *owed] if asked is not None else owed
         place = next((one for one in wanted if one in taken and sequences.mode(run) in one.modes), None)
-        owed = [one for one in wanted if one is not place]
+        owed = [one for one in dict.fromkeys(wanted) if one is not place]
         faults = [(place, int(row["where"]))] if place else []
         fitting = sequences.within(tokens, faults)
         if run != sequences.SINGLE:
@@ -164,8 +164,8 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
 
 
 def pairwise(axes: Sequence[Axis], chosen: random.Random) -> Iterator[dict[str, Scalar]]:
-    """Rows that together hold every pair of values of every two axes at least once. Each row begins with values that
-    the fewest rows have had: all faults have come once before one comes for the third time."""
+    """Rows that together hold every pair of values of every two axes at least once. But for one pair that is missing, a
+    row has values that the fewest rows have had, so that no fault waits for the others."""
     missing: dict[tuple[int, int], set[tuple[int, int]]] = {
         (a, b): {(i, j) for i in range(len(axes[a].values)) for j in range(len(axes[b].values))}
         for a, b in combinations(range(len(axes)), 2)

@@ -28,7 +28,7 @@ EXTRA: Mapping[str, Mapping[str, str]] = {
         "builtin, NaN-unsafe": f"{op}@moe_fuzz.bench.candidates:{op}_unsafe",
         "torch + nan_to_num": f"{op}@moe_fuzz.bench.candidates:{op}_nan_to_num",
     }
-    for op in ("topk_softmax", "topk_sigmoid")
+    for op in _WITH_NAN_ROWS
 } | {"grouped_topk": {"builtin, NaN-unsafe": "grouped_topk@moe_fuzz.bench.candidates:grouped_topk_unsafe"}}
 
 

@@ -14,10 +14,10 @@ from moe_fuzz.bench.stats import Estimate, estimate, paired
 
 FORMAT = 1
 OURS = "builtin"
-#: What ours has to be at every point: this share of the fastest upstream's time, or this share of copy bandwidth.
-UPSTREAM_SHARE, COPY_SHARE = 0.8, 0.85
 #: The sizes of a config, and how their columns are headed; an op has some of them.
 _SIZES = {"experts": "E", "top_k": "k", "blocks": "blocks of 16"}
+#: What ours has to be at every point: this share of the fastest upstream's time, or this share of copy bandwidth.
+UPSTREAM_SHARE, COPY_SHARE = 0.8, 0.85
 SAFETY_SHARE = 1.02  # and the whole interval of safe over unsafe lies below
 
 
