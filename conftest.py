@@ -1,6 +1,6 @@
 """How the tests run on the machine at hand. pytest loads this file first, in every xdist worker too.
 
-Four things happen here, each before any test module is imported, and one fixture is made:
+Four things happen here, each before any test module is imported, and two fixtures are made:
 
 1. TRITON_INTERPRET=1 goes into the environment, because Triton decides between compiler and interpreter when a kernel
    is *defined*. It does so with a GPU too: what runs on one runs in processes of its own, which drop the variable, so a
@@ -12,12 +12,14 @@ Four things happen here, each before any test module is imported, and one fixtur
 4. `-n auto` gets an answer, and tests marked `gpu`, `multigpu(n)`, `sanitizer` or `interpreter` are skipped with a
    reason where the machine cannot run them.
 
-5. `cuda_pool` is one for all tests of a process: importing torch anew takes longer than most of them. Between two files
+5. What a test draws from torch without a generator of its own is the same in every run: other data are a campaign's.
+
+6. `cuda_pool` is one for all tests of a process: importing torch anew takes longer than most of them. Between two files
    it rests, so that what other tests start finds a place on a GPU.
 
-None of it asks torch: importing it takes seconds, and a CUDA context in the pytest process would hold memory on a GPU
-that belongs to the workers. Nor is any of it in moe_fuzz/pytest_plugin.py, which is loaded into other projects' test
-runs, where these decisions are not ours.
+None of it imports torch: that takes seconds, and a CUDA context in the pytest process would hold memory on a GPU that
+belongs to the workers. Nor is any of it in moe_fuzz/pytest_plugin.py, which is loaded into other projects' test runs,
+where these decisions are not ours.
 """
 
 from __future__ import annotations
@@ -88,6 +90,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Whoever is done takes tests from others: a file with a minute of tests would be one worker's alone."""
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "worksteal"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch = sys.modules.get("torch")  # a test file that uses it has imported it
+    if torch is not None:
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

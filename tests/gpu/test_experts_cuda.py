@@ -117,9 +117,10 @@ def activations_layouts_and_biases_agree() -> None:
                 }  # fmt: skip
                 got = experts_bf16(x, w13[:, :rows], w2, weights, ids, **options).double()
                 expected = reference(x, w13[:, :rows], w2, weights, ids, **options).double()
-                # a store may round the other way where float32 and float64 straddle a tie: at h, at the slot, at y
-                step = 2**-8 * expected.abs().amax(1, keepdim=True)
-                assert ((got - expected).abs() <= 2 * step).all(), (activation, layout, on_input, tokens)
+                # A store may round the other way where float32 and float64 straddle a tie, which is up to 2^-7 of it:
+                # at a slot and, as seldom, at y. One more at h is small beside them.
+                far = (got - expected).abs() / expected.abs().amax(1, keepdim=True).clamp(min=1e-30)
+                assert (far <= 2 * 2**-7).all(), (activation, layout, on_input, tokens, far.max().item())
 
 
 @on_device
@@ -269,5 +270,8 @@ def test_on_the_device(name: str) -> None:
 
 
 if __name__ == "__main__":
+    import torch
+
     for chosen in sys.argv[1:] or CHECKS:
+        torch.manual_seed(0)
         CHECKS[chosen]()

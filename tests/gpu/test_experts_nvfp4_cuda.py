@@ -170,11 +170,12 @@ def activations_layouts_and_biases_agree() -> None:
                     "w13_scales": given["w13_scales"][:, :rows].contiguous(), "b13": b13[:, :rows], "b2": b2,
                 }  # fmt: skip
                 expected = reference(**options).double()
-                # a store may round the other way where float32 and float64 straddle a tie: at h, at the slot, at y
-                step = 2**-8 * expected.abs().amax(1, keepdim=True)
+                largest = expected.abs().amax(1, keepdim=True).clamp(min=1e-30)
                 for backend in ("small", "large"):
-                    got = experts_nvfp4(**options, backend=backend).double()
-                    assert ((got - expected).abs() <= 2 * step).all(), (activation, layout, on_input, tokens, backend)
+                    # as in test_experts_cuda.py: a store may round the other way, at a slot and at y
+                    far = (experts_nvfp4(**options, backend=backend).double() - expected).abs() / largest
+                    where = (activation, layout, on_input, tokens, backend, far.max().item())
+                    assert (far <= 2 * 2**-7).all(), where
 
 
 @on_device
@@ -304,5 +305,8 @@ def test_on_the_device(name: str) -> None:
 
 
 if __name__ == "__main__":
+    import torch
+
     for chosen in sys.argv[1:] or CHECKS:
+        torch.manual_seed(0)
         CHECKS[chosen]()

@@ -28,6 +28,7 @@ SPACE = get_space("moe_layer")
 GATE = """
 import torch
 from moe_fuzz.kernels.moe_layer import gate_logits
+torch.manual_seed(0)
 for tokens, experts, hidden in [(1, 1, 1), (3, 5, 7), (17, 33, 100), (64, 128, 2048), (257, 257, 2880), (0, 8, 16)]:
     for dtype, kind in [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)]:
         x = torch.randn(tokens, hidden, device="cuda").to(dtype)

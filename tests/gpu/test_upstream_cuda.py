@@ -102,7 +102,8 @@ def test_a_released_part_of_experts_is_bound_and_runs(pool: Pool, target: str) -
     with pool.lease(target) as worker:
         verdicts = worker.run(cases, target, OPTIONS)
     all_pass(cases, verdicts, (PASS, VIOLATION))
-    assert sum(verdict.parity for verdict in verdicts) > 12
+    # a case on which a library is wrong counts for nothing here, and how many those are is not this test's matter
+    assert sum(verdict.parity for verdict in verdicts) >= len(cases) // 4
 
 
 @pytest.mark.parametrize("target", PARTS)
