@@ -20,7 +20,9 @@ class Contract:
     """The numerical contract of a target: the checks take their bounds from it and from nothing else."""
 
     compute: str = "float32"  # dtype in which scores and weights are computed
-    sigmoid: str = "exp"  # "exp": relative accuracy | "tanh": 0.5 * tanh(x / 2) + 0.5, which has an absolute one only
+    #: "exp": relative accuracy | "tanh": 0.5 * tanh(x / 2) + 0.5, which has an absolute one only | "tanh.approx": the
+    #: same by that instruction, of routers alone
+    sigmoid: str = "exp"
     deterministic: bool = False  # same input, same bits
     batch_invariant: bool = False  # a row's bits depend on that row alone: not on its position, on T, on other rows
     isolated: bool = False  # of experts and layers: at the same T, a row's bits depend on that row alone
@@ -82,6 +84,8 @@ class Capabilities:
     max_n_group: int = 1024
     min_group_size: int = 1  # experts in a group; some take the two best of each without asking (vllm#29439)
     max_group_size: int = 1024
+    max_kept: int = 1 << 20  # experts of all the groups that are kept
+    top_k_by_groups: bool = False  # top_k <= n_group * topk_group, whatever a group has (flashinfer#4867)
     scorings: tuple[str, ...] = ("softmax", "sigmoid")
     group_scores: tuple[str, ...] = ("max", "top2_sum")
     group_score_by_bias: bool = False  # `top2_sum` with a bias, `max` without: one function in many libraries

@@ -45,6 +45,8 @@ _LIBRARIES = {
     "experts_nvfp4@builtin.large": "moe_fuzz.targets.builtin:experts_nvfp4_large()",
     "experts_nvfp4@builtin.small": "moe_fuzz.targets.builtin:experts_nvfp4_small()",
     "experts_nvfp4@vllm": "moe_fuzz.targets.vllm_marlin:experts_nvfp4()",
+    "grouped_topk@flashinfer": "moe_fuzz.targets.flashinfer:grouped_topk()",
+    "grouped_topk@flashinfer.one_group": "moe_fuzz.targets.flashinfer:grouped_topk_one_group()",
     "grouped_topk@sglang": "moe_fuzz.targets.sglang:grouped_topk()",
     "grouped_topk@sglang.triton": "moe_fuzz.targets.sglang_triton:grouped_topk()",
     "grouped_topk@vllm": "moe_fuzz.targets.vllm:grouped_topk()",

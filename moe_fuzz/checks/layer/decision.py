@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from moe_fuzz.checks.routing.observation import RoutingObservation
-from moe_fuzz.checks.routing.scores import U
+from moe_fuzz.checks.routing.scores import SIGMOID_FLOORS, U
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Decision(RoutingObservation):
         """
         x, e = self.logits.double(), self.logit_error
         if self.scoring == "sigmoid":
-            floor = 2.0**-120 + (2 * U if self.info.contract.sigmoid == "tanh" else 0.0)
+            floor = SIGMOID_FLOORS[self.info.contract.sigmoid]
             low, high = (x - e).sigmoid(), (x + e).sigmoid()
             relative = (2 * (e - x).clamp(min=0) + 12) * U
         else:

@@ -15,6 +15,9 @@ from moe_fuzz.ops.routing.inputs import RoutingInputs
 from moe_fuzz.reference import grouped_topk, routing
 
 U = 2.0**-24  # unit roundoff of float32
+#: By Contract.sigmoid: how far a sigmoid may be from the exact one, for all that its relative error does not say. Two
+#: roundings of 0.5 * tanh + 0.5; PTX gives the relative error of tanh.approx.f32 as at most 2^-11.
+SIGMOID_FLOORS = {"exp": 2.0**-120, "tanh": 2.0**-120 + 2 * U, "tanh.approx": 2.0**-12 + 2 * U}
 
 
 class Scored:
@@ -113,7 +116,7 @@ class Scored:
         """δ of some of a row's experts: of these float64 logits, which have these scores."""
         if self.scoring == "sigmoid":
             relative = (2 * logits.neg().clamp(min=0) + 12) * U
-            floor = 2.0**-120 + (2 * U if self.info.contract.sigmoid == "tanh" else 0.0)
+            floor = SIGMOID_FLOORS[self.info.contract.sigmoid]
         else:
             distance = self.highest_logit - logits
             relative = distance.mul_(2).add_(self.experts).add_(2 * math.log(self.experts)).add_(16).mul_(U)

@@ -79,7 +79,11 @@ class GroupedSpace(space.RoutingSpace):
         fitting = [n for n in groups if n <= int(drawn["n_group"])]
         drawn["n_group"] = max(fitting) if fitting else min(groups)
         # Wrapped, not cut off: else most cases would keep all of their few groups, and choose none.
-        drawn["topk_group"] = (int(drawn["topk_group"]) - 1) % int(drawn["n_group"]) + 1
+        n_group = int(drawn["n_group"])
+        most = min(n_group, max(can.max_kept // (int(drawn["experts"]) // n_group), 1))
+        drawn["topk_group"] = (int(drawn["topk_group"]) - 1) % most + 1
+        if can.top_k_by_groups:
+            drawn["top_k"] = min(int(drawn["top_k"]), n_group * int(drawn["topk_group"]))
         if can.group_score_by_bias:
             drawn["group_score"] = _score_by_bias(drawn)
         return super().complete(drawn, info)
@@ -112,6 +116,9 @@ class GroupedSpace(space.RoutingSpace):
         n_group, size = int(config["n_group"]), len(case.experts) // int(config["n_group"])
         yield not can.min_n_group <= n_group <= can.max_n_group, f"{n_group} groups"
         yield not can.min_group_size <= size <= can.max_group_size, f"groups of {size}"
+        kept, slots = int(config["topk_group"]), n_group * int(config["topk_group"])
+        yield kept * size > can.max_kept, f"{kept} groups of {size}"
+        yield can.top_k_by_groups and int(config["top_k"]) > slots, f"top_k over n_group * topk_group = {slots}"
         yield config["scoring"] not in can.scorings, f"scoring={config['scoring']}"
         unbound = can.group_score_by_bias and config["group_score"] != _score_by_bias(config)
         yield config["group_score"] not in can.group_scores or unbound, (
