@@ -28,7 +28,7 @@ _SEEDS = st.integers(0, 2**62 - 1)
 def configs(draw: st.DrawFn, space: Space, info: TargetInfo) -> dict[str, Scalar]:
     """A config of the op inside the target's capabilities; one in four is that of a model people serve."""
     axes = space.axes(info)
-    config: dict[str, Scalar] = {axis.name: draw(st.sampled_from(axis.values)) for axis in axes}
+    config: dict[str, Scalar] = {axis.name: draw(st.sampled_from((*axis.values, *axis.often))) for axis in axes}
     shape = draw(st.integers(0, 7))
     if shape < 2:
         allowed = {axis.name: axis.values for axis in axes}

@@ -29,6 +29,7 @@ class Axis:
 
     name: str
     values: Sequence[Scalar]
+    often: Sequence[Scalar] = ()  # of these values, drawn once more for each mention: kernels have a path for them
 
 
 class Space(Protocol):

@@ -135,6 +135,35 @@ def groups_beyond_eight(
     return _weights(logits, ids, scoring, renormalize), ids.int()
 
 
+def four_groups_kept(
+    logits: Tensor, top_k: int, *, renormalize: bool = False, n_group: int = 1, topk_group: int = 1,
+    scoring: str = "softmax", group_score: str = "max", bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """flashinfer#5165: registers for four groups, as the model it was made for keeps. Of more, the rest are left out.
+
+    Neither the checks of the caller nor those of the launch ask how many are kept.
+    """
+    choice, kept = _keep(logits, n_group, min(topk_group, 4), scoring, group_score, bias)
+    ids = _best(choice, top_k, kept)
+    return _weights(logits, ids, scoring, renormalize), ids.int()
+
+
+def unwritten_candidates(
+    logits: Tensor, top_k: int, *, renormalize: bool = False, n_group: int = 1, topk_group: int = 1,
+    scoring: str = "softmax", group_score: str = "max", bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """flashinfer#5165: without groups a warp leaves the best of 128 experts for the last one, which takes the best of
+    those. A warp leaves k; eight are read, and what nobody wrote is the expert 0 with a score of 0.
+    """
+    choice, kept = _keep(logits, n_group, topk_group, scoring, group_score, bias)
+    ids = _best(choice, top_k, kept)
+    if n_group == 1 and choice.shape[1] > 128 and top_k < 8:
+        scores = _scored(logits, scoring, bias).gather(1, ids)
+        left = torch.cat([scores, torch.zeros_like(scores)], dim=1)
+        ids = torch.cat([ids, torch.zeros_like(ids)], dim=1).gather(1, _best(left, top_k))
+    return _weights(logits, ids, scoring, renormalize), ids.int()
+
+
 def grouped_zero_division(
     logits: Tensor, top_k: int, *, renormalize: bool = False, n_group: int = 1, topk_group: int = 1,
     scoring: str = "softmax", group_score: str = "max", bias: Tensor | None = None,

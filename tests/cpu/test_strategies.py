@@ -17,7 +17,7 @@ import moe_fuzz.faults.groups
 import moe_fuzz.faults.nvfp4  # noqa: F401 - they register
 from moe_fuzz import faults, strategies
 from moe_fuzz.campaign.drive import drive
-from moe_fuzz.case import Case, Step
+from moe_fuzz.case import Case, Scalar, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import OPS, get_space
@@ -208,6 +208,16 @@ def test_cases_choose_among_groups():
     assert sum(int(case.config["topk_group"]) < int(case.config["n_group"]) for case in cases) > 100
     assert any(case.config["n_group"] == len(case.experts) > 1 for case in cases)
     assert any((len(case.experts) // int(case.config["n_group"])) % 2 for case in cases)
+
+
+def test_what_kernels_have_a_path_for_is_drawn_often():
+    """One group, as half of the models with such routers have it, and one expert a token."""
+    configs: list[dict[str, Scalar]] = []
+    space = get_space("grouped_topk")
+    info = TargetInfo("grouped_topk@builtin", "grouped_topk", "builtin")
+    drive(strategies.rounds(space, info, "cuda", most=1), 7, 400, lambda cases: configs.append(cases[0].config))
+    for field, least in (("n_group", 0.2), ("top_k", 0.1)):
+        assert sum(config[field] == 1 for config in configs) > least * len(configs), field
 
 
 def test_a_device_sees_sizes_that_narrow_indices_do_not_hold():

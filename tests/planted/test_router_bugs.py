@@ -117,6 +117,34 @@ def test_the_ninth_group_is_never_chosen():
     assert got == right
 
 
+def test_of_six_groups_four_are_kept():
+    logits = torch.arange(12.0, 0.0, -1.0)[None]
+    logits[0, 11] = 3.5  # the sixth group: one of its two is better than both of the fifth, but not their best two
+    groups = {"n_group": 6, "group_score": "top2_sum"}
+    got, right = grouped("four_groups_kept", logits, 9, topk_group=5, **groups)
+    assert got == right  # of what is out the lowest come first, and that is the ninth
+    bias = torch.cat([torch.full((8,), 2.0), torch.tensor([0.0, 0.0, -1.0, 9.0])])
+    got, right = grouped("four_groups_kept", logits[:, :].clone().fill_(1.0), 1, topk_group=5, bias=bias, **groups)
+    assert got == right == [[11]]
+    for kept, same in ((4, True), (5, False)):
+        scores = torch.tensor([[6.0, 0, 6, 0, 6, 0, 6, 0, 2, 2, 0, 0]])
+        got, right = grouped("four_groups_kept", scores, 5, topk_group=kept, **groups)
+        assert (got == right) is same, kept
+
+
+def test_what_no_warp_wrote_is_expert_0():
+    logits, bias, one = logits_of(3, 129), torch.full((129,), -9.0), {"n_group": 1, "topk_group": 1}
+    rest = {"scoring": "sigmoid"}
+    got, right = grouped("unwritten_candidates", logits, 1, bias=bias, **one, **rest)
+    assert got == [[0]] * 3 != right
+    for top_k, more in ((2, one), (2, {**one, "bias": -bias}), (8, {**one, "bias": bias}),
+                        (2, {"bias": bias, "n_group": 3, "topk_group": 2})):  # fmt: skip
+        got, right = grouped("unwritten_candidates", logits, top_k, **more, **rest)
+        assert got == right, (top_k, more)
+    got, right = grouped("unwritten_candidates", logits[:, 1:], 1, bias=bias[1:], **one, **rest)
+    assert got == right
+
+
 def test_a_group_of_one_has_no_two_best():
     with pytest.raises(RuntimeError, match="out of range"):
         load("group_of_one")(logits_of(1, 8), 2, n_group=8, topk_group=8, group_score="top2_sum")

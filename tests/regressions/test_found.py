@@ -86,8 +86,10 @@ def test_a_sound_implementation_does_not(file: Path, runner: Runner) -> None:
 def test_the_library_fails_in_that_way_or_not_at_all(cuda_pool: Pool, file: Path) -> None:
     record, case = read(file)
     provider = case.target.partition("@")[2].partition(".")[0]
-    if not (os.environ.get(LIB_VARIABLES[provider]) or sources.installed(sources.SOURCES[provider].package)):
-        pytest.skip(f"{provider} is not installed, and {LIB_VARIABLES[provider]} is not set")
+    variable = LIB_VARIABLES.get(provider, "")
+    package = sources.SOURCES[provider].package if variable else provider
+    if not (os.environ.get(variable) or sources.installed(package)):
+        pytest.skip(f"{provider} is not installed{f', and {variable} is not set' if variable else ''}")
     with cuda_pool.lease(case.target) as worker:
         verdict = worker.run([case], case.target, RunOptions(deadline=20.0, first_deadline=120.0))[0]
     assert verdict.kind == PASS or is_it(record, verdict), told(verdict, case)

@@ -62,7 +62,7 @@ class GroupedSpace(space.RoutingSpace):
         groups = [n for n in N_GROUP if can.min_n_group <= n <= can.max_n_group and n <= int(most)]
         return (
             *plain.values(),
-            Axis("n_group", groups),
+            Axis("n_group", groups, often=(1, 1, 1) if 1 in groups else ()),
             Axis("topk_group", [g for g in TOPK_GROUP if g <= max(groups, default=1)]),
             Axis("scoring", can.scorings),
             Axis("group_score", can.group_scores),

@@ -111,7 +111,7 @@ class RoutingSpace:
         can, contract = info.capabilities, info.contract
         return (
             Axis("experts", [e for e in EXPERTS if takes_experts(can, e)]),
-            Axis("top_k", [k for k in TOP_K if k <= can.max_top_k]),
+            Axis("top_k", [k for k in TOP_K if k <= can.max_top_k], often=(1,)),
             Axis("dtype", [d for d in DTYPES if d in can.dtypes]),
             Axis("renormalize", can.renormalize),
             Axis("bias", (True,) if can.bias_required else (False, True) if can.bias else (False,)),
