@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -248,6 +248,13 @@ def loads_sequence(text: str) -> tuple[Case, ...]:
     if record.get("moe_fuzz_sequence") != FORMAT or not isinstance(cases, list):
         raise CaseError("moe_fuzz_sequence", f"this is not a sequence of format {FORMAT}")
     return tuple(Case.from_json(case) for case in cases)
+
+
+def targets_of(cases: Sequence[Case], target: str) -> tuple[str, ...]:
+    """On what each of some cases runs that share a process: the last on `target`, and so do those that name the same
+    one as it, or none. What ran before it on another target, perhaps of another op, does so again."""
+    own = {"", *(case.target for case in cases[-1:])}
+    return tuple(target if case.target in own else case.target for case in cases)
 
 
 def inline_sequence(cases: Iterable[Case]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
-from moe_fuzz.campaign.interfaces import Cases, Pool
-from moe_fuzz.case import Case
+from moe_fuzz.campaign.interfaces import Cases, Pool, Worker
+from moe_fuzz.case import Case, targets_of
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, HANG, Verdict, Violation
 
@@ -43,6 +45,14 @@ def killed(verdict: Verdict) -> bool:
     return verdict.kind == CRASH and verdict.key[1].startswith("killed:")
 
 
+def in_order(worker: Worker, cases: Cases, target: str, options: RunOptions) -> list[Verdict]:
+    """The verdicts of cases that share a process, each on the target that `targets_of` says."""
+    verdicts: list[Verdict] = []
+    for name, part in groupby(zip(targets_of(cases, target), cases, strict=True), key=itemgetter(0)):
+        verdicts += worker.run([case for _, case in part], name, options)
+    return verdicts
+
+
 def rerun(
     pool: Pool, cases: Cases, target: str, options: RunOptions, environment: Mapping[str, str] | None = None
 ) -> Verdict:
@@ -51,7 +61,7 @@ def rerun(
     `environment`: variables of its process alone."""
     for _ in range(TRIES):
         with pool.fresh(environment) as worker:
-            verdicts = worker.run(cases, target, options)
+            verdicts = in_order(worker, cases, target, options)
         if not any(map(killed, verdicts)):
             break
     return verdicts[-1]

@@ -18,6 +18,7 @@ from moe_fuzz.campaign.minimize import Minimized
 from moe_fuzz.campaign.reduce import reduce
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
+from moe_fuzz.ops import get_space
 from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.verdict import CRASH, HANG, OOM, UNJUDGED, Verdict, Violation
 
@@ -28,7 +29,10 @@ def blame(space: Space, minimized: Minimized, violation: Violation) -> str:
     A write out of bounds that hits nobody's guard is seen later, in another call (flashinfer#3957).
     """
     if minimized.before:
-        return f"; the victim: it passes alone, and fails after its culprit, {space.label(minimized.before[-1])}"
+        culprit = minimized.before[-1]
+        elsewhere = f" of {culprit.target}" if culprit.target != minimized.case.target else ""
+        label = (space if culprit.op == space.op else get_space(culprit.op)).label(culprit)
+        return f"; the victim: it passes alone, and fails after its culprit, {label}{elsewhere}"
     before = violation.step or 0
     if not before or not minimized.complete:  # else earlier steps may be there for want of time
         return ""

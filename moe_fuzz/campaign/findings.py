@@ -25,16 +25,17 @@ def folder(state: StateDir, finding: Finding) -> Path:
 
 def write_finding(state: StateDir, finding: Finding, render_repro: RenderRepro | None = None) -> Path:
     """Writes a new finding's folder and returns it."""
+    script = render_repro(finding) if render_repro is not None else ""
     files = {
         "case.json": finding.case.dumps(indent=1) + "\n",
         "finding.json": _dumps(_record(finding)),
         "env.json": _dumps(dict(finding.env)),
-        "report.md": render_issue(finding, repro=render_repro is not None),
+        "report.md": render_issue(finding, repro=_shows_it(script)),
     }
     if finding.sequence:
         files["sequence.json"] = dumps_sequence((*finding.sequence, finding.case)) + "\n"
-    if render_repro is not None:
-        files["repro.py"] = render_repro(finding)
+    if script:
+        files["repro.py"] = script
     return state.write_folder(f"findings/{finding.id}", files)
 
 
@@ -48,9 +49,15 @@ def seen_again(state: StateDir, finding: Finding, times: int = 1) -> Finding:
 def add_face(state: StateDir, finding: Finding, face: Face) -> Finding:
     """Adds another smallest case to a finding that is on disk, and counts the sighting."""
     finding = seen_again(state, replace(finding, faces=(*finding.faces, face)))
-    repro = (folder(state, finding) / "repro.py").exists()
-    state.write_text(f"findings/{finding.id}/report.md", render_issue(finding, repro=repro))
+    repro = folder(state, finding) / "repro.py"
+    shown = _shows_it(read_text(repro)) if repro.exists() else False
+    state.write_text(f"findings/{finding.id}/report.md", render_issue(finding, repro=shown))
     return finding
+
+
+def _shows_it(script: str) -> bool:
+    """Not the one that says why there can be none: repro/none.py.j2."""
+    return bool(script) and "There is no script for this finding" not in script
 
 
 def load_findings(state: StateDir, set_aside: bool = False) -> list[Finding]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from moe_fuzz.campaign.confirm import Key, matching, rerun
+from moe_fuzz.campaign.confirm import Key, in_order, matching, rerun
 from moe_fuzz.campaign.interfaces import Cases, Pool
 from moe_fuzz.case import Case
 from moe_fuzz.options import FenceOptions, RunOptions
@@ -155,7 +155,7 @@ class _Questions:
         start one takes far longer than to run a case. None: under none, or it was lost otherwise."""
         with self.pool.fresh() as worker:
             for at, fence in enumerate(fences):
-                verdict = worker.run(self.cases, self.target, replace(self.options, fence=fence))[-1]
+                verdict = in_order(worker, self.cases, self.target, replace(self.options, fence=fence))[-1]
                 if matching(verdict, self.key) is not None:
                     return at
                 if verdict.spent or verdict.kind in (CRASH, HANG, OOM):

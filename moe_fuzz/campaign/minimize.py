@@ -18,6 +18,7 @@ from moe_fuzz.campaign.interfaces import Cases, Space
 from moe_fuzz.case import Case, Step
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops import get_space
 
 T = TypeVar("T")
 
@@ -121,13 +122,14 @@ class Reducer:
         for index in range(len(now().steps)):
             self._reduce_step(partial(accept_step, index), partial(step_now, index))
         self._halve(accept, now)
-        while any(accept(simpler) for simpler in self._space.simplify(now())):
+        space = self._space_of(at_first)
+        while any(accept(simpler) for simpler in space.simplify(now())):
             pass
 
         def accept_labels(axis: str, kept: tuple[int, ...]) -> bool:
-            return accept(self._space.keep(now(), axis, Labels.of(kept)))
+            return accept(space.keep(now(), axis, Labels.of(kept)))
 
-        for axis, labels in self._space.label_axes(now()).items():
+        for axis, labels in space.label_axes(now()).items():
             ddmin(tuple(labels), partial(accept_labels, axis))
 
     def _leap(self, accept: Callable[[Case], bool], case: Case) -> None:
@@ -146,7 +148,7 @@ class Reducer:
         them in turn from the smallest, a case of 160 experts that needs 65 takes 15 tries. Those are tried anyway."""
         case = now()
         axes: dict[tuple[str, ...], list[Case]] = {}
-        for simpler in self._space.simplify(case):
+        for simpler in self._space_of(case).simplify(case):
             changed = tuple(name for name in case.config if simpler.config[name] != case.config[name])
             axes.setdefault(changed, []).append(simpler)
         axes.pop((), None)
@@ -163,16 +165,20 @@ class Reducer:
         """Where it ends, if nothing holds it, taking the first valid step of each pass. Nothing is run."""
         seen = {case.digest}
         while True:
-            news = (new for new in self._space.simplify(case) if new.digest not in seen and self._valid(new))
+            news = (new for new in self._space_of(case).simplify(case) if new.digest not in seen and self._valid(new))
             simpler = next(news, None)
             if simpler is None:
                 return case
             seen.add(simpler.digest)
             case = simpler
 
+    def _space_of(self, case: Case) -> Space:
+        """A culprit may be of another op."""
+        return self._space if case.op == self._space.op else get_space(case.op)
+
     def _valid(self, case: Case) -> bool:
         try:
-            self._space.validate(case)
+            self._space_of(case).validate(case)
         except CaseError:
             return False
         return True

@@ -65,7 +65,9 @@ def describe(found: source.Source) -> list[str]:
         lines += _step(case, index, step, space.faults)
     if len(found.cases) > 1:
         lines.append(f"before   {len(found.cases) - 1} cases run in the same process first:")
-        lines += [f"  {space.label(earlier)}" for earlier in found.cases[:-1]]
+        for earlier in found.cases[:-1]:
+            elsewhere = f"  on {earlier.target}" if earlier.target not in ("", case.target) else ""
+            lines.append(f"  {get_space(earlier.op).label(earlier)}{elsewhere}")
     lines += ["", f"moe-fuzz replay {inline_sequence(found.cases) if len(found.cases) > 1 else case.inline()}"]
     return lines
 

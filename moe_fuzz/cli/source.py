@@ -135,8 +135,8 @@ def _validate(cases: tuple[Case, ...]) -> None:
         get_space(case.op).validate(case)
         if not case.target.isprintable():
             raise CaseError("target", "holds a character that cannot be shown")
-    if len({case.op for case in cases}) > 1:
-        raise CaseError("cases", "a sequence holds cases of one op only")
+        if case.op != cases[-1].op and not case.target:
+            raise CaseError("cases", f"one of {case.op} before the case of {cases[-1].op} must name its target")
 
 
 def _is_sequence(text: str) -> bool:

@@ -21,7 +21,7 @@ if os.environ.get("MOE_FUZZ_DEVICE") == "cpu":
 
 import torch
 
-from moe_fuzz.case import Case
+from moe_fuzz.case import Case, targets_of
 from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.execute.calls import Call
 from moe_fuzz.fence import Arena
@@ -104,10 +104,10 @@ def main(folder: Path) -> int:
     planned = sum(len(case.steps) for case in cases)
     done, error = 0, ""
     try:
-        target = bind(spec["target"])
-        for case in cases:
+        bound = {name: bind(name) for name in dict.fromkeys(targets_of(cases, spec["target"]))}
+        for name, case in zip(targets_of(cases, spec["target"]), cases, strict=True):
             for step in range(len(case.steps)):
-                run(case, step, target, spec["device"])
+                run(case, step, bound[name], spec["device"])
                 done += 1
     except Exception as raised:  # noqa: BLE001 - the parent tells it; a fault of the device comes as one of these
         error = f"{type(raised).__name__}: {raised}".strip()[:1000]

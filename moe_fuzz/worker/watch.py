@@ -7,7 +7,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ class Worker:
             alone = cases[index].processes == 1  # those that ran in a group are not this process's past
             history = tuple(self._history if alone else self.ranks.past)
             verdicts.append(verdict)
-            (self._history if alone else self.ranks.past).append(cases[index])
+            (self._history if alone else self.ranks.past).append(replace(cases[index], target=target))
             self._ran += 1
             self._stats.count("cases")
             if on_verdict is not None:

@@ -36,6 +36,7 @@ from packaging.version import InvalidVersion, Version
 from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.interfaces import Cases
+from moe_fuzz.case import targets_of
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.verdict import Verdict
 
@@ -89,7 +90,8 @@ class Entry:
         return self.reproduces == "always"
 
     def cases_for(self, target: str) -> Cases:
-        return tuple(replace(case, target=target) for case in self.cases)
+        named = zip(self.cases, targets_of(self.cases, target), strict=True)
+        return tuple(replace(case, target=name) for case, name in named)
 
     def is_of(self, target: str) -> bool:
         """Whether it is about this target. Where no target is named, the one its case was found on."""

@@ -18,17 +18,18 @@ from typing import Any, Protocol
 
 import jinja2
 
-from moe_fuzz.campaign.confirm import TRIES, holds
+from moe_fuzz.campaign import interfaces
+from moe_fuzz.campaign.confirm import TRIES, holds, in_order
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.interfaces import Cases
 from moe_fuzz.campaign.locate import OWN
 from moe_fuzz.campaign.repro import tensors
 from moe_fuzz.campaign.repro.steps import Calls, all_tensors, calls_of
-from moe_fuzz.case import Case
+from moe_fuzz.case import Case, targets_of
 from moe_fuzz.errors import CaseError, MoeFuzzError
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import FENCED_DEVICES, FenceOptions, RunOptions
-from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict
+from moe_fuzz.verdict import CRASH, HANG, OOM
 
 #: check -> what the script must see of the child process that makes the calls; all others return a sentence
 _SHOWS = {CRASH: "died", "fence": "died", HANG: "hung", "oom": "memory", OOM: "memory", "error": "raised",
@@ -50,9 +51,7 @@ _MODULES = ("base64", "ctypes", "faulthandler", "functools", "glob", "importlib"
             "zlib")  # fmt: skip
 
 
-class Worker(Protocol):
-    def run(self, cases: Cases, target: str, options: RunOptions) -> list[Verdict]: ...
-
+class Worker(interfaces.Worker, Protocol):
     def exhibit(self, case: Case, target: str) -> dict[str, Any]: ...
 
 
@@ -69,8 +68,11 @@ def renderer(pool: Pool, options: RunOptions | None = None) -> Callable[[Finding
 
     def render_repro(finding: Finding) -> str:
         try:
+            cases = (*finding.sequence, finding.case)
+            if len(set(targets_of(cases, finding.target))) > 1:
+                raise CaseError("", "a script calls one target, not others before it", "use `moe-fuzz replay`")
             with pool.fresh() as worker:
-                exhibits = [worker.exhibit(case, finding.target) for case in (*finding.sequence, finding.case)]
+                exhibits = [worker.exhibit(case, finding.target) for case in cases]
             return render(finding, exhibits[-1], exhibits[:-1], bare=_shows_bare(pool, finding, options))
         except MoeFuzzError as error:
             return _environment().get_template("none.py.j2").render(
@@ -88,7 +90,7 @@ def _shows_bare(pool: Pool, finding: Finding, options: RunOptions) -> bool:
     bare = replace(options, fence=_UNFENCED)
     for _ in range(1 if finding.reproduces == "always" else TRIES):
         with pool.fresh() as worker:
-            if holds(worker.run(cases, finding.target, bare)[-1], finding.raw):
+            if holds(in_order(worker, cases, finding.target, bare)[-1], finding.raw):
                 return True
     return False
 
