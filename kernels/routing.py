@@ -150,7 +150,7 @@ def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: tor
 
 #: The k of the models that people serve (moe_fuzz/ops/routing/presets.py): a binary for each. At 4096 tokens of
 #: 512 experts a k that is known saves 18 % (H200). Any other k shares a binary that is faster to compile.
-KNOWN_K = (1, 2, 4, 6, 8, 10)
+KNOWN_K = (1, 2, 4, 6, 8, 10, 22)
 
 #: Rows that are many enough for routing_top1.py. In the interpreter few are, so that it is run there at all.
 _MANY = 8 if _INTERPRETED else 1024
@@ -209,8 +209,11 @@ def _lanes(
         rows = interpreted_rows(tokens, lanes)
     else:
         lanes = min(32, triton.next_power_of_2(experts))
-        if experts > lanes * (12 if wide else 16):
-            lanes = 128  # four warps: sorting longer lists takes the compiler seconds, and each time anew in fuzzing
+        # Sorting longer lists takes the compiler seconds, each time anew in fuzzing, so four warps share them. But they
+        # meet twice for each expert taken: a row of 512 with k = 22 takes them 6,560 instructions, and one warp 1,656.
+        longest = 12 if wide and not (top_k > 16 and top_k in KNOWN_K) else 16
+        if experts > lanes * longest:
+            lanes = 128
         else:
             warps = warps_for(-(-tokens * lanes // 32), processors)
         each = list_length(triton.cdiv(experts, lanes))

@@ -75,6 +75,7 @@ def test_an_order_of_all_floats(low, beyond, many):
         (60, 4, torch.float16, {}),
         (100, 5, torch.bfloat16, {"renormalize": True}),
         (128, 6, torch.float32, {"renormalize": True, "biased": True}),
+        (512, 22, torch.float32, {"renormalize": True, "biased": True}),
         (8, 3, torch.bfloat16, {}),
     ],
 )

@@ -28,6 +28,7 @@ SIGMOID_MODELS: Presets = {
     "llama-4-maverick": {"experts": 128, "top_k": 1, "renormalize": False, "bias": False, **_BF16},
     "minimax-m2": {"experts": 256, "top_k": 8, **_BIASED},
     "nemotron-3-nano": {"experts": 128, "top_k": 6, "scale": 2.5, **_BIASED},
+    "nemotron-3-super": {"experts": 512, "top_k": 22, "scale": 5.0, **_BIASED},
     "glm-4.5": {"experts": 160, "top_k": 8, "scale": 2.5, **_BIASED},
     "kimi-k2": {"experts": 384, "top_k": 8, "scale": 2.827, **_BIASED},
 }
@@ -43,6 +44,7 @@ GROUPED_MODELS: Presets = {
                            **_V3},
     "ling-mini-2.0": {"experts": 256, "n_group": 8, "topk_group": 4, "top_k": 8, "scale": 2.5, **_V3},
     "kimi-k2": {"experts": 384, "top_k": 8, "scale": 2.827, **_ONE, **_V3},
+    "nemotron-3-super": {"experts": 512, "top_k": 22, "scale": 5.0, **_ONE, **_V3},
     "glm-4.5": {"experts": 160, "top_k": 8, "scale": 2.5, **_ONE, **_V3},
     "glm-4.5-air": {"experts": 128, "top_k": 8, "scale": 1.0, **_ONE, **_V3},
 }  # fmt: skip

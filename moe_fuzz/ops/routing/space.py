@@ -33,7 +33,7 @@ TOP_K = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 16, 17, 22, 24, 31, 32)
 TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
           4095, 4096, 4097, 8191, 16385, 32769, 65537)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
-SCALES = (1.0, 2.5, 0.5, 16.0, 2.827)  # the last one, Kimi K2's, is no bfloat16 and no float32 either
+SCALES = (1.0, 2.5, 0.5, 16.0, 2.827, 5.0)  # Kimi K2's, 2.827, is no bfloat16 and no float32 either
 MAGNITUDES = (2, 0, 4, -4, 7, 10, 14, -14)  # logits lie within ±2^magnitude
 
 MAX_ELEMENTS = 1 << 27
