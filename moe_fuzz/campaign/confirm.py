@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 
@@ -13,6 +13,7 @@ from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, HANG, Verdict, Violation
 
 TRIES = 3
+PATIENCE = 3  # deadlines that a case must outlast to have hung
 Key = tuple[str, str]  # (check, symptom)
 
 
@@ -69,8 +70,11 @@ def rerun(
 
 def confirm(pool: Pool, target: str, case: Case, history: Cases, key: Key, options: RunOptions) -> Confirmation | None:
     """Runs the case again, alone, then after its history. None: it does not come back, so it is flaky."""
-    # A hang costs a whole first deadline to see; once is enough, since nothing but a hang takes that long.
+    # A hang costs a whole deadline to see, and what is only slow (a foreign kernel in Triton's interpreter, a machine
+    # that others use) is none: so it gets a longer one, and once is enough.
     enough = 1 if key[0] == HANG else TRIES
+    if key[0] == HANG:
+        options = replace(options, deadline=PATIENCE * options.deadline)
     seen: list[Verdict] = []
     tried = 0
     while tried < TRIES and len(seen) < enough:

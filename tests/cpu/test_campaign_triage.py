@@ -9,7 +9,7 @@ import pytest
 
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.badcase import BadCase
-from moe_fuzz.campaign.confirm import confirm
+from moe_fuzz.campaign.confirm import PATIENCE, confirm
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.locate import is_device_fault, launch_site, locate
 from moe_fuzz.campaign.state import StateDir
@@ -70,6 +70,17 @@ def test_one_hang_is_enough():
 
     assert confirmed(judge, key=("hang", "deadline")).reproduces == "always"
     assert next(runs) == 1
+
+
+def test_what_is_only_slow_has_not_hung():
+    deadlines = []
+
+    def judge(case, history, options):
+        deadlines.append(options.deadline)
+        return bad("hang", "deadline", HANG) if options.deadline < 2 * RunOptions().deadline else GOOD
+
+    assert confirmed(judge, key=("hang", "deadline")) is None
+    assert set(deadlines) == {PATIENCE * RunOptions().deadline}
 
 
 # ---- locate
