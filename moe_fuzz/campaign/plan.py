@@ -13,8 +13,9 @@ from types import MappingProxyType
 from typing import Any
 
 from moe_fuzz._version import __version__
-from moe_fuzz.campaign.interfaces import Cases
+from moe_fuzz.campaign.interfaces import Cases, Space
 from moe_fuzz.case import Case
+from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem, UsageError
 from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.restriction import Restriction
@@ -94,6 +95,18 @@ class Unit:
     def line(self) -> str:
         """The row of units it belongs to; `index` counts inside it."""
         return f"{self.phase}/{self.target}"
+
+
+def not_here(space: Space, info: TargetInfo, device: str) -> EnvironmentProblem | None:
+    """Why a target has no cases on this machine, whatever is asked for; None if it has some."""
+    if device not in info.capabilities.devices:
+        where = " or ".join(info.capabilities.devices)
+        return EnvironmentProblem(f"it runs on {where}, and this is a campaign on {device}",
+                                  f"--device {info.capabilities.devices[0]}, where there is one")  # fmt: skip
+    if not space.modes(info):
+        return EnvironmentProblem("each of its ranks needs a device of its own, and there are not two here",
+                                  "run it on a machine with two GPUs, or with more of them in CUDA_VISIBLE_DEVICES")
+    return None
 
 
 def nothing_left(refusal: str) -> EnvironmentProblem:

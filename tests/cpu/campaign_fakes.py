@@ -48,6 +48,9 @@ class ToySpace:
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         return self.places
 
+    def modes(self, info: TargetInfo) -> tuple[str, ...]:
+        return ("eager",)
+
     def validate(self, case: Case) -> None:
         if case.op != "toy" or not 1 <= int(case.config["top_k"]) <= len(case.experts):
             raise CaseError("config.top_k", "must be from 1 to the number of experts")

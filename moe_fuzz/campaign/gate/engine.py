@@ -24,6 +24,7 @@ from moe_fuzz.campaign.gate.plan import FixedPlan, Round, bare, fixed_plan, quot
 from moe_fuzz.campaign.gate.settings import GateSettings
 from moe_fuzz.campaign.gate.summary import summarize, turns_red
 from moe_fuzz.campaign.interfaces import Cases, Pool, Sanitize, Sources, Space, own_sources
+from moe_fuzz.campaign.plan import not_here
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.contract import TargetInfo
@@ -62,6 +63,7 @@ class Gate:
         self._today = settings.today or datetime.date.today()
         self._targets: dict[str, tuple[TargetInfo, Space]] = {}
         self._unavailable: dict[str, EnvironmentProblem] = {}
+        self._elsewhere: set[str] = set()  # of these, what is for other machines
         self._tally = Tally()
         self._coverage = Coverage()
         self._sanitize = sanitize
@@ -108,8 +110,14 @@ class Gate:
                 info = self._pool.describe(target)
             except EnvironmentProblem as problem:
                 self._unavailable[target] = problem
+                continue
+            space = self._sources.space(info.op)
+            elsewhere = not_here(space, info, self._settings.device)
+            if elsewhere is not None:
+                self._unavailable[target] = elsewhere
+                self._elsewhere.add(target)
             else:
-                self._targets[target] = (info, self._sources.space(info.op))
+                self._targets[target] = (info, space)
 
     def _entries_of(self, info: TargetInfo) -> Iterator[Entry]:
         versions = self._pool.versions(info.name)
@@ -290,9 +298,11 @@ class Gate:
                 self._results[entry.name, name] = result
                 self._emit(events.EntryJudged(result))
         results = tuple(replace(one, seen=self._judge.seen[name]) for (name, _), one in self._results.items())
+        # A word such as `torch` does not ask for what is not of this machine.
+        here = tuple(name for name in self._settings.targets if name not in self._elsewhere) or self._settings.targets
         summary = summarize(
-            self._settings, self._plan, self._targets, self._unavailable, self._tally, self._judge, results,
-            self._seconds, interrupted,
+            replace(self._settings, targets=here), self._plan, self._targets, self._unavailable, self._tally,
+            self._judge, results, self._seconds, interrupted,
         )  # fmt: skip
         self._emit(events.CoverageCounted(self._coverage.cells()))
         if self._health is not None:
