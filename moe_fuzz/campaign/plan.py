@@ -7,7 +7,7 @@ One driver runs a unit from start to end, so the feedback inside a shard is the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,7 @@ from moe_fuzz.restriction import Restriction
 GRID_SHARE = 4  # the grid takes at most a quarter of the budget, and so does the corpus
 CORPUS_LIMIT = 512  # cases of the corpus where the budget is time, for each target
 GRID_SLICE = 32  # cases in a unit of the grid
+PLAN = 2  # of `units`, which says what a unit is by its number
 GRID_LIMIT = 2048  # cases of the grid where the budget is time
 ROUND = 8  # cases of the grid in a round
 
@@ -75,6 +76,7 @@ class Settings:
             "checks": None if self.checks is None else sorted(self.checks),
             "device": self.device,
             "shard_cases": self.shard_cases,
+            "plan": PLAN,
             "restriction": self.restriction.to_json(),
             "own": self.own,
         }
@@ -139,17 +141,19 @@ def units(
     order = itertools.count()
     replayed = {target: corpus.get(target, ()) for target in targets}
     yield from _in_turn("corpus", order, replayed)
-    grids: dict[str, Cases] = {}
-    for target, quota in quotas.items():
-        limit = GRID_LIMIT if quota is None else quota // GRID_SHARE
-        grids[target] = tuple(itertools.islice(grid(target), limit)) if limit else ()
-    yield from _in_turn("grid", order, grids)
+    # Drawn as they are run, where time is all there is: of a dozen targets a whole grid takes a while to draw.
+    grids = {target: itertools.islice(grid(target), GRID_LIMIT if quota is None else quota // GRID_SHARE)
+             for target, quota in quotas.items()}  # fmt: skip
+    known = {target: tuple(grids[target]) for target, quota in quotas.items() if quota is not None}
+    yield from _in_turn("grid", order, {**grids, **known})
     left = {
-        target: None if quota is None else quota - len(grids[target]) - len(replayed[target])
+        target: None if quota is None else quota - len(known[target]) - len(replayed[target])
         for target, quota in quotas.items()
     }
+    # The first are small where there are many targets, so that each has its turn before the time is up.
+    first = min(settings.shard_cases, max(GRID_SLICE, settings.shard_cases // len(settings.targets)))
     for index in itertools.count():
-        budgets = {target: _shard(settings.shard_cases, rest, index) for target, rest in left.items()}
+        budgets = {target: _shard(first, settings.shard_cases, rest, index) for target, rest in left.items()}
         if not any(budgets.values()):
             return
         for target, budget in budgets.items():
@@ -157,18 +161,20 @@ def units(
                 yield Unit(next(order), "generate", target, index, budget)
 
 
-def _in_turn(phase: str, order: Iterator[int], cases: Mapping[str, Cases]) -> Iterator[Unit]:
-    slices = {target: _slices(each) for target, each in cases.items()}
-    for index in range(max(map(len, slices.values()), default=0)):
-        for target, parts in slices.items():
-            if index < len(parts):
-                yield Unit(next(order), phase, target, index, len(parts[index]), parts[index])
+def _in_turn(phase: str, order: Iterator[int], cases: Mapping[str, Iterable[Case]]) -> Iterator[Unit]:
+    left = {target: iter(each) for target, each in cases.items()}
+    for index in itertools.count():
+        for target in tuple(left):
+            part = tuple(itertools.islice(left[target], GRID_SLICE))
+            if part:
+                yield Unit(next(order), phase, target, index, len(part), part)
+            else:
+                del left[target]
+        if not left:
+            return
 
 
-def _slices(cases: Cases) -> list[Cases]:
-    return [cases[at : at + GRID_SLICE] for at in range(0, len(cases), GRID_SLICE)]
-
-
-def _shard(size: int, total: int | None, index: int) -> int:
-    """The cases of a row's shard `index`, when the row has `total` in all."""
-    return size if total is None else max(0, min(size, total - size * index))
+def _shard(first: int, size: int, total: int | None, index: int) -> int:
+    """The cases of a row's shard `index`, when the row has `total` in all. first: of the first shard."""
+    before, size = (first + size * (index - 1), size) if index else (0, first)
+    return size if total is None else max(0, min(size, total - before))

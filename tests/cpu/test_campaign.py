@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 
 import pytest
 
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.findings import load_findings
+from moe_fuzz.campaign.plan import units
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.case import loads_sequence
@@ -26,6 +29,7 @@ from tests.cpu.campaign_fakes import (
     nan_on_odd,
     ran,
     settings,
+    toy,
     when,
 )
 
@@ -64,6 +68,27 @@ def test_the_grid_takes_at_most_a_quarter_and_targets_share_evenly(tmp_path):
     assert [(row.target, row.cases) for row in summary.rows] == [(TARGET, 21), ("toy@other", 20)]
     phases = [event.name for event in made._listener.of(events.PhaseStarted)]
     assert phases == ["grid", "generate"]
+
+
+def test_each_of_many_targets_has_its_turn_soon():
+    """Of the grid, which is drawn no further than it is run, and of what is generated."""
+    drawn: Counter[str] = Counter()
+
+    def grid(target):
+        for seed in range(70):
+            drawn[target] += 1
+            yield toy(seed=seed)
+
+    names = tuple(f"toy@{at}" for at in range(12))
+    planned = units(settings(targets=names, cases=None, seconds=60.0, shard_cases=256), names, grid)
+    first = list(itertools.islice(planned, 12))
+    assert [(unit.target, unit.budget) for unit in first] == [(name, 32) for name in names]
+    assert set(drawn.values()) == {32}
+    rest = list(itertools.islice(planned, 48))
+    assert [unit.budget for unit in rest] == [32] * 12 + [6] * 12 + [32] * 12 + [256] * 12
+    assert [unit.order for unit in (*first, *rest)] == list(range(60))
+    alone = units(settings(targets=names[:1], cases=700, shard_cases=256), names[:1], grid)
+    assert [unit.budget for unit in alone] == [32, 32, 6, 256, 256, 118]
 
 
 def test_a_budget_in_seconds_ends(tmp_path):
