@@ -210,7 +210,7 @@ class Campaign:
 
         settings = self._settings
         replayed = self._harvest.replayed(self._plan.resumed, corpus_limit(settings), settings.restriction)
-        planned = units(settings, tuple(self._targets), grid, replayed)
+        planned = units(settings, tuple(self._targets), grid, replayed, self._phase_over)
         return (unit for unit in planned if not self._plan.is_done(unit))
 
     # ---- what the drivers ask and tell (drivers.Host) ---------------------------------------------------------------
@@ -230,10 +230,12 @@ class Campaign:
             return None
 
     def over(self, unit: Unit) -> bool:
+        return self._phase_over(unit.phase) or self._over_all()
+
+    def _phase_over(self, phase: str) -> bool:
         seconds = self._settings.seconds
-        share = {"corpus": 2 * GRID_SHARE, "grid": GRID_SHARE}.get(unit.phase)
-        phase_over = share is not None and seconds is not None and self._plan.seconds > seconds / share
-        return phase_over or self._over_all()
+        share = {"corpus": 2 * GRID_SHARE, "grid": GRID_SHARE}.get(phase)
+        return share is not None and seconds is not None and self._plan.seconds > seconds / share
 
     def verdict(self, unit: Unit, at: int, cases: Cases, verdict: Verdict, history: Cases) -> None:
         if self._interrupted:  # what the closing pool does to its workers is no verdict

@@ -131,21 +131,22 @@ def corpus_limit(settings: Settings) -> int:
 
 def units(
     settings: Settings, targets: Sequence[str], grid: Callable[[str], Iterator[Case]],
-    corpus: Mapping[str, Cases] = MappingProxyType({}),
+    corpus: Mapping[str, Cases] = MappingProxyType({}), over: Callable[[str], bool] = lambda phase: False,
 ) -> Iterator[Unit]:  # fmt: skip
     """All units in order: corpus, grid, then generation; the targets take turns. Endless if only time bounds the
-    campaign. corpus: what of it is replayed, at most `corpus_limit` for each target."""
+    campaign. corpus: what of it is replayed, at most `corpus_limit` for each target. over: whether the time of a phase
+    is up, of which the rest is not drawn then."""
     quotas: Mapping[str, int | None] = dict.fromkeys(targets)
     if settings.cases is not None:
         quotas = share(settings.cases, targets)
     order = itertools.count()
     replayed = {target: corpus.get(target, ()) for target in targets}
-    yield from _in_turn("corpus", order, replayed)
+    yield from _in_turn("corpus", order, replayed, over)
     # Drawn as they are run, where time is all there is: of a dozen targets a whole grid takes a while to draw.
     grids = {target: itertools.islice(grid(target), GRID_LIMIT if quota is None else quota // GRID_SHARE)
              for target, quota in quotas.items()}  # fmt: skip
     known = {target: tuple(grids[target]) for target, quota in quotas.items() if quota is not None}
-    yield from _in_turn("grid", order, {**grids, **known})
+    yield from _in_turn("grid", order, {**grids, **known}, over)
     left = {
         target: None if quota is None else quota - len(known[target]) - len(replayed[target])
         for target, quota in quotas.items()
@@ -161,10 +162,14 @@ def units(
                 yield Unit(next(order), "generate", target, index, budget)
 
 
-def _in_turn(phase: str, order: Iterator[int], cases: Mapping[str, Iterable[Case]]) -> Iterator[Unit]:
+def _in_turn(
+    phase: str, order: Iterator[int], cases: Mapping[str, Iterable[Case]], over: Callable[[str], bool]
+) -> Iterator[Unit]:
     left = {target: iter(each) for target, each in cases.items()}
     for index in itertools.count():
         for target in tuple(left):
+            if over(phase):
+                return
             part = tuple(itertools.islice(left[target], GRID_SLICE))
             if part:
                 yield Unit(next(order), phase, target, index, len(part), part)

@@ -87,6 +87,11 @@ def test_each_of_many_targets_has_its_turn_soon():
     rest = list(itertools.islice(planned, 48))
     assert [unit.budget for unit in rest] == [32] * 12 + [6] * 12 + [32] * 12 + [256] * 12
     assert [unit.order for unit in (*first, *rest)] == list(range(60))
+    drawn.clear()
+    over = {"grid"}.__contains__
+    late = units(settings(targets=names, cases=None, seconds=60.0, shard_cases=256), names, grid, {}, over)
+    assert next(late).phase == "generate"
+    assert not drawn
     alone = units(settings(targets=names[:1], cases=700, shard_cases=256), names[:1], grid)
     assert [unit.budget for unit in alone] == [32, 32, 6, 256, 256, 118]
 
