@@ -84,7 +84,7 @@ class Campaign:
         self._start = time.monotonic()
         self._targets: dict[str, tuple[TargetInfo, Space]] = {}
         self._unavailable: dict[str, EnvironmentProblem] = {}
-        self._left_out: set[str] = set()  # of these, by the restriction or by the machine
+        self._left_out: set[str] = set()  # of these, by the restriction
 
     def run(self) -> Summary:
         """Runs it all. Raises MoeFuzzError where no campaign is possible; an interrupt ends in a Summary with 130."""
@@ -126,8 +126,10 @@ class Campaign:
             space = self._sources.space(info.op)
             elsewhere = not_here(space, info, self._settings.device)
             refusal = self._settings.restriction.refusal(space, info) if self._settings.restriction else ""
-            if elsewhere is not None or refusal:
-                self._unavailable[target] = elsewhere or nothing_left(refusal)
+            if elsewhere is not None:
+                self._unavailable[target] = elsewhere
+            elif refusal:
+                self._unavailable[target] = nothing_left(refusal)
                 self._left_out.add(target)
             else:
                 self._targets[target] = (info, space)
@@ -323,7 +325,6 @@ class Campaign:
         total.merge(self._tally)
         reasons = {target: problem.message for target, problem in self._unavailable.items()}
         # A restriction that leaves some targets nothing is what was asked for; one that leaves nothing at all is not.
-        # Nor does a word such as `torch` ask for what is not of this machine.
         targets = tuple(t for t in self._settings.targets if t not in self._left_out) or self._settings.targets
         settings = replace(self._settings, targets=targets)
         summary = summarize(settings, self._plan, total, self._triage, reasons, self._interrupted)

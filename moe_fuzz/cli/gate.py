@@ -122,7 +122,7 @@ def command(
             if base_python is not None:
                 base = stack.enter_context(base_pool(base_python, providers, device, limit, state_dir, pool))
                 check_base(base, base_python)
-            able = runnable(names, targets, op, pool, broadcast, Restriction())
+            able = runnable(names, targets, op, pool, broadcast, Restriction(), device)
             read_quota(cases, able)
             settings = GateSettings(
                 targets=able, profile=chosen, cases=cases,

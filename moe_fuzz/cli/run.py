@@ -12,7 +12,7 @@ import click
 from moe_fuzz import config, report
 from moe_fuzz.campaign.engine import Campaign
 from moe_fuzz.campaign.events import Summary, TargetUnavailable
-from moe_fuzz.campaign.plan import Settings, nothing_left
+from moe_fuzz.campaign.plan import Settings, not_here, nothing_left
 from moe_fuzz.campaign.repro import renderer
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.cli import params
@@ -121,7 +121,7 @@ def command(
             workers=count, device=device, memory_limit=limit, log_dir=logs, providers=providers
         ) as pool:  # fmt: skip
             settings = Settings(
-                targets=runnable(names, targets, op, pool, broadcast, restriction),
+                targets=runnable(names, targets, op, pool, broadcast, restriction, device),
                 cases=cases,
                 seconds=time if time is not None or cases is not None else chosen.seconds,
                 seed=seed,
@@ -187,7 +187,7 @@ def check_floor(summary: Summary, profile: config.Profile) -> None:
 
 def runnable(
     names: Sequence[str], targets: Sequence[str], op: str | None, pool: Pool, emit: report.Broadcast,
-    restriction: Restriction,
+    restriction: Restriction, device: str,
 ) -> tuple[str, ...]:  # fmt: skip
     """Those that can run here, and those asked for by name, which must. That the others cannot is told and no error:
     an op or a provider stands for whatever there is of it."""
@@ -198,6 +198,9 @@ def runnable(
             try:
                 if name not in asked:
                     info = pool.describe(name)
+                    elsewhere = not_here(get_space(info.op), info, device)
+                    if elsewhere is not None:
+                        raise elsewhere
                     refusal = restriction.refusal(get_space(info.op), info)
                     if refusal:
                         raise nothing_left(refusal)

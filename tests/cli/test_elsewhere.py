@@ -1,4 +1,4 @@
-"""Targets that this machine has no place for: told, and left out where a word stood for more than them."""
+"""Targets that this machine has no place for: an error where they were named, and told where a word stood for them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ NCCL, ALIGN = "allreduce_rmsnorm@torch.nccl", "align@torch"
 
 
 @pytest.mark.parametrize("command", ["run", "gate"])
-def test_what_runs_on_gpus_alone_is_left_out_on_a_cpu(command: str, call: Callable) -> None:
-    alone = call(command, NCCL, "--device", "cpu", "--cases", "40", "--state-dir", "alone")
-    assert alone.code == 3
-    assert "it runs on cuda, and this is a campaign on cpu" in alone.out
-    beside = call(command, NCCL, ALIGN, "--device", "cpu", "--cases", "40", "--state-dir", "beside")
-    assert beside.code == 0, beside.err + beside.out
-    assert "it runs on cuda, and this is a campaign on cpu" in beside.out
-    assert ALIGN in beside.out
+def test_what_runs_on_gpus_alone_is_told_on_a_cpu_and_missed_where_it_was_named(command: str, call: Callable) -> None:
+    told = "it runs on cuda, and this is a campaign on cpu"
+    for number, names in enumerate([(NCCL,), (NCCL, ALIGN)]):
+        ran = call(command, *names, "--device", "cpu", "--cases", "40", "--state-dir", str(number))
+        assert ran.code == 3, ran.err + ran.out
+        assert told in ran.out
+
+
+def test_a_word_stands_for_what_this_machine_can_run(call: Callable) -> None:
+    ran = call("run", "allreduce_rmsnorm", "--device", "cpu", "--cases", "90", "--workers", "1", "--state-dir", "state")
+    assert "it runs on cuda, and this is a campaign on cpu" in ran.out
+    assert "allreduce_rmsnorm@builtin.two_shot: " in ran.out
+    assert ran.code == 0, ran.err + ran.out
 
 
 def test_ranks_with_a_process_each_need_two_devices() -> None:

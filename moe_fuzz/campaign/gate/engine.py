@@ -63,7 +63,6 @@ class Gate:
         self._today = settings.today or datetime.date.today()
         self._targets: dict[str, tuple[TargetInfo, Space]] = {}
         self._unavailable: dict[str, EnvironmentProblem] = {}
-        self._elsewhere: set[str] = set()  # of these, what is for other machines
         self._tally = Tally()
         self._coverage = Coverage()
         self._sanitize = sanitize
@@ -115,7 +114,6 @@ class Gate:
             elsewhere = not_here(space, info, self._settings.device)
             if elsewhere is not None:
                 self._unavailable[target] = elsewhere
-                self._elsewhere.add(target)
             else:
                 self._targets[target] = (info, space)
 
@@ -298,11 +296,9 @@ class Gate:
                 self._results[entry.name, name] = result
                 self._emit(events.EntryJudged(result))
         results = tuple(replace(one, seen=self._judge.seen[name]) for (name, _), one in self._results.items())
-        # A word such as `torch` does not ask for what is not of this machine.
-        here = tuple(name for name in self._settings.targets if name not in self._elsewhere) or self._settings.targets
         summary = summarize(
-            replace(self._settings, targets=here), self._plan, self._targets, self._unavailable, self._tally,
-            self._judge, results, self._seconds, interrupted,
+            self._settings, self._plan, self._targets, self._unavailable, self._tally, self._judge, results,
+            self._seconds, interrupted,
         )  # fmt: skip
         self._emit(events.CoverageCounted(self._coverage.cells()))
         if self._health is not None:
