@@ -135,6 +135,8 @@ def _validate(cases: tuple[Case, ...]) -> None:
         get_space(case.op).validate(case)
         if not case.target.isprintable():
             raise CaseError("target", "holds a character that cannot be shown")
+        if case.target not in ("", cases[-1].target) and case.target.partition("@")[0] != case.op:
+            raise CaseError("target", f"a case of {case.op} cannot run on {case.target}")
         if case.op != cases[-1].op and not case.target:
             raise CaseError("cases", f"one of {case.op} before the case of {cases[-1].op} must name its target")
 

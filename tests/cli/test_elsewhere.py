@@ -20,13 +20,13 @@ NCCL, ALIGN = "allreduce_rmsnorm@torch.nccl", "align@torch"
 def test_what_runs_on_gpus_alone_is_told_on_a_cpu_and_missed_where_it_was_named(command: str, call: Callable) -> None:
     told = "it runs on cuda, and this is a campaign on cpu"
     for number, names in enumerate([(NCCL,), (NCCL, ALIGN)]):
-        ran = call(command, *names, "--device", "cpu", "--cases", "40", "--state-dir", str(number))
+        ran = call(command, *names, "--device", "cpu", "--cases", "12", "--state-dir", str(number))
         assert ran.code == 3, ran.err + ran.out
         assert told in ran.out
 
 
 def test_a_word_stands_for_what_this_machine_can_run(call: Callable) -> None:
-    ran = call("run", "allreduce_rmsnorm", "--device", "cpu", "--cases", "90", "--workers", "1", "--state-dir", "state")
+    ran = call("run", "allreduce_rmsnorm", "--device", "cpu", "--cases", "10", "--workers", "1", "--state-dir", "state")
     assert "it runs on cuda, and this is a campaign on cpu" in ran.out
     assert "allreduce_rmsnorm@builtin.two_shot: " in ran.out
     assert ran.code == 0, ran.err + ran.out
