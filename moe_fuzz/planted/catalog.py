@@ -158,7 +158,7 @@ _ROUTERS: tuple[Planted, ...] = (
              only=True),
     _grouped("four_groups_kept", "selection", "flashinfer#5165", "keeps four groups at most", only=True),
     _grouped("unwritten_candidates", "ids", "flashinfer#5165",
-             "merges eight candidates of each 128 experts where k were written: the rest are expert 0, its score 0"),
+             "merges eight candidates of each 128 experts where k were written: the rest are expert 0, its score 1"),
     _grouped("grouped_zero_division", "finite", "flashinfer#3946",
              "no epsilon where there are several groups: 0/0", only=True),
     _grouped("grouped_biased_weight", "weights", "vllm#34673", "takes the weight from the biased score"),

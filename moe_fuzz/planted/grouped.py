@@ -153,13 +153,13 @@ def unwritten_candidates(
     scoring: str = "softmax", group_score: str = "max", bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """flashinfer#5165: without groups a warp leaves the best of 128 experts for the last one, which takes the best of
-    those. A warp leaves k; eight are read, and what nobody wrote is the expert 0 with a score of 0.
+    those. A warp leaves k; eight are read, and what nobody wrote is what a launch before left: expert 0, its score 1.
     """
     choice, kept = _keep(logits, n_group, topk_group, scoring, group_score, bias)
     ids = _best(choice, top_k, kept)
     if n_group == 1 and choice.shape[1] > 128 and top_k < 8:
         scores = _scored(logits, scoring, bias).gather(1, ids)
-        left = torch.cat([scores, torch.zeros_like(scores)], dim=1)
+        left = torch.cat([scores, torch.ones_like(scores)], dim=1)
         ids = torch.cat([ids, torch.zeros_like(ids)], dim=1).gather(1, _best(left, top_k))
     return _weights(logits, ids, scoring, renormalize), ids.int()
 

@@ -37,7 +37,7 @@ def test_the_culprit_is_of_another_target(call: Callable, tmp_path: Path) -> Non
     file = tmp_path / "shared.py"
     file.write_text(SHARED)
     victim, culprit = f"topk_softmax@{file}:soft", f"topk_sigmoid@{file}:sig"
-    ran = call("run", victim, culprit, "--device", "cpu", "--workers", "1", "--seed", "1", "--cases", "150",
+    ran = call("run", victim, culprit, "--device", "cpu", "--workers", "1", "--seed", "1", "--cases", "80",
                "--minimize-time", "20", "--state-dir", "state")  # fmt: skip
     assert ran.code == 1, ran.err
     folder = min((tmp_path / "state" / "findings").iterdir())

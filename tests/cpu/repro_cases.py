@@ -79,8 +79,7 @@ NAN_ARGMAX, SCRATCH_IN_INPUT = (
 )
 WRITTEN_BY_HAND = {
     "branch_128_8": {"experts": 128, "top_k": 8},
-    "unwritten_candidates": {"experts": 129, "n_group": 1, "topk_group": 1, "bias": True,
-                             "faults": (Fault("negative_bias", "bias"),)},
+    "unwritten_candidates": {"experts": 129, "n_group": 1, "topk_group": 1},
     "mapped_in_place": {"n_group": 2, "topk_group": 2, "expert_map": True,
                         "faults": (Fault("overlapping_map", "expert_map"),)},
     "padding_mask_mirrored": {"mode": "graph", "steps": (_step(4), Step(Labels.range(4), Labels.of([3]))),

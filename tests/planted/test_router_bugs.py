@@ -133,15 +133,13 @@ def test_of_six_groups_four_are_kept():
 
 
 def test_what_no_warp_wrote_is_expert_0():
-    logits, bias, one = logits_of(3, 129), torch.full((129,), -9.0), {"n_group": 1, "topk_group": 1}
-    rest = {"scoring": "sigmoid"}
-    got, right = grouped("unwritten_candidates", logits, 1, bias=bias, **one, **rest)
-    assert got == [[0]] * 3 != right
-    for top_k, more in ((2, one), (2, {**one, "bias": -bias}), (8, {**one, "bias": bias}),
-                        (2, {"bias": bias, "n_group": 3, "topk_group": 2})):  # fmt: skip
+    logits, one, rest = logits_of(3, 129), {"n_group": 1, "topk_group": 1}, {"scoring": "sigmoid"}
+    got, right = grouped("unwritten_candidates", logits, 2, **one, **rest)
+    assert got == [[0, 0]] * 3 != right
+    for top_k, more in ((2, {**one, "bias": torch.full((129,), 9.0)}), (8, one), (2, {"n_group": 3, "topk_group": 2})):
         got, right = grouped("unwritten_candidates", logits, top_k, **more, **rest)
         assert got == right, (top_k, more)
-    got, right = grouped("unwritten_candidates", logits[:, 1:], 1, bias=bias[1:], **one, **rest)
+    got, right = grouped("unwritten_candidates", logits[:, 1:], 2, **one, **rest)
     assert got == right
 
 
