@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def main() -> int:
         print(f"the gate over {' '.join(words)} was not red first and green then")
         return 1
     tables = ledger.read_text().split("[[known]]")
-    before = gates[0]["new"][0]["id"]
+    entered = [finding for one in gates for finding in one["new"]]
+    kinds = Counter(kind_of(finding) for finding in entered)
+    # An entry beside others of its kind may be one that they cover: then nothing is new without it, and rightly so.
+    before = min(entered, key=lambda finding: kinds[kind_of(finding)])["id"]
     kept = [table for table in tables[1:] if f'"{before}"' not in table]
     shorter = folder / "shorter.toml"
     shorter.write_text("".join(f"[[known]]{table}" for table in kept))
@@ -48,6 +52,10 @@ def main() -> int:
     found = [finding["id"] for finding in last["new"]]
     print(f"without {before}: exit code {last['exit_code']}, new: {', '.join(found) or 'nothing'}")
     return 0 if last["exit_code"] == 1 else 1
+
+
+def kind_of(finding: dict[str, Any]) -> tuple[str, ...]:
+    return finding["target"], finding["check"], finding["symptom"]
 
 
 def gate(folder: Path, name: str, words: list[str], ledger: Path) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections import Counter
 from dataclasses import replace
 
 from moe_fuzz.campaign import events
+from moe_fuzz.campaign.gate import plan
 from moe_fuzz.campaign.gate.plan import PROFILES
+from moe_fuzz.campaign.plan import ROUND
 from moe_fuzz.report import text
 from tests.cpu.campaign_fakes import GOOD, TARGET, Listener, always_good, nan_on_odd, toy, when
 from tests.cpu.gate_runs import KNOWN, SMALL, gate, judged
@@ -83,6 +87,35 @@ def test_phases_come_in_order_and_the_corpus_runs_on_each_target(tmp_path):
     ran = [row[2:4] for row in judged(listener) if row[1] == "corpus"]
     both = (stored[0], stored[2])
     assert ran == [(target, replace(c, target="").digest) for target in (TARGET, "toy@other") for c in both]
+
+
+def test_on_a_gpu_the_grid_is_dealt_among_generated_rounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "OF_THE_GRID", 2)  # the toys' grid has four rounds
+
+    def phases(device):
+        listener = Listener()
+        gate(tmp_path / device, always_good, listener, cases=1000, device=device).run()
+        return [row[1] for row in judged(listener)]
+
+    host, device = phases("cpu"), phases("cuda")
+    assert host == sorted(host, key=["grid", "generate"].index)  # where nothing is compiled, all of it comes first
+    assert Counter(host) == Counter(device)
+    blocks = [phase for phase, _ in itertools.groupby(device)]
+    assert blocks[:3] == ["grid", "generate", "grid"]
+    assert device[: 2 * ROUND + 1] == [*["grid"] * (2 * ROUND), "generate"]
+
+
+def test_a_gate_that_meets_nothing_bad_goes_on_for_longer(tmp_path):
+    def slow(answer):
+        def run(case, history, options):
+            time.sleep(0.01)
+            return when(answer)(case, history, options)
+
+        return run
+
+    quiet = gate(tmp_path / "quiet", slow(lambda case: False), cases=2000, seconds=1.5).run()
+    bad = gate(tmp_path / "bad", slow(lambda case: True), cases=2000, seconds=1.5).run()
+    assert bad.cases < quiet.cases < 2000
 
 
 def test_the_profiles_grow_and_leave_room(tmp_path):

@@ -33,6 +33,7 @@ from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import Verdict
 
 CASES_SHARE = 0.75  # of the time: after it no round begins, and what is bad is examined
+QUIET_SHARE = 0.9  # where nothing was bad: what is left is for the rounds under way
 UNBOUNDED = 3600.0  # seconds of a reduction that tries bound: more than they ever take, unless each try is a hang
 PROGRESS_EVERY = 0.25  # seconds
 PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
@@ -71,6 +72,7 @@ class Gate:
         self._ran: dict[int, _Ran] = {}
         self._next = 0  # round that nobody took yet
         self._stop = False
+        self._met = False  # anything bad
         self._error: BaseException | None = None
         self._results: dict[tuple[str, str], EntryResult] = {}
         self._last_progress = 0.0
@@ -160,15 +162,15 @@ class Gate:
                    for number in range(self._settings.workers)]  # fmt: skip
         for thread in threads:
             thread.start()
-        phase = ""
+        begun: set[str] = set()
         try:
             for part in self._plan.rounds:
                 ran = self._wait_for(part, threads)
                 if ran is None:
                     break
-                if part.phase != phase:
-                    phase = part.phase
-                    self._emit(events.PhaseStarted(phase, self._plan.cases_of(phase)))
+                if part.phase not in begun:
+                    begun.add(part.phase)
+                    self._emit(events.PhaseStarted(part.phase, self._plan.cases_of(part.phase)))
                 self._judge_round(part, ran)
         finally:
             with self._changed:
@@ -197,6 +199,7 @@ class Gate:
 
                 def on_verdict(_at: int, verdict: Verdict, history: Cases, ran: _Ran = ran) -> None:
                     ran.append((verdict, history))
+                    self._met = self._met or verdict.bad
 
                 with self._pool.fresh() if part.alone else self._pool.lease(part.target) as worker:
                     worker.run(part.cases, part.target, self._options_for(part), on_verdict)
@@ -210,7 +213,8 @@ class Gate:
 
     def _take(self) -> Round | None:
         with self._changed:
-            late = self._settings.seconds is not None and self._seconds > self._settings.seconds * CASES_SHARE
+            share = CASES_SHARE if self._met else QUIET_SHARE
+            late = self._settings.seconds is not None and self._seconds > self._settings.seconds * share
             if self._stop or late or self._error is not None or self._next >= len(self._plan.rounds):
                 return None
             self._next += 1

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign.drive import Enough, derive_seed, drive
@@ -28,6 +29,10 @@ PHASES = ("ledger", "corpus", "grid", "generate")
 #: Rounds of a target in a row. A worker that goes from one provider to another starts a new process, which on a GPU
 #: costs a second or more.
 IN_A_ROW = {"cpu": 1, "cuda": 16}
+#: On a GPU every config of the grid is compiled for a case or two, which takes seconds, and a generated round shares
+#: one. So a quarter of the rounds in a row are the grid's, as they are of the whole, and not all of the first ones: of
+#: 13 targets of our own nothing but the grid would run within ten minutes, at a third of the rate.
+OF_THE_GRID = IN_A_ROW["cuda"] // GRID_SHARE
 MIN_EXAMPLES = 16  # of Hypothesis, whose first rounds are its simplest
 QUARANTINED = 16  # cases of the plan that run for an entry of the ledger which takes its process down; the rest do not
 
@@ -143,14 +148,16 @@ def quotas(targets: Sequence[str], cases: int | None, each: int) -> dict[str, in
     return share(cases, targets) if cases is not None and targets else dict.fromkeys(targets, each)
 
 
-_Row = tuple[tuple[str, str], Iterator[Cases]]  # (phase, target), its rounds
+_T = TypeVar("_T")
+_Key = tuple[str, str]  # (phase, target)
+_Row = tuple[str, Iterator[tuple[_Key, Cases]]]  # a target, some of its rounds
 
 
 def _phases(
     targets: Sequence[tuple[TargetInfo, Space]], sources: Sources, device: str, seed: int, quotas: Mapping[str, int],
     corpus: Cases,
 ) -> Iterator[list[_Row]]:  # fmt: skip
-    yield [(("corpus", info.name), iter(_rounds(_of_target(corpus, info, space)))) for info, space in targets]
+    yield [(info.name, _keyed("corpus", info, _rounds(_of_target(corpus, info, space)))) for info, space in targets]
     grids, generated = [], []
     for info, space in targets:
         quota = quotas[info.name]
@@ -159,11 +166,25 @@ def _phases(
             return derive_seed(seed, __version__, portable(info.name), phase)
 
         grid = tuple(itertools.islice(sources.grid(space, info, device, root("grid")), quota // GRID_SHARE))
-        grids.append((("grid", info.name), iter(_rounds(grid))))
+        grids.append((info.name, _keyed("grid", info, _rounds(grid))))
         drawn = _drawn(sources, space, info, device, root, quota - len(grid))
-        generated.append((("generate", info.name), iter(drawn)))
-    yield grids
-    yield generated
+        generated.append((info.name, _keyed("generate", info, drawn)))
+    if device == "cpu":
+        yield grids
+        yield generated
+    else:
+        yield [(name, _dealt(grid, rest)) for (name, grid), (_, rest) in zip(grids, generated, strict=True)]
+
+
+def _keyed(phase: str, info: TargetInfo, rounds: Iterable[Cases]) -> Iterator[tuple[_Key, Cases]]:
+    return (((phase, info.name), part) for part in rounds)
+
+
+def _dealt(grid: Iterator[_T], generated: Iterator[_T]) -> Iterator[_T]:
+    """Both, a quarter of the grid's to three of the generated ones, for as long as there are both."""
+    while some := [*itertools.islice(grid, OF_THE_GRID),
+                   *itertools.islice(generated, IN_A_ROW["cuda"] - OF_THE_GRID)]:  # fmt: skip
+        yield from some
 
 
 def _drawn(
@@ -203,15 +224,14 @@ def _of_target(corpus: Cases, info: TargetInfo, space: Space) -> Cases:
     return tuple({case.digest: case for case in own}.values())
 
 
-def _in_turn(rows: list[_Row], in_a_row: int) -> Iterator[tuple[tuple[str, str], Cases]]:
+def _in_turn(rows: list[_Row], in_a_row: int) -> Iterator[tuple[_Key, Cases]]:
     """Some rounds of each, then the next ones of each: a prefix is fair to all of them. Those of a provider follow each
     other."""
-    waiting = sorted(rows, key=lambda row: provider_of(row[0][1]))
+    waiting = sorted(rows, key=lambda row: provider_of(row[0]))
     while waiting:
         for row in list(waiting):
-            key, rounds = row
-            parts = list(itertools.islice(rounds, in_a_row))
-            yield from ((key, part) for part in parts)
+            parts = list(itertools.islice(row[1], in_a_row))
+            yield from parts
             if not parts:
                 waiting.remove(row)
 
