@@ -28,11 +28,11 @@ from moe_fuzz.worker.protocol import provider_of
 PHASES = ("ledger", "corpus", "grid", "generate")
 #: Rounds of a target in a row. A worker that goes from one provider to another starts a new process, which on a GPU
 #: costs a second or more.
-IN_A_ROW = {"cpu": 1, "cuda": 16}
-#: On a GPU every config of the grid is compiled for a case or two, which takes seconds, and a generated round shares
-#: one. So a quarter of the rounds in a row are the grid's, as they are of the whole, and not all of the first ones: of
-#: 13 targets of our own nothing but the grid would run within ten minutes, at a third of the rate.
-OF_THE_GRID = IN_A_ROW["cuda"] // GRID_SHARE
+IN_A_ROW = {"cpu": 1, "cuda": 8}
+#: On a GPU every config of the grid is compiled for one case, which takes seconds, and the twenty or forty cases of a
+#: generated round share one. So half of the rounds in a row are the grid's, and not all of the first ones: of 13
+#: targets of our own nothing but the grid would run within ten minutes, at a tenth of the rate.
+OF_THE_GRID = IN_A_ROW["cuda"] // 2
 MIN_EXAMPLES = 16  # of Hypothesis, whose first rounds are its simplest
 QUARANTINED = 16  # cases of the plan that run for an entry of the ledger which takes its process down; the rest do not
 
@@ -181,7 +181,7 @@ def _keyed(phase: str, info: TargetInfo, rounds: Iterable[Cases]) -> Iterator[tu
 
 
 def _dealt(grid: Iterator[_T], generated: Iterator[_T]) -> Iterator[_T]:
-    """Both, a quarter of the grid's to three of the generated ones, for as long as there are both."""
+    """Some of the grid's rounds, then some of the generated ones, then the next of both."""
     while some := [*itertools.islice(grid, OF_THE_GRID),
                    *itertools.islice(generated, IN_A_ROW["cuda"] - OF_THE_GRID)]:  # fmt: skip
         yield from some
