@@ -129,6 +129,15 @@ class Examiner:
             runs=1 if confirmed.always else TRIES, tries=self.tries, progress=progress,
         )  # fmt: skip
 
+    def _class(self, verdict: Verdict, features: tuple[str, ...]) -> tuple[str, str]:
+        """Contract, where any of what is broken is promised: a finding stands for all that its verdict holds."""
+        first = verdict.violations[0]
+        for violation in verdict.violations:
+            class_, clause = self.info.classify(violation.check, violation.symptom, features)
+            if class_ == "contract":
+                return class_, clause if violation.check == first.check else f"{violation.check}: {clause}"
+        return self.info.classify(first.check, first.symptom, features)
+
     def _needed_fence(self, cases: Cases, bad: BadCase, always: bool) -> str:
         """FenceOptions.own for a replay: what everybody has, if the failure shows with it."""
         own = self.options.fence.own
@@ -147,7 +156,7 @@ class Examiner:
             features = (*features, "after other cases")
         site = place(violation.site)
         before = self.space.label(bad.case)
-        class_, clause = self.info.classify(violation.check, violation.symptom, features)
+        class_, clause = self._class(verdict, features)
         return Finding(
             id=fingerprint(bad.target, violation.check, violation.symptom, site, features),
             target=bad.target,

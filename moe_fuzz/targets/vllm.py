@@ -52,7 +52,7 @@ _GROUPED_FUNCTION: Names = {
     "scoring_func": "scoring",
 }
 
-#: csrc/libtorch_stable/moe/topk_softmax_kernels.cu (csrc/moe/ before 0.24). One to 32 lanes of a warp take a row, or a
+#: csrc/moe/topk_softmax_kernels.cu (between, csrc/libtorch_stable/moe/). One to 32 lanes of a warp take a row, or a
 #: block where E has no kernel of its own; nothing crosses rows, nothing is atomic. Logits become float32, and so do
 #: scores and weights. Each slot is the argmax of what is left, the lowest id among equals.
 _CONTRACT = Contract(

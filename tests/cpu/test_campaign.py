@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -104,6 +105,21 @@ def test_a_budget_in_seconds_ends(tmp_path):
 
 
 # ---- findings -------------------------------------------------------------------------------------------------------
+
+
+def test_a_finding_is_contract_where_anything_of_its_verdict_is(tmp_path):
+    nobodys, promised = bad("order", "ascending").violations, bad("routing", "wrong").violations
+    for name, violations, told in (
+        ("first", (*nobodys, *promised), ("order", "contract", "routing: README: top k is top k")),
+        ("alone", nobodys, ("order", "robustness", None)),
+        ("own", (*promised, *nobodys), ("routing", "contract", "README: top k is top k")),
+    ):
+        verdict = replace(bad(), violations=violations)
+        summary = campaign(tmp_path / name, when(nan_on_odd, verdict), cases=200).run()
+        check, class_, clause = told
+        found = next(finding for finding in summary.new if finding.check == check)
+        assert (found.check, found.finding_class) == (check, class_)
+        assert clause is None or found.clause == clause
 
 
 def test_a_bug_is_found_minimized_and_reported_once(tmp_path):

@@ -8,7 +8,8 @@ from collections import Counter
 from dataclasses import replace
 
 from moe_fuzz.campaign import events
-from moe_fuzz.campaign.gate import plan
+from moe_fuzz.campaign.gate import engine, plan
+from moe_fuzz.campaign.gate.engine import CASES_SHARE, QUIET_SHARE
 from moe_fuzz.campaign.gate.plan import PROFILES
 from moe_fuzz.campaign.plan import ROUND
 from moe_fuzz.report import text
@@ -105,7 +106,7 @@ def test_on_a_gpu_the_grid_is_dealt_among_generated_rounds(tmp_path, monkeypatch
     assert device[: 2 * ROUND + 1] == [*["grid"] * (2 * ROUND), "generate"]
 
 
-def test_a_gate_that_meets_nothing_bad_goes_on_for_longer(tmp_path):
+def test_a_gate_that_meets_nothing_bad_goes_on_for_longer(tmp_path, monkeypatch):
     def slow(answer):
         def run(case, history, options):
             time.sleep(0.01)
@@ -113,9 +114,11 @@ def test_a_gate_that_meets_nothing_bad_goes_on_for_longer(tmp_path):
 
         return run
 
-    quiet = gate(tmp_path / "quiet", slow(lambda case: False), cases=2000, seconds=1.5).run()
-    bad = gate(tmp_path / "bad", slow(lambda case: True), cases=2000, seconds=1.5).run()
-    assert bad.cases < quiet.cases < 2000
+    assert CASES_SHARE < QUIET_SHARE < 1
+    monkeypatch.setattr(engine, "CASES_SHARE", 0.02)
+    quiet = gate(tmp_path / "quiet", slow(lambda case: False), cases=2000, seconds=2.0).run()
+    bad = gate(tmp_path / "bad", slow(lambda case: True), cases=2000, seconds=2.0).run()
+    assert 4 * bad.cases < quiet.cases < 2000
 
 
 def test_the_profiles_grow_and_leave_room(tmp_path):

@@ -1,13 +1,13 @@
 """The routers of vLLM 0.33.0 and sglang-kernel 0.4.2 with their flaws, a row at a time, in float32.
 
-Written from what docs/targets.md says of the causes A to H, and of nothing else: where such a router gives an answer
-that a campaign found on a GPU, to the bit, the cause explains the finding.
+Written from the causes A to H of docs/targets.md. Where such a router gives what a campaign saw on a GPU, and no longer
+gives it where the reducer saw it go, the cause explains the finding. What no finding tells of a kernel is not here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from moe_fuzz.contract import Capabilities, Contract, declares
 
 #: E with a kernel of their own, of those that campaigns end at; any other E is the block kernel's.
 _OWN = (1, 2, 4, 8)
-_TAKEN = -10000.0  # cause A: the mark of an expert that was taken
+_TAKEN = -10000.0  # cause A: how their kernels mark an expert that was taken
 _FLOOR = -1.0  # cause A: what the block kernel's search starts from, beside expert 0
 _WRITTEN = 8  # cause C: groups whose scores somebody writes
 
@@ -30,8 +30,8 @@ def _rows(logits: Tensor, top_k: int, row: Row) -> tuple[Tensor, Tensor]:
     return torch.stack(weights), torch.tensor(ids, dtype=torch.int32)
 
 
-def _best(values: list[float], start: float) -> tuple[float, int]:
-    """The argmax as kernels look for it: from `start` and expert 0 on, by a comparison that NaN never wins (G)."""
+def _best(values: Sequence[float], start: float) -> tuple[float, int]:
+    """The argmax from `start` and expert 0 on, by a comparison that NaN never wins (cause G)."""
     best, at = start, 0
     for i, value in enumerate(values):
         if value > best:
@@ -39,14 +39,27 @@ def _best(values: list[float], start: float) -> tuple[float, int]:
     return best, at
 
 
-def _search(choice: Tensor, top_k: int) -> tuple[list[float], list[int]]:
+def _best_of_threads(values: Sequence[float], start: float) -> tuple[float, int]:
+    """The same with a thread for each expert, which keeps what it has unless the other is greater: also NaN."""
+    threads = [(start, 0) if start > value else (value, i) for i, value in enumerate(values)]
+    best, at = threads[0]
+    for value, i in threads[1:]:
+        if value > best or (value == best and i < at):
+            best, at = value, i
+    return best, at
+
+
+_Search = Callable[[Sequence[float], float], tuple[float, int]]
+
+
+def _search(choice: Tensor, top_k: int, best_of: _Search = _best) -> tuple[list[float], list[int]]:
     values, won, ids = choice.tolist(), [], []
     for _ in range(top_k):
         if len(values) in _OWN:
             best, at = _best(values, values[0])
             values[at] = _TAKEN
         else:
-            best, at = _best([-math.inf if i in ids else value for i, value in enumerate(values)], _FLOOR)
+            best, at = best_of([_FLOOR if i in ids else value for i, value in enumerate(values)], _FLOOR)
         won.append(best)
         ids.append(at)
     return won, ids
@@ -79,7 +92,9 @@ def _sglang(scoring: str) -> Callable[..., tuple[Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor]:
         def row(values: Tensor) -> tuple[Tensor, list[int]]:
             scores = _scores(values, scoring)
-            won, ids = _search(scores if bias is None else scores + bias, top_k)
+            # Two at a time are found by other comparisons than one.
+            best_of = _best if scoring == "softmax" and top_k > 1 else _best_of_threads
+            won, ids = _search(scores if bias is None else scores + bias, top_k, best_of)
             weights = torch.tensor(won) - (0.0 if bias is None else bias[ids])  # causes A and E
             return (weights / weights.sum() if renormalize else weights), ids  # cause F
 
@@ -102,28 +117,59 @@ def vllm_grouped_topk(
         raise NotImplementedError("the operator takes a bias")
     experts = logits.shape[1]
     size = experts // n_group
-    few = experts <= 256 and size <= 32 and top_k <= 8 and topk_group <= 4  # the kernel for few experts
+
+    def of_one_group(values: Tensor) -> tuple[Tensor, list[int]]:
+        if not values.isfinite().all():
+            raise NotImplementedError("no finding tells what one group does with such a row")
+        scores = _grouped_scores(values, scoring)
+        ids = (scores + bias).argsort(descending=True, stable=True)[:top_k].tolist()
+        return (scores + bias)[ids] - bias[ids], ids  # cause E
+
+    def of_few_experts(values: Tensor) -> tuple[Tensor, list[int]]:
+        written = torch.arange(experts) < _WRITTEN * size
+        scores = _grouped_scores(values, scoring).where(written, 0.0)
+        choice = (scores + bias).where(written, 0.0)
+        ids = _in_groups(choice, _best_groups(choice, n_group)[1][:topk_group], size, top_k)
+        return scores[ids], ids
+
+    def of_many_experts(values: Tensor) -> tuple[Tensor, list[int]]:
+        scores = _grouped_scores(values, scoring)
+        best, groups = _best_groups(scores + bias, n_group)
+        if best[topk_group - 1] == -math.inf:  # the guard for a row without a score
+            return torch.full((top_k,), 1 / top_k), list(range(top_k))
+        candidates = (scores + bias).where(values.isfinite(), -math.inf)  # cause D: and yet they counted for the group
+        ids = _in_groups(candidates, groups[:topk_group], size, top_k)
+        return scores[ids], ids
+
+    few = experts <= 256 and size <= 32 and size * topk_group <= 128 and top_k <= 8 and topk_group <= 4
+    kernel = of_one_group if n_group == 1 else of_few_experts if few else of_many_experts
 
     def row(values: Tensor) -> tuple[Tensor, list[int]]:
-        scores = values.softmax(0) if scoring == "softmax" else 0.5 * torch.tanh(0.5 * values) + 0.5
-        choice, less = scores + bias, bias
-        if few:
-            written = torch.arange(experts) < _WRITTEN * size
-            choice, less = choice.where(written, 0.0), bias.where(written, 0.0)
-        groups = choice.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).view(n_group, size)
-        ranks = groups.topk(2, dim=1).values.sum(1).argsort(descending=True, stable=True)
-        kept = ranks[:topk_group].tolist()
-        runs = [  # cause D: in the kernel for many, no expert with an infinite logit
-            i // size in kept and (few or math.isfinite(values[i])) for i in range(experts)
-        ]
-        candidates, ids = choice.where(torch.tensor(runs), -math.inf).tolist(), []
-        for _ in range(top_k):
-            _, at = _best([-math.inf if i in ids else value for i, value in enumerate(candidates)], -math.inf)
-            ids.append(at)
-        weights = choice[ids] - less[ids]  # cause E
+        weights, ids = kernel(values)
         return (weights / (weights.sum() + 1e-20) if renormalize else weights) * scale, ids
 
     return _rows(logits, top_k, row)
+
+
+def _grouped_scores(row: Tensor, scoring: str) -> Tensor:
+    return row.softmax(0) if scoring == "softmax" else 0.5 * torch.tanh(0.5 * row) + 0.5
+
+
+def _best_groups(choice: Tensor, n_group: int) -> tuple[list[float], list[int]]:
+    """Groups from the best on, by the sum of their two best, for which NaN does not count; and these sums."""
+    two = choice.where(~choice.isnan(), -math.inf).view(n_group, -1).topk(2, dim=1).values.sum(1)
+    groups = two.argsort(descending=True, stable=True).tolist()
+    return two[groups].tolist(), groups
+
+
+def _in_groups(choice: Tensor, groups: Sequence[int], size: int, top_k: int) -> list[int]:
+    """The best experts of some groups; expert 0 where nothing is above -Inf."""
+    ids: list[int] = []
+    for _ in range(top_k):
+        of_these = [value if i // size in groups and i not in ids else -math.inf
+                    for i, value in enumerate(choice.tolist())]  # fmt: skip
+        ids.append(_best(of_these, -math.inf)[1])
+    return ids
 
 
 def sglang_grouped_topk(
