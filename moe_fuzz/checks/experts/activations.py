@@ -66,10 +66,11 @@ def spread(curve: Curve, g: Tensor, error: Tensor, at: Tensor) -> Tensor:
     """max |f(v) - f(g)| over v in g ± error: at an end of the interval, or at the bottom where that lies inside. at:
     f(g)."""
     low, high = g - error, g + error
-    most = torch.maximum((curve.of(low) - at).abs(), (curve.of(high) - at).abs())
     inside = (low < curve.bottom) & (curve.bottom < high)
-    lowest = curve.of(torch.full_like(g[..., :1], curve.bottom))
-    return torch.where(inside, torch.maximum(most, (lowest - at).abs()), most)
+    # All at once, since small tensors cost what their operations cost to launch. Where the bottom does not lie inside,
+    # an end stands for it.
+    where = torch.stack([low, high, torch.where(inside, curve.bottom, low)])
+    return (curve.of(where) - at).abs().amax(dim=0)
 
 
 def activated(activation: str, gate: Tensor, up: Tensor | None, e_gate: Tensor, e_up: Tensor | None,

@@ -97,10 +97,12 @@ class _Evaluation:
         """Of each slot: its contribution to y [e, n, H], how far a target's may be off, and where asked for the
         variance of that and the variances of h that it is made of, [e, n, I]."""
         weight = self.plain["weights"][batch.token, batch.slot].double()[..., None]  # [e, n, 1]
-        e_weight = torch.zeros_like(weight)
+        most = weight.abs()  # of what a target may have in its place, which is off by e_weight
+        e_weight = None
         if self.contract.weight_dtype == "dtype":
-            e_weight = self.u * weight.abs() + self.floor
-        a, e_a, sharp = self._first(batch, weight, e_weight)
+            e_weight = self.u * most + self.floor
+            most = most + e_weight
+        a, e_a, sharp = self._first(batch, weight, most, e_weight)
         h, e_h, s = self._activate(a, e_a, sharp)
         lost = ~(h.abs() + e_h < (self.most if self.stored else LARGEST))
         wide = (a.abs() + e_a).amax(dim=-1, keepdim=True)  # NaN where there is one
@@ -114,9 +116,11 @@ class _Evaluation:
         if "dtype" in (self.contract.down, self.contract.slot):
             held = self.most
         if not self.on_input:
-            e = (weight.abs() + e_weight) * e + e_weight * v.abs() + 2 * U * weight.abs() * (v.abs() + e) + TINY
+            wide = v.abs()
+            off = most * (e + 2 * U * (wide + e)) + TINY
+            e = off if e_weight is None else off + e_weight * wide
             v = v * weight
-            size = torch.maximum(size, size * weight.abs())
+            size = size * most.clamp(min=1.0)
         if self.contract.slot == "dtype":
             e = e + self.u * (v.abs() + e) + self.floor
         nothing = nothing | ~(size + e < held)
@@ -128,8 +132,11 @@ class _Evaluation:
             self.repeats.see(batch, product.masked_fill(nothing, 0.0) if self.contract.down == "dtype" else v, h, s)
         return v, e, *self._variance(batch, v, h, s, weight)
 
-    def _first(self, batch: Batch, weight: Tensor, e_weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x @ w13.T, weighted and biased: [e, n, 2I], its error, and that of its sum on random data."""
+    def _first(
+        self, batch: Batch, weight: Tensor, most: Tensor, e_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x @ w13.T, weighted and biased: [e, n, 2I], its error, and that of its sum on random data. most: the largest
+        weight that a target may have in place of this one, as a size; e_weight: how far it may be from it."""
         x = self.x[batch.token].double()  # [e, n, H]
         w = self.inputs.matrix("w13", batch.experts).transpose(1, 2)  # [e, H, 2I]
         a = x @ w
@@ -142,11 +149,11 @@ class _Evaluation:
             sizes = sizes + e_a
         a, e_a, sizes, below = self._scaled("w13", batch, a, e_a, sizes, below)
         if self.on_input:  # the weight may meet x, or the product
-            e_a = (e_a * (weight.abs() + e_weight) + e_weight * sizes).masked_fill(
-                weight.abs() * x.amax(dim=-1, keepdim=True) >= LARGEST, torch.inf)  # fmt: skip
+            e_a = e_a * most if e_weight is None else e_a * most + e_weight * sizes
+            e_a = e_a.masked_fill(most * x.amax(dim=-1, keepdim=True) >= LARGEST, torch.inf)
             a = torch.where(weight == 0, 0.0, a * weight)
-            sizes = (weight.abs() + e_weight) * sizes
-            below = below * (1 + weight.abs())
+            sizes = most * sizes
+            below = below * (1 + most)
         if (b13 := self.plain.get("b13")) is not None:
             bias = b13[batch.experts].double()[:, None]
             a, sizes = a + bias, sizes + bias.abs()

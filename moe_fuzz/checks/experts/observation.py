@@ -173,6 +173,25 @@ class ExpertsObservation:
         return torch.where(over, low.clamp(max=most), low), torch.where(under, high.clamp(min=-most), high)
 
     @cached_property
+    def closed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """bool [T, H]: where y must not be too low, and where not too high."""
+        low, high = self.limits
+        return low > -torch.inf, high < torch.inf
+
+    @cached_property
+    def empty(self) -> torch.Tensor:
+        """bool [T, 1]: tokens without an expert here."""
+        return self._made(~on_host(self.kept).any(dim=1, keepdim=True))
+
+    @cached_property
+    def tainted(self) -> torch.Tensor:
+        """bool [T, 1]: tokens whose NaN has to be seen in y. Where x is quantized none has: a code has no NaN."""
+        if self.inputs.quantizes:
+            return self._made(torch.zeros((self.tokens, 1), dtype=torch.bool))
+        weighty = (on_host(self.kept) & (on_host(self.weights) != 0)).any(dim=1, keepdim=True)
+        return self.x.isnan().any(dim=1, keepdim=True) & self._made(weighty)
+
+    @cached_property
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The result [T, H], float64, and where its bits are known for certain, bool."""
         usable = on_host(self.inputs.ordinary) & on_host(self.sound) & on_host(self.kept).any(dim=1)
@@ -263,9 +282,19 @@ class ExpertsObservation:
         return unwritten(self.outputs.y)
 
     @cached_property
+    def written(self) -> torch.Tensor:
+        """bool [T, H]"""
+        return ~self.missing
+
+    @cached_property
+    def finite(self) -> torch.Tensor:
+        """bool [T, H]: elements that were written, and are finite."""
+        return self.written & self.outputs.y.isfinite()
+
+    @cached_property
     def judged(self) -> torch.Tensor:
         """bool [T, H]: what the parity checks judge: claimed, written, finite. `finite` speaks of the others."""
-        return self.claimed & ~self.missing & self.outputs.y.isfinite()
+        return self.claimed & self.finite
 
     @cached_property
     def well(self) -> torch.Tensor:
@@ -281,4 +310,4 @@ class ExpertsObservation:
 
 
 _OF_INPUTS = ("expert", "kept", "sound", "real", "random", "numbers", "rounded", "claimed", "hopeless", "limits",
-              "exact")
+              "closed", "empty", "tainted", "exact")
