@@ -132,7 +132,7 @@ def run(
         out,  # output
         tokens, top_k, hidden, num_ids, experts,  # sizes
         *ids.stride(), expert_map.stride(0) if expert_map is not None else 0,  # strides
-        HAS_MAP=expert_map is not None, ROWS=rows_in, COLUMNS=columns, UNROLL=1 if _INTERPRETED else 8,  # constants
+        HAS_MAP=expert_map is not None, ROWS=rows_in, COLUMNS=columns, UNROLL=2 if _INTERPRETED else 8,  # constants
         OVERLAPS=plan.overlaps, INTERPRETED=_INTERPRETED,
         num_warps=warps, **_EARLY[plan.overlaps],
     )  # fmt: skip
