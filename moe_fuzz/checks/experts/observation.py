@@ -186,8 +186,8 @@ class ExpertsObservation:
     @cached_property
     def tainted(self) -> torch.Tensor:
         """bool [T, 1]: tokens whose NaN has to be seen in y. Where x is quantized none has: a code has no NaN."""
-        if self.inputs.quantizes:
-            return self._made(torch.zeros((self.tokens, 1), dtype=torch.bool))
+        if self.inputs.quantizes or bool(self.inputs.finite_rows.all()):
+            return self.x.new_zeros((self.tokens, 1), dtype=torch.bool)
         weighty = (on_host(self.kept) & (on_host(self.weights) != 0)).any(dim=1, keepdim=True)
         return self.x.isnan().any(dim=1, keepdim=True) & self._made(weighty)
 
