@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,11 +145,13 @@ def command(
 
 def touched(names: Sequence[str], revision: str, ledger: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The targets that the changes since a revision touch, and lines that say why these. A changed ledger touches all:
-    what an entry that went told of is new again."""
+    what an entry that went told of is new again. So does the file of the configuration, and one that may have been it.
+    """
     found = _configuration()
     root, files = changed.changed_files(revision, Path.cwd())
     change = changed.affected(
-        names, root, files, found.paths, found.path.parent if found.path else None, for_all=(ledger,)
+        names, root, files, found.paths, found.path.parent if found.path else None,
+        for_all=(ledger, *configuring(found.path)),
     )
     lines = [f"changed since {revision}: {len(files)} files, {len(change.unmapped)} of them touch no target"]
     lines += [f"{name}: {reason} changed" for name, reason in change.reasons.items()]
@@ -158,6 +160,14 @@ def touched(names: Sequence[str], revision: str, ledger: Path) -> tuple[tuple[st
         lines.append("nothing to gate" + (f": {some}" if some else ""))
         lines.append(f"what a path touches beside what is imported stands in [{TABLE}.paths]")
     return change.targets, tuple(lines)
+
+
+def configuring(path: Path | None) -> Iterator[Path]:
+    """The files that the configuration is read from, or was before it came to be read from `path`."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        yield folder / "pyproject.toml"
+        if folder / "pyproject.toml" == path:
+            return
 
 
 def write_nothing(

@@ -249,6 +249,18 @@ def test_a_change_of_the_ledger_is_gated(call: Callable, committed: Path) -> Non
     assert call(*words).code == 2
 
 
+@pytest.mark.parametrize("text", ["[tool.moe-fuzz]\nmemory = '4GiB'\n", "[tool.ruff]\n"])
+def test_a_change_of_the_configuration_is_gated(call: Callable, committed: Path, text: str) -> None:
+    """Also one that took its table away."""
+    (committed / "pyproject.toml").write_text(text)
+    ran = call("gate", "kernels.py:sound", *CPU, "--changed-from", "HEAD", "--cases", "4")
+    assert (ran.code, "pyproject.toml changed" in ran.out) == (0, True), ran.out
+    (committed / "deep").mkdir()
+    (committed / "pyproject.toml").rename(committed / "deep/pyproject.toml")
+    ran = call("gate", "kernels.py:sound", *CPU, "--changed-from", "HEAD", "--cases", "4")
+    assert "nothing to gate: deep/pyproject.toml" in ran.out
+
+
 def test_a_budget_of_gpu_memory_is_fewer_workers() -> None:
     card = Gpu("H200", 140 << 30, 139 << 30, "GPU-a")
     [less] = limited((card,), 12 << 30)

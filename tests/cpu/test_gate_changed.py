@@ -97,6 +97,38 @@ def test_a_module_that_is_deleted_or_renamed_touches_what_imports_it(repository:
     assert "kernels/other.py" in affected((target,), *changed_files("HEAD", repository), {}).unmapped
 
 
+def test_a_submodule_stands_for_all_below_it(repository: Path, tmp_path: Path) -> None:
+    """Of which git names the gitlink alone."""
+    write(tmp_path / "upstream", serving_router="from serving.scoring import f\ndef topk(): f()", serving_scoring="1")
+    upstream = tmp_path / "upstream"
+    git(upstream.parent, "init", "-q", "-b", "main", str(upstream))
+    git(upstream, "add", "-A")
+    git(upstream, "commit", "-qm", "first")
+    sub = ("-c", "protocol.file.allow=always", "submodule")
+    git(repository, *sub, "add", "-q", str(upstream), "src")
+    git(repository, "config", "-f", ".gitmodules", "submodule.src.ignore", "all")
+    git(repository, "commit", "-qam", "submodule")
+    (repository / "src/serving/scoring.py").write_text("2")
+    git(repository / "src", "commit", "-qam", "second")
+    git(repository, "add", "-f", "src")
+    git(repository, "commit", "-qm", "bumped")
+    target, other = "topk_softmax@serving.router:topk", "topk_softmax@a:topk"
+    root, found = changed_files("HEAD~1", repository)
+    assert found == ("src/",)
+    change = affected((target, other), root, found, {})
+    assert (change.targets, change.reasons, change.unmapped) == ((target,), {target: "src/"}, ())
+    for glob, touches in (("src/csrc/*.cu", True), ("**/*.cu", True), ("s*/x", True), ("folder/**", False)):
+        assert affected((other,), root, found, {glob: (other,)}).targets == ((other,) if touches else ()), glob
+    assert affected((other,), root, found, {}, for_all=(root / "src/known.toml",)).targets == (other,)
+    git(repository, "rm", "-qf", "src")
+    write(repository, router="from serving.router import topk")
+    assert affected(("topk_softmax@router:topk",), *changed_files("HEAD", repository), {}).targets
+    (repository / "router.py").write_text("import b\ndef topk(): 1")
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "no submodule")
+    assert changed_files("HEAD", repository)[1] == ()
+
+
 def test_the_packages_around_a_target_run_too(repository: Path) -> None:
     write(repository, pack_="import pack.far", pack_far="1", pack_in_="1", pack_in_router="def topk(): 1")
     target = "topk_softmax@pack.in.router:topk"

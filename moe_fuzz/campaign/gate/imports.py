@@ -19,7 +19,7 @@ from moe_fuzz.campaign.gate.import_time import effects, imports_run, loaded_by_n
 
 class ImportGraph:
     """Of the Python files below `root`. `paths`: where absolute imports are looked up, besides root and root/src.
-    `gone`: files that a change took away; what still imports one is touched by that."""
+    `gone`: files and folders that a change took away; what still imports one is touched by that."""
 
     def __init__(self, root: Path, paths: tuple[Path, ...] = (), gone: frozenset[Path] = frozenset()) -> None:
         self._gone = gone
@@ -51,7 +51,7 @@ class ImportGraph:
         """The `__init__.py` that run before these files do."""
         for folder in {folder for file in files for folder in file.parents if self._inside(folder)}:
             file = folder / "__init__.py"
-            if file.is_file() or file in self._gone:
+            if file.is_file() or _went(file, self._gone):
                 yield file.resolve()
 
     def _inside(self, path: Path) -> bool:
@@ -66,7 +66,7 @@ class ImportGraph:
             if path in passed or path in whole or not self._inside(path):
                 continue
             passed.add(path)
-            if path in self._gone or _broken(path):
+            if _went(path, self._gone) or _broken(path):
                 yield path
                 continue
             tree = _tree(path)
@@ -164,7 +164,7 @@ class ImportGraph:
                     yield holder
 
     def _imports(self, path: Path) -> frozenset[Path]:
-        if path in self._gone:
+        if _went(path, self._gone):
             return frozenset()
         if path not in self._direct:
             nodes = _imported(path, path.stat().st_mtime_ns)
@@ -209,7 +209,11 @@ def _find(name: str, paths: tuple[Path, ...], gone: frozenset[Path]) -> Path | N
     relative = Path(*name.split("."))
     files = [file for base in paths for file in (base / relative.with_suffix(".py"), base / relative / "__init__.py")]
     there = next((file for file in files if file.is_file()), None)
-    return there or next((file for file in files if file in gone), None)
+    return there or next((file for file in files if _went(file, gone)), None)
+
+
+def _went(file: Path, gone: frozenset[Path]) -> bool:
+    return file in gone or not gone.isdisjoint(file.parents)
 
 
 def _tree(path: Path) -> ast.Module:
