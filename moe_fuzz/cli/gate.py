@@ -17,7 +17,8 @@ from moe_fuzz.campaign.events import CampaignFinished, CampaignStarted, Summary
 from moe_fuzz.campaign.gate import changed, ledger_file
 from moe_fuzz.campaign.gate.corpus import read as read_corpus
 from moe_fuzz.campaign.gate.engine import Gate
-from moe_fuzz.campaign.gate.ledger import FILE, Entry
+from moe_fuzz.campaign.gate.entries import no_target
+from moe_fuzz.campaign.gate.ledger import FILE, Entry, strays
 from moe_fuzz.campaign.gate.plan import PROFILES, read_quota
 from moe_fuzz.campaign.gate.settings import GateSettings
 from moe_fuzz.campaign.repro import renderer
@@ -30,6 +31,7 @@ from moe_fuzz.errors import EXIT_CLEAN, EnvironmentProblem, UsageError
 from moe_fuzz.options import ProviderOptions
 from moe_fuzz.restriction import Restriction
 from moe_fuzz.sanitize.automatic import automatic
+from moe_fuzz.targets import registry
 from moe_fuzz.worker.gpus import SLOT_BYTES, Gpu, default_workers
 from moe_fuzz.worker.pool import Pool
 
@@ -95,8 +97,10 @@ def command(
     """
     names = expand(targets, op)
     entries = read_ledger(ledger)  # one that cannot be read is told by the change that broke it
+    stray = strays(entries, (*names, *(target.name for target in registry.known(planted=True))))
     names, notes = touched(names, changed_from, ledger or ledger_path()) if changed_from is not None else (names, ())
     if not names:
+        notes = (*notes, *(f"ledger: {entry.name}: {no_target(entry)}" for entry in stray))
         click.echo("\n".join(notes))
         write_nothing(reports, notes, seed, params.pick_device(device), state_dir)
         ctx.exit(EXIT_CLEAN)
@@ -129,7 +133,7 @@ def command(
                 seconds=time if time is not None or cases is not None else chosen.seconds,
                 seed=seed, device=device, workers=count, deadline=deadline, strict=strict, corpus=replayed,
                 entries=entries, arch=architecture(device) if any(entry.arch for entry in entries) else "",
-                notes=(*notes, *left_out, *without),
+                notes=(*notes, *left_out, *without), strays=stray,
             )  # fmt: skip
             summary = Gate(
                 settings, pool, state, broadcast, base=base, render_repro=renderer(pool),
