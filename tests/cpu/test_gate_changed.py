@@ -231,6 +231,13 @@ def test_what_is_imported_for_what_it_does(tmp_path: Path, runs: str, how: str, 
     assert ("core.py" in made_of) == ("core" in runs)
 
 
+def test_what_the_packages_around_a_target_run_may_change_it(tmp_path: Path) -> None:
+    write(tmp_path, pack_="from pack import patches\nhandle = patches.apply()", pack_patches="import pack.deep",
+          pack_in_router="def topk(): 1", pack_deep="")  # fmt: skip
+    needed = {"pack/in/router.py", "pack/__init__.py", "pack/patches.py", "pack/deep.py"}
+    assert files(tmp_path, "pack.in.router:topk") == needed
+
+
 def test_modules_that_are_loaded_by_name_or_hand_over_everything(tmp_path: Path) -> None:
     write(tmp_path, a="", b="", star="", pack_="",
           router="import importlib\nfrom star import *\nimportlib.import_module('a')\n__import__('b')\ndef topk(): 1")

@@ -60,7 +60,8 @@ class ImportGraph:
     def _beside(self, found: set[Path], whole: set[Path], passed: set[Path]) -> Iterator[Path]:
         """What else runs as these are imported, and does something to others or cannot run. All that it imports
         would be most of a project."""
-        waiting = [*found, *self._packages(found | whole)]
+        around = set(self._packages(found | whole))
+        waiting = [*found, *around]
         while waiting:
             path = waiting.pop()
             if path in passed or path in whole or not self._inside(path):
@@ -71,7 +72,7 @@ class ImportGraph:
                 continue
             tree = _tree(path)
             if path not in found:
-                does = list(effects(tree, False, self._ours(path)))
+                does = list(effects(tree, path in around, self._ours(path)))
                 if does:
                     found.add(path)
                     yield from self._needs(path, does, [], "", set())
