@@ -26,6 +26,8 @@ class ImportGraph:
         self._root = root.resolve()
         self._paths = (*paths, self._root, self._root / "src")
         self._direct: dict[Path, frozenset[Path]] = {}
+        self._does: dict[tuple[Path, bool], list[ast.AST]] = {}
+        self._runs: dict[Path, frozenset[Path]] = {}
 
     def files(self, location: str) -> frozenset[Path]:
         """The files below root, resolved, that the target at `module:attribute` or `file.py:attribute` is made of;
@@ -70,14 +72,24 @@ class ImportGraph:
             if _went(path, self._gone) or _broken(path):
                 yield path
                 continue
-            tree = _tree(path)
             if path not in found:
-                does = list(effects(tree, path in around, self._ours(path)))
+                does = self._effects(path, path in around)
                 if does:
                     found.add(path)
                     yield from self._needs(path, does, [], "", set())
-            run = {file.resolve() for node in imports_run(tree) for file in self._of(path, node)}
-            waiting += [*run, *self._packages(run)]
+            waiting += self._run_by(path)
+
+    def _effects(self, path: Path, thorough: bool) -> list[ast.AST]:
+        if (path, thorough) not in self._does:
+            self._does[path, thorough] = list(effects(_tree(path), thorough, self._ours(path)))
+        return self._does[path, thorough]
+
+    def _run_by(self, path: Path) -> frozenset[Path]:
+        """The files that run because this one does."""
+        if path not in self._runs:
+            run = {file.resolve() for node in imports_run(_tree(path)) for file in self._of(path, node)}
+            self._runs[path] = frozenset({*run, *self._packages(run)})
+        return self._runs[path]
 
     def _slice(self, path: Path, attribute: str, sliced: set[tuple[Path, str]]) -> Iterator[Path]:
         """The files that one name of a module needs, and what the module runs; a name that it imports is followed to
@@ -95,7 +107,7 @@ class ImportGraph:
                 isinstance(node, ast.Import) and not _used(tree).intersection(_names_bound(node))
             ):
                 yield from self._of(path, node)
-        yield from self._needs(path, list(effects(tree, True, self._ours(path))), [attribute], attribute, sliced)
+        yield from self._needs(path, self._effects(path, True), [attribute], attribute, sliced)
 
     def _needs(
         self, path: Path, does: list[ast.AST], names: list[str], attribute: str, sliced: set[tuple[Path, str]]
