@@ -28,6 +28,7 @@ GATE_KEYS: Mapping[str, Callable[[Any], Any]] = {
     "corpus": texts,
     "strict": flag,
     "base-python": text,
+    "base-path": text,
     "gpu-memory": parse_size,
 }
 
@@ -52,6 +53,9 @@ def read_gate(table: Any, path: Path) -> dict[str, Any]:
         values["corpus"] = [str(path.parent / Path(folder).expanduser()) for folder in values["corpus"]]
     if os.sep in values.get("base_python", ""):
         values["base_python"] = str(path.parent / Path(values["base_python"]).expanduser())
+    if "base_path" in values:
+        parts = values["base_path"].split(os.pathsep)
+        values["base_path"] = os.pathsep.join(str(path.parent / Path(part).expanduser()) for part in parts)
     return values
 
 

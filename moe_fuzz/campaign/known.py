@@ -19,6 +19,13 @@ def explains(finding: Finding, bad: BadCase, features: frozenset[str]) -> bool:
     return same and not finding.sequence and any(map(features.issuperset, finding.scopes))
 
 
+def promoted(known: Finding, finding: Finding) -> Finding:
+    """`known` after `finding` was taken for it: of class contract, if either breaks what was promised."""
+    if known.finding_class == "contract" or finding.finding_class != "contract":
+        return known
+    return replace(known, finding_class=finding.finding_class, clause=finding.clause)
+
+
 def widened(known: Finding, finding: Finding) -> Finding:
     """`known` after the same defect was met by another way: what that case lacked, the defect does not need."""
 
@@ -26,6 +33,6 @@ def widened(known: Finding, finding: Finding) -> Finding:
         return tuple(sorted(set(scope) & set(finding.scope)))
 
     if finding.id == known.id:
-        return replace(known, scope=common(known.scope))
+        return replace(promoted(known, finding), scope=common(known.scope))
     faces = (replace(face, scope=common(face.scope)) if face.id == finding.id else face for face in known.faces)
     return replace(known, faces=tuple(faces))

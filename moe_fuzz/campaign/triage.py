@@ -20,7 +20,7 @@ from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.faces import face_of
 from moe_fuzz.campaign.finding import Finding, features_of
 from moe_fuzz.campaign.findings import RenderRepro, add_face, folder, load_findings, seen_again, write_finding
-from moe_fuzz.campaign.known import explains, widened
+from moe_fuzz.campaign.known import explains, promoted, widened
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.case import Case
 
@@ -188,7 +188,8 @@ class Triage:
             reason = examiner.same_defect(earlier, finding)
             if reason:
                 with self._lock:
-                    self.new[earlier.id] = add_face(self._state, self.new[earlier.id], face_of(finding, reason))
+                    known = promoted(self.new[earlier.id], finding)
+                    self.new[earlier.id] = add_face(self._state, known, face_of(finding, reason))
                     self.duplicates += 1
                 said = f"{finding.target}: finding {earlier.id} also shows on {finding.label}: {reason}"
                 self._emit(events.Note(said))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,8 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in PROFILES
 @_option("strict", "--strict", is_flag=True, help="Red on findings of class robustness too.")
 @_option("base-python", "--base-python", metavar="PYTHON",
          help="The interpreter of the build that the change is made to; what fails there too is not new.")
+@_option("base-path", "--base-path", metavar="DIR:…",
+         help="PYTHONPATH of the base build. The change's own is not handed on to it.")
 @click.option("--sanitize/--no-sanitize", "sanitizing", default=True, show_default=True,
               help="On a GPU: have compute-sanitizer name the line of the kernel, for findings about memory.")
 @_option("gpu-memory", "--gpu-memory", type=params.SIZE, metavar="SIZE",
@@ -82,7 +85,7 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in PROFILES
 def command(
     ctx: click.Context, targets: tuple[str, ...], changed_from: str | None, profile: str, cases: int | None,
     time: float | None, seed: int, ledger: Path | None, corpus: tuple[Path, ...], strict: bool,
-    base_python: str | None, sanitizing: bool, gpu_memory: int | None, op: str | None,
+    base_python: str | None, base_path: str | None, sanitizing: bool, gpu_memory: int | None, op: str | None,
     reports: tuple[tuple[str, Path | None], ...],
     workers: int | None, device: str, deadline: float, memory: int | None, state_dir: Path,
 ) -> None:  # fmt: skip
@@ -123,9 +126,10 @@ def command(
                      providers=providers, gpus=cards or None)
             )  # fmt: skip
             base = None
-            if base_python is not None:
-                base = stack.enter_context(base_pool(base_python, providers, device, limit, state_dir, pool))
-                check_base(base, base_python)
+            if base_python is not None or base_path is not None:
+                python = base_python or sys.executable
+                base = stack.enter_context(base_pool(python, base_path, providers, device, limit, state_dir, pool))
+                check_base(base, python)
             able = runnable(names, targets, op, pool, broadcast, Restriction(), device)
             read_quota(cases, able)
             settings = GateSettings(
@@ -217,13 +221,13 @@ def limited(cards: Sequence[Gpu], limit: int | None) -> tuple[Gpu, ...]:
 
 
 def base_pool(
-    python: str, providers: Mapping[str, ProviderOptions], device: str, memory: int | None,
+    python: str, path: str | None, providers: Mapping[str, ProviderOptions], device: str, memory: int | None,
     state_dir: Path, pool: Pool,
 ) -> Pool:  # fmt: skip
-    """A worker of the base build: the same variables, another interpreter."""
+    """A worker of the base build: another interpreter, its own PYTHONPATH or none, and otherwise the same variables."""
     others = {name: replace(options, python=None) for name, options in providers.items()}
     return Pool(workers=1, device=device, python=python, memory_limit=memory, log_dir=state_dir / "logs" / "base",
-                providers=others, beside=pool)  # fmt: skip
+                providers=others, beside=pool, variables={"PYTHONPATH": path or ""})  # fmt: skip
 
 
 def check_base(base: Pool, python: str) -> None:

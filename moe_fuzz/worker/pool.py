@@ -58,6 +58,7 @@ class Pool:
         recycle_growth: int = Limits.growth,
         runner: str | None = None,
         beside: Pool | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         """Starts the zygote and does not wait for it: the first use does.
 
@@ -69,6 +70,7 @@ class Pool:
             gets a zygote, started when it is first needed; it needs no package but torch, triton and numpy.
         gpus: those to lease on cuda; by default all that this process may use (gpus.py).
         beside: a pool on the same GPUs, whose leases this one shares: it never waits for a slot that the other holds.
+        variables: of workers, in place of what this process and their provider have.
         runner: "module:Class" or "file.py:Class" in place of moe_fuzz.execute.runner:Runner; for tests.
 
         Raises UsageError, EnvironmentProblem.
@@ -79,6 +81,7 @@ class Pool:
             raise UsageError(f"{device!r} is no device", "the devices are cpu and cuda")
         self._python, self._device, self._runner = python, device, runner
         self._providers = dict(providers or {})
+        self._variables = dict(variables or {})
         self._shares = beside is not None
         self._leases: Leases | None
         if beside is not None:
@@ -228,7 +231,7 @@ class Pool:
     def _home(self, provider: str) -> ProviderOptions:
         """The interpreter and environment in which a provider's targets run. Several may have the same."""
         given = self._providers.get(provider, ProviderOptions())
-        return ProviderOptions(given.python or self._python, _Variables(given.env))
+        return ProviderOptions(given.python or self._python, _Variables({**given.env, **self._variables}))
 
     def _living(self, provider: str = "") -> Zygote:
         """The provider's zygote; another one where it died, if it did for the first time."""

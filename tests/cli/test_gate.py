@@ -144,22 +144,24 @@ def test_two_hundred_cases_twice(gate: Callable, tmp_path: Path, monkeypatch: py
 
 
 def test_the_base_build_has_it_too(gate: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Head and base are two installations of one package; each interpreter finds its own."""
+    """Head and base are two builds of one package, each with a path of its own."""
     for build in ("head", "base"):
         (tmp_path / build / "toykernels").mkdir(parents=True)
         shutil.copy(HERE / "gate_targets.py", tmp_path / build / "toykernels" / "__init__.py")
-    python = tmp_path / "base-python"
-    path = f"{tmp_path}/base:$PYTHONPATH"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH="{path}" exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/head:{ROOT}:{os.environ.get('PYTHONPATH', '')}")
-    base = ("toykernels:odd", "--base-python", str(python))
+    base = ("toykernels:odd", "--base-path", str(tmp_path / "base"))
     ran = gate(words=base)
     assert ran.code == 0, ran.out
     assert len(end(ran)["gate"]["on_base"]) == 1
     assert "these fail on the base build too" in ran.out
     mend(tmp_path / "base" / "toykernels" / "__init__.py")
     assert gate(words=base).code == 1
+    # The path of the change is not handed on: a base interpreter that does not know the package has no such target.
+    ran = gate(words=("toykernels:odd", "--base-python", sys.executable))
+    assert (ran.code, "toykernels:odd is not on the base build" in ran.out) == (1, True)
+    # And the very same file on both sides is no comparison.
+    ran = gate(words=("toykernels:odd", "--base-path", str(tmp_path / "head")))
+    assert (ran.code, "on the base build too, so what fails is told as new" in ran.out) == (1, True)
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------

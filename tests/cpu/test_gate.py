@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from moe_fuzz.campaign import events
-from moe_fuzz.campaign.findings import load_findings
+from moe_fuzz.campaign.findings import load_findings, write_finding
+from moe_fuzz.campaign.gate.judge import Judge
 from moe_fuzz.campaign.interfaces import Sanitized
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.report import junit, text
@@ -101,8 +102,9 @@ def test_what_fails_sometimes_is_flaky_and_told_with_its_case(tmp_path):
     assert summary.gate.unstable[0].replay in "\n".join(text.summary(summary, "x"))
 
 
-def test_the_minimal_case_has_to_fail_three_times_too(tmp_path):
-    """A reduction may end where the failure is no longer certain."""
+@pytest.mark.parametrize("certain", [True, False])
+def test_a_reduction_that_ends_where_nothing_is_certain(tmp_path, certain):
+    """The case itself is: then it is told as it was met. Else the smallest is told, as flaky."""
     runs = Counter()
 
     def judge(case, history, options):
@@ -110,10 +112,82 @@ def test_the_minimal_case_has_to_fail_three_times_too(tmp_path):
             return GOOD
         runs[case.digest] += 1
         minimal = case.steps[0].tokens == 1 and len(case.experts) == 1
-        return GOOD if minimal and runs[case.digest] > 3 else bad()  # as often as the reducer asks
+        often = 3 if minimal else 1000 if certain else 4  # as often as the reducer asks
+        return GOOD if runs[case.digest] > often else bad()
 
-    [finding] = gate(tmp_path, judge).run().gate.unstable
-    assert finding.reproduces.startswith("sometimes")
+    summary = gate(tmp_path, judge).run()
+    assert summary.exit_code == certain
+    if certain:
+        assert all(finding.case.steps[0].tokens > 1 or len(finding.case.experts) > 1 for finding in summary.new)
+        assert not any(finding.minimal for finding in summary.new)
+    else:
+        assert all(finding.reproduces.startswith("sometimes") for finding in summary.gate.unstable)
+
+
+def test_a_finding_of_the_base_build_does_not_hide_a_new_one(tmp_path):
+    """The base is wrong for one number of experts, the change for all odd ones."""
+    one = when(lambda case: nan_on_odd(case) and len(case.experts) == 1)
+    assert gate(tmp_path / "1", one, base=FakePool(one)).run().exit_code == 0
+
+    def later(case, history, options):  # so that the base's own is met, and told, first
+        met.append(nan_on_odd(case) and len(case.experts) == 1)
+        return when(nan_on_odd)(case, history, options) if any(met) else GOOD
+
+    met: list[bool] = []
+    for name, judge in (("first", later), ("reduced", when(nan_on_odd))):  # and else the reducer goes down to it
+        summary = gate(tmp_path / name, judge, base=FakePool(one)).run()
+        assert summary.exit_code == 1
+        assert bool(summary.gate.on_base) == (name == "first")
+        assert all(len(finding.case.experts) > 1 for finding in summary.new)
+
+
+def test_a_flaky_finding_does_not_hide_one_that_is_certain(tmp_path):
+    """With one expert it comes and goes, and with more it stays, once the first of these was met."""
+    runs = Counter()
+
+    def judge(case, history, options):
+        if not nan_on_odd(case):
+            return GOOD
+        if len(case.experts) > 1:
+            return bad() if runs else GOOD
+        runs[case.digest] += 1
+        return bad() if runs[case.digest] < 5 else GOOD
+
+    summary = gate(tmp_path, judge).run()
+    assert summary.gate.unstable
+    assert summary.exit_code == 1
+    assert all(len(finding.case.experts) > 1 for finding in summary.new)
+
+
+def test_the_same_file_on_both_sides_is_no_comparison(tmp_path):
+    class Here(FakePool):
+        def describe(self, target):
+            return replace(super().describe(target), origin="/builds/kernels.py")
+
+    listener = Listener()
+    judge = when(nan_on_odd)
+    summary = gate(tmp_path, judge, listener, pool=Here(judge), base=Here(judge)).run()
+    assert (summary.exit_code, summary.gate.on_base) == (1, ())
+    assert any("/builds/kernels.py on the base build too" in note.message for note in listener.of(events.Note))
+
+
+def test_what_is_taken_for_a_finding_of_robustness_can_make_it_contract(tmp_path):
+    class Same:
+        @staticmethod
+        def same_defect(earlier, finding):
+            return "they are alike"
+
+    state, listener = StateDir(tmp_path), Listener()
+    [contract] = gate(tmp_path, when(nan_on_odd)).run().new
+    lenient = replace(contract, finding_class="robustness", clause="nobody promised")
+    for other in (replace(contract, id="0123456789"), contract):  # another face, and the very same
+        judge = Judge(state, {}, listener, {}, lambda finding: finding.finding_class == "contract")
+        write_finding(state, lenient)
+        judge.new[lenient.id] = lenient
+        assert judge._met_before(other, Same())
+        assert (judge.new[lenient.id].finding_class, judge.new[lenient.id].clause) == ("contract", contract.clause)
+        assert listener.of(events.FindingReported)[-1].status == "new"
+    assert len(listener.of(events.FindingReported)) == 2
 
 
 # ---- nothing ran ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from moe_fuzz.campaign.finding import Finding, features_of
 from moe_fuzz.campaign.findings import RenderRepro, add_face, write_finding
 from moe_fuzz.campaign.gate.ledger import Entry
 from moe_fuzz.campaign.interfaces import Pool
-from moe_fuzz.campaign.known import explains, widened
+from moe_fuzz.campaign.known import explains, promoted, widened
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.case import Case
 from moe_fuzz.errors import EnvironmentProblem
@@ -60,11 +60,13 @@ class Judge:
         self._render = render_repro
         self._examined: Counter[tuple[str, Bucket]] = Counter()  # (how it ended, bucket)
         self._told: set[Bucket] = set()
+        self._tried_again: Counter[Bucket] = Counter()  # cases that a flaky finding would explain
+        self._comparable: dict[str, bool] = {}  # target -> whether the base build can be asked
 
     def bad_case(self, bad: BadCase, keeper: Entry | None, seconds: float) -> None:
         """keeper: the entry on whose account the case ran alone. seconds: what reducing it may take."""
         for one in bad.each():  # a loud bug in every case must not hide the others
-            if not self._explained(one, keeper):
+            if not (self._explained(one, keeper) or self._brought_before(one) or self._shaky(one)):
                 break
         else:
             return
@@ -89,8 +91,42 @@ class Judge:
             if entry.explains(bad, features):
                 self.seen[entry.name] += 1
                 return True
-        reported = (*self.new.values(), *self.on_base.values(), *self.unstable.values())
-        return any(explains(finding, bad, features) for finding in reported)
+        return any(explains(finding, bad, features) for finding in self.new.values())
+
+    # What is green must not hide what is red: a finding of the base build, or a flaky one, has the looks of a case that
+    # this change breaks for good. So a case that it would explain is tried itself.
+
+    def _brought_before(self, bad: BadCase) -> bool:
+        """Whether a finding of the base build explains it, and the case fails there too."""
+        return self._looks_like(bad, self.on_base) and self._fails_there(bad)
+
+    def _shaky(self, bad: BadCase) -> bool:
+        """Whether a flaky finding explains it, and the case does not fail each time either."""
+        if not self._looks_like(bad, self.unstable):
+            return False
+        if self._tried_again[bad.bucket] >= MAX_FLAKY:
+            self.unexamined += 1
+            return True
+        self._tried_again[bad.bucket] += 1
+        return not self._stands(bad)
+
+    def _looks_like(self, bad: BadCase, findings: Mapping[str, Finding]) -> bool:
+        features = features_of(self._examiners[bad.target].space, bad.case)
+        return any(explains(finding, bad, features) for finding in findings.values())
+
+    def _fails_there(self, bad: BadCase) -> bool:
+        """Whether the case itself fails like that on the base build."""
+        if self._base is None or not self._is_on_base(bad.target):
+            return False
+        with self._base.lease(bad.target) as worker:
+            verdict = worker.run([bad.case], bad.target, self._examiners[bad.target].options)[-1]
+        return holds(verdict, bad.key)
+
+    def _stands(self, bad: BadCase) -> bool:
+        """Whether the case itself fails in each of three fresh workers."""
+        examiner = self._examiners[bad.target]
+        runs = (rerun(examiner.pool, (bad.case,), bad.target, examiner.options) for _ in range(TRIES))
+        return all(holds(verdict, bad.key) for verdict in runs)
 
     def _examine(self, bad: BadCase, seconds: float) -> None:
         examiner = self._examiners[bad.target]
@@ -118,49 +154,86 @@ class Judge:
                 self._emit(events.FindingReported(finding, "known", "", entry.to_json()))
             return
         self._examined["new", bad.bucket] += 1
-        if not self._met_before(finding, examiner):
-            self._report(finding, examiner)
+        if self._met_before(finding, examiner):
+            return
+        status = self._status(finding, examiner)
+        if status and finding.case != bad.case and self._is_red(bad, status):
+            # The reducer went over from one defect to another, which is not red.
+            whole = examiner.examine(bad, 0.0, progress)
+            if whole is not None:
+                finding, status = whole, self._status(whole, examiner)
+        self._report(finding, status)
 
     def _met_before(self, finding: Finding, examiner: Examiner) -> bool:
-        """Whether it is one that was reported already, or another face of one."""
-        for group in (self.new, self.on_base, self.unstable):
-            for earlier in list(group.values()):
-                if finding.id in earlier.ids:
-                    group[earlier.id] = widened(earlier, finding)
-                    return True
+        """Whether it is a new one that was reported already, or another face of one."""
+        for earlier in list(self.new.values()):
+            if finding.id in earlier.ids:
+                self._learn(earlier, widened(earlier, finding))
+                return True
         for earlier in list(self.new.values()):
             reason = examiner.same_defect(earlier, finding)
             if reason:
-                self.new[earlier.id] = add_face(self._state, earlier, face_of(finding, reason))
+                self._learn(earlier, add_face(self._state, promoted(earlier, finding), face_of(finding, reason)))
                 said = f"{finding.target}: finding {earlier.id} also shows on {finding.label}: {reason}"
                 self._emit(events.Note(said))
                 return True
         return False
 
-    def _report(self, finding: Finding, examiner: Examiner) -> None:
+    def _learn(self, earlier: Finding, finding: Finding) -> None:
+        self.new[earlier.id] = finding
+        if self._turns_red(finding) and not self._turns_red(earlier):
+            path = write_finding(self._state, finding, self._render)
+            self._emit(events.FindingReported(finding, "new", str(path)))
+
+    def _status(self, finding: Finding, examiner: Examiner) -> str:
+        """Why it is not red: "flaky" or "base"; empty for one that is this change's."""
         times = self._times(examiner.pool, finding, examiner) if finding.reproduces == "always" else 0
         if times < TRIES:
-            group, status = self.unstable, "flaky"
-            if finding.reproduces == "always":
-                finding = replace(finding, reproduces=f"sometimes {times}/{TRIES}")
-        elif self._fails_on_base(finding, examiner):
-            group, status = self.on_base, "base"
-        else:
-            group, status = self.new, "new" if self._turns_red(finding) else "robustness"
+            return f"flaky {times}/{TRIES}" if finding.reproduces == "always" else "flaky"
+        return "base" if self._fails_on_base(finding, examiner) else ""
+
+    def _is_red(self, bad: BadCase, status: str) -> bool:
+        """Whether the case itself is, of which nothing that is red was left."""
+        return not self._fails_there(bad) if status == "base" else self._stands(bad)
+
+    def _report(self, finding: Finding, status: str) -> None:
+        flaky, _, times = status.partition(" ")
+        group = {"flaky": self.unstable, "base": self.on_base, "": self.new}[flaky]
+        if times:
+            finding = replace(finding, reproduces=f"sometimes {times}")
+        for earlier in list(group.values()):
+            if finding.id in earlier.ids:
+                group[earlier.id] = widened(earlier, finding)
+                return
         group[finding.id] = finding
         path = write_finding(self._state, finding, self._render)
-        self._emit(events.FindingReported(finding, status, str(path)))
+        told = flaky or ("new" if self._turns_red(finding) else "robustness")
+        self._emit(events.FindingReported(finding, told, str(path)))
 
     def _fails_on_base(self, finding: Finding, examiner: Examiner) -> bool:
-        if self._base is None:
-            return False
-        try:
-            self._base.describe(finding.target)
-        except EnvironmentProblem as problem:
-            said = f"{finding.target} is not on the base build, so finding {finding.id} is new: {problem.message}"
-            self._emit(events.Note(said))
+        if self._base is None or not self._is_on_base(finding.target):
             return False
         return self._times(self._base, finding, examiner) > 0
+
+    def _is_on_base(self, target: str) -> bool:
+        """Whether the base build has the target, and code of its own for it. Told once of each that it has not."""
+        if target not in self._comparable:
+            why = self._not_comparable(target)
+            self._comparable[target] = not why
+            if why:
+                self._emit(events.Note(f"{target} {why}"))
+        return self._comparable[target]
+
+    def _not_comparable(self, target: str) -> str:
+        assert self._base is not None
+        try:
+            there = self._base.describe(target).origin
+        except EnvironmentProblem as problem:
+            return f"is not on the base build, so what fails is new: {problem.message}"
+        here = self._examiners[target].info.origin
+        if here == there and here.startswith("/"):
+            return f"is {here.partition(' ')[0]} on the base build too, so what fails is told as new: see --base-path"
+        return ""
 
     def _times(self, pool: Pool, finding: Finding, examiner: Examiner) -> int:
         """In how many of three fresh workers the finding, as it was reduced, fails."""
