@@ -141,6 +141,8 @@ def _read_table(path: Path) -> Mapping[str, Any] | None:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}", "correct the file") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is nested deeper than can be read", "correct the file") from error
     tool = data.get("tool", {})
     if isinstance(tool, dict) and "moe_fuzz" in tool:
         raise UsageError(f"{path}: unknown table [tool.moe_fuzz]", f"the table is called [{TABLE}]")

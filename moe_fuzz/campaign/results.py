@@ -58,7 +58,8 @@ class EntryResult:
 
     known: it failed as told, or explained what did · quiet: it is told to fail sometimes, and did not · flaky: it is
     told to fail always, and does not each time · changed: it fails otherwise now · fixed: it passes each time ·
-    expired · absent: it is not in force here · unseen: it has no case to run, and nothing was like it · not-run.
+    expired · absent: it is not in force here · unseen: it has no case to run, and nothing was like it · not-run ·
+    no-target: it is of none that is known or asked for, and `target` is its pattern.
     A gate is red on `fixed` and `expired`.
     """
 

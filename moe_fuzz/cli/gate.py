@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,8 @@ from moe_fuzz.campaign.events import CampaignFinished, CampaignStarted, Summary
 from moe_fuzz.campaign.gate import changed, ledger_file
 from moe_fuzz.campaign.gate.corpus import read as read_corpus
 from moe_fuzz.campaign.gate.engine import Gate
-from moe_fuzz.campaign.gate.ledger import FILE, Entry
+from moe_fuzz.campaign.gate.entries import no_target
+from moe_fuzz.campaign.gate.ledger import FILE, Entry, strays
 from moe_fuzz.campaign.gate.plan import PROFILES, read_quota
 from moe_fuzz.campaign.gate.settings import GateSettings
 from moe_fuzz.campaign.repro import renderer
@@ -31,6 +32,7 @@ from moe_fuzz.errors import EXIT_CLEAN, EnvironmentProblem, UsageError
 from moe_fuzz.options import ProviderOptions
 from moe_fuzz.restriction import Restriction
 from moe_fuzz.sanitize.automatic import automatic
+from moe_fuzz.targets import registry
 from moe_fuzz.worker.gpus import SLOT_BYTES, Gpu, default_workers
 from moe_fuzz.worker.pool import Pool
 
@@ -98,8 +100,10 @@ def command(
     """
     names = expand(targets, op)
     entries = read_ledger(ledger)  # one that cannot be read is told by the change that broke it
+    stray = strays(entries, (*names, *(target.name for target in registry.known(planted=True))))
     names, notes = touched(names, changed_from, ledger or ledger_path()) if changed_from is not None else (names, ())
     if not names:
+        notes = (*notes, *(f"ledger: {entry.name}: {no_target(entry)}" for entry in stray))
         click.echo("\n".join(notes))
         write_nothing(reports, notes, seed, params.pick_device(device), state_dir)
         ctx.exit(EXIT_CLEAN)
@@ -133,7 +137,7 @@ def command(
                 seconds=time if time is not None or cases is not None else chosen.seconds,
                 seed=seed, device=device, workers=count, deadline=deadline, strict=strict, corpus=replayed,
                 entries=entries, arch=architecture(device) if any(entry.arch for entry in entries) else "",
-                notes=(*notes, *left_out, *without),
+                notes=(*notes, *left_out, *without), strays=stray,
             )  # fmt: skip
             summary = Gate(
                 settings, pool, state, broadcast, base=base, render_repro=renderer(pool),
@@ -149,11 +153,13 @@ def command(
 
 def touched(names: Sequence[str], revision: str, ledger: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The targets that the changes since a revision touch, and lines that say why these. A changed ledger touches all:
-    what an entry that went told of is new again."""
+    what an entry that went told of is new again. So does the file of the configuration, and one that may have been it.
+    """
     found = _configuration()
     root, files = changed.changed_files(revision, Path.cwd())
     change = changed.affected(
-        names, root, files, found.paths, found.path.parent if found.path else None, for_all=(ledger,)
+        names, root, files, found.paths, found.path.parent if found.path else None,
+        for_all=(ledger, *configuring(found.path)),
     )
     lines = [f"changed since {revision}: {len(files)} files, {len(change.unmapped)} of them touch no target"]
     lines += [f"{name}: {reason} changed" for name, reason in change.reasons.items()]
@@ -162,6 +168,14 @@ def touched(names: Sequence[str], revision: str, ledger: Path) -> tuple[tuple[st
         lines.append("nothing to gate" + (f": {some}" if some else ""))
         lines.append(f"what a path touches beside what is imported stands in [{TABLE}.paths]")
     return change.targets, tuple(lines)
+
+
+def configuring(path: Path | None) -> Iterator[Path]:
+    """The files that the configuration is read from, or was before it came to be read from `path`."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        yield folder / "pyproject.toml"
+        if folder / "pyproject.toml" == path:
+            return
 
 
 def write_nothing(

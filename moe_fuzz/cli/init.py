@@ -14,6 +14,7 @@ from moe_fuzz.campaign.gate.plan import PROFILES
 from moe_fuzz.errors import EnvironmentProblem, UsageError
 from moe_fuzz.targets import registry
 
+NIGHTLY = "deep"  # the profile of a scheduled run
 _FOLDER = Path(__file__).parent / "ci"
 
 
@@ -82,9 +83,13 @@ def render(kind: _Kind, targets: tuple[str, ...], profile: str, runner: str | No
         loader=jinja2.FileSystemLoader(_FOLDER), undefined=jinja2.StrictUndefined, autoescape=False,
         variable_start_string="[[", variable_end_string="]]", keep_trailing_newline=True,
     )  # fmt: skip
-    minutes = round(PROFILES[profile].seconds / 60) + 18  # to check out, install, and start workers
     text = environment.get_template(kind.template).render(
-        targets=" ".join(map(shlex.quote, targets)), profile=profile, runner=runner or kind.runner, minutes=minutes,
-        version=__version__,
+        targets=" ".join(map(shlex.quote, targets)), profile=profile, runner=runner or kind.runner,
+        minutes=_minutes(profile), nightly=NIGHTLY, nightly_minutes=_minutes(NIGHTLY), version=__version__,
     )  # fmt: skip
     return text.replace("gate  --", "gate --")  # where no target is named
+
+
+def _minutes(profile: str) -> int:
+    """A limit for the job that a gate of this profile keeps."""
+    return round(PROFILES[profile].seconds / 60) + 18  # to check out, install, and start workers

@@ -81,12 +81,29 @@ def open_report(kind: str, path: Path | None) -> Report:
 
 
 def open_reports(asked: Iterable[tuple[str, Path | None]], environ: Mapping[str, str]) -> dict[str, Report]:
-    """The reports asked for, by the words that asked; inside a GitHub workflow, its annotations too. Raises UsageError.
+    """The reports asked for, by the words that asked; inside a GitHub workflow, its annotations too. Raises UsageError,
+    also for two of one file.
     """
     pairs = list(dict.fromkeys(asked))
     if environ.get("GITHUB_ACTIONS") == "true" and "github" not in dict(pairs):
         pairs.append(("github", None))
-    return {kind if path is None else f"{kind}={path}": open_report(kind, path) for kind, path in pairs}
+    names = {kind if path is None else f"{kind}={path}": (kind, path) for kind, path in pairs}
+    _refuse_shared(names)
+    return {name: open_report(kind, path) for name, (kind, path) in names.items()}
+
+
+def _refuse_shared(names: Mapping[str, tuple[str, Path | None]]) -> None:
+    """Raises UsageError where two reports would overwrite each other's file. What is no file, as a terminal, takes
+    any number."""
+    taken: dict[Path, str] = {}
+    for name, (kind, path) in names.items():
+        default = kinds()[kind].default if kind in kinds() else None
+        place = path or (default() if default else None)
+        if place is None or (place.exists() and not place.is_file()):
+            continue
+        other = taken.setdefault(place.resolve(), name)
+        if other != name:
+            raise UsageError(f"the reports {other} and {name} are one file, {place}", "give each a file of its own")
 
 
 class Broadcast:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moe_fuzz.campaign.events import EntryResult, Summary
 
-_ORDER = ("fixed", "expired", "flaky", "changed", "not-run", "unseen", "quiet", "absent", "known")
+_ORDER = ("fixed", "expired", "flaky", "changed", "no-target", "not-run", "unseen", "quiet", "absent", "known")
 
 
 def gate(result: Summary) -> list[str]:

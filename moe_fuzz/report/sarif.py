@@ -109,7 +109,7 @@ def _result(told: Told, order: dict[str, int], root: Path) -> Json:
         "ruleId": rule,
         "ruleIndex": order[rule],
         "kind": "fail",
-        "level": "error" if told.failed and finding.finding_class == "contract" else "warning",
+        "level": "error" if told.failed else "warning",
         "message": {"text": f"{finding.target}: {said}", "markdown": _markdown(told)},
         "locations": [_location(told, root)],
         "partialFingerprints": {FINGERPRINT: finding.id, "primaryLocationLineHash": f"{finding.id}:1"},

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import replace
 from typing import Any
 
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, declares
 from moe_fuzz.kernels import align as sorting
 from moe_fuzz.kernels import experts_bf16 as experts
-from moe_fuzz.kernels import experts_nvfp4 as fp4_experts
 from moe_fuzz.kernels import grouped_topk as grouped
 from moe_fuzz.kernels import moe_layer as layer
 from moe_fuzz.kernels import nvfp4 as fp4
 from moe_fuzz.kernels import routing
 from moe_fuzz.ops.nvfp4.space import GLOBAL_SCALES
 from moe_fuzz.targets.builtin_allreduce import allreduce_rmsnorm as _allreduce
+from moe_fuzz.targets.builtin_nvfp4 import experts_nvfp4 as _experts_nvfp4
 
 _CONTRACT = Contract(
     deterministic=True, batch_invariant=True, ties="lowest_index_first", ordered=True, padding=PADDING_DIALECTS
@@ -33,6 +31,7 @@ def _promises(
 
 
 allreduce_rmsnorm = _allreduce
+experts_nvfp4 = _experts_nvfp4
 topk_softmax = declares(**_promises("routing"))(routing.topk_softmax)
 topk_sigmoid = declares(**_promises("routing"))(routing.topk_sigmoid)
 grouped_topk = declares(**_promises("grouped_topk"))(grouped.grouped_topk)
@@ -56,36 +55,6 @@ experts_bf16 = declares(
     capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True),
     clauses={"*": "the contract in the docstring of moe_fuzz.reference.experts_bf16"},
 )(experts.experts_bf16)
-_FP4_EXPERTS: dict[str, Any] = {
-    "contract": Contract(deterministic=True, rounding="exact", nonfinite="reference", accepts=PADDING_DIALECTS),
-    "clauses": {"*": "the contract in the docstring of moe_fuzz.reference.experts_nvfp4"},
-}
-_FP4_CAPABILITIES = Capabilities(
-    dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True, global_scales=GLOBAL_SCALES,
-    nan_scales=True, backends=fp4_experts.BACKENDS,
-)  # fmt: skip
-experts_nvfp4 = declares(
-    **_FP4_EXPERTS, capabilities=replace(_FP4_CAPABILITIES, activation_formats=fp4_experts.formats()),
-    origin=f"{fp4_experts.__name__}, {fp4_experts.rule()}",
-)(fp4_experts.experts_nvfp4)
-
-
-def _forced(backend: str, capabilities: Capabilities) -> Any:
-    """The factory of a target that is one backend of `experts_nvfp4`, whatever the sizes."""
-
-    def factory() -> Any:
-        @declares(**_FP4_EXPERTS, capabilities=replace(capabilities, backends=()))
-        @functools.wraps(fp4_experts.experts_nvfp4)
-        def forced(*arguments: Any, **options: Any) -> Any:
-            return fp4_experts.experts_nvfp4(*arguments, **options, backend=backend)
-
-        return forced
-
-    return factory
-
-
-experts_nvfp4_small = _forced("small", _FP4_CAPABILITIES)
-experts_nvfp4_large = _forced("large", replace(_FP4_CAPABILITIES, activation_formats=("as_given",)))
 moe_layer = declares(
     contract=Contract(deterministic=True, isolated=True, ties="lowest_index_first", ordered=True,
                       padding=PADDING_DIALECTS, accepts=PADDING_DIALECTS),

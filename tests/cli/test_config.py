@@ -153,6 +153,12 @@ def test_broken_files(tmp_path: Path, text: str) -> None:
         config.load(tmp_path, {})
 
 
+def test_a_file_that_is_nested_too_deep(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("x = " + 5000 * "[")
+    with pytest.raises(UsageError, match="nested deeper than can be read"):
+        config.load(tmp_path, {})
+
+
 def test_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="not valid TOML"):

@@ -251,6 +251,39 @@ def test_a_change_of_the_ledger_is_gated(call: Callable, committed: Path) -> Non
     assert call(*words).code == 2
 
 
+def test_an_entry_of_a_mistyped_target_is_told(call: Callable, committed: Path) -> None:
+    """Of a target that is known and not gated here, nothing is said."""
+    entry = '[[known]]\ntarget = "{}"\ncheck = "ids"\ntracker = "a#1"\nowner = "@me"\nreproduces = "sometimes"\n'
+    ledger = committed / "moe-fuzz-ledger.toml"
+    ledger.write_text("".join(map(entry.format, ("topk_softmax@vlm", "topk_softmax@vllm", "*/kernels.py:sound"))))
+    words = ("gate", "kernels.py:sound", *CPU, "--cases", "4")
+    ran = call(*words)
+    assert (ran.code, "no-target: entry 1  topk_softmax@vlm  a#1" in ran.out) == (0, True), ran.out
+    assert "entry 2" not in ran.out
+    ledger.write_text(entry.format("topk_softmax@vllm") + "expires = 2020-01-01\n")
+    assert call(*words).code == 0
+    ledger.write_text(entry.format("topk_softmax@vlm") + "expires = 2020-01-01\n")
+    ran = call(*words)
+    assert (ran.code, "expired on 2020-01-01, and no target" in ran.out) == (1, True), ran.out
+    for git in ("add -A", "-c user.name=a -c user.email=a@b commit -qm ledger"):
+        subprocess.run(["git", *git.split()], cwd=committed, check=True)
+    (committed / "README.md").write_text("more")
+    ran = call(*words, "--changed-from", "HEAD")
+    assert (ran.code, "ledger: entry 1: no target" in ran.out) == (0, True), ran.out
+
+
+@pytest.mark.parametrize("text", ["[tool.moe-fuzz]\nmemory = '4GiB'\n", "[tool.ruff]\n"])
+def test_a_change_of_the_configuration_is_gated(call: Callable, committed: Path, text: str) -> None:
+    """Also one that took its table away."""
+    (committed / "pyproject.toml").write_text(text)
+    ran = call("gate", "kernels.py:sound", *CPU, "--changed-from", "HEAD", "--cases", "4")
+    assert (ran.code, "pyproject.toml changed" in ran.out) == (0, True), ran.out
+    (committed / "deep").mkdir()
+    (committed / "pyproject.toml").rename(committed / "deep/pyproject.toml")
+    ran = call("gate", "kernels.py:sound", *CPU, "--changed-from", "HEAD", "--cases", "4")
+    assert "nothing to gate: deep/pyproject.toml" in ran.out
+
+
 def test_a_budget_of_gpu_memory_is_fewer_workers() -> None:
     card = Gpu("H200", 140 << 30, 139 << 30, "GPU-a")
     [less] = limited((card,), 12 << 30)

@@ -78,6 +78,32 @@ def test_it_is_on_by_itself_in_a_workflow(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(named) == [f"github={tmp_path / 'mine.md'}"]
 
 
+def test_a_summary_that_cannot_be_written_is_an_error(
+    call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a green step without one."""
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    for place in (tmp_path, Path("/proc/nowhere/step.md")):
+        monkeypatch.setenv(github.SUMMARY, str(place))
+        for words in (("run",), ("gate",)):
+            ran = call(*words, "topk_softmax@torch", "--device", "cpu", "--cases", "4")
+            assert (ran.code, f"{place} cannot be written" in ran.err) == (2, True), ran.err
+
+
+def test_two_reports_of_one_file_are_refused(call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for one, other in (("junit=r.xml", "sarif=r.xml"), ("html=r", f"html={tmp_path}/r"), ("ndjson=a/../r", "github=r")):
+        for command in ("run", "gate"):
+            ran = call(command, "topk_softmax@torch", "--device", "cpu", "--report", one, "--report", other)
+            assert (ran.code, f"the reports {one} and {other} are one file" in ran.err) == (2, True), ran.err
+    assert not list(tmp_path.glob("r*"))
+    monkeypatch.setenv(github.SUMMARY, "step.md")
+    with pytest.raises(UsageError, match=r"are one file, step\.md"):
+        report.open_reports((("ndjson", Path("step.md")), ("github", None)), {})
+    twice = (("junit", Path("r.xml")), ("junit", Path("r.xml")))
+    assert list(report.open_reports(twice, {})) == ["junit=r.xml"]
+    assert len(report.open_reports((("ndjson", Path("/dev/null")), ("github", Path("/dev/null"))), {})) == 2
+
+
 def test_only_github_needs_no_path(call: Callable) -> None:
     with pytest.raises(UsageError, match="the report junit needs a file"):
         report.open_report("junit", None)

@@ -15,8 +15,9 @@ import pytest
 
 import moe_fuzz
 from moe_fuzz._version import __version__
+from moe_fuzz.campaign.gate.plan import PROFILES
 from moe_fuzz.cli import gate
-from moe_fuzz.cli.init import KINDS
+from moe_fuzz.cli.init import KINDS, render
 
 ROOT = Path(moe_fuzz.__file__).parents[1]
 OUTPUT = {kind.output: name for name, kind in KINDS.items()}
@@ -53,6 +54,20 @@ def test_each_kind_gates_the_change(call: Callable, tmp_path: Path, kind: str) -
     assert "is there already" in again.err
     assert call("init", "workflow", kind, "--force", "--profile", "deep").code == 0
     assert "topk_softmax@torch" not in (tmp_path / KINDS[kind].output).read_text()
+
+
+@pytest.mark.parametrize("profile", list(PROFILES))
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_each_job_has_the_time_of_its_profile(kind: str, profile: str) -> None:
+    """Also the nightly one, which takes another profile."""
+    text = render(KINDS[kind], (), profile, None)
+    [limit] = re.findall(r"(?:timeout\S*:|timeout\(time:) *(.*)", text)
+    limits = [int(number) * 60 for number in re.findall(r"\d+", limit)]
+    profiles = [profile, "deep"] if kind == "github" else [profile]
+    assert ("deep" in text) == ("deep" in profiles)
+    assert len(limits) == len(profiles)
+    for seconds, name in zip(limits, profiles, strict=True):
+        assert seconds >= PROFILES[name].seconds + 600
 
 
 def test_the_kind_is_the_one_that_the_repository_uses(call: Callable, tmp_path: Path) -> None:

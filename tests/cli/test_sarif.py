@@ -12,7 +12,7 @@ import pytest
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.ops import OPS, get_space
-from moe_fuzz.report import sarif
+from moe_fuzz.report import github, junit, sarif
 from moe_fuzz.report.story import Told
 from tests.cli.campaign_told import findings, story, told
 
@@ -59,6 +59,23 @@ def test_what_fails_is_a_result_and_what_is_gone_is_none(finding: Finding) -> No
         assert needed in said
     assert run["invocations"][0]["executionSuccessful"] is True
     assert rendered(finding, end=False)["runs"][0]["invocations"][0]["executionSuccessful"] is False
+
+
+@pytest.mark.parametrize("class_", ["contract", "robustness"])
+@pytest.mark.parametrize("status", ["new", "base", "robustness"])
+def test_a_result_is_an_error_where_the_campaign_is_red(
+    finding: Finding, tmp_path: Path, class_: str, status: str
+) -> None:
+    """Of a target that promises nothing, findings of class robustness turn a gate red too."""
+    stream = [*told(finding)[:2], events.FindingReported(replace(finding, finding_class=class_), status, "")]
+    (result,) = json.loads(sarif.render(story(stream)))["runs"][0]["results"]
+    lines: list[str] = []
+    heard = github.Github(tmp_path / "step.md", lines.append)
+    for event in stream:
+        heard.handle(event)
+    assert (result["level"] == "error") == (status == "new")
+    assert ("<failure " in junit.render(story(stream))) == (status == "new")
+    assert any(line.startswith("::error") for line in lines) == (status == "new")
 
 
 @pytest.mark.parametrize("status", ["base", "flaky", "robustness", "known"])

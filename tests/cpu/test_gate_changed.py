@@ -97,6 +97,38 @@ def test_a_module_that_is_deleted_or_renamed_touches_what_imports_it(repository:
     assert "kernels/other.py" in affected((target,), *changed_files("HEAD", repository), {}).unmapped
 
 
+def test_a_submodule_stands_for_all_below_it(repository: Path, tmp_path: Path) -> None:
+    """Of which git names the gitlink alone."""
+    write(tmp_path / "upstream", serving_router="from serving.scoring import f\ndef topk(): f()", serving_scoring="1")
+    upstream = tmp_path / "upstream"
+    git(upstream.parent, "init", "-q", "-b", "main", str(upstream))
+    git(upstream, "add", "-A")
+    git(upstream, "commit", "-qm", "first")
+    sub = ("-c", "protocol.file.allow=always", "submodule")
+    git(repository, *sub, "add", "-q", str(upstream), "src")
+    git(repository, "config", "-f", ".gitmodules", "submodule.src.ignore", "all")
+    git(repository, "commit", "-qam", "submodule")
+    (repository / "src/serving/scoring.py").write_text("2")
+    git(repository / "src", "commit", "-qam", "second")
+    git(repository, "add", "-f", "src")
+    git(repository, "commit", "-qm", "bumped")
+    target, other = "topk_softmax@serving.router:topk", "topk_softmax@a:topk"
+    root, found = changed_files("HEAD~1", repository)
+    assert found == ("src/",)
+    change = affected((target, other), root, found, {})
+    assert (change.targets, change.reasons, change.unmapped) == ((target,), {target: "src/"}, ())
+    for glob, touches in (("src/csrc/*.cu", True), ("**/*.cu", True), ("s*/x", True), ("folder/**", False)):
+        assert affected((other,), root, found, {glob: (other,)}).targets == ((other,) if touches else ()), glob
+    assert affected((other,), root, found, {}, for_all=(root / "src/known.toml",)).targets == (other,)
+    git(repository, "rm", "-qf", "src")
+    write(repository, router="from serving.router import topk")
+    assert affected(("topk_softmax@router:topk",), *changed_files("HEAD", repository), {}).targets
+    (repository / "router.py").write_text("import b\ndef topk(): 1")
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "no submodule")
+    assert changed_files("HEAD", repository)[1] == ()
+
+
 def test_the_packages_around_a_target_run_too(repository: Path) -> None:
     write(repository, pack_="import pack.far", pack_far="1", pack_in_="1", pack_in_router="def topk(): 1")
     target = "topk_softmax@pack.in.router:topk"
@@ -150,6 +182,71 @@ def test_of_a_module_that_hands_out_several_only_what_the_name_needs(tmp_path: P
     assert files(tmp_path, "lib:deep") == {"src/lib/__init__.py", "src/lib/deep.py"}
     (tmp_path / "k" / "one.py").write_text("def broken(:")
     assert files(tmp_path, "hub:a") == {"hub.py", "k/__init__.py", "k/one.py"}
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        "patches.apply()", "x = patches.apply()", "x: int = patches.apply()", "if patches.on(): pass",
+        "@patches.wrap\ndef other(): 1", "def f(x=patches.make()): 1", "class A(patches.Base): 1",
+        "with patches.on(): pass", "for x in patches.all(): pass", "assert patches.on()", "patches.of.x = 1",
+        "try:\n    patches.apply()\nexcept ValueError: pass", "def f():\n    patches.apply()\nf()",
+        "class A:\n    x = patches.apply()", "def keep(f): return f()\n@keep\ndef f(): patches.apply()",
+        "x = []\nx += patches.all()", "match patches.on():\n    case _: pass", "del patches.x",
+    ],
+)  # fmt: skip
+def test_what_a_module_runs_at_import_may_change_its_target(tmp_path: Path, runs: str) -> None:
+    write(tmp_path, serving_="", serving_patches="from serving import deep", serving_deep="", serving_hub="")
+    router = tmp_path / "serving/router.py"
+    router.write_text(f"from serving import patches\ndef topk(): 1\n{runs}\n")
+    needed = {"serving/__init__.py", "serving/router.py", "serving/patches.py", "serving/deep.py"}
+    assert files(tmp_path, "serving.router:topk") == needed
+    (tmp_path / "serving/hub.py").write_text("from serving.router import topk")  # and what hands it on
+    assert files(tmp_path, "serving.hub:topk") == needed | {"serving/hub.py"}
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        "x = patches.topk", "def f(): patches.apply()", "if __name__ == '__main__': patches.apply()",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING: patches.on()", "y = declares(a=patches.f())(patches.topk)",
+        "@declares(a=1)\ndef f(): return patches.topk()", "import torch\n@torch.compile\ndef f(): patches.topk()",
+    ],
+)  # fmt: skip
+def test_what_gives_another_name_its_meaning_does_not(tmp_path: Path, runs: str) -> None:
+    write(tmp_path, patches="", router=f"import patches\ndef topk(): 1\n{runs}\n")
+    assert files(tmp_path, "router:topk") == {"router.py"}
+
+
+@pytest.mark.parametrize("runs", ["import core\ncore.topk = 1", "from core import f\nf()", "def broken(:"])
+@pytest.mark.parametrize("how", ["from pack import patches", "import pack.patches", "import pack.between"])
+@pytest.mark.parametrize("where", ["router", "pack_"])
+def test_what_is_imported_for_what_it_does(tmp_path: Path, runs: str, how: str, where: str) -> None:
+    """Also two imports away, and from the package around the target."""
+    write(tmp_path, pack_="", pack_router="def topk(): 1", core="", pack_patches=runs,
+          pack_between="from . import patches")  # fmt: skip
+    (tmp_path / "pack" / ("router.py" if where == "router" else "__init__.py")).write_text(f"{how}\ndef topk(): 1")
+    made_of = files(tmp_path, "pack.router:topk")
+    assert "pack/patches.py" in made_of
+    assert ("core.py" in made_of) == ("core" in runs)
+
+
+def test_what_the_packages_around_a_target_run_may_change_it(tmp_path: Path) -> None:
+    write(tmp_path, pack_="from pack import patches\nhandle = patches.apply()", pack_patches="import pack.deep",
+          pack_in_router="def topk(): 1", pack_deep="")  # fmt: skip
+    needed = {"pack/in/router.py", "pack/__init__.py", "pack/patches.py", "pack/deep.py"}
+    assert files(tmp_path, "pack.in.router:topk") == needed
+
+
+def test_modules_that_are_loaded_by_name_or_hand_over_everything(tmp_path: Path) -> None:
+    write(tmp_path, a="", b="", star="", pack_="",
+          router="import importlib\nfrom star import *\nimportlib.import_module('a')\n__import__('b')\ndef topk(): 1")
+    assert files(tmp_path, "router:topk") == {"router.py", "a.py", "b.py", "star.py"}
+
+
+def test_names_that_modules_hand_to_each_other(tmp_path: Path) -> None:
+    write(tmp_path, a="from b import topk", b="from a import topk")
+    assert files(tmp_path, "a:topk") == {"a.py", "b.py"}
 
 
 # ---- our own kernels, and the table ---------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from moe_fuzz.campaign import events
-from moe_fuzz.campaign.gate.ledger import Entry
+from moe_fuzz.campaign.gate.ledger import Entry, strays
 from moe_fuzz.campaign.gate.plan import QUARANTINED
+from moe_fuzz.report import text
 from moe_fuzz.verdict import REJECTED, UNJUDGED, Verdict
 from tests.cpu.campaign_fakes import GOOD, TARGET, FakePool, Listener, always_good, bad, crash, nan_on_odd, when
 from tests.cpu.gate_runs import KNOWN, NAN_ON_ODD, TODAY, gate, statuses
@@ -133,6 +134,38 @@ def test_versions_and_architectures_say_where_an_entry_is_in_force(tmp_path):
     assert run("4", versions={"torch": ">=1"}) == (1, "absent")
     assert run("5", versions={"nobody": ">=1"}) == (0, "known")  # what cannot be told
     assert run("6", arch=("sm100",)) == (1, "absent")
+
+
+def test_an_entry_that_is_not_in_force_expires_all_the_same(tmp_path):
+    for number, where in enumerate(({"versions": {"torch": ">=1"}}, {"arch": ("sm100",)})):
+        entries = (replace(KNOWN, expires=TODAY, **where),)
+        summary = gate(tmp_path / str(number), always_good, arch="sm90", entries=entries).run()
+        assert (summary.exit_code, statuses(summary)) == (1, {"known-nan": "expired"})
+
+
+def test_a_package_that_nothing_is_known_of_is_told(tmp_path):
+    listener, versions = Listener(), {"trch": "<1", "Torch": "<1"}
+    gate(tmp_path, when(nan_on_odd), listener, entries=(replace(KNOWN, versions=versions),)).run()
+    [started] = listener.of(events.CampaignStarted)
+    [note] = [note for note in started.notes if "versions" in note]
+    assert note.startswith("ledger: known-nan: versions names trch: nothing is known of such a package here")
+
+
+@pytest.mark.parametrize(("expires", "code", "status"), [(None, 0, "no-target"), (TODAY, 1, "expired")])
+def test_an_entry_of_no_target_is_told_and_expires(tmp_path, expires, code, status):
+    lost = replace(KNOWN, name="lost", target="toy@tagret", expires=expires)
+    assert strays((KNOWN, lost), (TARGET,)) == (lost,)
+    summary = gate(tmp_path, always_good, entries=(lost,), strays=(lost,)).run()
+    assert (summary.exit_code, statuses(summary)) == (code, {"lost": status})
+    told = "\n".join(text.summary(summary, "x"))
+    assert "toy@tagret" in told
+    assert "no target that is known or asked for is toy@tagret: correct its target, or remove the entry" in told
+
+
+def test_an_entry_is_of_a_target_that_its_case_is_for():
+    assert strays((replace(KNOWN, target="*@vllm"),), ("topk_softmax@vllm",))
+    assert not strays((replace(KNOWN, target="*@vllm"),), ("toy@vllm",))
+    assert not strays((replace(KNOWN, target="*@vllm", cases=()),), ("topk_softmax@vllm",))
 
 
 def test_crash_class_entries_run_alone_and_are_held_back(tmp_path):

@@ -25,6 +25,7 @@ from moe_fuzz.targets import registry
 
 ALL = "*"
 _GIT_SECONDS = 60.0
+_GITLINK = "160000"  # the mode of a submodule
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Change:
 
 def changed_files(revision: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
     """The root of the repository around `folder`, and the files, as paths from there, that differ between the working
-    tree and where its history left that of `revision`; new ones that git does not ignore too.
+    tree and where its history left that of `revision`; new ones that git does not ignore too. A submodule is one path
+    that ends in a slash: of the files below it git says nothing.
 
     Raises UsageError for a revision that git does not know, EnvironmentProblem where there is no git or no repository.
     """
@@ -54,15 +56,18 @@ def changed_files(revision: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
         base = _git(root, "merge-base", "--end-of-options", revision, "HEAD").strip()
     except EnvironmentProblem:
         base = revision  # no common history: all that differs
-    differ = _git(root, "diff", "--name-only", "--no-renames", "-z", base, "--")
-    new = _git(root, "ls-files", "--others", "--exclude-standard", "-z")
-    return root, tuple(sorted({name for name in (differ + new).split("\0") if name}))
+    raw = _git(root, "diff", "--raw", "--no-renames", "--ignore-submodules=none", "-z", base, "--").split("\0")
+    differ = [f"{name}/" if _GITLINK in said.split()[:2] else name
+              for said, name in zip(raw[::2], raw[1::2], strict=False)]  # fmt: skip
+    new = _git(root, "ls-files", "--others", "--exclude-standard", "-z").split("\0")
+    return root, tuple(sorted({name for name in (*differ, *new) if name}))
 
 
 def affected(targets: Sequence[str], root: Path, files: Sequence[str], table: Mapping[str, Sequence[str]],
              table_root: Path | None = None, for_all: Sequence[Path] = ()) -> Change:  # fmt: skip
     """Which of `targets` the changed files touch. table: glob -> targets, ops, providers, or `*`; its globs stand for
-    paths from `table_root` on. for_all: files that every target depends on, as the ledger."""
+    paths from `table_root` on. for_all: files that every target depends on, as the ledger. A folder among the files, as
+    a submodule, stands for all that lies below it."""
     gone = frozenset(path for file in files if not (path := root.resolve() / file).exists())
     graph = ImportGraph(root, _own_paths(root), gone)
     reasons: dict[str, str] = {}
@@ -71,11 +76,12 @@ def affected(targets: Sequence[str], root: Path, files: Sequence[str], table: Ma
     everybody = {path.resolve() for path in for_all}
     for file in files:
         path = (root / file).resolve()
-        if path in everybody:
+        folder = _is_folder(root, file)
+        if path in everybody or (folder and any(one.is_relative_to(path) for one in everybody)):
             mapped.add(file)
             reasons = {**dict.fromkeys(targets, file), **reasons}
         for name, parts in made_of.items():
-            if path in parts:
+            if path in parts or (folder and any(part.is_relative_to(path) for part in parts)):
                 reasons.setdefault(name, file)
                 mapped.add(file)
     base = (table_root or root).resolve()
@@ -83,7 +89,9 @@ def affected(targets: Sequence[str], root: Path, files: Sequence[str], table: Ma
         path = root.resolve() / file
         inside = path.relative_to(base).as_posix() if path.is_relative_to(base) else None
         for glob, meant in table.items():
-            if inside is not None and _pattern(glob).fullmatch(inside):
+            if inside is None:
+                continue
+            if _pattern(glob).fullmatch(inside) or (_is_folder(root, file) and _may_lie_below(inside, glob)):
                 mapped.add(file)
                 for name in targets:
                     if any(_means(word, name) for word in meant):
@@ -101,6 +109,16 @@ def _own_paths(root: Path) -> tuple[Path, ...]:
     """Where this very package lies, if that is inside the repository: a checkout of ours, installed from elsewhere."""
     package = Path(__file__).parents[3]
     return (package,) if package.resolve().is_relative_to(root.resolve()) else ()
+
+
+def _is_folder(root: Path, file: str) -> bool:
+    return file.endswith("/") or (root / file).is_dir()
+
+
+def _may_lie_below(folder: str, glob: str) -> bool:
+    """Whether a glob may stand for files of this folder, going by what comes before its first wildcard."""
+    literal = re.split(r"[*?]", glob, maxsplit=1)[0]
+    return literal.startswith(f"{folder}/") or f"{folder}/".startswith(literal)
 
 
 @cache

@@ -17,7 +17,7 @@ from moe_fuzz.campaign.events import EntryResult, Summary
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.findings import RenderRepro
-from moe_fuzz.campaign.gate.entries import judge_entry, not_run, without_case
+from moe_fuzz.campaign.gate.entries import absent, judge_entry, not_run, stray, without_case
 from moe_fuzz.campaign.gate.judge import Judge
 from moe_fuzz.campaign.gate.ledger import Entry
 from moe_fuzz.campaign.gate.plan import FixedPlan, Round, bare, fixed_plan, quotas
@@ -75,6 +75,7 @@ class Gate:
         self._met = False  # anything bad
         self._error: BaseException | None = None
         self._results: dict[tuple[str, str], EntryResult] = {}
+        self._unheard: dict[str, frozenset[str]] = {}  # name of an entry -> packages in its `versions`
         self._last_progress = 0.0
         self._start = time.monotonic()
 
@@ -85,6 +86,8 @@ class Gate:
                 self._emit(events.Note(message))
             self._state.notes.clear()
             self._describe()
+            for entry in self._settings.strays:
+                self._results[entry.name, entry.pattern] = stray(entry, self._today)
             self._in_force = {name: tuple(self._entries_of(info)) for name, (info, _) in self._targets.items()}
             self._plan = self._make_plan()
             settings = self._settings
@@ -123,9 +126,11 @@ class Gate:
         versions = self._pool.versions(info.name)
         for entry in self._settings.entries:
             if entry.is_of(info.name) and not (entry.cases and entry.cases[-1].op != info.op):
-                absent = entry.absent(info, versions, self._settings.arch)
-                if absent:
-                    self._results[entry.name, info.name] = not_run(entry, info, "absent", absent)
+                unheard = entry.unheard_of(info, versions)
+                self._unheard[entry.name] = self._unheard.get(entry.name, unheard) & unheard
+                why = entry.absent(info, versions, self._settings.arch)
+                if why:
+                    self._results[entry.name, info.name] = absent(entry, info, why, self._today)
                 else:
                     yield entry
 
@@ -145,6 +150,10 @@ class Gate:
         notes = (f"gate, profile {settings.profile.name}, plan {self._plan.digest}", *settings.notes)
         if self._plan.held_back:
             notes = (*notes, f"{self._plan.held_back} cases are held back: known findings take their process down")
+        for name, packages in self._unheard.items():
+            for package in sorted(packages):
+                said = "nothing is known of such a package here, so the entry counts as in force"
+                notes = (*notes, f"ledger: {name}: versions names {package}: {said}")
         self._emit(
             events.CampaignStarted(
                 __version__, infos, settings.device, settings.workers, settings.seed, self._plan.cases,
@@ -294,7 +303,7 @@ class Gate:
                 if (entry.name, name) in self._results:
                     continue
                 if entry.cases and not entry.expired(self._today):
-                    result = not_run(entry, info, "not-run", "the time was up before its case ran")
+                    result = not_run(entry, info, "the time was up before its case ran")
                 else:
                     result = without_case(entry, info, self._judge.seen[entry.name], self._today)
                 self._results[entry.name, name] = result

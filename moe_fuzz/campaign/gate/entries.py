@@ -70,9 +70,25 @@ def without_case(entry: Entry, info: TargetInfo, seen: int, today: datetime.date
     return _result(entry, info, "unseen", "no case of the plan failed like it")
 
 
-def not_run(entry: Entry, info: TargetInfo, status: str, message: str) -> EntryResult:
-    """Of one that is not in force here (`absent`), or whose case did not run (`not-run`)."""
-    return _result(entry, info, status, message)
+def not_run(entry: Entry, info: TargetInfo, message: str) -> EntryResult:
+    """Of one whose case did not run."""
+    return _result(entry, info, "not-run", message)
+
+
+def absent(entry: Entry, info: TargetInfo, why: str, today: datetime.date) -> EntryResult:
+    """Of one that is not in force here: what it told of is new, but its day comes all the same."""
+    return _expired(entry, info) if entry.expired(today) else _result(entry, info, "absent", why)
+
+
+def stray(entry: Entry, today: datetime.date) -> EntryResult:
+    """Of one that no target is meant by: no gate would ever run its case."""
+    late = entry.expired(today)
+    message = f"{f'expired on {entry.expires}, and ' if late else ''}{no_target(entry)}"
+    return EntryResult(entry.to_json(), entry.pattern, "expired" if late else "no-target", message)
+
+
+def no_target(entry: Entry) -> str:
+    return f"no target that is known or asked for is {entry.pattern}: correct its target, or remove the entry"
 
 
 def finding_of(entry: Entry, info: TargetInfo, space: Space, verdict: Verdict) -> Finding:

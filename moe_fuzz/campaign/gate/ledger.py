@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -93,10 +93,18 @@ class Entry:
         named = zip(self.cases, targets_of(self.cases, target), strict=True)
         return tuple(replace(case, target=name) for case, name in named)
 
+    @property
+    def pattern(self) -> str:
+        """The targets it is of. Where none is named, the one its case was found on."""
+        return self.target or (self.cases[-1].target if self.cases else "*")
+
     def is_of(self, target: str) -> bool:
-        """Whether it is about this target. Where no target is named, the one its case was found on."""
-        pattern = self.target or (self.cases[-1].target if self.cases else "*")
-        return fnmatchcase(target, pattern)
+        """Whether it is about this target."""
+        return fnmatchcase(target, self.pattern)
+
+    def concerns(self, target: str) -> bool:
+        """Whether it is about this target, and its case is one of the target's op."""
+        return self.is_of(target) and all(case.op == target.partition("@")[0] for case in self.cases[-1:])
 
     def expired(self, today: datetime.date) -> bool:
         return self.expires is not None and today >= self.expires
@@ -105,15 +113,17 @@ class Entry:
         """Why it is not in force for this target here; empty if it is. What cannot be told counts as in force."""
         if self.arch and arch and arch not in self.arch:
             return f"it is for {', '.join(self.arch)}, and this is {arch}"
-        found = {name.lower(): str(version) for name, version in versions.items()}
-        origin = _ORIGIN.match(info.origin)
-        if origin:
-            found[origin["name"].lower()] = origin["version"]
+        found = _versions(info, versions)
         for name, specifier in self.versions.items():
             version = _version(found.get(name.lower(), ""))
             if version is not None and not SpecifierSet(specifier).contains(version, prereleases=True):
                 return f"it is for {name} {specifier}, and this is {version}"
         return ""
+
+    def unheard_of(self, info: TargetInfo, versions: Mapping[str, Any]) -> frozenset[str]:
+        """The packages of `versions` that nothing is known of where this target runs."""
+        found = _versions(info, versions)
+        return frozenset(name for name in self.versions if name.lower() not in found)
 
     def shows(self, verdict: Verdict) -> bool:
         """Whether a verdict on its case is the failure it tells of."""
@@ -149,6 +159,20 @@ class Entry:
         data = {f.name: getattr(self, f.name) for f in fields(self)} | {"expires": str(self.expires or "")}
         data |= {"versions": dict(self.versions), "cases": [case.inline() for case in self.cases]}
         return data
+
+
+def strays(entries: Iterable[Entry], targets: Iterable[str]) -> tuple[Entry, ...]:
+    """Those that are of none of these targets."""
+    names = tuple(targets)
+    return tuple(entry for entry in entries if not any(map(entry.concerns, names)))
+
+
+def _versions(info: TargetInfo, versions: Mapping[str, Any]) -> dict[str, str]:
+    found = {name.lower(): str(version) for name, version in versions.items()}
+    origin = _ORIGIN.match(info.origin)
+    if origin:
+        found[origin["name"].lower()] = origin["version"]
+    return found
 
 
 def _version(text: str) -> Version | None:

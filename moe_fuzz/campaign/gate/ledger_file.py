@@ -49,6 +49,13 @@ def check(text: str) -> None:
 def parse(text: str, path: Path) -> tuple[Entry, ...]:
     """`load`, of a file's text."""
     try:
+        return _parse(text, path)
+    except RecursionError as error:  # of the parser, or of the words for a value that is wrong
+        raise UsageError(f"the ledger {path} is nested deeper than can be read", "correct the file") from error
+
+
+def _parse(text: str, path: Path) -> tuple[Entry, ...]:
+    try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"the ledger {path} is not valid TOML: {error}", "correct the file") from error

@@ -27,6 +27,7 @@ class GateSettings:
     strict: bool = False  # red on findings of class robustness too
     corpus: Cases = ()
     entries: tuple[Entry, ...] = ()
+    strays: tuple[Entry, ...] = ()  # those of no target that is known or asked for
     arch: str = ""  # of the GPU, as "sm90"; "cpu"; empty where it is not known
     today: datetime.date | None = None
     notes: tuple[str, ...] = ()  # for the header
