@@ -97,11 +97,11 @@ class _Evaluation:
         """Of each slot: its contribution to y [e, n, H], how far a target's may be off, and where asked for the
         variance of that and the variances of h that it is made of, [e, n, I]."""
         weight = self.plain["weights"][batch.token, batch.slot].double()[..., None]  # [e, n, 1]
-        most = weight.abs()  # of what a target may have in its place, which is off by e_weight
+        own = most = weight.abs()  # most: of what a target may have in its place, which is off by e_weight
         e_weight = None
         if self.contract.weight_dtype == "dtype":
-            e_weight = self.u * most + self.floor
-            most = most + e_weight
+            e_weight = self.u * own + self.floor
+            most = own + e_weight
         a, e_a, sharp = self._first(batch, weight, most, e_weight)
         h, e_h, s = self._activate(a, e_a, sharp)
         lost = ~(h.abs() + e_h < (self.most if self.stored else LARGEST))
@@ -117,10 +117,10 @@ class _Evaluation:
             held = self.most
         if not self.on_input:
             wide = v.abs()
-            off = most * (e + 2 * U * (wide + e)) + TINY
+            off = most * e + 2 * U * own * (wide + e) + TINY
             e = off if e_weight is None else off + e_weight * wide
             v = v * weight
-            size = size * most.clamp(min=1.0)
+            size = size * own.clamp(min=1.0)
         if self.contract.slot == "dtype":
             e = e + self.u * (v.abs() + e) + self.floor
         nothing = nothing | ~(size + e < held)
@@ -150,10 +150,11 @@ class _Evaluation:
         a, e_a, sizes, below = self._scaled("w13", batch, a, e_a, sizes, below)
         if self.on_input:  # the weight may meet x, or the product
             e_a = e_a * most if e_weight is None else e_a * most + e_weight * sizes
-            e_a = e_a.masked_fill(most * x.amax(dim=-1, keepdim=True) >= LARGEST, torch.inf)
+            own = weight.abs()
+            e_a = e_a.masked_fill(own * x.amax(dim=-1, keepdim=True) >= LARGEST, torch.inf)
             a = torch.where(weight == 0, 0.0, a * weight)
             sizes = most * sizes
-            below = below * (1 + most)
+            below = below * (1 + own)
         if (b13 := self.plain.get("b13")) is not None:
             bias = b13[batch.experts].double()[:, None]
             a, sizes = a + bias, sizes + bias.abs()
