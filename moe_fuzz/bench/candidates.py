@@ -43,7 +43,7 @@ def topk_sigmoid_unsafe(
 
 @declares(
     contract=_ORDERED,
-    capabilities=Capabilities(out=True, is_padding=False, alignment=1, n_shared=0, expert_map=False),
+    capabilities=Capabilities(out=True, is_padding=False, alignment=1, expert_map=False),
 )
 def grouped_topk_unsafe(
     logits: torch.Tensor,
@@ -56,11 +56,12 @@ def grouped_topk_unsafe(
     renormalize: bool = False,
     bias: torch.Tensor | None = None,
     scale: float = 1.0,
+    n_shared: int = 0,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Our kernel without the operations that NaN and +inf need, where groups are whole lanes: all models' are."""
     return grouped._grouped_topk(logits, top_k, n_group, topk_group, scoring, group_score, renormalize, bias, scale,
-                                 None, "distinct", 0, None, out, nan_safe=False)  # fmt: skip
+                                 None, "distinct", n_shared, None, out, nan_safe=False)  # fmt: skip
 
 
 def _after_nan_to_num(router: str) -> Callable[..., Any]:

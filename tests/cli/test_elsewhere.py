@@ -25,6 +25,7 @@ def test_what_runs_on_gpus_alone_is_told_on_a_cpu_and_missed_where_it_was_named(
         assert told in ran.out
 
 
+@pytest.mark.interpreter
 def test_a_word_stands_for_what_this_machine_can_run(call: Callable) -> None:
     ran = call("run", "allreduce_rmsnorm", "--device", "cpu", "--cases", "10", "--workers", "1", "--state-dir", "state")
     assert "it runs on cuda, and this is a campaign on cpu" in ran.out

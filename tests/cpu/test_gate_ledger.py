@@ -95,7 +95,7 @@ def test_what_is_wrong_is_told_with_the_entry(case: Case, text: str, said: str) 
         ("[[known]\n", "not valid TOML"),
         ("known = " + 5000 * "[" + 5000 * "]", "nested deeper than can be read"),
         ("known = " + 5000 * "{a = " + "1" + 5000 * "}", "nested deeper than can be read"),
-        ("[[known]]\nfingerprint." + 5000 * "a." + "b = 1", "nested deeper than can be read"),
+        ("[[known]]\nfingerprint." + 5000 * "a." + "b = 1", "entry 1: fingerprint must be a text, not {'a': {'a': {"),
     ],
 )
 def test_what_is_no_ledger(text: str, said: str) -> None:

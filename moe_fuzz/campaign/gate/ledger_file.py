@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import re
+import reprlib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -50,7 +51,7 @@ def parse(text: str, path: Path) -> tuple[Entry, ...]:
     """`load`, of a file's text."""
     try:
         return _parse(text, path)
-    except RecursionError as error:  # of the parser, or of the words for a value that is wrong
+    except RecursionError as error:  # of the parser
         raise UsageError(f"the ledger {path} is nested deeper than can be read", "correct the file") from error
 
 
@@ -72,11 +73,14 @@ def _parse(text: str, path: Path) -> tuple[Entry, ...]:
     return entries
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 _KEYS = {f.name for f in fields(Entry)} - {"name", "cases"} | {"case"}
 
 
 def _entry(table: Mapping[str, Any], number: int, path: Path) -> Entry:
-    name = str(table.get("fingerprint") or f"entry {number}")
+    fingerprint = table.get("fingerprint")
+    name = fingerprint if fingerprint and isinstance(fingerprint, str) else f"entry {number}"
     where = f"{path}: {name}" if name.startswith("entry") else f"{path}: entry {number}, {name}"
 
     def wrong(problem: str, hint: str = "") -> UsageError:
@@ -89,7 +93,7 @@ def _entry(table: Mapping[str, Any], number: int, path: Path) -> Entry:
             raise wrong(f"unknown key {key!r}{meant}", f"the keys are {', '.join(sorted(_KEYS))}")
     for key in ("fingerprint", "target", "check", "symptom", "tracker", "owner", "case", "reproduces", "fence", "note"):
         if key in table and (not isinstance(table[key], str) or (not table[key].strip() and key != "note")):
-            raise wrong(f"{key} must be a text, not {table[key]!r}")
+            raise wrong(f"{key} must be a text, not {_said(table[key])}")
     for key in ("tracker", "owner"):
         if key not in table:
             raise wrong(f"has no {key}", f"every entry has a {key}: who looks at it, and where it is tracked")
@@ -100,17 +104,17 @@ def _entry(table: Mapping[str, Any], number: int, path: Path) -> Entry:
         raise wrong("has neither a fingerprint nor a predicate", "write fingerprint = …, or target = … and check = …")
     reproduces = table.get("reproduces", "always")
     if reproduces not in REPRODUCES:
-        raise wrong(f"reproduces must be one of {', '.join(REPRODUCES)}, not {reproduces!r}")
+        raise wrong(f"reproduces must be one of {', '.join(REPRODUCES)}, not {_said(reproduces)}")
     if reproduces == "always" and "case" not in table:
         raise wrong("has no case, so that nobody would notice when it is mended",
                     'write the case (`moe-fuzz ledger add` does), or reproduces = "sometimes"')  # fmt: skip
     if table.get("fence", "torch") not in OWN:
-        raise wrong(f"fence must be one of {', '.join(OWN)}, not {table['fence']!r}")
+        raise wrong(f"fence must be one of {', '.join(OWN)}, not {_said(table['fence'])}")
     expires = table.get("expires")
     if expires is not None and (not isinstance(expires, datetime.date) or isinstance(expires, datetime.datetime)):
-        raise wrong(f"expires must be a date, not {expires!r}", "write expires = 2027-06-30, without quotation marks")
+        raise wrong(f"expires must be a date, not {_said(expires)}", "write expires = 2027-06-30, without quotation marks")
     if not isinstance(table.get("quarantine", False), bool):
-        raise wrong(f"quarantine must be true or false, not {table['quarantine']!r}")
+        raise wrong(f"quarantine must be true or false, not {_said(table['quarantine'])}")
     raw = _texts(table, "raw", wrong)
     if raw and len(raw) != 2:
         raise wrong(f'raw must be a check and a symptom, as ["crash", "SIGSEGV"], not {list(raw)}')
@@ -122,10 +126,15 @@ def _entry(table: Mapping[str, Any], number: int, path: Path) -> Entry:
                  raw=(raw[0], raw[1]) if raw else None, **plain)  # fmt: skip
 
 
+def _said(value: object) -> str:
+    """A wrong value in a message: of deep tables and long texts the beginning, whatever repr() makes of their depth."""
+    return _SHORT.repr(value)
+
+
 def _texts(table: Mapping[str, Any], key: str, wrong: Any) -> tuple[str, ...]:
     value = table.get(key, [])
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise wrong(f"{key} must be a list of texts, not {value!r}")
+        raise wrong(f"{key} must be a list of texts, not {_said(value)}")
     return tuple(value)
 
 
@@ -147,7 +156,7 @@ def _cases(table: Mapping[str, Any], wrong: Any) -> Cases:
 def _versions(table: Mapping[str, Any], wrong: Any) -> dict[str, str]:
     value = table.get("versions", {})
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise wrong(f"versions must be a table of texts, not {value!r}", 'write versions = { vllm = "<0.34" }')
+        raise wrong(f"versions must be a table of texts, not {_said(value)}", 'write versions = { vllm = "<0.34" }')
     for name, specifier in value.items():
         try:
             SpecifierSet(specifier)
