@@ -112,7 +112,8 @@ def _entry(table: Mapping[str, Any], number: int, path: Path) -> Entry:
         raise wrong(f"fence must be one of {', '.join(OWN)}, not {_said(table['fence'])}")
     expires = table.get("expires")
     if expires is not None and (not isinstance(expires, datetime.date) or isinstance(expires, datetime.datetime)):
-        raise wrong(f"expires must be a date, not {_said(expires)}", "write expires = 2027-06-30, without quotation marks")
+        raise wrong(f"expires must be a date, not {_said(expires)}",
+                    "write expires = 2027-06-30, without quotation marks")  # fmt: skip
     if not isinstance(table.get("quarantine", False), bool):
         raise wrong(f"quarantine must be true or false, not {_said(table['quarantine'])}")
     raw = _texts(table, "raw", wrong)

@@ -65,19 +65,22 @@ def halves(a: Tensor, activation: str, gate_layout: str) -> tuple[Tensor, Tensor
 def spread(curve: Curve, g: Tensor, error: Tensor, at: Tensor) -> Tensor:
     """max |f(v) - f(g)| over v in g ± error: at an end of the interval, or at the bottom where that lies inside. at:
     f(g)."""
-    low, high = g - error, g + error
-    inside = (low < curve.bottom) & (curve.bottom < high)
+    ends = torch.stack([g - error, g + error])
+    inside = (ends[0] < curve.bottom) & (curve.bottom < ends[1])
     # All at once, since small tensors cost what their operations cost to launch. Where the bottom does not lie inside,
-    # an end stands for it.
-    where = torch.stack([low, high, torch.where(inside, curve.bottom, low)])
-    return (curve.of(where) - at).abs().amax(dim=0)
+    # an end stands for it. It rarely does: a host, which has the answer, asks first.
+    if inside.device.type != "cpu" or bool(inside.any()):
+        ends = torch.cat([ends, torch.where(inside, curve.bottom, ends[0])[None]])
+    return curve.of(ends).sub_(at).abs_().amax(dim=0)
 
 
 def activated(activation: str, gate: Tensor, up: Tensor | None, e_gate: Tensor, e_up: Tensor | None,
-              u_op: float, floor: float, tanh: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+              sizes: tuple[Tensor, Tensor | None], u_op: float, floor: float,
+              tanh: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """h; how far what a target computes from gate ± e_gate and up ± e_up may be from it, before it is stored; and the
     curve at the gate.
 
+    sizes: |gate| + e_gate, and of up.
     u_op: unit roundoff of the dtype to which each operation but the last is rounded beyond float32; 0 for none.
     floor: the absolute error of such a rounding.
     tanh: sigmoids are made of 0.5 tanh(z / 2) + 0.5, which has an absolute accuracy only.
@@ -86,22 +89,27 @@ def activated(activation: str, gate: Tensor, up: Tensor | None, e_gate: Tensor, 
     f = curve.of(gate)
     d = spread(curve, gate, e_gate, f)
     if up is None or e_up is None:
-        return f, d + 2 * U * (f + d) + TINY, f
+        return f, (f + d).mul_(2 * U).add_(d).add_(TINY), f
+    size_gate, largest = sizes
     if activation == "swiglu_oai":
         factor = up.clamp(-7.0, 7.0) + 1.0
         e_factor = torch.maximum(((up + e_up).clamp(-7.0, 7.0) + 1.0 - factor).abs(),
                                  (factor - 1.0 - (up - e_up).clamp(-7.0, 7.0)).abs())  # fmt: skip
     else:
         factor, e_factor = up, e_up
-    largest = factor.abs() + e_factor
+    if largest is None or factor is not up:
+        largest = factor.abs().add_(e_factor)
     h = f * factor
-    size = (f.abs() + d) * largest  # at least |h|, and what is computed in its place
-    below = (e_gate - gate).clamp(min=0.0)  # how far a gate that a target has may lie below 0
-    lost = d * largest + f.abs() * e_factor + (17 + curve.exponent * below) * U * size + TINY
-    lost = lost + (_UNDERFLOW + curve.absolute * U * (gate.abs() + e_gate)) * largest
+    here = f.abs()
+    size = (here + d).mul_(largest)  # at least |h|, and what is computed in its place
+    below = (e_gate - gate).clamp_(min=0.0)  # how far a gate that a target has may lie below 0
+    lost = (d * largest).addcmul_(here, e_factor).addcmul_(below.mul(curve.exponent * U).add_(17 * U), size)
+    lost.add_(largest, alpha=_UNDERFLOW).add_(TINY)
+    if curve.absolute:
+        lost.addcmul_(size_gate, largest, value=curve.absolute * U)
     if tanh and curve.exponent:
-        lost = lost + 2 * U * (gate.abs() + e_gate) * largest
+        lost.addcmul_(size_gate, largest, value=2 * U)
     if u_op:  # silu and gelu: the curve's own result; swiglu_oai: 1.702 c, the sigmoid, c times it, and q + 1
         rounded = 1.0 if activation != "swiglu_oai" else 3.5 + _STEEP * below
-        lost = lost + 1.02 * rounded * u_op * size + 3 * floor * (1 + gate.abs() + e_gate) * largest
+        lost = lost + 1.02 * rounded * u_op * size + 3 * floor * (1 + size_gate) * largest
     return h, lost, f

@@ -103,34 +103,37 @@ class _Evaluation:
             e_weight = self.u * own + self.floor
             most = own + e_weight
         a, e_a, sharp = self._first(batch, weight, most, e_weight)
-        h, e_h, s = self._activate(a, e_a, sharp)
-        lost = ~(h.abs() + e_h < (self.most if self.stored else LARGEST))
-        wide = (a.abs() + e_a).amax(dim=-1, keepdim=True)  # NaN where there is one
-        nothing = lost.any(dim=-1, keepdim=True) | ~weight.isfinite()  # [e, n, 1]
-        nothing = nothing | ~(wide < (self.most if self.contract.gate_up == "dtype" else LARGEST))
-        h, e_h = h.masked_fill(nothing, 0.0), e_h.masked_fill(nothing, 0.0)
+        size = a.abs().add_(e_a)
+        wide = size.amax(dim=-1, keepdim=True) < (self.most if self.contract.gate_up == "dtype" else LARGEST)
+        h, e_h, s = self._activate(a, e_a, sharp, size)
+        size = h.abs().add_(e_h)
+        known = size.amax(dim=-1, keepdim=True) < (self.most if self.stored else LARGEST)  # not where there is a NaN
+        nothing = ~(known & wide & weight.isfinite())  # [e, n, 1]
+        h, e_h, size = _without(nothing, h, e_h, size)
         if self.inputs.quantizes:
             h, e_h = self._requantized(batch, h, e_h)
-        v, e, size = self._second(batch, h, e_h)
+            size = h.abs().add_(e_h)
+        v, e, size, w = self._second(batch, h, e_h, size)
         product, held = v, LARGEST
         if "dtype" in (self.contract.down, self.contract.slot):
             held = self.most
         if not self.on_input:
             wide = v.abs()
-            off = most * e + 2 * U * own * (wide + e) + TINY
-            e = off if e_weight is None else off + e_weight * wide
+            off = (most * e).addcmul_(own, wide + e, value=2 * U).add_(TINY)
+            e = off if e_weight is None else off.addcmul_(e_weight, wide)
             v = v * weight
             size = size * own.clamp(min=1.0)
         if self.contract.slot == "dtype":
-            e = e + self.u * (v.abs() + e) + self.floor
-        nothing = nothing | ~(size + e < held)
-        v, e = v.masked_fill(nothing, 0.0), e.masked_fill(nothing, torch.inf)
+            e = v.abs().add_(e).mul_(self.u).add_(e).add_(self.floor)
+        nothing = ~(size.add_(e) < held) | nothing
+        v = _without(nothing, v)[0]
+        e = _without(nothing, e, fill=torch.inf)[0]
         if s is None:
             return v, e, None, None
-        s = s.masked_fill(nothing[..., :1], 0.0)
+        s = _without(nothing[..., :1], s)[0]
         if self.repeats is not None:  # a store before the weight rounds alike whatever the weight
-            self.repeats.see(batch, product.masked_fill(nothing, 0.0) if self.contract.down == "dtype" else v, h, s)
-        return v, e, *self._variance(batch, v, h, s, weight)
+            self.repeats.see(batch, _without(nothing, product)[0] if self.contract.down == "dtype" else v, h, s)
+        return v, e, *self._variance(batch, v, h, s, weight, w)
 
     def _first(
         self, batch: Batch, weight: Tensor, most: Tensor, e_weight: Tensor | None
@@ -140,10 +143,10 @@ class _Evaluation:
         x = self.x[batch.token].double()  # [e, n, H]
         w = self.inputs.matrix("w13", batch.experts).transpose(1, 2)  # [e, H, 2I]
         a = x @ w
-        w, x = w.abs_(), x.abs()
+        w, x = w.abs_(), x.abs_()
         sizes = x @ w
-        below = w.shape[1] * TINY * (1 + _largest(w))
-        e_a = torch.zeros_like(a)
+        below = w.shape[1] * TINY * (1 + self._largest(w))
+        e_a = below.new_zeros(())
         if self.e_x is not None:
             e_a = self.e_x[batch.token] @ w
             sizes = sizes + e_a
@@ -152,14 +155,14 @@ class _Evaluation:
             e_a = e_a * most if e_weight is None else e_a * most + e_weight * sizes
             own = weight.abs()
             e_a = e_a.masked_fill(own * x.amax(dim=-1, keepdim=True) >= LARGEST, torch.inf)
-            a = torch.where(weight == 0, 0.0, a * weight)
+            a = (a * weight).masked_fill_(weight == 0, 0.0)
             sizes = most * sizes
             below = below * (1 + own)
         if (b13 := self.plain.get("b13")) is not None:
             bias = b13[batch.experts].double()[:, None]
             a, sizes = a + bias, sizes + bias.abs()
-        e_a = e_a + gamma(self._depth(w.shape[1]), self.u_sum) * sizes + below
-        e_a = e_a.masked_fill(sizes >= LARGEST, torch.inf)
+        e_a = torch.add(e_a + below, sizes, alpha=gamma(self._depth(w.shape[1]), self.u_sum))
+        e_a = _without(sizes >= LARGEST, e_a, fill=torch.inf)[0]
         sharp = _random_gamma(w.shape[1]) * sizes if self.random else None
         if self.contract.gate_up == "dtype":
             e_a += 2 * (self.u * (a.abs() + e_a) + self.floor)  # of the product, and with the bias
@@ -169,15 +172,17 @@ class _Evaluation:
                 sharp = sharp + ulp(a, self.dtype)
         return a, e_a, sharp
 
-    def _activate(self, a: Tensor, e_a: Tensor, sharp: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """h [e, n, I] as it is stored, its error, and the variance of that on random data."""
+    def _activate(
+        self, a: Tensor, e_a: Tensor, sharp: Tensor | None, size: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """h [e, n, I] as it is stored, its error, and the variance of that on random data. size: |a| + e_a."""
         gate, up = halves(a, self.activation, self.layout)
         e_gate, e_up = halves(e_a, self.activation, self.layout)
         rounded = self.contract.activation == "dtype"
-        h, e_h, f = activated(self.activation, gate, up, e_gate, e_up, self.u if rounded else 0.0, self.floor,
-                              self.contract.sigmoid == "tanh")  # fmt: skip
+        h, e_h, f = activated(self.activation, gate, up, e_gate, e_up, halves(size, self.activation, self.layout),
+                              self.u if rounded else 0.0, self.floor, self.contract.sigmoid == "tanh")  # fmt: skip
         if self.stored and not self.inputs.quantizes:  # else `_requantized` stores it
-            e_h = e_h + self.u * (h.abs() + e_h) + self.floor
+            e_h = h.abs().add_(e_h).mul_(self.u).add_(e_h).add_(self.floor)
         if sharp is None:
             return h, e_h, None
         if self.inputs.quantizes:  # what is left of it has no error, where it cannot fall either way
@@ -223,28 +228,32 @@ class _Evaluation:
         error = (error + 2 * e_factor * size).masked_fill(lost, torch.inf)
         return value, error, size, below * _SHIFT * known + TINY
 
+    def _largest(self, sizes: Tensor) -> Tensor:
+        """The largest of the sizes of weights that are numbers: one expert's NaN is not a matter of the others."""
+        return (sizes if self.inputs.finite_weights else sizes.nan_to_num(0.0, 0.0)).amax()
+
     def _depth(self, terms: int) -> float:
         """With global scales: their product or quotient, rounded twice, and the product with it."""
         return depth(terms) + (4 if self.inputs.has_factors else 0)
 
-    def _second(self, batch: Batch, h: Tensor, e_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h @ w2.T, biased: [e, n, H], its error, and Σ|terms|."""
+    def _second(self, batch: Batch, h: Tensor, e_h: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """h @ w2.T, biased: [e, n, H], its error, and Σ|terms|; and the sizes of w2.T. size: |h| + e_h."""
         w = self.inputs.matrix("w2", batch.experts).transpose(1, 2)  # [e, I, H]
         v = h @ w
         w = w.abs_()
         g = gamma(self._depth(h.shape[-1]), self.u_sum)
-        sizes = (h.abs() + e_h) @ w
+        sizes = size @ w
         e = e_h @ w
-        v, e, sizes, below = self._scaled("w2", batch, v, e, sizes, h.shape[-1] * TINY * (1 + _largest(w)))
+        v, e, sizes, below = self._scaled("w2", batch, v, e, sizes, h.shape[-1] * TINY * (1 + self._largest(w)))
         if (b2 := self.plain.get("b2")) is not None:
             bias = b2[batch.experts].double()[:, None]
             v, sizes = v + bias, sizes + bias.abs()
-        e = e + g * sizes + below
+        e = torch.add(e, sizes, alpha=g).add_(below)
         if self.contract.down == "dtype":
             e = e + 2 * (self.u * (v.abs() + e) + self.floor)
             if b2 is not None:
                 e = e + self.u * sizes
-        return v, e, sizes
+        return v, e, sizes, w
 
     # ---- random data ------------------------------------------------------------------------------------------------
 
@@ -254,13 +263,16 @@ class _Evaluation:
         step = ulp(values, self.dtype).square()
         return torch.where(values.abs() < torch.finfo(self.dtype).smallest_normal, step / 4, step / 12)
 
-    def _variance(self, batch: Batch, v: Tensor, h: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        s = s + (4 * _random_gamma(h.shape[-1]) * h).square()
+    def _variance(
+        self, batch: Batch, v: Tensor, h: Tensor, s: Tensor, weight: Tensor, w: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """w: the sizes of w2.T, which nobody needs any more."""
+        s = torch.addcmul(s, h, h, value=(4 * _random_gamma(h.shape[-1])) ** 2)
         scale = torch.ones_like(weight) if self.on_input else weight.square()
         factor = self.inputs.factor("w2", batch.experts)
         if factor is not None:
             scale = scale * factor.square().nan_to_num(0.0, 0.0)
-        var = scale * (s @ self.inputs.matrix("w2", batch.experts).square().transpose(1, 2))
+        var = scale * (s @ w.square_())
         if self.contract.down == "dtype":
             each = torch.ones_like(weight) if self.on_input else weight.abs()
             each = each.clamp(min=TINY)
@@ -279,8 +291,8 @@ class _Evaluation:
         """The sum over slots, and its store."""
         top_k = expert.shape[1]
         narrow = self.contract.reduce == "dtype"
-        bound = error + gamma(top_k + 2, self.u if narrow else U) * size + top_k * narrow * self.floor
-        bound = bound + self.u * (value.abs() + bound) + self.floor + TINY
+        bound = torch.add(error + top_k * narrow * self.floor, size, alpha=gamma(top_k + 2, self.u if narrow else U))
+        bound = value.abs().add_(bound).mul_(self.u).add_(bound).add_(self.floor + TINY)
         bound = bound.masked_fill(~(size < (self.most if narrow else LARGEST)), torch.inf)
         if self.random:
             if narrow:
@@ -293,9 +305,11 @@ class _Evaluation:
         return Numbers(value, bound.nan_to_num(torch.inf, torch.inf), variance, spread, largest, shared, self.open)
 
 
-def _largest(sizes: Tensor) -> Tensor:
-    """The largest of the sizes that are numbers: one expert's NaN is not a matter of the others."""
-    return sizes.nan_to_num(0.0, 0.0).amax()
+def _without(there: Tensor, *parts: Tensor, fill: float = 0.0) -> tuple[Tensor, ...]:
+    """Each with `fill` there, bool. Nearly always that is nowhere: a host, which has the answer, asks first."""
+    if there.device.type == "cpu" and not bool(there.any()):
+        return parts
+    return tuple(part.masked_fill(there, fill) for part in parts)
 
 
 def _random_gamma(terms: int) -> float:

@@ -33,6 +33,8 @@ class Batch:
 
     def of_real(self, values: Tensor) -> Tensor:
         """[m, D]: the rows of [e, n, D] that are real."""
+        if self.at.numel() == self.real.numel():
+            return values.flatten(0, 1)
         return values.flatten(0, 1).index_select(0, self.at)
 
 
