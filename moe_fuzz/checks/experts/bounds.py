@@ -142,13 +142,13 @@ class _Evaluation:
         weight that a target may have in place of this one, as a size; e_weight: how far it may be from it."""
         x = self.x[batch.token].double()  # [e, n, H]
         w = self.inputs.matrix("w13", batch.experts).transpose(1, 2)  # [e, H, 2I]
-        a = x @ w
+        a = torch.bmm(x, w)
         w, x = w.abs_(), x.abs_()
-        sizes = x @ w
+        sizes = torch.bmm(x, w)
         below = w.shape[1] * TINY * (1 + self._largest(w))
         e_a = below.new_zeros(())
         if self.e_x is not None:
-            e_a = self.e_x[batch.token] @ w
+            e_a = torch.bmm(self.e_x[batch.token], w)
             sizes = sizes + e_a
         a, e_a, sizes, below = self._scaled("w13", batch, a, e_a, sizes, below)
         if self.on_input:  # the weight may meet x, or the product
@@ -239,11 +239,11 @@ class _Evaluation:
     def _second(self, batch: Batch, h: Tensor, e_h: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """h @ w2.T, biased: [e, n, H], its error, and Σ|terms|; and the sizes of w2.T. size: |h| + e_h."""
         w = self.inputs.matrix("w2", batch.experts).transpose(1, 2)  # [e, I, H]
-        v = h @ w
+        v = torch.bmm(h, w)
         w = w.abs_()
         g = gamma(self._depth(h.shape[-1]), self.u_sum)
-        sizes = size @ w
-        e = e_h @ w
+        sizes = torch.bmm(size, w)
+        e = torch.bmm(e_h, w)
         v, e, sizes, below = self._scaled("w2", batch, v, e, sizes, h.shape[-1] * TINY * (1 + self._largest(w)))
         if (b2 := self.plain.get("b2")) is not None:
             bias = b2[batch.experts].double()[:, None]
@@ -272,7 +272,7 @@ class _Evaluation:
         factor = self.inputs.factor("w2", batch.experts)
         if factor is not None:
             scale = scale * factor.square().nan_to_num(0.0, 0.0)
-        var = scale * (s @ w.square_())
+        var = scale * torch.bmm(s, w.square_())
         if self.contract.down == "dtype":
             each = torch.ones_like(weight) if self.on_input else weight.abs()
             each = each.clamp(min=TINY)

@@ -88,7 +88,7 @@ class _Exact:
         dtype, which may stand before the weight, before the bias, or behind both. A global scale is a power of two, or
         nothing is known."""
         w = self.inputs.matrix(name, batch.experts).transpose(1, 2)
-        result, size, unit = x @ w, x.abs() @ w.abs(), _least(x) * _least(w)
+        result, size, unit = torch.bmm(x, w), torch.bmm(x.abs(), w.abs()), _least(x) * _least(w)
         if (factor := self.inputs.factor(name, batch.experts)) is not None:
             power = self._power(name, factor)
             result, size, unit = (part * factor for part in (result, size, unit))

@@ -35,11 +35,12 @@ class Repeats:
         """v: [e, n, H], the slots as they are stored. h: [e, n, I], and the variances s of its roundings."""
         counted = self.counted[batch.token]
         real = batch.real & counted  # [e, n]
-        self.v.add(batch.experts, v, real)
-        self.h.add(batch.experts, h, real)
+        counts = real.double()[:, None]
+        self.v.add(batch.experts, v, counts)
+        self.h.add(batch.experts, h, counts)
         if not len(self.size):
             self.size = s.new_zeros((self.experts, s.shape[2]))
-        self.size.index_add_(0, batch.experts, _total(s, real))
+        self.size.index_add_(0, batch.experts, torch.bmm(counts, s).squeeze(1))
         rounded = (s > 0).any(dim=2)
         keys = torch.stack([*_key(v), *(part * rounded for part in _key(h))], dim=2)  # [e, n, 4]
         keys = keys.masked_fill(~real[..., None], 0.0)
@@ -73,7 +74,7 @@ class Repeats:
         groups = ordered.unique(dim=0, return_inverse=True)[1]
         group = uploaded(groups, self.expert.device)
         rows = _Spread(int(groups.max()) + 1, self.dtype)
-        rows.add(group, value[:, None], self.counted[:, None])
+        rows.add(group, value[:, None], self.counted.double()[:, None, None])
         others = (rows.count - 1).clamp(min=0)[:, None]
         return (rows.likeness() * others)[group]
 
@@ -101,16 +102,17 @@ class _Spread:
         self.groups, self.dtype = groups, dtype
         self.count = self.sums = self.squares = self.largest = torch.zeros(0)
 
-    def add(self, groups: Tensor, rows: Tensor, real: Tensor) -> None:
-        """Of each of e groups, int64 [e], n rows [e, n, D], where they are real, bool [e, n]."""
+    def add(self, groups: Tensor, rows: Tensor, counts: Tensor) -> None:
+        """Of each of e groups, int64 [e], n rows [e, n, D]. counts: float64 [e, 1, n], 1 where they are real, else 0.
+        """
         if not len(self.count):
             self.count = rows.new_zeros(self.groups)
             self.sums = rows.new_zeros((self.groups, rows.shape[2]))
             self.squares, self.largest = self.sums.clone(), self.sums.clone()
-        self.count.index_add_(0, groups, real.sum(dim=1).double())
-        self.sums.index_add_(0, groups, _total(rows, real))
-        self.squares.index_add_(0, groups, _total(rows.square(), real))
-        largest = rows.abs().mul_(real[..., None]).amax(dim=1)
+        self.count.index_add_(0, groups, counts.sum(dim=(1, 2)))
+        self.sums.index_add_(0, groups, torch.bmm(counts, rows).squeeze(1))
+        self.squares.index_add_(0, groups, torch.bmm(counts, rows.square()).squeeze(1))
+        largest = rows.abs().mul_(counts.transpose(1, 2)).amax(dim=1)
         self.largest.scatter_reduce_(0, groups[:, None].expand_as(largest), largest, "amax")
 
     def likeness(self) -> Tensor:
@@ -123,11 +125,6 @@ class _Spread:
         variance = (self.squares / count - (self.sums / count).square()).clamp(min=0)
         steps = variance / ulp(self.largest, self.dtype).square()
         return torch.exp(-4 * math.pi**2 * steps).masked_fill(self.largest == 0, 0.0)
-
-
-def _total(rows: Tensor, real: Tensor) -> Tensor:
-    """[e, D]: the sum of the real rows of [e, n, D]."""
-    return (real.double()[:, None] @ rows)[:, 0]
 
 
 def _key(rows: Tensor) -> tuple[Tensor, Tensor]:

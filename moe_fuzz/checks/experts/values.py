@@ -75,6 +75,6 @@ def _slots(
 
 
 def _product(inputs: ExpertsInputs, name: str, a: Tensor, batch: Batch) -> Tensor:
-    v = a @ inputs.matrix(name, batch.experts).transpose(1, 2)
+    v = torch.bmm(a, inputs.matrix(name, batch.experts).transpose(1, 2))
     factor = inputs.factor(name, batch.experts)
     return v if factor is None else v * factor

@@ -7,6 +7,7 @@ the same bits on every device. A weight costs eight integer operations of 32 bit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy
 import torch
@@ -17,6 +18,7 @@ from moe_fuzz.mirror import uploaded
 
 _M1, _M2 = 0x7FEB352D, 0x846CA68B  # of the integer hash "lowbias32" by C. Wellons
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 26}  # elements that are mixed at once: what fits into a cache, or into memory
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes: bfloat16 is none of numpy's
 SIZE = 1 << 16  # of a table: as many values as a draw tells apart
 
 
@@ -40,12 +42,7 @@ def lines(
 def mixed(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """int32 [R, C] in [0, 2^16): the words of a row and of a column, int32 [R] and [C], mixed."""
     if rows.device.type == "cpu":  # in numpy, which has unsigned numbers, and whose operations cost less
-        there = numpy.bitwise_xor.outer(rows.numpy().view(numpy.uint32), columns.numpy().view(numpy.uint32))
-        there *= numpy.uint32(_M1)
-        there ^= there >> numpy.uint32(15)
-        there *= numpy.uint32(_M2)
-        there >>= numpy.uint32(16)
-        return torch.from_numpy(there.view(numpy.int32))
+        return torch.from_numpy(_mixed(_unsigned(rows), _unsigned(columns)).view(numpy.int32))
     word = rows[:, None] ^ columns
     word *= _M1
     word ^= (word >> 15) & 0x1FFFF
@@ -55,10 +52,29 @@ def mixed(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return word
 
 
+def _mixed(rows: Any, columns: Any) -> Any:
+    there = numpy.bitwise_xor.outer(rows, columns)
+    there *= numpy.uint32(_M1)
+    there ^= there >> numpy.uint32(15)
+    there *= numpy.uint32(_M2)
+    there >>= numpy.uint32(16)
+    return there
+
+
+def _unsigned(words: torch.Tensor) -> Any:
+    return words.numpy().view(numpy.uint32)
+
+
 def looked_up(table: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """table's dtype [R, C]: of its 2^16 values the one that each place draws."""
-    out = table.new_empty((len(rows), len(columns)))
     step = max(1, _CHUNK[table.device.type] // max(1, len(columns)))
+    if table.device.type == "cpu":  # the bits, in numpy
+        values, row, column = table.view(_BITS[table.element_size()]).numpy(), _unsigned(rows), _unsigned(columns)
+        found = numpy.empty((len(row), len(column)), dtype=values.dtype)
+        for first in range(0, len(row), step):  # nothing is out of range; "clip" is what writes without a copy
+            values.take(_mixed(row[first : first + step], column), out=found[first : first + step], mode="clip")
+        return torch.from_numpy(found).view(table.dtype)
+    out = table.new_empty((len(rows), len(columns)))
     for first in range(0, len(rows), step):
         part = mixed(rows[first : first + step], columns)
         torch.index_select(table, 0, part.flatten(), out=out[first : first + step].view(-1))
