@@ -54,12 +54,12 @@ def test_a_product_that_is_zero_leaves_every_token_the_same_row(fault: str, tens
         seen = off_the_stores(observe(case, contract=FP4_STRICT))
         assert said(seen) == [], case.dumps()
         assert seen.budget["statistical"] < 1
-        assert float(seen.numbers.shared.mean()) > rows / 4
+        assert float(seen.shared.mean()) > rows / 4
 
 
 def shared(seen: ExpertsObservation) -> Tensor:
     assert seen.random.all()
-    return seen.numbers.shared
+    return seen.shared
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -119,7 +119,7 @@ def test_what_is_lost_is_like_nothing(down: str) -> None:
                   Fault("nan_rows", "x", Labels.of([3, 4])))  # fmt: skip
         case = fp4_case_of(rows=100, experts=8, faults=faults, bias="dtype", seed=seed)
         seen = observe(case, contract=replace(FP4_STRICT, down=down))
-        assert bool(seen.numbers.shared.isfinite().all())
+        assert bool(seen.shared.isfinite().all())
         assert said(seen) == []
         assert "statistical" in seen.budget
 

@@ -30,7 +30,6 @@ class Numbers:
     variance: Tensor  # of a target's error, where roundings are as of random numbers; empty unless asked for
     spread: Tensor  # [T, 2]: Σ s and Σ s² over the roundings of h, weighted as they reach y; empty likewise
     largest: Tensor  # [T]: the largest of these s
-    shared: Tensor  # [T, H]: 1, or for how many tokens an error counts that others have as well: `Repeats.shared`
     open: Tensor  # bool [T]: a quantization on the way may fall either way, so that errors are not those of roundings
 
     def take(self, rows: Tensor) -> Numbers:
@@ -41,16 +40,22 @@ class Numbers:
 def evaluate(inputs: ExpertsInputs, expert: Tensor, contract: Contract, random: Tensor | None = None) -> Numbers:
     """Values and bounds of the slots of `expert`, int64 [T, k], where -1 drops one. random: bool [T], the tokens whose
     roundings are those of random numbers; where there are some, variances too."""
-    if random is None or not bool(on_host(random).any()):
-        return _Evaluation(inputs, contract).run(expert)
+    return _Evaluation(inputs, contract, random is not None and bool(on_host(random).any())).run(expert)
+
+
+def shared(inputs: ExpertsInputs, expert: Tensor, contract: Contract, random: Tensor) -> Tensor:
+    """[T, H]: 1, or for how many tokens an error counts that others have as well: `Repeats.shared`. At least one token
+    is random. It costs what `evaluate` does, and half of that again."""
     repeats = Repeats(random, expert, inputs.plain["w13"].shape[0], inputs.plain["x"].dtype)
-    return _Evaluation(inputs, contract, repeats).run(expert)
+    return repeats.shared(_Evaluation(inputs, contract, random=True, repeats=repeats).run(expert).value)
 
 
 class _Evaluation:
-    def __init__(self, inputs: ExpertsInputs, contract: Contract, repeats: Repeats | None = None) -> None:
+    def __init__(
+        self, inputs: ExpertsInputs, contract: Contract, random: bool, repeats: Repeats | None = None
+    ) -> None:
         self.inputs, self.plain, self.contract, self.repeats = inputs, inputs.plain, contract, repeats
-        self.random = repeats is not None
+        self.random = random  # variances are asked for
         self.activation = str(inputs.options["activation"])
         self.layout = str(inputs.options["gate_layout"])
         self.on_input = bool(inputs.options["apply_weight_on_input"])
@@ -301,8 +306,7 @@ class _Evaluation:
             # tie, and what is lost is 0 or half a step, which is more than of a continuous number.
             ties = 1.5 if self.contract.slot == "dtype" or narrow else 1.0
             variance = variance + ties * self._steps(value.abs() + 4 * variance.sqrt())
-        shared = value[:0] if self.repeats is None else self.repeats.shared(value)
-        return Numbers(value, bound.nan_to_num(torch.inf, torch.inf), variance, spread, largest, shared, self.open)
+        return Numbers(value, bound.nan_to_num(torch.inf, torch.inf), variance, spread, largest, self.open)
 
 
 def _without(there: Tensor, *parts: Tensor, fill: float = 0.0) -> tuple[Tensor, ...]:

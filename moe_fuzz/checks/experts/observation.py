@@ -11,7 +11,7 @@ import torch
 
 from moe_fuzz.case import Case
 from moe_fuzz.checks.experts import others
-from moe_fuzz.checks.experts.bounds import Numbers, evaluate
+from moe_fuzz.checks.experts.bounds import Numbers, evaluate, shared
 from moe_fuzz.checks.experts.flags import first_look
 from moe_fuzz.checks.experts.known import exact_answer
 from moe_fuzz.checks.experts.nonfinite import never_finite
@@ -47,6 +47,7 @@ class ExpertsObservation:
     eager: Callable[[ExpertsInputs], Outputs] | None = None  # runs it without a graph, where `call` is a replay
     budget: dict[str, float] = field(default_factory=dict)  # largest accepted error over bound, by check
     rows: list[int] | None = None  # positions in the step of the rows that are seen; None: all of them
+    whole: tuple[ExpertsObservation, torch.Tensor] | None = None  # what this is taken of, and which rows
     brief: bool = False  # nobody reads the violations: what went wrong need not be found out
 
     def with_outputs(self, y: torch.Tensor) -> ExpertsObservation:
@@ -59,7 +60,8 @@ class ExpertsObservation:
         """The call as seen on these rows alone, int64 [R]; what is known of them is not computed again."""
         positions = on_host(rows).tolist()
         part = replace(self, inputs=self.rows_of(self.inputs, rows), outputs=Outputs(self.outputs.y[rows]), budget={},
-                       rows=positions if self.rows is None else [self.rows[at] for at in positions])  # fmt: skip
+                       rows=positions if self.rows is None else [self.rows[at] for at in positions],
+                       whole=(self, rows))  # fmt: skip
         for name in ("expert", "kept", "sound", "real", "random", "claimed", "hopeless"):
             part.__dict__[name] = rows_of(getattr(self, name), rows)
         part.__dict__["numbers"] = self.numbers.take(rows)
@@ -146,6 +148,15 @@ class ExpertsObservation:
     def numbers(self) -> Numbers:
         """The float64 result of each token, with its bound."""
         return evaluate(self.inputs, self.expert, self.info.contract, random=self.random)
+
+    @cached_property
+    def shared(self) -> torch.Tensor:
+        """[T, H]: for how many tokens an error counts, of a step with random rows. Dear, and nearly always errors are
+        small enough for one token each: who asks has found one that is not."""
+        if self.whole is not None:
+            whole, rows = self.whole
+            return whole.shared[rows]
+        return shared(self.inputs, self.expert, self.info.contract, self.random)
 
     @cached_property
     def rounded(self) -> torch.Tensor:
@@ -311,5 +322,5 @@ class ExpertsObservation:
         return first_look(self)
 
 
-_OF_INPUTS = ("expert", "kept", "sound", "real", "random", "numbers", "rounded", "claimed", "hopeless", "limits",
-              "closed", "empty", "tainted", "exact")
+_OF_INPUTS = ("expert", "kept", "sound", "real", "random", "numbers", "shared", "rounded", "claimed", "hopeless",
+              "limits", "closed", "empty", "tainted", "exact")

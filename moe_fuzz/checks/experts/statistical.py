@@ -51,15 +51,19 @@ def statistical(seen: ExpertsObservation) -> list[Violation]:
     tokens = uploaded(usable.nonzero().flatten(), seen.x.device)
     if not len(tokens):
         return []
-    tests = [(test, *test.used()) for test in _Tests(seen, tokens, seen.numbers.value).all()]
-    largest = answers([used.max() for _, used, _, _ in tests])
-    if all(one <= 1 for one in largest):  # not where one is NaN
-        seen.budget["statistical"] = max(0.0, *largest)
-        return []
+    value = seen.numbers.value
+    alone = torch.ones_like(value[:1, :1]).expand_as(value)
+    for shared in (lambda: alone, lambda: seen.shared):  # errors that others have as well may be larger: if need be
+        tests = [(test, *test.used()) for test in _Tests(seen, tokens, value, shared()).all()]
+        largest = answers([used.max() for _, used, _, _ in tests])
+        if all(one <= 1 for one in largest):  # not where one is NaN
+            seen.budget["statistical"] = max(0.0, *largest)
+            return []
     share, from_rounded = 0.0, None
     for number, (test, used, got, most) in enumerate(tests):
         if bool((used > 1).any()) and _mostly_rounded(seen, tokens):
-            from_rounded = from_rounded or [test.used()[0] for test in _Tests(seen, tokens, seen.rounded).all()]
+            from_rounded = from_rounded or [test.used()[0]
+                                            for test in _Tests(seen, tokens, seen.rounded, seen.shared).all()]
             used = torch.minimum(used, from_rounded[number])
         at = int(used.argmax())
         if float(used[at]) > 1:
@@ -79,15 +83,16 @@ def _mostly_rounded(seen: ExpertsObservation, tokens: Tensor) -> bool:
 
 
 class _Tests:
-    def __init__(self, seen: ExpertsObservation, tokens: Tensor, right: Tensor) -> None:
-        """tokens: int64 [R], those that are judged. right: float64 [T, H], what errors are the distance from."""
+    def __init__(self, seen: ExpertsObservation, tokens: Tensor, right: Tensor, shared: Tensor) -> None:
+        """tokens: int64 [R], those that are judged. right: float64 [T, H], what errors are the distance from. shared:
+        [T, H], for how many tokens each counts."""
         self.seen, self.tokens = seen, tokens
         numbers = seen.numbers
         sigma = numbers.variance[tokens].sqrt()
         self.z = (seen.y[tokens] - right[tokens]) / sigma  # [R, H]
         self.value = numbers.value[tokens] / sigma
         self.count, self.hidden = self.z.shape
-        self.shared = numbers.shared[tokens]  # [R, H]
+        self.shared = shared[tokens]  # [R, H]
         self.free, self.peak = _freedom(seen, tokens, self.hidden)
         self.rows = on_host(tokens).tolist()
         local = rows_of(seen.expert, tokens)
