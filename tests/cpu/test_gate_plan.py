@@ -13,7 +13,7 @@ from moe_fuzz.campaign.gate.engine import CASES_SHARE, QUIET_SHARE
 from moe_fuzz.campaign.gate.plan import PROFILES
 from moe_fuzz.campaign.plan import ROUND
 from moe_fuzz.report import text
-from tests.cpu.campaign_fakes import GOOD, TARGET, Listener, always_good, nan_on_odd, toy, when
+from tests.cpu.campaign_fakes import GOOD, TARGET, FakePool, Listener, always_good, bad, nan_on_odd, toy, when
 from tests.cpu.gate_runs import KNOWN, SMALL, gate, judged
 
 
@@ -119,6 +119,41 @@ def test_a_gate_that_meets_nothing_bad_goes_on_for_longer(tmp_path, monkeypatch)
     quiet = gate(tmp_path / "quiet", slow(lambda case: False), cases=2000, seconds=2.0).run()
     bad = gate(tmp_path / "bad", slow(lambda case: True), cases=2000, seconds=2.0).run()
     assert 4 * bad.cases < quiet.cases < 2000
+
+
+def first_rounds(tmp_path):
+    """The cases of the first two rounds of a plan of 200."""
+    pool = FakePool(always_good)
+    gate(tmp_path / "planned", None, pool=pool, cases=200).run()
+    return pool.leased[:ROUND], pool.leased[ROUND : 2 * ROUND]
+
+
+def test_a_round_of_cases_that_hang_does_not_last_to_its_end(tmp_path):
+    """Each of them takes its deadline, and a round has many."""
+    listener = Listener()
+
+    def hanging(case, history, options):
+        time.sleep(0.2)
+        return bad()
+
+    summary = gate(tmp_path / "hanging", hanging, listener, cases=200, seconds=1.0).run()
+    assert 3 <= len(judged(listener)) == summary.cases < ROUND, "the first round was cut when its time was up"
+    assert summary.new
+    assert summary.exit_code == 1
+
+
+def test_what_time_cuts_hides_no_bad_case_behind_it(tmp_path):
+    """The first round is under way, and still good, when the second one meets something bad and the time is up."""
+    first, second = first_rounds(tmp_path)
+
+    def judge(case, history, options):
+        time.sleep(0.2 if case in first else 0.01)
+        return when(lambda case: case in second)(case, history, options)
+
+    summary = gate(tmp_path / "cut", judge, cases=200, seconds=0.4, workers=2).run()
+    assert summary.new
+    assert summary.exit_code == 1
+    assert summary.cases > ROUND
 
 
 def test_the_profiles_grow_and_leave_room(tmp_path):

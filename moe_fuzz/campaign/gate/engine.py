@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import threading
 import time
@@ -32,15 +33,19 @@ from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import Verdict
 
-CASES_SHARE = 0.75  # of the time: after it no round begins, and what is bad is examined
-QUIET_SHARE = 0.9  # where nothing was bad: what is left is for the rounds under way
+CASES_SHARE = 0.75  # of the time: after it no case begins behind the first bad one, which is examined
+QUIET_SHARE = 0.9  # where nothing was bad, no round: what is left is for those under way
 UNBOUNDED = 3600.0  # seconds of a reduction that tries bound: more than they ever take, unless each try is a hang
 PROGRESS_EVERY = 0.25  # seconds
 PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
 
 
-#: What a round gave: of each case its verdict, and what its process had run before.
+#: What a round gave: of each case its verdict, and what its process had run before; of fewer where time cut it.
 _Ran = list[tuple[Verdict, Cases]]
+
+
+class _TimeIsUp(Exception):
+    """In the midst of a round: a kernel that hangs makes one last for minutes."""
 
 
 class Gate:
@@ -72,7 +77,7 @@ class Gate:
         self._ran: dict[int, _Ran] = {}
         self._next = 0  # round that nobody took yet
         self._stop = False
-        self._met = False  # anything bad
+        self._bad: int | None = None  # the first round in the plan's order that met anything bad
         self._error: BaseException | None = None
         self._results: dict[tuple[str, str], EntryResult] = {}
         self._unheard: dict[str, frozenset[str]] = {}  # name of an entry -> packages in its `versions`
@@ -180,7 +185,11 @@ class Gate:
                 if part.phase not in begun:
                     begun.add(part.phase)
                     self._emit(events.PhaseStarted(part.phase, self._plan.cases_of(part.phase)))
-                self._judge_round(part, ran)
+                cut = len(ran) < len(part.cases)
+                if not (cut and part.phase == "ledger"):
+                    self._judge_round(part, ran)
+                if cut:  # what is judged is a prefix of the plan
+                    break
         finally:
             with self._changed:
                 self._stop = True
@@ -206,11 +215,22 @@ class Gate:
             while (part := self._take()) is not None:
                 ran: _Ran = []
 
-                def on_verdict(_at: int, verdict: Verdict, history: Cases, ran: _Ran = ran) -> None:
+                def on_verdict(
+                    _at: int, verdict: Verdict, history: Cases, part: Round = part, ran: _Ran = ran
+                ) -> None:
                     ran.append((verdict, history))
-                    self._met = self._met or verdict.bad
+                    with self._changed:
+                        if verdict.bad and (self._bad is None or part.order < self._bad):
+                            self._bad = part.order
+                        first = self._bad
+                    # Not a round before the first bad one: what is judged ends with the round that is cut.
+                    if first is not None and part.order >= first and self._later_than(CASES_SHARE):
+                        raise _TimeIsUp
 
-                with self._pool.fresh() if part.alone else self._pool.lease(part.target) as worker:
+                with (
+                    contextlib.suppress(_TimeIsUp),
+                    self._pool.fresh() if part.alone else self._pool.lease(part.target) as worker,
+                ):
                     worker.run(part.cases, part.target, self._options_for(part), on_verdict)
                 with self._changed:
                     self._ran[part.order] = ran
@@ -222,8 +242,7 @@ class Gate:
 
     def _take(self) -> Round | None:
         with self._changed:
-            share = CASES_SHARE if self._met else QUIET_SHARE
-            late = self._settings.seconds is not None and self._seconds > self._settings.seconds * share
+            late = self._later_than(QUIET_SHARE if self._bad is None else CASES_SHARE)
             if self._stop or late or self._error is not None or self._next >= len(self._plan.rounds):
                 return None
             self._next += 1
@@ -240,7 +259,7 @@ class Gate:
         if part.phase == "ledger" and part.entry is not None:
             self._judge_entry(part, part.entry, ran)
             return
-        for case, (verdict, history) in zip(part.cases, ran, strict=True):
+        for case, (verdict, history) in zip(part.cases, ran, strict=False):
             self._tally.count(part.target, verdict)
             self._coverage.count(part.target, space, case, verdict)
             check, symptom = verdict.key if verdict.bad else ("", "")
@@ -278,6 +297,10 @@ class Gate:
     @property
     def _seconds(self) -> float:
         return time.monotonic() - self._start
+
+    def _later_than(self, share: float) -> bool:
+        """Whether more than this share of the time is over."""
+        return self._settings.seconds is not None and self._seconds > self._settings.seconds * share
 
     def _progress(self) -> None:
         now = time.monotonic()

@@ -3,7 +3,7 @@
 It is a function of the version, the seed, the number of cases a target has, and the targets (what they say they take,
 on this kind of device): nothing is read from the state directory, and the number of workers has
 no part in it. What a target is given does not depend on which other targets there are. A gate that time cuts begins
-rounds in this order and ends those it began, so two of them are prefixes of one list.
+rounds in this order, and judges none behind the first that it did not end, so two of them are prefixes of one list.
 """
 
 from __future__ import annotations
