@@ -177,6 +177,8 @@ class StateDir:
         try:
             if aside.is_dir():
                 shutil.rmtree(aside)
+            elif file.is_dir():  # which replaces no file: what was set aside before
+                aside.unlink(missing_ok=True)
             os.replace(file, aside)
         except OSError as error:
             raise _problem(f"{file} cannot be set aside", error) from error
