@@ -332,7 +332,7 @@ class Campaign:
         if self._health is not None:
             self._emit(events.WorkersCounted(self._health()))
         self._emit(events.CampaignFinished(summary))
-        if not self._interrupted:
+        if not self._interrupted and self._targets:  # with no target at hand nothing of the plan has come to its end
             self._save(finished=True)  # last: who is killed before the reports are whole goes on with this campaign
         return summary
 

@@ -159,6 +159,23 @@ def test_a_round_that_keeps_killing_the_campaign_is_set_aside(tmp_path):
     assert any("died 2 times" in event.message for event in listener.of(events.Note))
 
 
+def test_a_campaign_that_finds_no_target_is_still_to_be_gone_on_with(tmp_path):
+    """Where no target can be had for once, what was run before is not thrown away."""
+
+    def killer(event):
+        if isinstance(event, events.FindingReported):
+            raise Killed
+
+    with pytest.raises(Killed):
+        campaign(tmp_path, when(nan_on_odd), killer, cases=300).run()
+    gone = FakePool(always_good, unavailable=(TARGET,))
+    assert campaign(tmp_path, always_good, pool=gone, cases=300).run().exit_code == 3
+    listener = Listener()
+    summary = campaign(tmp_path, when(nan_on_odd), listener, cases=300).run()
+    assert listener.of(events.CampaignStarted)[0].resumed
+    assert (summary.cases, summary.exit_code, len(summary.new)) == (300, 1, 1)
+
+
 def test_an_interrupted_campaign_keeps_its_random_seed(tmp_path):
     def killer(event):
         if isinstance(event, events.Progress):
