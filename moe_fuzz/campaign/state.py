@@ -207,7 +207,8 @@ class StateDir:
         self.remove(f"inflight/{slot}.json")
 
     def left_rounds(self) -> Iterator[tuple[str, str, Cases, int]]:
-        """What was running when an earlier campaign was killed: (slot, target, cases, how often it was replayed)."""
+        """What was running when an earlier campaign was killed: (slot, target, cases, how often the first of them was
+        begun again, alone)."""
         for name in _names(self.path / "inflight", "left-*.json"):
             found = self.read(f"inflight/{name}", _round)
             if found is not None:
