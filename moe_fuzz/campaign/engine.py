@@ -7,6 +7,7 @@ Drivers, in threads, run the plan and offer bad verdicts; this thread examines t
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -201,7 +202,12 @@ class Campaign:
                     self._save(finished=False)
                 else:
                     self._state.begin_round(name, target, cases[at:], attempts + 1)
-                    worker.run((case,), target, self._options, partial(self._replayed, target, at, case))
+                    try:
+                        worker.run((case,), target, self._options, partial(self._replayed, target, at, case))
+                    except (Exception, KeyboardInterrupt):  # a full disk, an interrupt: not the case's doing
+                        with contextlib.suppress(EnvironmentProblem):
+                            self._state.begin_round(name, target, cases[at:], attempts)
+                        raise
                 attempts = 0
         self._state.end_round(name)
 

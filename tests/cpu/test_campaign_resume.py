@@ -11,6 +11,7 @@ import pytest
 
 from moe_fuzz.campaign import engine, events
 from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.errors import EnvironmentProblem
 from tests.cpu.campaign_fakes import (
     GOOD,
     TARGET,
@@ -217,6 +218,22 @@ def test_a_campaign_that_finds_no_target_is_still_to_be_gone_on_with(tmp_path):
     summary = campaign(tmp_path, when(nan_on_odd), listener, cases=300).run()
     assert listener.of(events.CampaignStarted)[0].resumed
     assert (summary.cases, summary.exit_code, len(summary.new)) == (300, 1, 1)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, EnvironmentProblem("the disk is full", "make room")])
+def test_what_ends_a_campaign_in_order_counts_against_no_case(tmp_path, end):
+    with StateDir(tmp_path) as state:
+        state.begin_round("0", TARGET, (toy(),))
+
+    def judge(case, history, options):
+        raise end
+
+    for _ in range(engine.MAX_REPLAYS + 1):
+        with contextlib.suppress(EnvironmentProblem):
+            campaign(tmp_path, judge, cases=1).run()
+    made = campaign(tmp_path, always_good, cases=1)
+    made.run()
+    assert made.pool.leased[0] == toy()
 
 
 def test_an_interrupted_campaign_keeps_its_random_seed(tmp_path):
