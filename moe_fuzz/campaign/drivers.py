@@ -13,6 +13,7 @@ from moe_fuzz.campaign.drive import Enough, derive_seed, drive
 from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space
 from moe_fuzz.campaign.plan import ROUND, Unit
 from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import MoeFuzzError
 from moe_fuzz.options import RunOptions
@@ -32,6 +33,10 @@ class Host(Protocol):
 
     def over(self, unit: Unit) -> bool:
         """Whether to leave the unit at once."""
+        ...
+
+    def left_out(self, unit: Unit, case: Case) -> bool:
+        """Whether the case is not to be run, whatever the plan says."""
         ...
 
     def verdict(self, unit: Unit, at: int, cases: Cases, verdict: Verdict, history: Cases) -> None:
@@ -136,6 +141,7 @@ class Drivers:
         def on_verdict(index: int, verdict: Verdict, history: Cases) -> None:
             self._host.verdict(unit, at + index, cases[: index + 1], verdict, history)
 
+        cases = tuple(case for case in cases if not self._host.left_out(unit, case))
         if not cases:
             return
         with self._pool.lease() as worker:

@@ -7,6 +7,7 @@ Drivers, in threads, run the plan and offer bad verdicts; this thread examines t
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,7 +42,7 @@ from moe_fuzz.verdict import CRASH, Verdict
 
 PROGRESS_EVERY = 0.25  # seconds
 POLL = 0.1  # seconds
-MAX_REPLAYS = 2  # of a round that was running when a campaign was killed
+MAX_REPLAYS = 2  # of a case that was running, and nothing else was, when a campaign died
 PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
 DOUBTFUL = 2  # faults of the device that no case brings back, from which on the device is doubted
 _DOUBT = (
@@ -189,21 +190,30 @@ class Campaign:
         if rounds or waiting:
             self._emit(events.PhaseStarted("resume", len(rounds) + waiting))
         for name, target, cases, attempts in rounds:
-            if attempts >= MAX_REPLAYS:
-                self._state.set_aside(f"inflight/{name}.json", f"the campaign died {attempts} times while it ran")
-                continue
-            self._state.begin_round(name, target, cases, attempts + 1)
+            self._replay(name, target, cases, attempts)
 
-            self._replay(target, cases)
-            self._state.end_round(name)
-
-    def _replay(self, target: str, cases: Cases) -> None:
-        def on_verdict(at: int, verdict: Verdict, history: Cases) -> None:
-            if verdict.bad:
-                self._triage.offer((-1, at), BadCase(target, cases[at], verdict, history))
-
+    def _replay(self, name: str, target: str, cases: Cases, attempts: int) -> None:
+        """One case at a time, so that it is known which one runs if the campaign dies again: a kill from outside is no
+        case's doing, and one that takes the machine with it must not do so for ever."""
         with self._pool.lease() as worker:
-            worker.run(cases, target, self._options, on_verdict)
+            for at, case in enumerate(cases):
+                if attempts >= MAX_REPLAYS:
+                    self._plan.set_aside(target, case)
+                    self._save(finished=False)
+                else:
+                    self._state.begin_round(name, target, cases[at:], attempts + 1)
+                    try:
+                        worker.run((case,), target, self._options, partial(self._replayed, target, at, case))
+                    except (Exception, KeyboardInterrupt):  # a full disk, an interrupt: not the case's doing
+                        with contextlib.suppress(EnvironmentProblem):
+                            self._state.begin_round(name, target, cases[at:], attempts)
+                        raise
+                attempts = 0
+        self._state.end_round(name)
+
+    def _replayed(self, target: str, at: int, case: Case, _: int, verdict: Verdict, history: Cases) -> None:
+        if verdict.bad:
+            self._triage.offer((-1, at), BadCase(target, case, verdict, history))
 
     def _plan_units(self) -> Iterator[Unit]:
         def grid(target: str) -> Iterator[Case]:
@@ -230,6 +240,9 @@ class Campaign:
                     self._emit(events.PhaseStarted(unit.phase, self._settings.cases))
                 return unit
             return None
+
+    def left_out(self, unit: Unit, case: Case) -> bool:
+        return self._plan.is_aside(unit.target, case)
 
     def over(self, unit: Unit) -> bool:
         return self._phase_over(unit.phase) or self._over_all()
@@ -318,6 +331,9 @@ class Campaign:
     def _finish(self) -> Summary:
         self._triage.leave()
         self._triage.flush()
+        for target, case in self._plan.aside:
+            died = f"{target}: the campaign died {MAX_REPLAYS} times while this case ran, which is not run any more"
+            self._emit(events.Note(f"{died}: moe-fuzz replay {replace(case, target=target).inline()}"))
         with self._lock:
             self._save(finished=False)
         total = Tally()
@@ -332,7 +348,7 @@ class Campaign:
         if self._health is not None:
             self._emit(events.WorkersCounted(self._health()))
         self._emit(events.CampaignFinished(summary))
-        if not self._interrupted:
+        if not self._interrupted and self._targets:  # with no target at hand nothing of the plan has come to its end
             self._save(finished=True)  # last: who is killed before the reports are whole goes on with this campaign
         return summary
 

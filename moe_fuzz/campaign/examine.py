@@ -65,11 +65,11 @@ class Examiner:
     def examine(self, bad: BadCase, seconds: float, progress: Callable[[int, Case], None]) -> Finding | None:
         """The finding, or None if the case is not bad again in fresh workers. `seconds` bounds the reducer, of whose
         every try `progress(tries, case)` hears."""
-        if killed(bad.verdict):  # which says nothing about the case: what it gives is still to be seen
-            verdict = rerun(self.pool, (bad.case,), bad.target, self.options)
-            if not verdict.bad:
+        if killed(bad.verdict):
+            shown = self.shown(bad)
+            if shown is None:
                 return None
-            bad = replace(bad, verdict=verdict, history=())
+            bad = shown
         confirmed = confirm(self.pool, bad.target, bad.case, bad.history, bad.key, self.options)
         if confirmed is None:
             return None
@@ -92,6 +92,11 @@ class Examiner:
         if self.sanitize is None or not is_about_memory(violation.check, bad.key):
             return finding
         return with_lines(finding, self.sanitize(cases, bad.target))
+
+    def shown(self, bad: BadCase) -> BadCase | None:
+        """What a case whose worker was killed shows in a fresh one; None if nothing. The kill says nothing about it."""
+        verdict = rerun(self.pool, (bad.case,), bad.target, self.options)
+        return replace(bad, verdict=verdict, history=()) if verdict.bad else None
 
     def still_fails(self, finding: Finding) -> bool:
         """Whether a finding of an earlier campaign fails today, in fresh workers and under all checks. An answer that

@@ -11,6 +11,7 @@ from typing import Any
 from moe_fuzz.campaign.plan import Settings, Unit
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.campaign.tally import Tally
+from moe_fuzz.case import Case
 from moe_fuzz.labels import Labels
 
 FILE = "campaign.json"
@@ -25,6 +26,7 @@ class _Saved:
     tally: Tally
     elapsed: float
     new: frozenset[str]
+    aside: tuple[tuple[str, Case], ...]
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Plan:
     before: Tally = field(default_factory=Tally)
     elapsed: float = 0.0
     new: frozenset[str] = frozenset()  # ids of the findings of earlier runs of this campaign
+    aside: tuple[tuple[str, Case], ...] = ()  # (target, case) that this campaign does not run any more
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,12 +54,19 @@ class Plan:
         same = saved is not None and not saved.finished and saved.key == settings.key()
         if saved is None or not same or settings.seed not in (None, saved.seed):
             return cls(secrets.randbits(32) if settings.seed is None else settings.seed)
-        plan = cls(saved.seed, True, saved.tally, saved.elapsed, saved.new)
+        plan = cls(saved.seed, True, saved.tally, saved.elapsed, saved.new, saved.aside)
         plan._done = saved.done
         return plan
 
     def is_done(self, unit: Unit) -> bool:
         return unit.index in self._done.get(unit.line, Labels())
+
+    def set_aside(self, target: str, case: Case) -> None:
+        if not self.is_aside(target, case):
+            self.aside = (*self.aside, (target, case))
+
+    def is_aside(self, target: str, case: Case) -> bool:
+        return any((target, case) == one for one in self.aside)
 
     def done(self, unit: Unit, tally: Tally) -> None:
         with self._lock:
@@ -73,6 +83,7 @@ class Plan:
             done = {line: str(indices) for line, indices in self._done.items()}
             data = {"format": 1, "key": settings.key(), "seed": self.seed, "finished": finished, "done": done}
             data |= {"tally": self._tally.to_json(), "elapsed": self.seconds, "new": sorted({*new, *self.new})}
+            data["aside"] = [{"target": target, "case": case.to_json()} for target, case in self.aside]
             state.write_json(FILE, data)
 
 
@@ -82,6 +93,7 @@ def _parse(data: Any) -> _Saved:
     done = {str(line): Labels.parse(indices) for line, indices in data["done"].items()}
     tally = Tally.from_json(data["tally"])
     new = frozenset(map(str, data["new"]))
+    aside = tuple((str(one["target"]), Case.from_json(one["case"])) for one in data.get("aside", ()))
     return _Saved(
-        dict(data["key"]), int(data["seed"]), bool(data["finished"]), done, tally, float(data["elapsed"]), new
+        dict(data["key"]), int(data["seed"]), bool(data["finished"]), done, tally, float(data["elapsed"]), new, aside
     )

@@ -177,6 +177,8 @@ class StateDir:
         try:
             if aside.is_dir():
                 shutil.rmtree(aside)
+            elif file.is_dir():  # which replaces no file: what was set aside before
+                aside.unlink(missing_ok=True)
             os.replace(file, aside)
         except OSError as error:
             raise _problem(f"{file} cannot be set aside", error) from error
@@ -205,7 +207,8 @@ class StateDir:
         self.remove(f"inflight/{slot}.json")
 
     def left_rounds(self) -> Iterator[tuple[str, str, Cases, int]]:
-        """What was running when an earlier campaign was killed: (slot, target, cases, how often it was replayed)."""
+        """What was running when an earlier campaign was killed: (slot, target, cases, how often the first of them was
+        begun again, alone)."""
         for name in _names(self.path / "inflight", "left-*.json"):
             found = self.read(f"inflight/{name}", _round)
             if found is not None:

@@ -170,6 +170,14 @@ class Triage:
                 last = time.monotonic()
                 self._emit(events.FindingMinimizing(bad.target, *bad.key, tries, examiner.space.label(case)))
 
+        if killed(bad.verdict):
+            shown = examiner.shown(bad)
+            if shown is None:
+                self._flaky(bad)
+                return
+            if not killed(shown.verdict):  # it may be known, all or in part, and waits for its turn as others do
+                self.offer(item.order, shown)
+                return
         finding = examiner.examine(bad, seconds, progress)
         if finding is None:
             self._flakies[bucket] += not killed(bad.verdict)

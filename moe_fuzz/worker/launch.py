@@ -24,6 +24,7 @@ START_SECONDS = 120.0  # a cold file system takes long to give torch
 _FORK_SECONDS = 30.0
 _SLICE = 0.05  # seconds one thread may hold the control channel before another gets a look
 _STDERR_LINES = 12
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of a process that somebody else ended
 
 #: The zygote's program. `-c` puts the current directory first on the path, where anything may lie; `-P` would not, but
 #: Python 3.10, which serving images still have, does not know it.
@@ -45,7 +46,8 @@ class Demand:
 
 
 class ZygoteGone(Exception):
-    """The zygote died; so did its workers. What they were running says nothing about the cases."""
+    """The zygote died; so did its workers. What they were running says nothing about the cases, nor does its death say
+    anything about what it was to load."""
 
 
 class Process:
@@ -137,7 +139,8 @@ class Zygote:
     def info(self, timeout: float = START_SECONDS) -> dict[str, Any]:
         """What it said when it was ready: versions, seconds, threads, library, packages, moe_fuzz (see zygote.main).
 
-        Raises EnvironmentProblem with the last lines of its stderr when it did not come up.
+        Raises EnvironmentProblem with the last lines of its stderr when it did not come up, ZygoteGone when somebody
+        else ended it before it did.
         """
         with self._lock:
             if self._info is None:
@@ -145,6 +148,8 @@ class Zygote:
                     said = self._control.receive(timeout)
                 except (ChannelClosed, Garbled):
                     self.close()
+                    if self._popen.returncode in _FROM_OUTSIDE:
+                        raise ZygoteGone from None
                     raise self._problem(f"died (exit code {self._popen.returncode}) before it was ready") from None
                 if said is None:
                     self.close()

@@ -117,7 +117,10 @@ class Pool:
 
     def versions(self, target: str) -> dict[str, Any]:
         """The same where this target runs, which may be another interpreter."""
-        return dict(self._living(provider_of(target)).info()["versions"])
+        while True:
+            zygote = self._living(provider_of(target))
+            with contextlib.suppress(ZygoteGone):
+                return dict(zygote.info()["versions"])
 
     def describe(self, target: str, timeout: float = DESCRIBE_SECONDS) -> TargetInfo:
         """What the target says of itself. Blocks until a worker is free.

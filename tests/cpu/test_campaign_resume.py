@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from moe_fuzz.campaign import engine, events
 from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.errors import EnvironmentProblem
 from tests.cpu.campaign_fakes import (
     GOOD,
     TARGET,
@@ -149,14 +151,89 @@ def test_a_round_in_flight_when_killed_is_run_first(tmp_path):
     assert not list((tmp_path / "inflight").iterdir())
 
 
-def test_a_round_that_keeps_killing_the_campaign_is_set_aside(tmp_path):
-    with StateDir(tmp_path) as state:
-        state.begin_round("0", TARGET, (toy(),), attempts=2)
+def test_a_case_that_keeps_killing_the_campaign_is_left_out_and_told(tmp_path):
+    """It alone: what else its round holds is run, and the campaign comes to its end."""
+
+    def judge(case, history, options):
+        if case == deadly:
+            os._exit(9)
+        return GOOD
+
+    whole = campaign(tmp_path / "whole", always_good, cases=100)
+    whole.run()
+    deadly, neighbour = whole.pool.leased[60:62]
+    for _ in range(engine.MAX_REPLAYS + 1):
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                campaign(tmp_path / "state", judge, cases=100).run()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     listener = Listener()
-    made = campaign(tmp_path, always_good, listener, cases=1)
+    made = campaign(tmp_path / "state", when(lambda case: case == neighbour), listener, cases=100)
+    summary = made.run()
+    assert deadly not in made.pool.leased
+    assert neighbour in made.pool.leased
+    assert (summary.cases, len(summary.new)) == (99, 1)
+    [note] = [event.message for event in listener.of(events.Note) if "died 2 times" in event.message]
+    assert note.endswith(f"moe-fuzz replay {deadly.inline()}")
+    assert not list((tmp_path / "state" / "inflight").iterdir())
+    again = campaign(tmp_path / "state", always_good, cases=100, seed=8)
+    assert not again.run().exit_code  # another campaign, which knows nothing of it
+
+
+def test_two_kills_from_outside_during_a_round_take_no_case_away(tmp_path):
+    """They come while it runs, each time in another of its cases."""
+    round_ = tuple(toy(seed=seed) for seed in range(8))
+    with StateDir(tmp_path) as state:
+        state.begin_round("0", TARGET, round_)
+    for at in (2, 5):
+
+        def judge(case, history, options, at=at):
+            if case == round_[at]:
+                raise Killed
+            return GOOD
+
+        with pytest.raises(Killed):
+            campaign(tmp_path, judge, cases=1).run()
+    listener = Listener()
+    made = campaign(tmp_path, when(lambda case: case == round_[5]), listener, cases=1)
+    assert len(made.run().new) == 1
+    assert made.pool.leased[:3] == list(round_[5:])
+    assert not [event for event in listener.of(events.Note) if "died" in event.message]
+
+
+def test_a_campaign_that_finds_no_target_is_still_to_be_gone_on_with(tmp_path):
+    """Where no target can be had for once, what was run before is not thrown away."""
+
+    def killer(event):
+        if isinstance(event, events.FindingReported):
+            raise Killed
+
+    with pytest.raises(Killed):
+        campaign(tmp_path, when(nan_on_odd), killer, cases=300).run()
+    gone = FakePool(always_good, unavailable=(TARGET,))
+    assert campaign(tmp_path, always_good, pool=gone, cases=300).run().exit_code == 3
+    listener = Listener()
+    summary = campaign(tmp_path, when(nan_on_odd), listener, cases=300).run()
+    assert listener.of(events.CampaignStarted)[0].resumed
+    assert (summary.cases, summary.exit_code, len(summary.new)) == (300, 1, 1)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, EnvironmentProblem("the disk is full", "make room")])
+def test_what_ends_a_campaign_in_order_counts_against_no_case(tmp_path, end):
+    with StateDir(tmp_path) as state:
+        state.begin_round("0", TARGET, (toy(),))
+
+    def judge(case, history, options):
+        raise end
+
+    for _ in range(engine.MAX_REPLAYS + 1):
+        with contextlib.suppress(EnvironmentProblem):
+            campaign(tmp_path, judge, cases=1).run()
+    made = campaign(tmp_path, always_good, cases=1)
     made.run()
-    assert toy() not in made.pool.leased
-    assert any("died 2 times" in event.message for event in listener.of(events.Note))
+    assert made.pool.leased[0] == toy()
 
 
 def test_an_interrupted_campaign_keeps_its_random_seed(tmp_path):

@@ -134,6 +134,25 @@ def test_a_damaged_file_is_set_aside_and_told(tmp_path, name, text):
     assert json.loads((tmp_path / name).read_text())["format"] == 1
 
 
+@pytest.mark.parametrize("before", ["nothing", "a file", "a folder"])
+@pytest.mark.parametrize("now", ["a file", "a folder"])
+def test_what_is_set_aside_takes_the_place_of_what_was_before(tmp_path, before, now):
+    """Whatever lies in the place of a file: where it cannot be set aside, no campaign begins any more."""
+    for path, what in ((tmp_path / "corpus" / "x.json.damaged", before), (tmp_path / "corpus" / "x.json", now)):
+        path.parent.mkdir(exist_ok=True)
+        if what == "a file":
+            path.write_text("{")
+        elif what == "a folder":
+            path.mkdir()
+            (path / "mine").write_text("{")
+    listener = Listener()
+    assert campaign(tmp_path, always_good, listener, cases=5).run().exit_code == 0
+    [note] = listener.of(events.Note)
+    assert "set aside as x.json.damaged" in note.message
+    assert (tmp_path / "corpus" / "x.json.damaged").is_dir() == (now == "a folder")
+    assert not (tmp_path / "corpus" / "x.json").exists()
+
+
 @pytest.mark.parametrize("folder", ["pending", "inflight"])
 @pytest.mark.parametrize("text", ["", "{}", '{"target": "toy@fake", "case": {}, "verdict": {}, "history": []}', "[1]"])
 def test_damaged_work_is_set_aside_and_told(tmp_path, folder, text):

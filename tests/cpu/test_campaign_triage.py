@@ -269,6 +269,45 @@ def test_a_worker_killed_by_somebody_else_is_told_and_flaky(tmp_path):
     assert [event.reason for event in listener.of(events.WorkerLost)] == ["killed:SIGKILL"]
 
 
+def test_what_a_case_shows_whose_worker_was_killed_is_looked_at_as_any_other(tmp_path):
+    """It shows what is known already, and behind that what no other case does."""
+    loud, rare = bad("ids", "loud"), bad("parity", "rare")
+
+    def judge(case, history, options):
+        if case == hidden:
+            return Verdict("violation", (*loud.violations, *rare.violations))
+        return loud if case.config["bias"] else GOOD
+
+    class Killing(FakePool):
+        """The worker is killed in the rare case, where it runs for the first time."""
+
+        def judge(self, case, history, options):
+            if case == hidden and hidden not in self.leased:
+                self.leased.append(case)
+                return Verdict(CRASH, (Violation("crash", "killed:SIGKILL", "killed"),))
+            return super().judge(case, history, options)
+
+    hidden = None
+    whole = campaign(tmp_path / "seen", judge, cases=60)
+    whole.run()
+    hidden = next(case for case in reversed(whole.pool.leased) if case.config["bias"])
+    for name, pool in (("undisturbed", FakePool(judge)), ("killed", Killing(judge))):
+        listener = Listener()
+        summary = campaign(tmp_path / name, judge, listener, pool=pool, cases=60).run()
+        assert {finding.symptom for finding in summary.new} == {"loud", "rare"}, name
+        assert summary.flaky == 0
+        assert not list((tmp_path / name / "pending").iterdir())
+    assert [event.reason for event in listener.of(events.WorkerLost)] == ["killed:SIGKILL"]
+
+
+def test_a_case_whose_workers_are_killed_each_time_is_a_finding(tmp_path):
+    def judge(case, history, options):
+        return crash("killed:SIGKILL") if "ties" in case.fault_names else GOOD
+
+    [finding] = campaign(tmp_path, judge, cases=60).run().new
+    assert (finding.symptom, finding.case.fault_names) == ("killed:SIGKILL", ("ties",))
+
+
 @pytest.mark.parametrize(("symptom", "doubted"), [("misaligned-access", 1), ("SIGSEGV", 0)])
 def test_a_gpu_whose_faults_no_case_brings_back_is_doubted(tmp_path, symptom, doubted):
     def judge(case, history, options):

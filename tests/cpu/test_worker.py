@@ -241,6 +241,45 @@ def test_close_ends_everything_and_a_dead_zygote_is_replaced_once() -> None:
     small.close()
 
 
+def ended_at_the_start(small: Pool, number: int) -> None:
+    """Ends the zygote while it still imports what is slow to import."""
+    [zygote] = small._zygotes.values()
+    os.kill(zygote.pid, number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_zygote_that_somebody_ends_before_it_is_ready_is_replaced(number: int) -> None:
+    """It says nothing about the target: a campaign that takes the target for unavailable does not run its cases."""
+    with Pool(1, "cpu", runner=RUNNER) as small:
+        ended_at_the_start(small, number)
+        assert small.describe("toy@here").origin == "cpu 1"
+        assert small.stats.zygotes == 2
+
+
+def test_the_versions_are_asked_of_another_zygote_where_one_was_killed_at_the_start() -> None:
+    with Pool(1, "cpu", runner=RUNNER) as small:
+        ended_at_the_start(small, signal.SIGKILL)
+        assert small.environment["python"]
+        assert small.stats.zygotes == 2
+
+
+def test_a_zygote_that_is_killed_at_every_start_is_given_up() -> None:
+    with Pool(1, "cpu", runner=RUNNER) as small:
+        ended_at_the_start(small, signal.SIGKILL)
+        start = small._start
+
+        def killed_again(*given: object) -> object:
+            zygote = start(*given)  # type: ignore[arg-type]
+            os.kill(zygote.pid, signal.SIGKILL)
+            return zygote
+
+        small._start = killed_again  # type: ignore[method-assign, assignment]
+        with pytest.raises(EnvironmentProblem, match="died again") as caught:
+            small.describe("toy@here")
+        assert caught.value.hint
+        assert small.stats.zygotes == 2
+
+
 PARENT = """
 import sys, threading
 from tests_worker import case, PATIENT, RUNNER
