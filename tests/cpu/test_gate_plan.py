@@ -142,6 +142,21 @@ def test_a_round_of_cases_that_hang_does_not_last_to_its_end(tmp_path):
     assert summary.exit_code == 1
 
 
+def test_what_is_bad_is_judged_while_its_round_goes_on(tmp_path):
+    def judge(case, history, options):
+        time.sleep(0.05)
+        return bad()
+
+    pool, begun = FakePool(judge), []
+
+    def listen(event):
+        if isinstance(event, events.CaseJudged):
+            begun.append(len(pool.leased))
+
+    gate(tmp_path / "gate", None, listen, pool=pool, cases=200, seconds=1.0).run()
+    assert 1 <= begun[0] < ROUND
+
+
 def test_what_time_cuts_hides_no_bad_case_behind_it(tmp_path):
     """The first round is under way, and still good, when the second one meets something bad and the time is up."""
     first, second = first_rounds(tmp_path)

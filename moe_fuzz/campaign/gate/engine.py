@@ -7,7 +7,7 @@ import datetime
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
@@ -40,8 +40,12 @@ PROGRESS_EVERY = 0.25  # seconds
 PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
 
 
-#: What a round gave: of each case its verdict, and what its process had run before; of fewer where time cut it.
-_Ran = list[tuple[Verdict, Cases]]
+@dataclass
+class _Running:
+    """A round that a worker took."""
+
+    ran: list[tuple[Verdict, Cases]] = field(default_factory=list)  # of each case, and what its process had run before
+    over: bool = False  # nothing more will come, though time may have cut it
 
 
 class _TimeIsUp(Exception):
@@ -74,7 +78,7 @@ class Gate:
         self._sanitize = sanitize
         self._health = health
         self._changed = threading.Condition()
-        self._ran: dict[int, _Ran] = {}
+        self._running: dict[int, _Running] = {}  # by the order of the round; those that are judged are gone
         self._next = 0  # round that nobody took yet
         self._stop = False
         self._bad: int | None = None  # the first round in the plan's order that met anything bad
@@ -176,20 +180,8 @@ class Gate:
                    for number in range(self._settings.workers)]  # fmt: skip
         for thread in threads:
             thread.start()
-        begun: set[str] = set()
         try:
-            for part in self._plan.rounds:
-                ran = self._wait_for(part, threads)
-                if ran is None:
-                    break
-                if part.phase not in begun:
-                    begun.add(part.phase)
-                    self._emit(events.PhaseStarted(part.phase, self._plan.cases_of(part.phase)))
-                cut = len(ran) < len(part.cases)
-                if not (cut and part.phase == "ledger"):
-                    self._judge_round(part, ran)
-                if cut:  # what is judged is a prefix of the plan
-                    break
+            self._judge_all(threads)
         finally:
             with self._changed:
                 self._stop = True
@@ -198,14 +190,29 @@ class Gate:
         if self._error is not None:
             raise self._error
 
-    def _wait_for(self, part: Round, threads: list[threading.Thread]) -> _Ran | None:
-        """What the round gave; None if it will never run."""
+    def _judge_all(self, threads: list[threading.Thread]) -> None:
+        """Every case in the plan's order, as soon as its verdict is known, up to the first that will never run."""
+        begun: set[str] = set()
+        for part in self._plan.rounds:
+            for at in range(len(part.cases)):
+                one = self._wait_for(part, at, threads)
+                if one is None:
+                    return
+                if part.phase not in begun:
+                    begun.add(part.phase)
+                    self._emit(events.PhaseStarted(part.phase, self._plan.cases_of(part.phase)))
+                self._judge_one(part, at, *one)
+            self._running.pop(part.order)
+
+    def _wait_for(self, part: Round, at: int, threads: list[threading.Thread]) -> tuple[Verdict, Cases] | None:
+        """What a case of the round gave, as soon as it is known; None if it will never run."""
         while True:
             with self._changed:
                 alive = any(thread.is_alive() for thread in threads)
-                if part.order in self._ran:
-                    return self._ran.pop(part.order)
-                if self._error is not None or (not alive and part.order not in self._ran):
+                running = self._running.get(part.order)
+                if running is not None and at < len(running.ran):
+                    return running.ran[at]
+                if self._error is not None or not alive or (running is not None and running.over):
                     return None
                 self._changed.wait(0.1)
             self._progress()
@@ -213,13 +220,14 @@ class Gate:
     def _work(self) -> None:
         try:
             while (part := self._take()) is not None:
-                ran: _Ran = []
+                running = self._running[part.order]
 
                 def on_verdict(
-                    _at: int, verdict: Verdict, history: Cases, part: Round = part, ran: _Ran = ran
+                    _at: int, verdict: Verdict, history: Cases, part: Round = part, running: _Running = running
                 ) -> None:
-                    ran.append((verdict, history))
                     with self._changed:
+                        running.ran.append((verdict, history))
+                        self._changed.notify_all()
                         if verdict.bad and (self._bad is None or part.order < self._bad):
                             self._bad = part.order
                         first = self._bad
@@ -233,7 +241,7 @@ class Gate:
                 ):
                     worker.run(part.cases, part.target, self._options_for(part), on_verdict)
                 with self._changed:
-                    self._ran[part.order] = ran
+                    running.over = True
                     self._changed.notify_all()
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
             with self._changed:
@@ -245,8 +253,10 @@ class Gate:
             late = self._later_than(QUIET_SHARE if self._bad is None else CASES_SHARE)
             if self._stop or late or self._error is not None or self._next >= len(self._plan.rounds):
                 return None
+            part = self._plan.rounds[self._next]
             self._next += 1
-            return self._plan.rounds[self._next - 1]
+            self._running[part.order] = _Running()
+            return part
 
     def _options_for(self, part: Round) -> RunOptions:
         own = part.entry.fence if part.phase == "ledger" and part.entry else "torch"
@@ -254,28 +264,29 @@ class Gate:
 
     # ---- judging ----------------------------------------------------------------------------------------------------
 
-    def _judge_round(self, part: Round, ran: _Ran) -> None:
+    def _judge_one(self, part: Round, at: int, verdict: Verdict, history: Cases) -> None:
         info, space = self._targets[part.target]
         if part.phase == "ledger" and part.entry is not None:
-            self._judge_entry(part, part.entry, ran)
+            if at == len(part.cases) - 1:  # the others lead up to it
+                self._judge_entry(part, part.entry, verdict)
             return
-        for case, (verdict, history) in zip(part.cases, ran, strict=False):
-            self._tally.count(part.target, verdict)
-            self._coverage.count(part.target, space, case, verdict)
-            check, symptom = verdict.key if verdict.bad else ("", "")
-            self._emit(
-                events.CaseJudged(
-                    part.phase, part.target, bare(case), space.label(case), verdict.kind, check, symptom,
-                    verdict.seconds, part.alone,
-                )
-            )  # fmt: skip
-            if verdict.bad:
-                if killed(verdict):
-                    self._emit(events.WorkerLost(part.target, verdict.key[1], case, space.label(case)))
-                self._judge.bad_case(BadCase(info.name, case, verdict, history), part.entry, self._reducer_seconds())
-            self._progress()
+        case = part.cases[at]
+        self._tally.count(part.target, verdict)
+        self._coverage.count(part.target, space, case, verdict)
+        check, symptom = verdict.key if verdict.bad else ("", "")
+        self._emit(
+            events.CaseJudged(
+                part.phase, part.target, bare(case), space.label(case), verdict.kind, check, symptom,
+                verdict.seconds, part.alone,
+            )
+        )  # fmt: skip
+        if verdict.bad:
+            if killed(verdict):
+                self._emit(events.WorkerLost(part.target, verdict.key[1], case, space.label(case)))
+            self._judge.bad_case(BadCase(info.name, case, verdict, history), part.entry, self._reducer_seconds())
+        self._progress()
 
-    def _judge_entry(self, part: Round, entry: Entry, ran: _Ran) -> None:
+    def _judge_entry(self, part: Round, entry: Entry, verdict: Verdict) -> None:
         info, space = self._targets[part.target]
         options = self._options_for(part)
 
@@ -285,7 +296,7 @@ class Gate:
         def bad_case(bad: BadCase) -> None:
             self._judge.bad_case(bad, None, self._reducer_seconds())
 
-        result = judge_entry(entry, info, space, ran[-1][0], fresh, self._today, self._emit, bad_case)
+        result = judge_entry(entry, info, space, verdict, fresh, self._today, self._emit, bad_case)
         self._results[entry.name, info.name] = result
         self._emit(events.EntryJudged(result))
 
