@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_fuzz.checks.experts.rounding import PRECISION, ulp, unit_of
+from moe_fuzz.checks.experts.rounding import PRECISION, _lowest, ulp, unit_of
 
 
 def _numbers() -> torch.Tensor:
@@ -34,6 +34,9 @@ def test_a_step_is_the_distance_of_neighbours(dtype: torch.dtype) -> None:
 def test_a_unit_is_the_lowest_bit() -> None:
     values = _numbers()
     unit = unit_of(values)
+    as_on_a_device = _lowest(values, torch).masked_fill_(values == 0, torch.inf)
+    assert torch.equal(unit, as_on_a_device)
+    assert torch.equal(unit_of(values.view(100, 40).T), unit.view(100, 40).T)
     assert torch.equal(unit == torch.inf, values == 0)
     assert (unit_of(torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=torch.float64)) == torch.inf).all()
     real, unit = values[values != 0], unit[values != 0]
