@@ -73,7 +73,8 @@ class Gate:
         self._today = settings.today or datetime.date.today()
         self._targets: dict[str, tuple[TargetInfo, Space]] = {}
         self._unavailable: dict[str, EnvironmentProblem] = {}
-        self._tally = Tally()
+        self._tally = Tally()  # of what is judged
+        self._seen = Tally()  # of what ran, which waits while a round before it compiles
         self._coverage = Coverage()
         self._sanitize = sanitize
         self._health = health
@@ -227,6 +228,8 @@ class Gate:
                 ) -> None:
                     with self._changed:
                         running.ran.append((verdict, history))
+                        if part.phase != "ledger":
+                            self._seen.count(part.target, verdict)
                         self._changed.notify_all()
                         if verdict.bad and (self._bad is None or part.order < self._bad):
                             self._bad = part.order
@@ -318,14 +321,15 @@ class Gate:
         if now - self._last_progress < PROGRESS_EVERY:
             return
         self._last_progress = now
-        done, planned = self._tally.cases, self._plan.cases
+        with self._changed:
+            done, verdicts, planned = self._seen.cases, self._seen.verdicts(), self._plan.cases
         rate = done / max(self._seconds, 1e-9)
         etas = [(planned - done) / rate] if rate else []
         if self._settings.seconds is not None:
             etas.append(max(0.0, self._settings.seconds - self._seconds))
         self._emit(
             events.Progress(
-                done, planned, self._seconds, rate, self._tally.verdicts(), len(self._judge.new), 0,
+                done, planned, self._seconds, rate, verdicts, len(self._judge.new), 0,
                 min(etas, default=None),
             )
         )  # fmt: skip
