@@ -1,7 +1,8 @@
 """What Hypothesis draws: rounds, that is, cases that share a config. And the pairwise grid that runs before it.
 
-Free of torch. Sizes come from the space's dictionary, never uniformly at random; presets mix with free draws; the
-faults of a round are a small random subset (swarm), so that one loud fault does not drown the others.
+Free of torch. Sizes come from the space's dictionary or from between two of its numbers (sizes.py), never uniformly at
+random; presets mix with free draws; the faults of a round are a small random subset (swarm), so that one loud fault
+does not drown the others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from moe_fuzz.case import Case, Scalar, in_mode
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.ops.space import Axis, FaultPlace, Space
 from moe_fuzz.sequences import make_step
+from moe_fuzz.sizes import loosened
 
 MAX_ROUND = 16
 MAX_PARTS = 24  # of a round whose config is compiled
@@ -29,6 +31,10 @@ def configs(draw: st.DrawFn, space: Space, info: TargetInfo) -> dict[str, Scalar
     """A config of the op inside the target's capabilities; one in four is that of a model people serve."""
     axes = space.axes(info)
     config: dict[str, Scalar] = {axis.name: draw(st.sampled_from((*axis.values, *axis.often))) for axis in axes}
+    chosen = random.Random(repr((draw(_SEEDS), config)))  # of both: Hypothesis draws a seed again and again
+    for axis in axes:
+        if axis.between is not None:
+            config[axis.name] = loosened(int(config[axis.name]), axis.values, chosen, axis.between)
     shape = draw(st.integers(0, 7))
     if shape < 2:
         allowed = {axis.name: axis.values for axis in axes}
@@ -110,7 +116,7 @@ def _alike(
     cases = []
     for _ in range(chosen.randint(1, MAX_ROUND)):
         faults = sequences.some(swarm, 3, chosen)
-        size = sequences.some_size(sequences.within(tokens, faults), chosen)
+        size = loosened(sequences.some_size(sequences.within(tokens, faults), chosen), tokens, chosen)
         padding, seed = chosen.randint(0, 6), chosen.getrandbits(62)
         cases.append(make_case(space, config, size, padding, faults, seed, info.name))
     return cases

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,7 @@ class Axis:
     name: str
     values: Sequence[Scalar]
     often: Sequence[Scalar] = ()  # of these values, drawn once more for each mention: kernels have a path for them
+    between: Callable[[int], bool] | None = None  # of a size: whether the target takes a number between two of these
 
 
 class Space(Protocol):

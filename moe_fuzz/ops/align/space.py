@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import le
 from typing import ClassVar
 
 from moe_fuzz.case import MODES, Case, Scalar
@@ -24,6 +26,7 @@ from moe_fuzz.ops.validity import (
     require_stream,
     require_values,
 )
+from moe_fuzz.sizes import any_number
 
 #: Never uniform random sizes: a warp, a block of threads and a scan end at each of these, or right before or after.
 EXPERTS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 60, 63, 64, 65, 67, 96, 127, 128, 129, 160, 192, 255, 256, 257,
@@ -99,8 +102,9 @@ class AlignSpace:
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         can = info.capabilities
         return (
-            Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts]),
-            Axis("top_k", [k for k in TOP_K if k <= can.max_top_k]),
+            Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts],
+                 between=partial(le, can.min_experts)),
+            Axis("top_k", [k for k in TOP_K if k <= can.max_top_k], between=any_number),
             Axis("block_size", [b for b in BLOCK_SIZES if _takes_block(can, b)] or can.block_sizes),
             Axis("expert_map", _maps(can)),
             Axis("ids_dtype", ("int32", "int64") if can.int64_ids else ("int32",)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from operator import le
 from typing import ClassVar
 
 from moe_fuzz.case import MODES, Case, Scalar
@@ -17,6 +19,7 @@ from moe_fuzz.ops.experts.presets import MODELS
 from moe_fuzz.ops.moves import flush_left
 from moe_fuzz.ops.space import Axis, FaultPlace
 from moe_fuzz.ops.validity import require_place, require_rows, require_stream
+from moe_fuzz.sizes import any_number
 
 #: Never uniform random sizes: blocks, vectors and warps end at each of these, or right before or after.
 EXPERTS = (1, 2, 3, 5, 7, 8, 10, 13, 16, 17, 33, 60, 64, 67, 96, 127, 128, 129, 160, 192, 256, 257, 320, 512)
@@ -79,18 +82,20 @@ class ExpertsSpace:
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         can = info.capabilities
         return (
-            Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts]),
-            Axis("top_k", [k for k in self.top_ks if k <= can.max_top_k]),
-            Axis("hidden", self._taken(HIDDEN, can.max_hidden, can.min_multiple_h)),
-            Axis("intermediate", self._taken(INTERMEDIATE, can.max_intermediate, can.min_multiple_i)),
+            Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts],
+                 between=partial(le, can.min_experts)),
+            Axis("top_k", [k for k in self.top_ks if k <= can.max_top_k], between=any_number),
+            self._sizes("hidden", HIDDEN, can.max_hidden, can.min_multiple_h),
+            self._sizes("intermediate", INTERMEDIATE, can.max_intermediate, can.min_multiple_i),
             *(Axis(name, values) for name, values in self.limits(info).items()),
             Axis(_SHARE, cost.SHARES),
         )
 
-    def _taken(self, values: tuple[int, ...], most: int, multiple: int) -> list[int]:
+    def _sizes(self, name: str, values: tuple[int, ...], most: int, multiple: int) -> Axis:
         """Those of the sizes that a target takes; the least that it takes, where it takes none of them."""
         multiple = math.lcm(multiple, self.multiple)
-        return [value for value in values if value <= most and value % multiple == 0] or [multiple]
+        taken = [value for value in values if value <= most and value % multiple == 0] or [multiple]
+        return Axis(name, taken, between=lambda size: size % multiple == 0)
 
     def limits(self, info: TargetInfo) -> dict[str, tuple[Scalar, ...]]:
         """Of each field, the values that the target takes."""

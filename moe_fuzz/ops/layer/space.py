@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 from moe_fuzz.case import ALL_MODES, MODES, RANKS, Case, Scalar, Step, in_mode
@@ -15,6 +15,7 @@ from moe_fuzz.ops.layer import text
 from moe_fuzz.ops.layer.presets import MODELS
 from moe_fuzz.ops.routing import space as routing
 from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.sizes import any_number
 
 EXPERTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16, 17, 32, 33, 60, 64, 67, 72, 96, 128, 129, 160, 256, 257, 384, 512)
 TOP_K = (1, 2, 3, 4, 5, 6, 8, 10)
@@ -100,8 +101,9 @@ class LayerSpace(routing.RoutingSpace):
             "out": (False, True) if can.out else (False,),
         }
         return (
-            Axis("experts", [e for e in EXPERTS if routing.takes_experts(can, e)]),
-            Axis("top_k", [k for k in TOP_K if k <= can.max_top_k]),
+            Axis("experts", [e for e in EXPERTS if routing.takes_experts(can, e)],
+                 between=partial(routing.takes_experts, can)),
+            Axis("top_k", [k for k in TOP_K if k <= can.max_top_k], between=any_number),
             *(Axis(name, limited.get(name, values)) for name, values in FIELDS.items()),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -57,7 +57,7 @@ class GroupedSpace(space.RoutingSpace):
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         can = info.capabilities
         plain = {axis.name: axis for axis in super().axes(info)}
-        plain["experts"] = Axis("experts", [e for e in EXPERTS if space.takes_experts(can, e)])
+        plain["experts"] = replace(plain["experts"], values=[e for e in EXPERTS if space.takes_experts(can, e)])
         most = max(plain["experts"].values, default=0)
         groups = [n for n in N_GROUP if can.min_n_group <= n <= can.max_n_group and n <= int(most)]
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 from moe_fuzz.case import MODES, Case, Fault, Scalar
@@ -25,6 +25,7 @@ from moe_fuzz.ops.validity import (
     require_stream,
     require_values,
 )
+from moe_fuzz.sizes import any_number
 
 #: Never uniform random sizes: each of these has broken a kernel, or stands next to one that has.
 EXPERTS = (1, 2, 3, 5, 6, 7, 8, 10, 13, 16, 17, 32, 33, 60, 61, 64, 67, 72, 96, 127, 128, 129, 160, 192, 256, 257, 288,
@@ -110,8 +111,8 @@ class RoutingSpace:
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         can, contract = info.capabilities, info.contract
         return (
-            Axis("experts", [e for e in EXPERTS if takes_experts(can, e)]),
-            Axis("top_k", [k for k in TOP_K if k <= can.max_top_k], often=(1,)),
+            Axis("experts", [e for e in EXPERTS if takes_experts(can, e)], between=partial(takes_experts, can)),
+            Axis("top_k", [k for k in TOP_K if k <= can.max_top_k], often=(1,), between=any_number),
             Axis("dtype", [d for d in DTYPES if d in can.dtypes]),
             Axis("renormalize", can.renormalize),
             Axis("bias", (True,) if can.bias_required else (False, True) if can.bias else (False,)),

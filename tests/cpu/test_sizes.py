@@ -1,0 +1,61 @@
+"""Sizes between those of a dictionary."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from moe_fuzz import strategies
+from moe_fuzz.contract import Capabilities, TargetInfo
+from moe_fuzz.labels import Labels
+from moe_fuzz.ops import get_space
+from moe_fuzz.ops.routing.space import EXPERTS
+from moe_fuzz.sizes import SHARE, loosened
+
+
+def test_a_size_stays_above_the_next_smaller_one_of_the_dictionary() -> None:
+    chosen = random.Random(1)
+    for size in EXPERTS:
+        below = max((other for other in EXPERTS if other < size), default=0)
+        found = {loosened(size, EXPERTS, chosen) for _ in range(400)}
+        assert size in found
+        assert all(below < other <= size for other in found)
+        assert (len(found) > 1) == (size - below > 1)
+    assert {loosened(0, (0, 1, 2), chosen) for _ in range(40)} == {0}
+
+
+def test_most_sizes_are_those_of_the_dictionary() -> None:
+    chosen = random.Random(2)
+    drawn = [loosened(1024, EXPERTS, chosen) for _ in range(4000)]
+    assert drawn.count(1024) / len(drawn) == pytest.approx(1 - 1 / SHARE, abs=0.03)
+    multiples = {size for size in drawn if size % 32 == 16}
+    assert len(multiples) == len(range(592, 1024, 32)), "each of them, though there are few"
+
+
+def test_what_a_target_does_not_take_is_not_drawn() -> None:
+    chosen = random.Random(3)
+    found = {loosened(576, EXPERTS, chosen, lambda size: size % 8 == 0) for _ in range(400)}
+    assert len(found) > 2
+    assert all(size % 8 == 0 for size in found)
+    assert {loosened(576, EXPERTS, chosen, lambda size: False) for _ in range(40)} == {576}
+
+
+@pytest.mark.parametrize("op", ["topk_softmax", "grouped_topk", "align", "experts_bf16", "experts_nvfp4", "moe_layer"])
+def test_configs_have_numbers_of_experts_that_no_list_names(op: str) -> None:
+    space, counts = get_space(op), set()
+    info = TargetInfo(f"{op}@x", op, "x", capabilities=Capabilities(max_experts=300, min_multiple_h=16))
+    listed = {int(count) for count in space.axes(info)[0].values}
+
+    @seed(5)
+    @settings(max_examples=150, database=None, deadline=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(strategies.configs(space, info))
+    def draw(config: dict) -> None:
+        counts.add(len(Labels.parse(str(config["experts"]))))
+        assert op == "moe_layer" or int(config.get("hidden", 16)) % 16 == 0
+
+    draw()
+    assert len(counts - listed) > 3
+    assert max(counts) <= 300
