@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
+from moe_fuzz.errors import UsageError
+
 #: What a router writes on a row that is flagged as padding.
 #: distinct: k distinct ids, finite weights · minus_one: id -1, weight 0 · num_experts: id E, weight 0 ·
 #: zero_weight: id 0, weight 0 · garbage: anything at all, even nothing
@@ -19,7 +21,6 @@ FINDING_CLASSES = ("contract", "robustness")
 class Contract:
     """The numerical contract of a target: the checks take their bounds from it and from nothing else."""
 
-    compute: str = "float32"  # dtype in which scores and weights are computed
     #: "exp": relative accuracy | "tanh": 0.5 * tanh(x / 2) + 0.5, which has an absolute one only | "tanh.approx": the
     #: same by that instruction, of routers alone
     sigmoid: str = "exp"
@@ -183,6 +184,38 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 DECLARATION = "__moe_fuzz__"
 
 
+#: What a field may say, where that is one of a few words, or some of them. A misspelt one would silence its check.
+_WORDS: Mapping[str, tuple[str, ...]] = {
+    "sigmoid": ("exp", "tanh", "tanh.approx"),
+    "ties": ("any", "lowest_index_first"),
+    "padding": PADDING_DIALECTS,
+    "padding_weight": ("dialect", "any"),
+    "accepts": PADDING_DIALECTS,
+    "tail": ("minus_one", "any"),
+    "dropped": ("absent", "first"),
+    "rounding": ("exact", "near"),
+    "nonfinite": ("reference", "any"),
+    "scale_padding": ("zero", "any"),
+    "rounds": ("sum", "residual", "normed"),
+    "sum_order": ("any", "rank"),
+    "dtypes": ("float32", "bfloat16", "float16"),
+}
+
+
+def _require_words(*parts: Contract | Capabilities | None) -> None:
+    for part in parts:
+        for name, value in vars(part).items() if part is not None else ():
+            said = f"{type(part).__name__}({name}={value!r})"
+            several = isinstance(getattr(type(part), name), tuple)
+            if several and isinstance(value, str):
+                raise UsageError(f"{said} is a text, and no tuple", f'write {name}=("{value}",)')
+            words = _WORDS.get(name, ())
+            for word in value if several else (value,):
+                if words and word not in words:
+                    raise UsageError(f"{said}: {word!r} means nothing here",
+                                     f"{name} is {'of ' if several else 'one of '}{', '.join(words)}")  # fmt: skip
+
+
 def declares(
     contract: Contract | None = None,
     capabilities: Capabilities | None = None,
@@ -200,6 +233,10 @@ def declares(
     (`"weights"`), it is the reason given where no clause promises what the check asks.
     origin: where the code behind an adapter is from: package and version, or a library's file.
     """
+
+    if contract is not None and not isinstance(contract, Contract):
+        raise UsageError("what is declared must be a Contract", "write @declares(contract=Contract(…)), or @declares()")
+    _require_words(contract, capabilities)
 
     def attach(function: _F) -> _F:
         promise = {"contract": contract, "capabilities": capabilities, "clauses": dict(clauses or {}),

@@ -30,7 +30,8 @@ def explain(seen: ExpertsObservation, token: int) -> str:
 def _readings(seen: ExpertsObservation, token: int) -> Iterator[tuple[str, Numbers, int]]:
     """What may have happened, and the row of the numbers that would then be right."""
     fits = ((seen.y[token] - seen.numbers.value).abs() <= seen.numbers.bound).all(dim=1) & seen.claimed.all(dim=1)
-    fits[token] = False
+    if bool(fits[token]):  # within the bound of the right numbers, as would be much that did not happen
+        return
     for other in fits.nonzero().flatten().tolist()[:1]:
         yield f"the token got what token {other} should have", seen.numbers, other
     hidden, inter = seen.x.shape[1], seen.inputs.inter
@@ -46,6 +47,7 @@ def _readings(seen: ExpertsObservation, token: int) -> Iterator[tuple[str, Numbe
         inputs = _copies(seen, token, len(others))
         numbers = evaluate(inputs, others, seen.info.contract)
         near = ((seen.y[token] - numbers.value).abs() <= numbers.bound).all(dim=1)
+        near[int(expert[slot]) + 1] = False
         for found in near.nonzero().flatten().tolist()[:1]:
             read = f"slot {slot} read expert {found - 1}, not {int(expert[slot])}"
             yield read if found else f"slot {slot} is missing", numbers, found
