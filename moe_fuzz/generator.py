@@ -72,25 +72,33 @@ def words(
 def several(seed: int, wanted: Sequence[tuple[str, Sequence[int], Sequence[int], int]]) -> list[torch.Tensor]:
     """On the host, for each (name, rows, columns, stream) what `words` gives, as int32. Few words are made all at once:
     their time is that of the number of operations."""
-    found: list[Any] = []
-    parts, places = [], []
-    for name, rows, columns, stream in wanted:
-        blocks, block_of, lane_of, _ = _blocks(columns if isinstance(columns, range) else tuple(columns))
-        counters = numpy.empty((4, len(rows), len(blocks)), dtype=numpy.uint32)
-        counters[0], counters[1] = blocks, _array(rows).reshape(-1, 1)
-        counters[2], counters[3] = zlib.crc32(name.encode()), stream
-        parts.append(counters.reshape(4, -1))
-        places.append((len(rows), len(blocks), block_of, lane_of))
-    if 4 * sum(part.shape[1] for part in parts) > _FEW:
-        return [torch.from_numpy(_on_host(seed, *one).view(numpy.int32)) for one in wanted]
-    blocks, rows, tensor_id, stream = numpy.concatenate(parts, axis=1)[:, None]  # [1, N] each
-    table = numpy.empty((1, blocks.shape[1], 4), dtype=numpy.uint32)
-    _of_few(table, seed, rows, blocks, tensor_id, stream)
+    found: list[Any] = [None] * len(wanted)
+    together, room = [], _FEW // 4
+    for place, (name, rows, columns, stream) in enumerate(wanted):
+        calls = _blocks(columns if isinstance(columns, range) else tuple(columns))
+        count = len(rows) * len(calls[0])
+        if count > room:
+            found[place] = torch.from_numpy(_on_host(seed, name, rows, columns, stream).view(numpy.int32))
+            continue
+        together.append((place, count, calls))
+        room -= count
+    counters = numpy.empty((4, 1, _FEW // 4 - room), dtype=numpy.uint32)
     first = 0
-    for count, each, block_of, lane_of in places:
-        part = table[0, first : first + count * each].reshape(count, each, 4)
-        found.append(torch.from_numpy(part[:, block_of, lane_of].view(numpy.int32)))
-        first += count * each
+    for place, count, (blocks, *_) in together:
+        name, rows, _, stream = wanted[place]
+        part = counters[:, 0, first : first + count].reshape(4, len(rows), len(blocks))
+        part[0], part[1] = blocks, _array(rows).reshape(-1, 1)
+        part[2], part[3] = zlib.crc32(name.encode()), stream
+        first += count
+    table = numpy.empty((1, first, 4), dtype=numpy.uint32)
+    _of_few(table, seed, counters[1], counters[0], counters[2], counters[3])
+    first = 0
+    for place, count, (blocks, block_of, lane_of, straight) in together:
+        rows, columns = wanted[place][1:3]
+        part = table[0, first : first + count].reshape(len(rows), len(blocks), 4)
+        whole = part.reshape(len(rows), 4 * len(blocks))[:, : len(columns)] if straight else part[:, block_of, lane_of]
+        found[place] = torch.from_numpy(numpy.ascontiguousarray(whole).view(numpy.int32))
+        first += count
     return found
 
 

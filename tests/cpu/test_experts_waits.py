@@ -54,7 +54,7 @@ def test_no_recipe_has_rows_that_are_not_finite(recipe: str, dtype: str) -> None
     """So that nobody looks where no fault was laid."""
     largest = {"bfloat16": 14, "float16": 2}[dtype]
     case = case_of(rows=64, recipe=recipe, dtype=dtype, magnitude=largest if recipe == "dense" else 0, hidden=128)
-    assert bool(recipes.tokens(case, list(range(64)), 0, "cpu").isfinite().all())
+    assert bool(recipes.tokens_of(case, list(range(64)), 0, "cpu").isfinite().all())
 
 
 def test_rows_with_a_fault_are_looked_at() -> None:

@@ -56,12 +56,12 @@ def projections(case: Case, labels: Sequence[int], device: Device) -> Tensors:
     """w13, w2 [E, R, C/2], w13_scales, w2_scales uint8 [E, R, C/16], w13_alpha, w2_alpha float32 [E] and, where there
     are, b13 and b2 of the experts of these labels, in this order. Scales are linear."""
     makers = {name: Maker(case, labels, device, name) for name in ("w13", "w2")}
-    gate_up, found = makers["w13"], {}
-    gate, up = gate_up.encoded("w13/gate", gate_up.gate), gate_up.encoded("w13/up", gate_up.up)
-    if case.config["activation"] == "relu2":
-        found["w13"] = up
-    else:
-        found["w13"] = Blocks(*(gate_up.arranged(one, other) for one, other in zip(gate, up, strict=True)))
+    gate_up, found = makers["w13"], dict[str, Blocks]()
+    up = gate_up.encoded("w13/up", gate_up.up)
+    if case.config["activation"] != "relu2":
+        gate = gate_up.encoded("w13/gate", gate_up.gate)
+        up = Blocks(*(gate_up.arranged(one, other) for one, other in zip(gate, up, strict=True)))
+    found["w13"] = up
     found["w2"] = makers["w2"].encoded("w2", makers["w2"].down)
     made: Tensors = {name: packed(blocks.codes) for name, blocks in found.items()}
     made |= {f"{name}_scales": blocks.scales for name, blocks in found.items()}
@@ -73,8 +73,14 @@ class Maker(recipes.Maker):
     """One projection of a case."""
 
     def __init__(self, case: Case, labels: Sequence[int], device: Device, name: str) -> None:
-        super().__init__(case, labels, device)
+        super().__init__(case, labels, device, ("w2",) if name == "w2" else ("w13/gate", "w13/up"))
         self.alpha = self._alpha(name)  # float32 [E]
+
+    def _wanted(self, names: Sequence[str]) -> list[draw.Wanted]:
+        """The scales of the blocks, too."""
+        sides = {name: self.sides(name) for name in names}
+        return super()._wanted(names) + [(f"{name}/scales", self.labels, range(rows), range(columns // BLOCK), 0)
+                                         for name, (rows, columns) in sides.items()]  # fmt: skip
 
     def _alpha(self, name: str) -> torch.Tensor:
         """A power of two where bits are known; else what makes the largest weight less than 2^weight_scale, or 2^6 and
@@ -97,14 +103,13 @@ class Maker(recipes.Maker):
 
     def encoded(self, name: str, values: object) -> Blocks:
         """The projection of this name. values: what makes it, where its bits are known."""
-        rows, columns = (self.hidden, self.inter) if name == "w2" else (self.inter, self.hidden)
-        row, column = draw.lines(self.case.seed, f"{name}/scales", self.labels, range(rows), range(columns // BLOCK), 0,
-                                 self.device)  # fmt: skip
+        rows = self.sides(name)[0]
+        row, column = self.drawn.lines(f"{name}/scales", self.device)
         if self.recipe in EXACT:
             assert callable(values)
             return self._written(values(), row, column)
         scales = draw.looked_up(_bytes(*self._range(), row.device), row, column)
-        codes = draw.looked_up(_bytes(0, 15, row.device), *self._words(name, rows, columns))
+        codes = draw.looked_up(_bytes(0, 15, row.device), *self.drawn.lines(name, self.device))
         return Blocks(self._shaped(codes, rows), self._shaped(scales, rows))
 
     def _written(self, values: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> Blocks:

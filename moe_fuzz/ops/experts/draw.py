@@ -21,22 +21,29 @@ _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 26}  # elements that are mixed at once: w
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes: bfloat16 is none of numpy's
 SIZE = 1 << 16  # of a table: as many values as a draw tells apart
 
-
-def keys(
-    seed: int, name: str, rows: Sequence[int], columns: Sequence[int], stream: int = 0, device: Device = "cpu"
-) -> torch.Tensor:
-    """int32 [R, C]: a word of the generator for each place. Made on the host, where few words cost least."""
-    return uploaded(generator.words(seed, name, rows, columns, stream).to(torch.int32), device)
+#: The name of a tensor, the labels of its rows, how many each label has (labels too), its columns, and the stream.
+Wanted = tuple[str, Sequence[int], Sequence[int], Sequence[int], int]
 
 
-def lines(
-    seed: int, name: str, rows: Sequence[int], each: Sequence[int], columns: Sequence[int], stream: int = 0,
-    device: Device = "cpu",
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The words of the rows of a tensor, `each` of `rows`, and of its columns: int32 [R * len(each)] and [C]. Those of
-    columns are the same in every step, whatever the stream."""
-    row, column = generator.several(seed, [(name, rows, each, stream), (f"{name}/columns", [0], columns, 0)])
-    return uploaded(row.flatten(), device), uploaded(column[0], device)
+class Drawn:
+    """The words of the rows of some tensors, and of their columns, which are the same in every step, whatever the
+    stream. They are made on the host, all at once: those of one take hardly less time."""
+
+    def __init__(self, seed: int, *wanted: Wanted) -> None:
+        parts = [part for name, rows, each, columns, stream in wanted
+                 for part in ((name, rows, each, stream), (f"{name}/columns", [0], columns, 0))]  # fmt: skip
+        words = iter(generator.several(seed, parts))
+        self._words = {name: (rows.flatten(), columns[0])
+                       for (name, *_), rows, columns in zip(wanted, words, words, strict=True)}  # fmt: skip
+
+    def rows(self, name: str, device: Device = "cpu") -> torch.Tensor:
+        """int32 [R * len(each)]"""
+        return uploaded(self._words[name][0], device)
+
+    def lines(self, name: str, device: Device = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 [R * len(each)] and [C]"""
+        row, column = self._words[name]
+        return uploaded(row, device), uploaded(column, device)
 
 
 def mixed(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -135,12 +135,12 @@ def filled(
     options |= {name: config[name] for name in ("scale_layout", "activations") if name in config}
     plain = dict(fixed)
     stream = case.stream(step_index)
-    x = Canvas("x", recipes.tokens(case, rows, stream, device), rows, range(int(config["hidden"])), case.seed)
+    words = recipes.drawn(case, rows, stream)
+    x = Canvas("x", recipes.tokens(case, words, device), rows, range(int(config["hidden"])), case.seed)
     # The routing decision is laid out on the host: it is small, and who judges asks for it again and again.
-    weights = WeightsCanvas("weights", recipes.routing_weights(case, rows, stream, "cpu"), rows, range(top_k),
-                            case.seed)  # fmt: skip
+    weights = WeightsCanvas("weights", recipes.routing_weights(case, words, "cpu"), rows, range(top_k), case.seed)
     there = "cpu" if len(rows) * len(case.experts) <= _DRAWN_ON_HOST else device
-    ids = IdsCanvas("ids", on_host(recipes.expert_ids(case, rows, stream, there)), rows, range(top_k), case.seed,
+    ids = IdsCanvas("ids", on_host(recipes.expert_ids(case, words, there)), rows, range(top_k), case.seed,
                     experts=case.experts)  # fmt: skip
     canvases: dict[str, Canvas] = {"x": x, "weights": weights, "ids": ids}
     for name in ("w13", "w2"):  # only their layout can be a fault
@@ -159,7 +159,7 @@ def filled(
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
         if fault.name == "stale_rows":
             source = _STALE if fault.stream is None else fault.stream
-            x.values[x.at(positions)] = recipes.tokens(case, [rows[p] for p in positions], source, device)
+            x.values[x.at(positions)] = recipes.tokens_of(case, [rows[p] for p in positions], source, device)
         elif fault.name == "nan_dropped":
             last += positions
         elif fault.name in _WHOLE or rows:
@@ -226,4 +226,4 @@ def benign_rows(
 ) -> torch.Tensor:  # fmt: skip
     """Ordinary x [len(positions), H] for the rows at these positions: what padding could have held instead."""
     rows = list(case.steps[step_index].rows)
-    return recipes.tokens(case, [rows[p] for p in positions], _BENIGN, device)
+    return recipes.tokens_of(case, [rows[p] for p in positions], _BENIGN, device)

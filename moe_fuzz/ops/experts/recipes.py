@@ -94,10 +94,26 @@ def _look_up(
 # ---- what changes from step to step ---------------------------------------------------------------------------------
 
 
-def tokens(case: Case, rows: Sequence[int], stream: int, device: Device) -> torch.Tensor:
-    """x [R, H] of these row labels, before any fault."""
+def drawn(case: Case, rows: Sequence[int], stream: int) -> draw.Drawn:
+    """What `tokens`, `routing_weights` and `expert_ids` of these row labels hang on."""
+    return draw.Drawn(case.seed, _x(case, rows, stream),
+                      ("weights", rows, [0], range(int(case.config["top_k"])), stream),
+                      ("ids", rows, [0], tuple(case.experts), stream))  # fmt: skip
+
+
+def _x(case: Case, rows: Sequence[int], stream: int) -> draw.Wanted:
+    return "x", rows, [0], range(int(case.config["hidden"])), stream
+
+
+def tokens_of(case: Case, rows: Sequence[int], stream: int, device: Device) -> torch.Tensor:
+    """`tokens` of these row labels."""
+    return tokens(case, draw.Drawn(case.seed, _x(case, rows, stream)), device)
+
+
+def tokens(case: Case, words: draw.Drawn, device: Device) -> torch.Tensor:
+    """x [R, H], before any fault."""
     recipe, dtype, hidden = str(case.config["recipe"]), _dtype(case), int(case.config["hidden"])
-    row, column = draw.lines(case.seed, "x", rows, [0], range(hidden), stream, device)
+    row, column = words.lines("x", device)
     if recipe == "dense":
         return _look_up("tent", int(case.config["magnitude"]), dtype, row, column)
     if recipe == "ladder":
@@ -112,25 +128,24 @@ def tokens(case: Case, rows: Sequence[int], stream: int, device: Device) -> torc
     return x
 
 
-def routing_weights(case: Case, rows: Sequence[int], stream: int, device: Device) -> torch.Tensor:
-    """weights float32 [R, k] of these row labels, before any fault."""
+def routing_weights(case: Case, words: draw.Drawn, device: Device) -> torch.Tensor:
+    """weights float32 [R, k], before any fault."""
     recipe, narrow = str(case.config["recipe"]), _dtype(case) == torch.float16
-    row, column = draw.lines(case.seed, "weights", rows, [0], range(int(case.config["top_k"])), stream, device)
+    row, column = words.lines("weights", device)
     kind = "share"
     if recipe in EXACT:
         kind = ("narrow_" if narrow else "") + ("input_powers" if case.config["weight_on_input"] else "powers")
     return _look_up(kind, 0, torch.float32, row, column)
 
 
-def expert_ids(case: Case, rows: Sequence[int], stream: int, device: Device) -> torch.Tensor:
+def expert_ids(case: Case, words: draw.Drawn, device: Device) -> torch.Tensor:
     """ids int32 [R, k]: k distinct experts a row, those with the largest keys.
 
     So a row goes on naming the same experts when others, which it did not name, are taken away.
     """
-    labels, top_k = list(case.experts), int(case.config["top_k"])
-    row, column = draw.lines(case.seed, "ids", rows, [0], labels, stream, device)
-    key = draw.mixed(row, column).long() << 16 | torch.arange(len(labels), device=row.device)  # no two are equal
-    return key.topk(top_k, dim=1).indices.int()
+    row, column = words.lines("ids", device)
+    key = draw.mixed(row, column).long() << 16 | torch.arange(len(column), device=row.device)  # no two are equal
+    return key.topk(int(case.config["top_k"]), dim=1).indices.int()
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -154,50 +169,67 @@ def biases(maker: Maker) -> Tensors:
 
 
 class Maker:
-    """The projections of one case."""
+    """The projections of one case, or those of these names."""
 
-    def __init__(self, case: Case, labels: Sequence[int], device: Device) -> None:
+    def __init__(
+        self, case: Case, labels: Sequence[int], device: Device, names: Sequence[str] = ("w13/gate", "w13/up", "w2")
+    ) -> None:
         self.case, self.labels, self.device = case, list(labels), device
         self.recipe, self.dtype = str(case.config["recipe"]), _dtype(case)
         self.hidden, self.inter = int(case.config["hidden"]), int(case.config["intermediate"])
         self.scale = int(case.config["weight_scale"]) if self.recipe == "dense" else 0
+        self.drawn = draw.Drawn(case.seed, *self._wanted(names))
+
+    def sides(self, name: str) -> tuple[int, int]:
+        """Rows and columns of an expert's projection."""
+        return (self.hidden, self.inter) if name == "w2" else (self.inter, self.hidden)
+
+    def _wanted(self, names: Sequence[str]) -> list[draw.Wanted]:
+        """What hangs on words of the generator."""
+        # Of known bits the gate is always the same, and relu2 has none.
+        known = self.recipe in EXACT or self.case.config["activation"] == "relu2"
+        sides = {name: self.sides(name) for name in names if not (known and name == "w13/gate")}
+        found: list[draw.Wanted] = [(name, self.labels, range(rows), range(columns), 0)
+                                    for name, (rows, columns) in sides.items()]  # fmt: skip
+        if "w13/up" in names and self.case.config["bias"] != "none":
+            found += [(name, self.labels, [0], range(size), 0) for name, size in self._biases().items()]
+        return found
+
+    def _biases(self) -> dict[str, int]:
+        return {"b13/gate": self.inter, "b13/up": self.inter, "b2": self.hidden}
 
     def gate(self) -> torch.Tensor:  # [E, I, H]
         if self.recipe not in EXACT:
-            return self._free("w13/gate", self.inter, self.hidden)
+            return self._free("w13/gate")
         gate = torch.zeros((len(self.labels), self.inter, self.hidden), dtype=self.dtype, device=self.device)
         gate[:, :, 0] = _GATE if self.recipe == "integer" else _GATE / 4  # x there: 1, and 4
         return gate
 
     def up(self) -> torch.Tensor:  # [E, I, H]
         if self.recipe not in EXACT:
-            return self._free("w13/up", self.inter, self.hidden)
+            return self._free("w13/up")
         if self.recipe == "one_hot":
             power = uploaded(torch.tensor([2.0 ** (label * 5 % 4 - 1) for label in self.labels]), self.device)
-            return self._one_hot("w13/up", self.inter, self.hidden, power)
-        row, column = self._words("w13/up", self.inter, self.hidden)
-        word = draw.mixed(row, column)
+            return self._one_hot("w13/up", power)
+        word = draw.mixed(*self.drawn.lines("w13/up", self.device))
         reads = _NONZERO.get(str(self.case.config["activation"]), _NONZERO_DEFAULT)
         odds = (reads << 15) // torch.arange(1, self.hidden + 1, device=word.device)
         return self._shaped(((word >> 1) < odds) * (1 - 2 * (word & 1)), self.inter).to(self.dtype)
 
     def down(self) -> torch.Tensor:  # [E, H, I]
         if self.recipe == "integer":
-            return self._table("w2", "fives", self.hidden, self.inter)
+            return self._table("w2", "fives")
         if self.recipe == "one_hot":
-            return self._one_hot("w2", self.hidden, self.inter, torch.full((len(self.labels),), 1 / 32,
-                                                                            device=self.device))  # fmt: skip
-        return self._free("w2", self.hidden, self.inter)
+            return self._one_hot("w2", torch.full((len(self.labels),), 1 / 32, device=self.device))
+        return self._free("w2")
 
     def biases(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # gate and up [E, I], down [E, H]
-        sizes = {"b13/gate": self.inter, "b13/up": self.inter, "b2": self.hidden}
         kinds = {"integer": ("gate", "small", "eights"), "one_hot": ("gate", "halves", "halves")}
         dtype = torch.float32 if self.case.config["bias"] == "float32" else self.dtype
         found = []
-        for (name, size), kind in zip(sizes.items(), kinds.get(self.recipe, ("tent",) * 3), strict=True):
+        for name, kind in zip(self._biases(), kinds.get(self.recipe, ("tent",) * 3), strict=True):
             exponent = self._bias_exponent(name) if self.recipe == "dense" else 0
-            row, column = draw.lines(self.case.seed, name, self.labels, [0], range(size), 0, self.device)
-            found.append(_look_up(kind, exponent, dtype, row, column))
+            found.append(_look_up(kind, exponent, dtype, *self.drawn.lines(name, self.device)))
         return found[0], found[1], found[2]
 
     def _bias_exponent(self, name: str) -> int:
@@ -216,26 +248,25 @@ class Maker:
             return torch.stack([gate, up], dim=2).flatten(1, 2)
         return torch.cat([gate, up] if layout == "first" else [up, gate], dim=1)
 
-    def _free(self, name: str, rows: int, columns: int) -> torch.Tensor:
+    def _free(self, name: str) -> torch.Tensor:
         if self.recipe == "dense":
-            return self._table(name, "tent", rows, columns)
-        return self._table(name, "w_ladder" if self.dtype == torch.bfloat16 else "narrow_ladder", rows, columns)
+            return self._table(name, "tent")
+        return self._table(name, "w_ladder" if self.dtype == torch.bfloat16 else "narrow_ladder")
 
-    def _table(self, name: str, kind: str, rows: int, columns: int) -> torch.Tensor:
-        return self._shaped(_look_up(kind, self.scale, self.dtype, *self._words(name, rows, columns)), rows)
+    def _table(self, name: str, kind: str) -> torch.Tensor:
+        values = _look_up(kind, self.scale, self.dtype, *self.drawn.lines(name, self.device))
+        return self._shaped(values, self.sides(name)[0])
 
-    def _one_hot(self, name: str, rows: int, columns: int, power: torch.Tensor) -> torch.Tensor:
+    def _one_hot(self, name: str, power: torch.Tensor) -> torch.Tensor:
         """One column a row: power of the expert, of either sign. A column past the last is cut down to one before."""
-        word = draw.keys(self.case.seed, name, self.labels, range(rows), 0, self.device).long()  # [E, rows]
+        rows, columns = self.sides(name)
+        word = self.drawn.rows(name, self.device).view(-1, rows).long()  # [E, rows]
         room = 1 << max(0, columns - 1).bit_length()
         column = (word >> 1) & (room - 1)
         column = torch.where(column < columns, column, column & (room // 2 - 1))
         value = ((1 - 2 * (word & 1)) * power[:, None]).to(self.dtype)
         out = torch.zeros((len(self.labels), rows, columns), dtype=self.dtype, device=self.device)
         return out.scatter_(2, column[:, :, None], value[:, :, None])
-
-    def _words(self, name: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return draw.lines(self.case.seed, name, self.labels, range(rows), range(columns), 0, self.device)
 
     def _shaped(self, values: torch.Tensor, rows: int) -> torch.Tensor:
         return values.view(len(self.labels), rows, values.shape[-1])
