@@ -180,6 +180,13 @@ def bf16_weights(*tensors: Tensor, **options: Any) -> Tensor:
     return _Bf16Weights.run(*tensors, **options)
 
 
+def bf16_biases(*tensors: Tensor, **options: Any) -> Tensor:
+    """vllm#22508: biases are kept in bfloat16, whatever they come in. That loses less than a step of the result,
+    and shows where a sum lies near the middle between two."""
+    narrow = {name: options[name].bfloat16() for name in ("b13", "b2") if options.get(name) is not None}
+    return Layer.run(*tensors, **{**options, **narrow})
+
+
 class _KTail(Layer):
     def first(self, x: Tensor, w: Tensor) -> Tensor:
         whole = x.shape[1] if x.shape[1] < 32 else x.shape[1] // 32 * 32

@@ -58,7 +58,9 @@ EXPERTS: tuple[Planted, ...] = (
     _experts("gate_and_up_swapped", "exact", "vllm#34673", "takes `up_first` for `first`"),
     _experts("bias_offset_padded", "exact", "vllm#35497", "an expert's bias is at e * H rounded up to 16"),
     _experts("bf16_partial_sums", "exact", "vllm#56887", "adds the parts of a sum in bfloat16"),
-    _experts("bf16_weights", "statistical", "flashinfer#3595", "rounds the router's weights to bfloat16", only=True),
+    _experts("bf16_weights", "statistical", "flashinfer#3595", "rounds the router's weights to bfloat16", only=True,
+             capabilities={"recipes": ("dense", "integer", "one_hot", "ladder")}),  # `fine` shows it in the bits
+    _experts("bf16_biases", "exact", "vllm#22508", "keeps biases in bfloat16, whatever they come in"),
     _experts("k_tail_dropped", "exact", "vllm#47303", "adds whole steps of 32 along H, and drops the rest"),
     _experts("last_experts_dropped", "exact", "vllm#21079", "walks experts in fours: those left over give 0"),
     _experts("duplicate_counted_once", "exact", "flashinfer#3011", "an expert that a row names twice counts once"),

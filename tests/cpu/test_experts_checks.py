@@ -17,7 +17,7 @@ from moe_fuzz.ops.experts.inputs import ExpertsInputs
 from moe_fuzz.reference.align import expert_of_slot
 from moe_fuzz.reference.experts_bf16 import ACTIVATIONS, GATE_LAYOUTS, activate
 from tests.benchmark_script import benchmark
-from tests.cpu.experts_seen import FAMILY, STEADY, case_of, judge, observe
+from tests.cpu.experts_seen import FAMILY, STEADY, case_of, judge, observe, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ---- right answers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["dense", "integer", "one_hot", "ladder"])
+@pytest.mark.parametrize("recipe", ["dense", "integer", "one_hot", "ladder", "fine"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_no_check_speaks_of_a_right_answer(activation, recipe):
     """And on each case, every wrong answer that binding makes is rejected."""
@@ -205,3 +205,22 @@ def test_a_product_that_is_stored_before_its_bias_is_not_judged_to_the_bit(seed)
                    stored, contract)  # fmt: skip
     assert CHECKS["experts"]["bound"](seen) == []
     assert CHECKS["experts"]["exact"](seen) == []
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "bias"), [("weights", "none"), ("weights", "dtype"), ("b13", "float32"), ("b2", "float32")]
+)
+def test_a_coefficient_of_fewer_bits_shows_in_the_bits(narrowed, bias):
+    """What each loses is less than a step of the result: no bound can see it."""
+
+    def target(inputs: ExpertsInputs) -> Tensor:
+        return reference(inputs.replace(**{narrowed: inputs.plain[narrowed].bfloat16().float()}))
+
+    told = 0
+    for seed in range(8):
+        case = case_of(rows=16, hidden=48, intermediate=32, experts=4, recipe="fine", bias=bias, seed=seed)
+        assert judge(observe(case)) == {}
+        found = judge(observe(case, target))
+        assert set(found) <= {"exact", "statistical"}, found
+        told += "exact" in found
+    assert told >= 6

@@ -49,7 +49,7 @@ def test_the_first_look_tells_what_is_wrong(value: float, column: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("recipe", ["dense", "ladder", "integer", "one_hot"])
+@pytest.mark.parametrize("recipe", ["dense", "ladder", "integer", "one_hot", "fine"])
 def test_no_recipe_has_rows_that_are_not_finite(recipe: str, dtype: str) -> None:
     """So that nobody looks where no fault was laid."""
     largest = {"bfloat16": 14, "float16": 2}[dtype]

@@ -18,7 +18,7 @@ import pytest
 #: tokens, experts, hidden, intermediate, top_k
 SIZES = ((64, 8, 1024, 512, 2), (257, 60, 720, 384, 4), (33, 128, 2048, 768, 8), (1025, 8, 512, 1408, 2),
          (4097, 32, 256, 192, 4), (7, 512, 360, 90, 10))  # fmt: skip
-RECIPES = ("dense", "integer", "one_hot", "ladder")
+RECIPES = ("dense", "integer", "one_hot", "ladder", "fine")
 
 
 def layer(inputs: Any, narrow: bool) -> Any:

@@ -1,6 +1,6 @@
 """The projections of an `experts_nvfp4` case: codes, scales of blocks, global scales. Worker side.
 
-dense and ladder draw codes and scale bytes themselves, so that every code and every scale byte occurs. The two recipes
+dense and ladder draw codes and scale bytes themselves, so that every code and every scale byte occurs. The recipes
 of known bits have the values that they have in `recipes.py`, written as codes under scales of powers of two: which one
 hangs on the block, so that a scale from elsewhere is wrong.
 """
@@ -153,7 +153,7 @@ def _largest(case: Case) -> tuple[float, float]:
     """About the largest |x|, and the largest of what lies between the products."""
     config, relu2 = case.config, case.config["activation"] == "relu2"
     recipe, wide = str(config["recipe"]), config["dtype"] == "bfloat16"
-    if recipe == "integer":
+    if recipe in recipes.WHOLE:
         return 6.0, 512.0 if relu2 else 32.0 * 64.0
     if recipe == "one_hot":
         return 6.0, 512.0 if relu2 else 32.0 * 24.0

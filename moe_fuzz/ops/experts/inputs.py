@@ -94,7 +94,7 @@ class ExpertsInputs(Inputs):
     def exact(self) -> bool:
         """Whether the bits of an ordinary row are known."""
         oai = self.options["activation"] == "swiglu_oai"
-        return self.recipe == "integer" or (self.recipe == "one_hot" and not oai)
+        return self.recipe in recipes.WHOLE or (self.recipe == "one_hot" and not oai)
 
     def blank(self) -> ExpertsInputs:
         """Zeros, and distinct experts, which any target takes."""

@@ -4,8 +4,12 @@ dense: iid, the density of a tent. ladder: a geometric ladder of magnitudes of b
 lost beside it. integer: every partial sum is an integer times a power of two, far below 2^24 of them, so any order of
 summation gives the same bits. one_hot: each row of a projection reads one column, so each result names its source.
 
-The last two are exact because column 0 of x is a constant and a gate row reads it alone: the gate is 32 (or 64 with its
-bias), where silu(g) = gelu(g) = g in float32. No gate makes swiglu_oai exact: there one_hot is judged within its bound.
+fine: integer, but with routing weights of 13 bits, or where biases are float32 with biases of as many: what loses bits
+of them on the way is off by less than a step of the result, and shows where that is rounded.
+
+The last three are exact because column 0 of x is a constant and a gate row reads it alone: the gate is 32 (or 64 with
+its bias), where silu(g) = gelu(g) = g in float32. No gate makes swiglu_oai exact: there one_hot is judged within its
+bound.
 
 Each value hangs on the labels of its expert and its row, of its column, and on nothing else. What a projection of
 one_hot reads also hangs on the number of columns, where the column would be past the last.
@@ -26,7 +30,8 @@ from moe_fuzz.ops.experts import draw
 Device = torch.device | str
 Tensors = dict[str, torch.Tensor]
 
-EXACT = ("integer", "one_hot")
+WHOLE = ("integer", "fine")  # of whole numbers
+EXACT = (*WHOLE, "one_hot")
 _GATE = 32.0
 _E2M1 = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NONZERO = {"relu2": 8}  # about how many of the first columns a row of an integer projection reads; each later column
@@ -61,6 +66,20 @@ def _rungs(least: int, most: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return values
 
 
+def _wide(least: int, most: int, signed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of 13 bits, the last of them 1, from 2^least to 2^(most + 1). One in four is a power of two: what else is wrong
+    shows there as well. A sum with one of 13 bits is never half way between two numbers of fewer."""
+
+    def values(at: torch.Tensor) -> torch.Tensor:
+        index = at.long()
+        mantissa = torch.where(index & 3 == 0, 0, (index >> 3) & 0xFFF | 1)
+        power = (index >> 3) % (most - least + 1) + least
+        sign = 1 - 2 * ((index >> 2) & 1) if signed else 1
+        return sign * (1 + mantissa / (1 << 12)) * torch.exp2(power.double())
+
+    return values
+
+
 def _among(*values: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda at: torch.tensor(values, dtype=torch.float64)[(at * len(values) / draw.SIZE).long()]
 
@@ -79,6 +98,10 @@ _KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "e2m1": _among(*(sign * v for v in _E2M1 for sign in (1, -1))),
     "halves": _among(-0.5, 0, 0.5, 1),
     "powers": _among(*(2.0**power for power in range(-3, 4)), -1.0),
+    "fine": _wide(-2, 1, False),
+    "narrow_fine": _wide(-3, -2, False),
+    "fine_small": _wide(1, 1, True),
+    "fine_large": _wide(4, 5, True),
     "narrow_powers": _among(*(2.0**power for power in range(-3, 1)), -0.5),
     "input_powers": _among(1, 2, 4),
     "narrow_input_powers": _among(1, 2),
@@ -118,13 +141,13 @@ def tokens(case: Case, words: draw.Drawn, device: Device) -> torch.Tensor:
         return _look_up("tent", int(case.config["magnitude"]), dtype, row, column)
     if recipe == "ladder":
         return _look_up("x_ladder" if dtype == torch.bfloat16 else "narrow_ladder", 0, dtype, row, column)
-    x = _look_up("unit" if recipe == "integer" else "e2m1", 0, dtype, row, column)
+    x = _look_up("unit" if recipe in WHOLE else "e2m1", 0, dtype, row, column)
     if recipe == "one_hot" or case.config.get("activations") == "nvfp4":
         # A 6 in each 16 columns, under which NVFP4 loses nothing of the others.
         at = torch.arange(hidden, device=x.device)
         largest = torch.where(at < 16, 1 + (row[:, None] & 0xFFFF) % 15, (row[:, None] >> 16) & 15)
         x = torch.where(at % 16 == largest, torch.where(x < 0, -6.0, 6.0).to(dtype), x)
-    x[:, 0] = 1.0 if recipe == "integer" else 4.0
+    x[:, 0] = 1.0 if recipe in WHOLE else 4.0
     return x
 
 
@@ -134,7 +157,8 @@ def routing_weights(case: Case, words: draw.Drawn, device: Device) -> torch.Tens
     row, column = words.lines("weights", device)
     kind = "share"
     if recipe in EXACT:
-        kind = ("narrow_" if narrow else "") + ("input_powers" if case.config["weight_on_input"] else "powers")
+        plain = "fine" if recipe == "fine" and not _fine_biases(case) else "powers"
+        kind = ("narrow_" if narrow else "") + ("input_powers" if case.config["weight_on_input"] else plain)
     return _look_up(kind, 0, torch.float32, row, column)
 
 
@@ -202,7 +226,7 @@ class Maker:
         if self.recipe not in EXACT:
             return self._free("w13/gate")
         gate = torch.zeros((len(self.labels), self.inter, self.hidden), dtype=self.dtype, device=self.device)
-        gate[:, :, 0] = _GATE if self.recipe == "integer" else _GATE / 4  # x there: 1, and 4
+        gate[:, :, 0] = _GATE if self.recipe in WHOLE else _GATE / 4  # x there: 1, and 4
         return gate
 
     def up(self) -> torch.Tensor:  # [E, I, H]
@@ -217,7 +241,7 @@ class Maker:
         return self._shaped(((word >> 1) < odds) * (1 - 2 * (word & 1)), self.inter).to(self.dtype)
 
     def down(self) -> torch.Tensor:  # [E, H, I]
-        if self.recipe == "integer":
+        if self.recipe in WHOLE:
             return self._table("w2", "fives")
         if self.recipe == "one_hot":
             return self._one_hot("w2", torch.full((len(self.labels),), 1 / 32, device=self.device))
@@ -225,6 +249,10 @@ class Maker:
 
     def biases(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # gate and up [E, I], down [E, H]
         kinds = {"integer": ("gate", "small", "eights"), "one_hot": ("gate", "halves", "halves")}
+        kinds["fine"] = kinds["integer"]
+        if _fine_biases(self.case):  # h in float16 has so many bits that some would be half way; a square has too many
+            plain = self.dtype == torch.float16 or self.case.config["activation"] == "relu2"
+            kinds["fine"] = ("gate", "small" if plain else "fine_small", "fine_large")
         dtype = torch.float32 if self.case.config["bias"] == "float32" else self.dtype
         found = []
         for name, kind in zip(self._biases(), kinds.get(self.recipe, ("tent",) * 3), strict=True):
@@ -270,6 +298,11 @@ class Maker:
 
     def _shaped(self, values: torch.Tensor, rows: int) -> torch.Tensor:
         return values.view(len(self.labels), rows, values.shape[-1])
+
+
+def _fine_biases(case: Case) -> bool:
+    """Whether it is the biases of a `fine` case that have many bits: those of both, multiplied, float32 has not."""
+    return case.config["bias"] == "float32"
 
 
 def _dtype(case: Case) -> torch.dtype:
