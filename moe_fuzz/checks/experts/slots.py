@@ -13,6 +13,8 @@ from torch import Tensor
 from moe_fuzz.mirror import on_host, uploaded
 
 _MOST = {"cpu": 1 << 20, "cuda": 1 << 25}  # float64 elements of the largest tensor of a batch
+#: Microseconds on a host: of a batch, of a number of a slot's rows, and of one of an expert's matrices for each slot.
+_BATCH, _NUMBER, _PRODUCT = 600.0, 0.03, 0.0012
 _BATCHES = "_moe_fuzz_batches"  # an attribute of the experts of slots, which several evaluations ask for
 
 
@@ -40,7 +42,7 @@ class Batch:
 
 def batches(expert: Tensor, each: int, wide: int) -> Iterator[Batch]:
     """The slots of expert int64 [T, k], where -1 drops one. A loop over experts would launch as many kernels as there
-    are; here it is one batch for every power of two of slots, and more where memory asks for it.
+    are; here it is one batch for experts with about as many slots, and more where memory asks for it.
 
     They are put together on the host: of an `expert` that it has made, nothing waits for the device (see mirror.py).
 
@@ -66,14 +68,7 @@ def _planned(
     counts = numpy.bincount(flat[order])
     start = counts.cumsum() - counts
     most = _MOST[device.type]
-    used = counts.nonzero()[0]
-    most_slots = int(counts.max())
-    if len(used) * max(each, most_slots * wide) <= most // 8:  # then one batch costs less than several
-        by_size = {most_slots: used}
-    else:
-        sizes = numpy.array([1 << (count - 1).bit_length() for count in counts[used].tolist()])
-        by_size = {size: used[sizes == size] for size in dict.fromkeys(sizes.tolist())}
-    for largest, members in by_size.items():
+    for largest, members in _alike(counts, each, wide, device):
         rows = min(largest, max(1, most // wide))
         step = max(1, most // max(each, rows * wide))
         for begin in range(0, len(members), step):
@@ -85,6 +80,31 @@ def _planned(
                 if first and not real.any():
                     break
                 yield experts, order[(first_slot[:, None] + nth).clip(max=len(order) - 1)], real
+
+
+def _alike(counts: Any, each: int, wide: int, device: torch.device) -> list[tuple[int, Any]]:
+    """Experts that have slots, in groups: the most slots that one of a group has, and the group."""
+    used = counts.nonzero()[0]
+    most_slots = int(counts.max())
+    if device.type == "cpu":
+        return _by_cost(counts, used[counts[used].argsort(kind="stable")], _NUMBER * wide + _PRODUCT * each)
+    if len(used) * max(each, most_slots * wide) <= _MOST[device.type] // 8:  # then one batch costs less than several
+        return [(most_slots, used)]
+    sizes = numpy.array([1 << (count - 1).bit_length() for count in counts[used].tolist()])
+    return [(size, used[sizes == size]) for size in dict.fromkeys(sizes.tolist())]
+
+
+def _by_cost(counts: Any, used: Any, slot: float) -> list[tuple[int, Any]]:
+    """used: in the order of their slots, the most last. A group ends where it would cost less to begin another than to
+    compute the slots that its members do not have, at `slot` microseconds each."""
+    found, last, wasted = [], len(used), 0.0
+    sizes = counts[used].tolist()
+    for at in range(len(used) - 2, -1, -1):
+        wasted += (sizes[last - 1] - sizes[at]) * slot
+        if wasted > _BATCH:
+            found.append((sizes[last - 1], used[at + 1 : last]))
+            last, wasted = at + 1, 0.0
+    return [*found, (sizes[last - 1], used[:last])]
 
 
 def _there(planned: tuple[Any, Any, Any], expert: Tensor) -> Batch:
