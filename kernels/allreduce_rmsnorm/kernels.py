@@ -30,6 +30,7 @@ def one_shot_kernel(
     WORLD: tl.constexpr, WORLD_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SINGLE: tl.constexpr,  # a block has one tile: x stays in registers, and what the norm needs is asked for early
+    TOGETHER: tl.constexpr,  # unused: one signature for both kernels
     PHASE: tl.constexpr,  # 0: the whole call · 1: push · 2: sum and norm
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -102,6 +103,7 @@ def two_shot_kernel(
     WORLD: tl.constexpr, WORLD_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SINGLE: tl.constexpr,  # unused: one signature for both kernels
+    TOGETHER: tl.constexpr,  # of how many shares rows are normed at once
     PHASE: tl.constexpr,  # 0: the whole call · 1: scatter · 2: sum and gather · 3: norm
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -154,10 +156,12 @@ def two_shot_kernel(
     if PHASE == 0 or PHASE == 3:
         gamma = tl.load(gamma_ptr + column, mask=column < hidden, other=0.0)
         sums = slots + WORLD * slot_stride
+        place = tl.arange(0, TOGETHER * ROWS)[:, None]
         for tile in range(block, tl.cdiv(share, ROWS), blocks):
-            for owner in range(WORLD):
-                row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-                inside = (row < share) & (row + owner * share < tokens) & (column < hidden)
+            for first in range(0, WORLD, TOGETHER):
+                owner = first + place // ROWS
+                row = (tile * ROWS + place % ROWS).to(tl.int64)
+                inside = (row < share) & (owner < WORLD) & (row + owner * share < tokens) & (column < hidden)
                 where = (row + owner * share) * hidden + column
                 total = _wide(tl.load(sums + where, mask=inside, other=0.0), INTERPRETED)
                 total = tl.where(came != 0, total, float("nan"))

@@ -19,6 +19,9 @@ _INTERPRETED = triton.knobs.runtime.interpret
 _THREADS = 512
 _REGISTERS = 64  # a thread: half of a multiprocessor's, of so many threads
 _WARP_BYTES = 512  # of a tile for each warp: 16 a thread, one load
+#: Numbers of a thread that are normed at once. Where a row alone has more than 8 for each, more rows do not fit beside
+#: what else there is: at H 7168 two at once took half a microsecond longer than one after the other.
+_NORMED, _OF_A_ROW = 32, 8
 _ALIGNMENT = 16
 
 
@@ -115,7 +118,8 @@ def _launch(
             group.half_bytes, slot,
             eps, int(group.timeout_s * 1e9),
             WORLD=world, WORLD_PAD=triton.next_power_of_2(world), ROWS=rows, COLUMNS=columns,  # constants
-            HAS_RESIDUAL=residual is not None, SINGLE=backend == "one_shot" and tokens <= blocks * rows, PHASE=phase,
+            HAS_RESIDUAL=residual is not None, SINGLE=backend == "one_shot" and tokens <= blocks * rows,
+            TOGETHER=_together(world, rows * columns, warps), PHASE=phase,
             INTERPRETED=_INTERPRETED, num_warps=warps, maxnreg=_REGISTERS,
             enable_fp_fusion=False,  # else a sum of squares might be fused in one binary, and not in another
         )  # fmt: skip
@@ -135,6 +139,13 @@ def shape_of(group: Group, tokens: int, hidden: int, size: int, backend: str) ->
     warps = min(16, max(1, rows * columns * size // _WARP_BYTES))
     resident = _multiprocessors(group.device) * max(1, _THREADS // (32 * warps)) // group.ranks_here
     return rows, columns, warps, min(triton.cdiv(mine, rows), most, resident)
+
+
+def _together(world: int, tile: int, warps: int) -> int:
+    """Of how many ranks' shares a block norms rows at once, a power of two: one wait for memory and one sum over the
+    block's threads serve all of them, where one after the other each would wait for its own."""
+    each = max(1, tile // (32 * warps))
+    return 1 if each > _OF_A_ROW else min(triton.next_power_of_2(world), _NORMED // each)
 
 
 def _packed(tensor: Tensor) -> Tensor:

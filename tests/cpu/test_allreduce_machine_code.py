@@ -22,7 +22,7 @@ from moe_fuzz.kernels.allreduce_rmsnorm import kernels
 name, dtype, world, columns, single, phase = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 kernel = getattr(kernels, name + "_kernel")
 constants = {"WORLD": world, "WORLD_PAD": world, "ROWS": 1, "COLUMNS": columns, "HAS_RESIDUAL": True,
-             "SINGLE": bool(single), "PHASE": phase, "INTERPRETED": False}
+             "SINGLE": bool(single), "TOGETHER": 2, "PHASE": phase, "INTERPRETED": False}
 types = {n: dtype for n in ("x_ptr", "residual_ptr", "gamma_ptr", "normed_ptr", "sum_ptr")}
 types |= {n: "*i64" for n in ("buffers_ptr", "signals_ptr", "state_ptr", "fault_ptr")}
 types |= {"eps": "fp32", "timeout": "i64"}
