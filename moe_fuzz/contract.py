@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from typing import Any, TypeVar
 
 from moe_fuzz.errors import UsageError
@@ -132,6 +133,10 @@ class Capabilities:
     cuts: bool = False  # takes messages larger than its group's buffers
 
 
+#: Fields by which an op's contract stores a number on the way, and what they say where nobody does.
+_UNSTORED: Mapping[str, Any] = {"intermediate": "float32", "slot": "none", "rounds": ()}
+
+
 @dataclass(frozen=True)
 class TargetInfo:
     """All the parent knows of a target: told by the worker, which alone loads it."""
@@ -144,6 +149,15 @@ class TargetInfo:
     capabilities: Capabilities = field(default_factory=Capabilities)
     clauses: Mapping[str, str] = field(default_factory=dict)  # "check", "check:symptom" or "*" -> where it is promised
     unpromised: Mapping[str, str] = field(default_factory=dict)  # the same, or " @ " and a feature behind it -> why not
+    declared: bool = True  # somebody says which contract it keeps; else `contract` is the op's own
+
+    def choices(self, *stores: str) -> tuple[Contract, ...]:
+        """The contracts of which the target keeps one, its `contract` first. Where none is declared, each of `stores`,
+        fields of it, may be left out: to round less than the op's contract does needs nobody's word."""
+        if self.declared:
+            return (self.contract,)
+        ways = product(*(dict.fromkeys((getattr(self.contract, name), _UNSTORED[name])) for name in stores))
+        return tuple(replace(self.contract, **dict(zip(stores, way, strict=True))) for way in ways)
 
     def classify(self, check: str, symptom: str = "", features: Iterable[str] = ()) -> tuple[str, str]:
         """(class, clause) of a finding: `contract` where the target's own project promises what the check asks.
@@ -175,6 +189,7 @@ class TargetInfo:
             capabilities=_record(Capabilities, data["capabilities"]),
             clauses=dict(data["clauses"]),
             unpromised=dict(data["unpromised"]),
+            declared=data["declared"],
         )
 
 
@@ -224,6 +239,7 @@ def declares(
     origin: str = "",
 ) -> Callable[[_F], _F]:
     """Says what the decorated implementation promises; without it, moe-fuzz assumes as little as the signature shows.
+    A contract is declared as a whole: what it does not name is as the class has it, also where numbers are stored.
 
     clauses: for each check, the sentence of the project's own documentation that promises what the check asks
     (`"*"` for all checks, `"check:symptom"` for one way to break it). A finding of such a check is of class `contract`,

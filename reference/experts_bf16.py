@@ -41,7 +41,7 @@ def experts_bf16(
     With `apply_weight_on_input` the weight multiplies x (so the product with w13, before b13) and nothing else.
     A weight of 0 makes that product 0 where it is finite; where it is not, 0 (as here) or NaN, in its own row.
     Stores: sums are float32 or better; the activation's result, the weighted output of each slot, and y are each
-        rounded to the dtype of x. A target may round elsewhere, and declares it.
+        rounded to the dtype of x. A target may round elsewhere, and declares it; or less, if it declares nothing.
 
     Raises ValueError for anything outside these shapes, dtypes and names.
     """

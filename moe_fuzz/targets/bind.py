@@ -63,7 +63,8 @@ def bind_at(op: str, source: str, location: str) -> Target:
     provider = source.partition(".")[0] if ":" not in source else "user"
     origin = promise.get("origin") or origin  # an adapter knows the library behind it
     clauses, unpromised = promise.get("clauses") or {}, promise.get("unpromised") or {}
-    info = TargetInfo(f"{op}@{source}", op, provider, origin, contract, capabilities, clauses, unpromised)
+    declared = promise.get("contract") is not None or provider != "user"
+    info = TargetInfo(f"{op}@{source}", op, provider, origin, contract, capabilities, clauses, unpromised, declared)
     return Target(info, function, keywords, signature.positional)
 
 

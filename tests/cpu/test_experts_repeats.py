@@ -35,7 +35,7 @@ def with_inputs(seen: ExpertsObservation, **plain: Tensor) -> ExpertsObservation
 
 def off_the_stores(seen: ExpertsObservation) -> ExpertsObservation:
     """The same answer, of which nobody knows how it was rounded."""
-    seen.__dict__["rounded"] = torch.full_like(seen.y, torch.nan)
+    seen.__dict__["rounded"] = (torch.full_like(seen.y, torch.nan),)
     return seen
 
 
@@ -156,7 +156,7 @@ def one_column_off(inputs: ExpertsInputs) -> Tensor:
 def test_an_answer_that_has_the_bits_but_in_one_column_is_wrong() -> None:
     case = fp4_case_of(rows=200, activations="nvfp4", hidden=64, intermediate=64)
     seen = observe(case, one_column_off, FP4_STRICT)
-    assert float((seen.y == seen.rounded)[seen.random].double().mean()) > 0.9
+    assert float((seen.y == seen.rounded[0])[seen.random].double().mean()) > 0.9
     assert [found.where[1] for found in CHECKS["experts"]["statistical"](seen)] == [5]
 
 
@@ -190,7 +190,7 @@ def test_sums_in_float16_may_lose_half_a_step_of_its_subnormals_each() -> None:
         seen = observe(case, contract=contract)
         inputs = seen.inputs.replace(weights=seen.weights * 2.0**-12)
         seen = replace(seen, inputs=inputs)
-        seen = replace(seen, outputs=Outputs(seen.rounded.half()))
+        seen = replace(seen, outputs=Outputs(seen.rounded[0].half()))
         assert CHECKS["experts"]["bound"](seen) == []
 
 

@@ -37,10 +37,12 @@ class Numbers:
         return Numbers(*(part[rows] if len(part) else part for part in vars(self).values()))
 
 
-def evaluate(inputs: ExpertsInputs, expert: Tensor, contract: Contract, random: Tensor | None = None) -> Numbers:
+def evaluate(inputs: ExpertsInputs, expert: Tensor, contract: Contract, random: Tensor | None = None,
+             free: bool = False) -> Numbers:  # fmt: skip
     """Values and bounds of the slots of `expert`, int64 [T, k], where -1 drops one. random: bool [T], the tokens whose
-    roundings are those of random numbers; where there are some, variances too."""
-    return _Evaluation(inputs, contract, random is not None and bool(on_host(random).any())).run(expert)
+    roundings are those of random numbers; where there are some, variances too. free: a store of the contract may be
+    left out, which the bound allows for."""
+    return _Evaluation(inputs, contract, random is not None and bool(on_host(random).any()), free=free).run(expert)
 
 
 def shared(inputs: ExpertsInputs, expert: Tensor, contract: Contract, random: Tensor) -> Tensor:
@@ -52,10 +54,12 @@ def shared(inputs: ExpertsInputs, expert: Tensor, contract: Contract, random: Te
 
 class _Evaluation:
     def __init__(
-        self, inputs: ExpertsInputs, contract: Contract, random: bool, repeats: Repeats | None = None
-    ) -> None:
+        self, inputs: ExpertsInputs, contract: Contract, random: bool, repeats: Repeats | None = None,
+        free: bool = False,
+    ) -> None:  # fmt: skip
         self.inputs, self.plain, self.contract, self.repeats = inputs, inputs.plain, contract, repeats
         self.random = random  # variances are asked for
+        self.free = free  # a store may be left out: the bound holds that already, but for codes that are made of it
         self.activation = str(inputs.options["activation"])
         self.layout = str(inputs.options["gate_layout"])
         self.on_input = bool(inputs.options["apply_weight_on_input"])
@@ -207,6 +211,8 @@ class _Evaluation:
             low, high = (store(part, self.dtype)[0] for part in (low, high))
             if self.contract.truncates:
                 low, high = low - ulp(low, self.dtype), high + ulp(high, self.dtype)
+            if self.free:
+                low, high = torch.minimum(low, h - e_h), torch.maximum(high, h + e_h)
         dtype = self.dtype if self.stored else torch.float32
         h, e_h = requantized(low, high, h, self.plain["h_global"], dtype, self.contract)
         fell = (e_h > 0).any(dim=-1).flatten()[batch.at]

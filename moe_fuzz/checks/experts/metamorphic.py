@@ -88,7 +88,7 @@ def shards(seen: ExpertsObservation) -> list[Violation]:
     for rank, inputs in enumerate(parts):
         expert = on_host(seen.expert)
         local = uploaded(torch.where(expert % RANKS == rank, expert, -1), seen.expert.device)
-        numbers = evaluate(seen.inputs, local, seen.info.contract)
+        numbers = evaluate(seen.inputs, local, seen.info.contract, free=not seen.info.declared)
         total += (seen.eager or seen.call)(inputs).y.double()  # a graph has the experts of its capture
         bound += torch.where((local >= 0).any(dim=1)[:, None], numbers.bound, 0.0)
     most = torch.finfo(seen.x.dtype).max

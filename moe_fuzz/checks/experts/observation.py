@@ -22,6 +22,7 @@ from moe_fuzz.mirror import on_host, rows_of, uploaded
 from moe_fuzz.ops.experts.inputs import ExpertsInputs, benign_rows
 from moe_fuzz.reference.align import expert_of_slot
 
+_STORES = ("intermediate", "slot")  # that a contract may leave out
 _TURNS = ("relabel", "shards", "scaling", "backends")
 _MOST_INTERPRETED = 1 << 16  # bytes of codes that a backend may decode as a whole in the interpreter
 _RANDOM_WIDTH = 16  # from which on no two rows of x are alike, nor two rows of a projection
@@ -147,7 +148,7 @@ class ExpertsObservation:
     @cached_property
     def numbers(self) -> Numbers:
         """The float64 result of each token, with its bound."""
-        return evaluate(self.inputs, self.expert, self.info.contract, random=self.random)
+        return evaluate(self.inputs, self.expert, self.info.contract, random=self.random, free=not self.info.declared)
 
     @cached_property
     def shared(self) -> torch.Tensor:
@@ -159,9 +160,10 @@ class ExpertsObservation:
         return shared(self.inputs, self.expert, self.info.contract, self.random)
 
     @cached_property
-    def rounded(self) -> torch.Tensor:
-        """float64 [T, H]: y where each declared store rounds to nearest and no sum does: a right answer."""
-        return rounded(self.inputs, self.expert, self.info.contract)
+    def rounded(self) -> tuple[torch.Tensor, ...]:
+        """float64 [T, H] each: y where each declared store rounds to nearest and no sum does: a right answer. One of
+        each contract that the target may keep."""
+        return tuple(rounded(self.inputs, self.expert, one) for one in self.info.choices(*_STORES))
 
     @cached_property
     def claimed(self) -> torch.Tensor:
@@ -204,12 +206,13 @@ class ExpertsObservation:
 
     @cached_property
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The result [T, H], float64, and where its bits are known for certain, bool."""
+        """The result [T, H], float64, and where its bits are known for certain, bool: whatever contract of those that
+        it may keep the target keeps."""
         usable = on_host(self.inputs.ordinary) & on_host(self.sound)
         expert = self.expert  # whose batches are there already
         if not bool((usable | ~on_host(self.kept).any(dim=1)).all()):
             expert = self._made(torch.where(usable[:, None], on_host(expert), -1))
-        return exact_answer(self.inputs, expert, self.info.contract)
+        return exact_answer(self.inputs, expert, self.info.choices(*_STORES))
 
     def _made(self, host: torch.Tensor) -> torch.Tensor:
         """What was computed on the host, where the inputs are."""

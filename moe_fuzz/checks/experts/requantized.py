@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from moe_fuzz.reference.nvfp4 import BLOCK, E2M1, E4M3, codes_of, nearest, scale
 ULPS = 4 * 2.0**-23  # relative: how near a tie float32 arithmetic in another order may take the other side
 _SCALES = 16  # scale bytes of a block that are tried one by one
 _LEAST = 2.0**-9  # the smallest scale: below it libraries have scales of their own
+_SAFE = 2.0**117  # global scales up to that, and down to its inverse, keep every factor of a code a normal float32
 
 
 def quantized(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,10 +40,13 @@ def requantized(low: Tensor, high: Tensor, value: Tensor, scale: Tensor, dtype: 
                  for part in (low, high))  # [R, B, 16]; the code of a NaN is 0
     flat = left.reshape(low.shape)
     given = _usable(scale).double().view(1, 1)
-    if not bool(_usable(on_host(scale)) > 0):
+    if not (known := float(_usable(on_host(scale)))) > 0:
         return left, torch.zeros_like(left)
     exact = contract.rounding == "exact"
     off = 0.0 if exact else ULPS
+    ways = [(factor, exact) for factor in {1 - off, 1 + off}]
+    if not exact and not 1 / _SAFE <= known <= _SAFE:  # there the contract's own codes may be far from the nearest
+        ways.append((1.0, True))
     size = torch.maximum(low.abs(), high.abs())
     least_size = torch.where((low <= 0) & (high >= 0), 0.0, torch.minimum(low.abs(), high.abs()))
     least, most = (_bytes(part.amax(dim=2), given, factor, exact)
@@ -50,8 +55,8 @@ def requantized(low: Tensor, high: Tensor, value: Tensor, scale: Tensor, dtype: 
     for step in range(2 - exact if alone else min(_SCALES, 1 + _widest(least, most))):
         there = least + step
         inside = (there <= most)[..., None]
-        for part, factor in ((part, factor) for part in (low, high) for factor in {1 - off, 1 + off}):
-            end = _rounded(part, there.clamp(max=126), given, factor, exact)
+        for part, (factor, ours) in product((low, high), ways):
+            end = _rounded(part, there.clamp(max=126), given, factor, ours)
             lowest = torch.where(inside, torch.minimum(lowest, end), lowest)
             highest = torch.where(inside, torch.maximum(highest, end), highest)
     if not exact:  # a library's own way with what is smaller than any scale: as near as 0 is

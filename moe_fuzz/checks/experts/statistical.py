@@ -61,9 +61,8 @@ def statistical(seen: ExpertsObservation) -> list[Violation]:
             return []
     share, from_rounded = 0.0, None
     for number, (test, used, got, most) in enumerate(tests):
-        if bool((used > 1).any()) and _mostly_rounded(seen, tokens):
-            from_rounded = from_rounded or [test.used()[0]
-                                            for test in _Tests(seen, tokens, seen.rounded, seen.shared).all()]
+        if bool((used > 1).any()) and (right := _mostly_rounded(seen, tokens)) is not None:
+            from_rounded = from_rounded or [test.used()[0] for test in _Tests(seen, tokens, right, seen.shared).all()]
             used = torch.minimum(used, from_rounded[number])
         at = int(used.argmax())
         if float(used[at]) > 1:
@@ -76,10 +75,11 @@ def statistical(seen: ExpertsObservation) -> list[Violation]:
     return []
 
 
-def _mostly_rounded(seen: ExpertsObservation, tokens: Tensor) -> bool:
-    """Whether the answer has the bits of `ExpertsObservation.rounded`, but for a few: where its errors are not those of
-    random numbers, then neither are those of a right answer, and they are to be measured from there."""
-    return float((seen.y[tokens] == seen.rounded[tokens]).double().mean()) > _MOSTLY
+def _mostly_rounded(seen: ExpertsObservation, tokens: Tensor) -> Tensor | None:
+    """The answer of `ExpertsObservation.rounded` that this one has the bits of, but for a few: where its errors are not
+    those of random numbers, then neither are those of a right answer, and they are to be measured from there."""
+    alike = ((seen.y[tokens] == right[tokens]).double().mean() for right in seen.rounded)
+    return next((right for right, share in zip(seen.rounded, alike, strict=True) if float(share) > _MOSTLY), None)
 
 
 class _Tests:

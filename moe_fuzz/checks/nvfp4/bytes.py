@@ -114,19 +114,25 @@ def _not_right(seen: QuantizeObservation) -> torch.Tensor:
 
 def _not_nearest(seen: QuantizeObservation) -> torch.Tensor:
     """bool [M, B, 16]: codes that no order of float32 operations gives under the target's own scales. Under a scale of
-    0 every code is 0; what is tiny is allowed to be 0, or anything that is as near."""
+    0 every code is 0; what is tiny is allowed to be 0, or anything that is as near. The contract's own order is one of
+    them: where 1 / global scale, or a scale times that, is no normal float32 number, its codes may be far off, and what
+    lies between them and the nearest is some order's too."""
     scale = E4M3.double().to(seen.bytes.device)[seen.bytes.clamp(max=126).long()][..., None]  # [M, B, 1]
     given, table = seen.row_scales.double()[..., None], E2M1.double()
     exact, (least, greatest) = seen.values.double() * given, (part.double() * given for part in seen.sizes)
     unit = torch.where(scale > 0, scale, 1.0)  # of what is to be code * scale
     low, high = (nearest((size / unit * factor).nan_to_num(0.0).clamp(max=6.0), table).int()
                  for size, factor in ((least, 1 - ULPS), (greatest, 1 + ULPS)))  # fmt: skip
+    ours = [level(codes) for codes in seen.span_codes]
+    low = torch.minimum(low, torch.where(ours[0].sign() == ours[1].sign(), torch.minimum(*map(torch.abs, ours)), 0))
+    high = torch.maximum(high, torch.maximum(*map(torch.abs, ours)))
     place = level(seen.codes)
     sided = (seen.span[0] >= 0) | (seen.span[1] <= 0)  # else it may have either sign
     wrong = (place.abs() < low) | (place.abs() > high) | ((place != 0) & (place.sign() != exact.sign()) & sided)
     tiny = (seen.ideals[0] < TINY)[..., None]
     error = (value_of(seen.codes) * scale - exact).abs()
-    wrong = torch.where(tiny, error > (greatest + (exact.abs() - least)) * (1 + ULPS), wrong)
+    far = error > (greatest + (exact.abs() - least)) * (1 + ULPS)
+    wrong = torch.where(tiny, far & _not_right(seen), wrong)
     return wrong & (scale > 0) & (seen.row_scales > 0)[..., None]
 
 
