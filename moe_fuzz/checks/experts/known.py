@@ -36,7 +36,8 @@ class _Exact:
     def __init__(self, inputs: ExpertsInputs, contract: Contract, free: bool = False) -> None:
         """free: where an activation's result is not stored, its bits are not known, but what they may do to y is."""
         self.inputs, self.plain, self.options, self.contract = inputs, inputs.plain, inputs.options, contract
-        self.free = free and "dtype" not in (contract.activation, contract.intermediate)
+        self.stored = "dtype" in (contract.activation, contract.intermediate)  # h is
+        self.free = free and not self.stored
         self.dtype = self.plain["x"].dtype
         self.room = 2.0 ** PRECISION[dtype_of(self.contract.accumulate, self.dtype)]
 
@@ -80,7 +81,7 @@ class _Exact:
         known = sure & sums.all(dim=-1, keepdim=True) & stores.all(dim=-1, keepdim=True)  # [e, n, 1]
         h = h.masked_fill(~known, 0.0)
         rough = self._rough(h)
-        h, sure = self._quantized(h, "h_global", torch.float32 if self.free else self.dtype, rough)
+        h, sure = self._quantized(h, "h_global", self.dtype if self.stored else torch.float32, rough)
         bias = self.plain["b2"][batch.experts].double()[:, None] if "b2" in self.plain else None
         v, sums = self._product(h, "w2", batch, bias, None, self.contract.down)
         known = known & sure & sums
@@ -168,7 +169,6 @@ class _Exact:
         """h [e, n, I] as it is stored, and where its bits are known: the gate is large enough to pass unchanged."""
         activation = str(self.options["activation"])
         gate, up = halves(a, activation, str(self.options["gate_layout"]))
-        narrow = "dtype" in (self.contract.activation, self.contract.intermediate)
         if up is None:
             h = CURVES[activation].of(gate)
             stored, known = store(h, torch.float32)
@@ -178,8 +178,8 @@ class _Exact:
             h = gate * up
             near = [store(h * (1 + off * _ROUGH), self.dtype)[0] for off in (-1, 1)]
             known = (near[0] == near[1]) & (CURVES[activation].of(gate).float() == gate)
-            stored, known = h, known & (narrow or self.free) & (not self.contract.truncates)
-        if narrow:
+            stored, known = h, known & (self.stored or self.free) & (not self.contract.truncates)
+        if self.stored:
             stored, whole = store(h, self.dtype)
             known = known & (whole | (not self.contract.truncates))
         return stored, known & stored.isfinite()
