@@ -71,6 +71,8 @@ _ROUTERS: tuple[Planted, ...] = (
             "lanes past E add exp(0 - max) to the sum, unless E is a power of two", only=True),
     _router("tail_experts_dropped", "routing_numerics", "selection", "vllm#21079",
             "searches E // 32 blocks of 32 experts: never the tail", only=True),
+    _router("four_a_lane", "routing_numerics", "selection", "TensorRT-LLM#7068",
+            "keeps four candidates of each of 32 lanes: too few where more of the best are in one", only=True),
     _router("bf16_scores", "routing_numerics", "selection", "flashinfer#3595", "ranks scores rounded to bfloat16"),
     _router("reversed_ties", "routing_numerics", "ties", "sglang#31001",
             "promises the lowest id of equal experts, takes the highest", only=True,

@@ -73,6 +73,7 @@ def test_steps_differ():
         ("partial_inf", lambda x: (x == torch.inf).any() and (x == -torch.inf).any() and x.isfinite().any()),
         ("masked_experts", lambda x: (x == -torch.inf).any() and x.isfinite().any() and not x.isnan().any()),
         ("shifted_rows", lambda x: (x.amin(dim=1) * x.amax(dim=1) > 0).all() and x.abs().amin() > 2**4),
+        ("clustered_top", lambda x: (x > 0).any() and x.isfinite().all() and x.unique().numel() > 9),
         ("huge_rows", lambda x: x.isfinite().all() and (x == torch.finfo(x.dtype).max).any() and (x < -1e4).any()),
         (
             "ladder",
@@ -209,6 +210,29 @@ def test_masked_experts_come_in_runs_too():
     masked = materialize(case, 0).plain["logits"] == -torch.inf
     runs = {tuple(row.nonzero().flatten().tolist()) for row in masked}
     assert {tuple(range(32)), tuple(range(64)), tuple(range(32, 96)), tuple(range(32, 64))} <= runs
+
+
+@pytest.mark.parametrize("experts", [128, 256])
+def test_the_best_experts_are_those_of_one_lane(experts):
+    rows = Labels.range(300)
+    plain = materialize(case_of(rows=300, experts=experts), 0).plain["logits"]
+    laid = materialize(case_of(Fault("clustered_top", "logits", rows), rows=300, experts=experts), 0).plain["logits"]
+    assert torch.equal(laid.abs(), plain.abs())
+    found = [(row > 0).nonzero().flatten() for row in laid]
+    apart = [set(at.diff().tolist()) for at in found]
+    for stride in (2, 8, 32, experts // 8):
+        assert {stride} in apart, stride
+    assert {1} in [gaps for gaps, at in zip(apart, found, strict=True) if len(at) in (8, 16, 32)]  # a run
+    assert sum(len(at) > 0 for at in found) > 250
+    assert {int(at[0]) % 32 for at, gaps in zip(found, apart, strict=True) if gaps == {32}} > {0}  # not the first alone
+
+
+def test_the_best_of_a_lane_leave_nan_and_infinities_as_they_are():
+    nan, faults = Fault("partial_nan", "logits", Labels.range(9)), Fault("partial_inf", "logits", Labels.range(9))
+    before = materialize(case_of(nan, faults), 0).plain["logits"]
+    laid = materialize(case_of(nan, faults, Fault("clustered_top", "logits", Labels.range(9))), 0).plain["logits"]
+    kept = ~before.isfinite()
+    assert torch.equal(element_bits(laid)[kept], element_bits(before)[kept])
 
 
 @pytest.mark.parametrize("rows", [0, 1])
