@@ -285,6 +285,27 @@ def test_rows_that_faults_write_over_are_the_same_as_if_they_had_been_made():
     assert seen > 10
 
 
+def test_a_scale_of_zero_is_drawn_where_the_target_takes_it():
+    scales = {axis.name: axis.values for axis in SPACE.axes(INFO)}["scale"]
+    assert 0.0 in scales
+    case = case_of(scale=0.0)
+    assert not SPACE.refusal(case, INFO)
+    declines = replace(INFO, capabilities=replace(INFO.capabilities, zero_scale=False))
+    assert "a scale of 0" in SPACE.refusal(case, declines)
+    assert {axis.name: axis.values for axis in SPACE.axes(declines)}["scale"] == [s for s in scales if s]
+    assert "scale=0" in SPACE.features(case)
+
+
+def test_as_many_shared_experts_are_drawn_as_the_target_takes():
+    for most in (0, 2, 8):
+        info = replace(INFO, op="grouped_topk", capabilities=replace(INFO.capabilities, n_shared=most))
+        drawn = next(axis for axis in GROUPED.axes(info) if axis.name == "n_shared")
+        assert set(drawn.values) | set(drawn.often) == {n for n in (0, 1, 2, 3, 4, 5, 8) if n <= most}
+    many = case_of(n_group=2, topk_group=1, n_shared=8)
+    assert materialize(many, 0).width == 10
+    assert "n_shared>2" in GROUPED.features(many)
+
+
 def test_weights_are_the_same_tensors_in_every_step():
     case = case_of(Fault("extreme_bias", "bias"), bias=True)
     case = Case(case.op, case.config, (case.steps[0], replace(case.steps[0], rows=Labels.range(3))), case.seed)
