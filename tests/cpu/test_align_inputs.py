@@ -108,6 +108,7 @@ def test_configs_that_are_none_are_refused(change, message):
         (Fault("nan_rows", "ids", Labels.range(1)), "knows no fault"), (Fault("all_to_one", "ids"), "must name rows"),
         (Fault("transposed", "ids", Labels.range(1)), "must name no rows"), (on_rows("wide_ids"), "int64"),
         (Fault("zero_rows", "ids", Labels.range(1), 3), "stale_rows"),
+        (Fault("noncontiguous", "expert_map"), "config.expert_map"),
     ],
 )  # fmt: skip
 def test_faults_that_cannot_be_laid_are_refused(fault, message):
@@ -126,6 +127,25 @@ def test_what_a_target_does_not_take_is_said():
                  "ids of no expert (minus_one_ids)", "an expert twice"):  # fmt: skip
         assert part in said
     assert "no tokens" in SPACE.refusal(case_of(rows=0, experts=4), info)
+
+
+def test_a_map_whose_entries_stand_apart():
+    case = case_of(Fault("noncontiguous", "expert_map"), expert_map="permuted")
+    inputs = materialize(case, 0)
+    with open_arena("cpu") as arena:
+        placed = inputs.place(arena, CAN)
+        assert placed["expert_map"].stride(0) > 1
+        assert torch.equal(placed["expert_map"], inputs.plain["expert_map"])
+        assert placed["ids"].is_contiguous()
+    assert "strided expert_map" in SPACE.refusal(case, INFO)
+    takes = replace(INFO, capabilities=replace(CAN, any_strides=True))
+    assert not SPACE.refusal(case, takes)
+    for kind, info, laid in (("shard", takes, True), ("none", takes, False), ("shard", INFO, False)):
+        places = SPACE.places_for({**case.config, "expert_map": kind}, info)
+        assert ("expert_map" in {place.tensor for place in places}) is laid
+    gone = [simpler for simpler in SPACE.simplify(case) if simpler.config["expert_map"] == "none"]
+    assert gone
+    assert not any(simpler.fault_names for simpler in gone)
 
 
 def test_modes_and_features():

@@ -236,6 +236,24 @@ def test_layouts_keep_the_values(tensor, fault):
         assert all(placed[name].is_contiguous() for name in placed if name != tensor)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "fault"),
+    [("b13", "noncontiguous"), ("b2", "noncontiguous"), ("b13", "transposed"), ("b2", "transposed"),
+     ("expert_map", "noncontiguous")],
+)  # fmt: skip
+def test_biases_and_maps_that_are_not_packed(tensor, fault):
+    whole = case(faults=[Fault(fault, tensor)], bias="dtype", expert_map="shard")
+    inputs = materialize(whole, 0)
+    with open_arena("cpu") as arena:
+        placed = inputs.place(arena, Capabilities())
+        there = placed[tensor]
+        assert same(there.clone(), inputs.plain[tensor])
+        assert same(there.clone(), materialize(case(bias="dtype", expert_map="shard"), 0).plain[tensor])
+        assert not there.is_contiguous()
+        assert (there.stride(0) == 1) is (fault == "transposed")
+        assert all(placed[name].is_contiguous() for name in placed if name != tensor)
+
+
 def test_many_rows_of_a_weight_do_not_stand_so_far_apart_that_looking_between_them_takes_seconds():
     widest = 0
     for seed in range(12):

@@ -36,7 +36,7 @@ FAULTS = {
     "num_experts_ids": "rows of E, the first id that is no expert",
     "sentinel_ids": "ids of no expert: -1, -2, E, E + 1, the largest and smallest int32",
     "wide_ids": "int64 ids that are an expert's if all but 32 bits are cut off",
-    "noncontiguous": "rows stand apart in a wider buffer",
+    "noncontiguous": "rows stand apart in a wider buffer, or the entries of a map",
     "int32_boundary": "rows so far apart that offsets pass 2^31 elements",
     "far_columns": "columns so far apart that offsets pass 2^31 elements",
     "transposed": "columns are packed, and rows are not",
