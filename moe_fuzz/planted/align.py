@@ -36,6 +36,15 @@ def map_indexed_by_minus_one(
     return _plan(ids, torch.where(inside, found, -1), block_size, num_experts)
 
 
+def whole_tiles_need_one_more(ids: Tensor, block_size: int, num_experts: int) -> Plan:
+    """vllm#28619: the end of an expert's last block. Tiles of 64 slots are counted as `count // 64 + 1`, so that an
+    expert that fills its tiles has one block too many."""
+    expert = _known(ids.flatten().long(), num_experts)
+    counts = _counts(expert, num_experts)
+    whole = (counts > 0) & (counts % 64 == 0) & (64 % block_size == 0)
+    return _plan(ids, expert, block_size, num_experts, counts=counts + whole.long())
+
+
 def map_without_its_stride(
     ids: Tensor, block_size: int, num_experts: int, *, expert_map: Tensor | None = None
 ) -> Plan:  # fmt: skip

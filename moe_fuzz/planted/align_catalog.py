@@ -25,6 +25,8 @@ ALIGN: tuple[Planted, ...] = (
     _align("negative_id_counts", "count", "vllm#55231", "-1 is below E, and counted as the last expert"),
     _align("map_indexed_by_minus_one", "count", "vllm#42034", "-1 reads the last entry of expert_map"),
     _align("id_cut_to_32_bits", "count", "sglang#29929", "an int64 id is judged by its low 32 bits"),
+    _align("whole_tiles_need_one_more", "count", "vllm#28619",
+           "an expert of exactly 64 or 128 slots has a block too many"),
     _align("map_without_its_stride", "count", "vllm#34673",
            "reads an expert_map whose entries stand apart as if they were packed", capabilities={"any_strides": True}),
     _align("counts_before_the_table", "canary", "vllm#57036", "-1 is counted before the table of counts",

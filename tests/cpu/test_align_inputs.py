@@ -148,6 +148,33 @@ def test_a_map_whose_entries_stand_apart():
     assert not any(simpler.fault_names for simpler in gone)
 
 
+def test_one_expert_has_so_many_rows():
+    found = set()
+    for seed in range(80):
+        plain = ids_of(case_of(rows=300, experts=64, block_size=48, seed=seed))
+        case = case_of(Fault("exact_count", "ids"), rows=300, experts=64, block_size=48, seed=seed)
+        ids = ids_of(case)
+        assert all(len(set(row)) == 4 for row in ids.tolist())
+        if torch.equal(plain, ids):
+            continue
+        rows = [row for row in range(300) if not torch.equal(plain[row], ids[row])]
+        counts = ids.flatten().bincount(minlength=64).tolist()
+        first = [one for one in range(64) if (ids[: counts[one]] == one).any(dim=1).all()]
+        assert first  # an expert of the first rows, and of no others
+        found |= {counts[one] for one in first}
+        kept = case.with_step(0, case.steps[0].keep_rows(Labels.of(rows[::2])))
+        assert torch.equal(ids_of(kept), ids[rows[::2]])
+    assert len(found) > 9
+    assert found & {15, 16, 17, 31, 32, 33}
+    assert found & {47, 48, 49, 96}
+
+
+def test_rows_of_no_expert_are_left_alone_by_an_exact_count():
+    for seed in range(9):
+        sentinels = ids_of(case_of(on_rows("minus_one_ids"), Fault("exact_count", "ids"), seed=seed))
+        assert (sentinels[2:5] == -1).all()
+
+
 def test_modes_and_features():
     assert SPACE.modes(INFO) == MODES
     assert SPACE.modes(replace(INFO, contract=Contract(graph=False))) == MODES[:1]

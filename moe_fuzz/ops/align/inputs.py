@@ -55,7 +55,8 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     expert_map, num_experts = _map(case, device)
     inputs = AlignInputs({"block_size": int(config["block_size"]), "num_experts": num_experts})
     canvas = IdsCanvas("ids", _fresh(case, rows, case.stream(step_index), device), rows,
-                       range(int(config["top_k"])), case.seed, experts=case.experts)  # fmt: skip
+                       range(int(config["top_k"])), case.seed, experts=case.experts,
+                       block=int(config["block_size"]))  # fmt: skip
     laid = [fault for fault in step.faults if fault.tensor == "ids"]
     for fault in laid:
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))

@@ -73,6 +73,7 @@ PLACES = (
     FaultPlace("int32_boundary", "ids", on_rows=False, max_rows=64, modes=("eager", "graph")),
     FaultPlace("far_columns", "ids", on_rows=False, modes=("eager", "graph")),
     FaultPlace("misaligned", "ids", on_rows=False),
+    FaultPlace("exact_count", "ids", on_rows=False),
     FaultPlace("noncontiguous", _MAP, on_rows=False, needs=_MAP),
 )
 

@@ -29,6 +29,7 @@ FAULTS = {
     "duplicate_experts": "rows name an expert several times",
     "all_to_one": "all slots of the rows go to one expert",
     "hot_expert": "one slot of each row goes to the same expert",
+    "exact_count": "as many rows name one expert as fill its blocks, or one more, or one less",
     "empty_experts": "the rows name an eighth of the experts only",
     "zero_rows": "rows of zeros, as in a buffer that nobody has written yet: expert 0, k times",
     "stale_rows": "rows hold an earlier step's ids",

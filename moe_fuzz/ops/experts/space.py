@@ -49,6 +49,7 @@ PLACES = (
     FaultPlace("extreme_weights", "weights", on_rows=True),
     FaultPlace("nan_dropped", "weights", on_rows=True),
     FaultPlace("int64_ids", "ids", on_rows=False),
+    FaultPlace("exact_count", "ids", on_rows=False),
     *(FaultPlace("noncontiguous", name, on_rows=False) for name in ("x", "w13", "w2", "weights", "ids")),
     *(FaultPlace("misaligned", name, on_rows=False) for name in ("x", "w13", "w2", "weights", "ids")),
     *(FaultPlace("transposed", name, on_rows=False) for name in ("x", "weights", "ids")),

@@ -47,6 +47,7 @@ FAULTS = {
     "duplicate_experts": "rows name an expert several times",
     "all_to_one": "all slots of the rows go to one expert",
     "hot_expert": "one slot of each row goes to the same expert",
+    "exact_count": "as many rows name one expert as fill its blocks, or one more, or one less",
     "empty_experts": "the rows name an eighth of the experts only",
     "sentinel_ids": "ids of no expert: -1, -2, E, E + 1, the largest and smallest int32",
     "wide_ids": "ids are int64, some beyond 32 bits, whose low 32 bits are an expert's",
