@@ -73,6 +73,7 @@ class Capabilities:
     bias: bool = True
     bias_required: bool = False  # without a bias it is another kernel's business
     scale: bool = True
+    zero_scale: bool = True  # takes a scale of 0, which makes all weights 0
     is_padding: bool = True
     strided: bool = True  # takes inputs whose rows are not packed
     any_strides: bool = False  # takes vectors whose elements stand apart, and columns as far apart as rows

@@ -45,7 +45,7 @@ def with_faults_of(space: Space, case: Case, other: Case) -> Case | None:
     step = case.steps[0]
     rows = Labels.of(row for fault in step.faults for row in fault.rows) or step.rows
     faults = tuple(Fault(f.name, f.tensor, rows if f.rows else Labels()) for f in other.steps[0].faults)
-    flags = {flag: True for flag in _flags(space, other)}
+    flags = {flag: other.config[flag] for flag in _flags(space, other)}
     swapped = case.with_step(0, replace(step, faults=faults)).with_config(**flags)
     try:
         space.validate(swapped)

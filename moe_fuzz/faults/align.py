@@ -27,6 +27,7 @@ class IdsCanvas(Canvas):
     """Ids while their faults are laid."""
 
     experts: Labels = field(default_factory=Labels)  # an id is a position in these
+    block: int = 16  # slots of an expert that stand together
 
     def chosen(self, fault: str) -> torch.Tensor:
         """An expert, int64 [1, 1]. It stays the same when others are taken away."""
@@ -78,6 +79,47 @@ class HotExpert(IdsFault):
         slots = canvas.choose_rows(positions, canvas.values.shape[1], self.name)  # [P, 1]
         hot = canvas.chosen(self.name).to(canvas.values.dtype).expand(len(positions), 1)
         canvas.values[positions] = canvas.values[positions].scatter(1, slots, hot)
+
+
+_COUNTS = (15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
+
+
+@register
+class ExactCount(IdsFault):
+    """One expert is named by so many rows: as many as whole blocks have, a block's number of 16 to 128 or one that is
+    any, or one more or less than these. No other row names it; k distinct experts of a row stay so."""
+
+    name = "exact_count"
+
+    def lay_ids(self, canvas: IdsCanvas, positions: Sequence[int]) -> None:
+        # By its label, not as the best of some: or else another would take its place in rows that do not name it.
+        label = self._one(canvas, 1 << 13) >> (13, 13, 12, 11, 10, 9, 8, 7, 6)[self._one(canvas, 9, "/few")]
+        top_k, experts = canvas.values.shape[1], len(canvas.experts)
+        if label not in canvas.experts or top_k >= experts:
+            return
+        one = Labels.of([label]).positions(canvas.experts)[0]
+        block, drawn = canvas.block, self._one(canvas, 200, "/any")
+        counts = (*_COUNTS, *(block - 1, block, block + 1, 2 * block) * 2, drawn)
+        count = counts[self._one(canvas, len(counts), "/count")]
+
+        ids = canvas.values[positions].long()
+        ordered = ids.sort(dim=1).values
+        plain = ((ids >= 0) & (ids < experts)).all(dim=1) & (ordered.diff(dim=1) > 0).all(dim=1)  # [P]
+        named = (ids == one).any(dim=1)
+        wanted = canvas.table(canvas.labels(positions), torch.int64) < count
+        slot = canvas.choose_rows(positions, top_k, self.name + "/slot")
+        lacking = (plain & wanted & ~named)[:, None] & (torch.arange(top_k, device=canvas.device) == slot)
+        ids = torch.where(lacking, one, ids)
+        spare = (plain & named & ~wanted).nonzero().flatten()
+        if len(spare):  # the next expert that the row does not name
+            others = (one + 1 + torch.arange(top_k, device=canvas.device)) % experts
+            free = (ids[spare][:, :, None] != others).all(dim=1)  # [S, k]
+            instead = others[free.int().argmax(dim=1)][:, None]
+            ids[spare] = torch.where(ids[spare] == one, instead, ids[spare])
+        canvas.values[positions] = ids.to(canvas.values.dtype)
+
+    def _one(self, canvas: IdsCanvas, count: int, what: str = "") -> int:
+        return int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}{what}", [0], [0], count))
 
 
 @register

@@ -107,6 +107,34 @@ class MaskedExperts(Fault):
         return torch.where(kind == 0, first, torch.where(kind == 1, ~first, second))
 
 
+#: Of a row: a warp most often, parts of it and several, and numbers that divide those of experts.
+_LANES = (32,) * 7 + (8, 16, 64) * 3 + (2, 4, 128) * 2 + (3, 5, 6, 10, 12, 20, 24, 48)
+_VECTORS = (1,) * 8 + (2, 4, 8, 16, 32, 64)  # experts that a lane has side by side
+
+
+@register
+class ClusteredTop(Fault):
+    """The best experts of a row are all in one lane of a kernel: every second, every 32nd, or a run of them. A lane
+    that keeps its best few candidates only loses some (TensorRT-LLM#7068).
+
+    Experts are dealt to the lanes in turn, one or a vector of them at a time. Those of the lane are positive, all
+    others negative; no magnitude changes, so that no two values become equal which differed.
+    """
+
+    name = "clustered_top"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        label = canvas.table(canvas.columns, torch.int64)[None, :]
+        lanes = canvas.table(_LANES)[canvas.choose_rows(positions, len(_LANES), self.name + "/lanes")]  # [P, 1]
+        vector = canvas.table(_VECTORS)[canvas.choose_rows(positions, len(_VECTORS), self.name + "/vector")]
+        # One of the first 1, 2, 4, … 1024 experts, by its label: so that the lane is there where experts are few, too.
+        least = canvas.choose_rows(positions, 1024, self.name) >> canvas.choose_rows(positions, 11, self.name + "/few")
+        hit = label // vector % lanes == least // vector % lanes
+        row = canvas.values[canvas.at(positions)]
+        laid = torch.where(hit, row.abs(), -row.abs())
+        canvas.values[canvas.at(positions)] = torch.where(row.isfinite(), laid, row)
+
+
 @register
 class ShiftedRows(Fault):
     """A row's logits share a large offset, up or down. Softmax does not see it; an exponential from which the row's

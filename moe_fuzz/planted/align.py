@@ -36,6 +36,26 @@ def map_indexed_by_minus_one(
     return _plan(ids, torch.where(inside, found, -1), block_size, num_experts)
 
 
+def whole_tiles_need_one_more(ids: Tensor, block_size: int, num_experts: int) -> Plan:
+    """vllm#28619: the end of an expert's last block. Tiles of 64 slots are counted as `count // 64 + 1`, so that an
+    expert that fills its tiles has one block too many."""
+    expert = _known(ids.flatten().long(), num_experts)
+    counts = _counts(expert, num_experts)
+    whole = (counts > 0) & (counts % 64 == 0) & (64 % block_size == 0)
+    return _plan(ids, expert, block_size, num_experts, counts=counts + whole.long())
+
+
+def map_without_its_stride(
+    ids: Tensor, block_size: int, num_experts: int, *, expert_map: Tensor | None = None
+) -> Plan:  # fmt: skip
+    """vllm#34673: a layout is taken for another. Reads the first G numbers of where the map lies."""
+    if expert_map is not None:
+        expert_map = expert_map.as_strided(expert_map.shape, (1,))
+    flat = ids.flatten().long()
+    known = _known(flat, num_experts if expert_map is None else len(expert_map))
+    return _plan(ids, _mapped(known, num_experts, expert_map), block_size, num_experts)
+
+
 def id_cut_to_32_bits(ids: Tensor, block_size: int, num_experts: int, *, expert_map: Tensor | None = None) -> Plan:
     """sglang#29929: int64 ids under an int32 interface. An id beyond them passes for the expert in its low ones."""
     return _plan(ids, _mapped(_known(ids.flatten().int().long(), num_experts), num_experts, expert_map), block_size,

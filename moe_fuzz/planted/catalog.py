@@ -71,6 +71,8 @@ _ROUTERS: tuple[Planted, ...] = (
             "lanes past E add exp(0 - max) to the sum, unless E is a power of two", only=True),
     _router("tail_experts_dropped", "routing_numerics", "selection", "vllm#21079",
             "searches E // 32 blocks of 32 experts: never the tail", only=True),
+    _router("four_a_lane", "routing_numerics", "selection", "TensorRT-LLM#7068",
+            "keeps four candidates of each of 32 lanes: too few where more of the best are in one", only=True),
     _router("bf16_scores", "routing_numerics", "selection", "flashinfer#3595", "ranks scores rounded to bfloat16"),
     _router("reversed_ties", "routing_numerics", "ties", "sglang#31001",
             "promises the lowest id of equal experts, takes the highest", only=True,
@@ -140,6 +142,8 @@ _ROUTERS: tuple[Planted, ...] = (
              "searches from -1 and expert 0 where E is no power of two: biased scores below -1 lose to it"),
     _sigmoid("bias_taken_back", "weights", "sglang#13049",
              "takes the weight from the biased score less the bias: a small score loses its digits", only=True),
+    _sigmoid("no_scale_of_zero", "weights", "aiconfigurator#1452", "`scale or 1.0`: a scale of 0 is none at all",
+             only=True),
     # groups
     _grouped("nan_groups", "ids", "vllm#39391", "on a row of NaN group 0 stays topk_group times, and expert 0 k times"),
     _grouped("masked_groups_zero", "selection", "transformers#45440",
@@ -164,6 +168,8 @@ _ROUTERS: tuple[Planted, ...] = (
     _grouped("grouped_biased_weight", "weights", "vllm#34673", "takes the weight from the biased score"),
     # shared experts and mapped ids
     _slots("shared_id_off_by_one", "shared", "sglang#8125", "the first shared expert has the id E - 1", only=True),
+    _slots("two_shared_in_turns", "shared", "sglang#6736", "the slots of more than two shared experts name these two",
+           only=True),
     _slots("shared_guard_missing", "selection", "sglang#17325", "ignores groups where there are shared experts",
            only=True),
     _slots("renormalized_with_shared", "weights", "sglang#8125", "divides by a sum with the shared experts in it",

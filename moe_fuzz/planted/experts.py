@@ -156,6 +156,16 @@ def bias_offset_padded(*tensors: Tensor, **options: Any) -> Tensor:
     return _BiasOffset.run(*tensors, **options)
 
 
+def biases_without_their_strides(*tensors: Tensor, **options: Any) -> Tensor:
+    """vllm#34673: a layout is taken for another. Reads biases whose rows stand apart, or whose columns are packed, as
+    if their rows were."""
+    for name in ("b13", "b2"):
+        bias = options.get(name)
+        if bias is not None:
+            options[name] = bias.as_strided(bias.shape, (bias.shape[1], 1))
+    return Layer.run(*tensors, **options)
+
+
 class _Bf16Sums(Layer):
     def product(self, a: Tensor, w: Tensor) -> Tensor:
         total = torch.zeros((len(a), len(w)), dtype=torch.bfloat16, device=a.device)

@@ -57,6 +57,8 @@ EXPERTS: tuple[Planted, ...] = (
     _experts("padded_at_the_end", "exact", "vllm#55649", "pads [gate; up] as one where 16 does not divide I"),
     _experts("gate_and_up_swapped", "exact", "vllm#34673", "takes `up_first` for `first`"),
     _experts("bias_offset_padded", "exact", "vllm#35497", "an expert's bias is at e * H rounded up to 16"),
+    _experts("biases_without_their_strides", "exact", "vllm#34673", "reads biases that are not packed as if they were",
+             capabilities={"any_strides": True}),
     _experts("bf16_partial_sums", "exact", "vllm#56887", "adds the parts of a sum in bfloat16"),
     _experts("bf16_weights", "statistical", "flashinfer#3595", "rounds the router's weights to bfloat16", only=True,
              capabilities={"recipes": ("dense", "integer", "one_hot", "ladder")}),  # `fine` shows it in the bits

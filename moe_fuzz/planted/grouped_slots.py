@@ -19,6 +19,18 @@ def shared_id_off_by_one(
     return _with_shared(_renormalized(weights, renormalize), ids, logits.shape[1] - 1, n_shared)
 
 
+def two_shared_in_turns(
+    logits: Tensor, top_k: int, *, renormalize: bool = False, n_group: int = 1, topk_group: int = 1,
+    scoring: str = "softmax", group_score: str = "max", bias: Tensor | None = None, n_shared: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """sglang#6736: the slots of shared experts are fewer than the kernel is told of. It knows two, and the slots of
+    more take these in turns."""
+    weights, ids = _route(logits, top_k, n_group, topk_group, scoring, group_score, bias)
+    weights, ids = _with_shared(_renormalized(weights, renormalize), ids, logits.shape[1], n_shared)
+    ids[:, top_k:] = logits.shape[1] + (ids[:, top_k:] - logits.shape[1]) % 2
+    return weights, ids
+
+
 def shared_guard_missing(
     logits: Tensor, top_k: int, *, renormalize: bool = False, n_group: int = 1, topk_group: int = 1,
     scoring: str = "softmax", group_score: str = "max", bias: Tensor | None = None, n_shared: int = 0,

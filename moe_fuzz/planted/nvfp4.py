@@ -88,6 +88,16 @@ def bfloat16_scale_read_as_float32(x: Tensor, global_scale: Tensor, layout: str 
     return _result(_codes(blocks, held, scale), held, layout)
 
 
+def room_for_128_scales(
+    x: Tensor, global_scale: Tensor, layout: str = "linear", *, expert_ids: Tensor | None = None
+) -> Result:
+    """aiter#1869: more than 128 experts, and room for the numbers of 128. Those beyond have the last one's scale."""
+    if expert_ids is not None:
+        here = expert_ids < len(global_scale)
+        expert_ids = torch.where(here, expert_ids.clamp(max=127), expert_ids)
+    return _right(x, global_scale, layout, expert_ids)
+
+
 def minus_one_is_the_last_expert(
     x: Tensor, global_scale: Tensor, layout: str = "linear", *, expert_ids: Tensor | None = None
 ) -> Result:

@@ -45,6 +45,7 @@ NVFP4: tuple[Planted, ...] = (
            only=True, capabilities={"scale_dtypes": ("float32", "bfloat16"), "expert_scales": False}),
     _exact("minus_one_is_the_last_expert", "scale", "vllm#42034", "a row of expert -1 takes the last one's scale",
            only=True),
+    _exact("room_for_128_scales", "scale", "aiter#1869", "of more than 128 experts the others have the 128th's scale"),
     _exact("ids_cut_to_32_bits", "scale", "sglang#29929", "of int64 ids takes the low 32 bits",
            only=True),
     _exact("infinity_zeroes_the_batch", "scale", "aiter#6275", "one infinite row, and every row is stored as zero"),

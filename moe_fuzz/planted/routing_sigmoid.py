@@ -106,6 +106,14 @@ def bias_taken_back(
     return (picked / picked.sum(dim=1, keepdim=True).clamp_min(1e-30) if renormalize else picked), ids.int()
 
 
+def no_scale_of_zero(
+    logits: Tensor, top_k: int, *, renormalize: bool = False, bias: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """aiconfigurator#1452: `scale or 1.0`, for a factor that may not be given. One of 0 is not given either."""
+    weights, ids = _route(logits, top_k, renormalize, bias)
+    return weights * (scale or 1.0), ids
+
+
 def narrow_index(logits: Tensor, top_k: int, *, renormalize: bool = False) -> tuple[Tensor, Tensor]:
     """vllm#12413: indices of 16 bits, chosen for a size that another launch exceeds. From T * k = 65536 on they wrap.
 

@@ -83,6 +83,7 @@ _GATE_CAPABILITIES = Capabilities(
     strided=False,
     experts_power_of_two=True, max_n_group=32, min_group_size=8, max_group_size=32, scorings=("sigmoid",),
     group_scores=("top2_sum",), n_shared=2, expert_map=False,
+    zero_scale=False,  # a shared expert's weight is the sum of the others divided by it, before it is multiplied
 )  # fmt: skip
 _GATE_TEST = "sgl-kernel/tests/test_moe_fused_gate.py: ids equal those of the torch code"
 _GATE_CLAUSES = {

@@ -38,6 +38,7 @@ _CAPABILITIES = Capabilities(is_padding=False, strided=True, alignment=1)
 _GROUPED = Capabilities(
     is_padding=False, strided=True, alignment=1, min_experts=2, min_n_group=2, max_n_group=32, min_group_size=2,
     scorings=("sigmoid",), group_scores=("top2_sum",), expert_map=False, n_shared=2,
+    zero_scale=False,  # a shared expert's weight is the sum of the others divided by it, before it is multiplied
 )  # fmt: skip
 _RANGE = "sglang#30079: NaN is mapped to a finite floor so that ids are in range: moe_align indexes by them"
 _CLAUSES = {

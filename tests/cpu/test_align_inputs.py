@@ -108,6 +108,7 @@ def test_configs_that_are_none_are_refused(change, message):
         (Fault("nan_rows", "ids", Labels.range(1)), "knows no fault"), (Fault("all_to_one", "ids"), "must name rows"),
         (Fault("transposed", "ids", Labels.range(1)), "must name no rows"), (on_rows("wide_ids"), "int64"),
         (Fault("zero_rows", "ids", Labels.range(1), 3), "stale_rows"),
+        (Fault("noncontiguous", "expert_map"), "config.expert_map"),
     ],
 )  # fmt: skip
 def test_faults_that_cannot_be_laid_are_refused(fault, message):
@@ -126,6 +127,52 @@ def test_what_a_target_does_not_take_is_said():
                  "ids of no expert (minus_one_ids)", "an expert twice"):  # fmt: skip
         assert part in said
     assert "no tokens" in SPACE.refusal(case_of(rows=0, experts=4), info)
+
+
+def test_a_map_whose_entries_stand_apart():
+    case = case_of(Fault("noncontiguous", "expert_map"), expert_map="permuted")
+    inputs = materialize(case, 0)
+    with open_arena("cpu") as arena:
+        placed = inputs.place(arena, CAN)
+        assert placed["expert_map"].stride(0) > 1
+        assert torch.equal(placed["expert_map"], inputs.plain["expert_map"])
+        assert placed["ids"].is_contiguous()
+    assert "strided expert_map" in SPACE.refusal(case, INFO)
+    takes = replace(INFO, capabilities=replace(CAN, any_strides=True))
+    assert not SPACE.refusal(case, takes)
+    for kind, info, laid in (("shard", takes, True), ("none", takes, False), ("shard", INFO, False)):
+        places = SPACE.places_for({**case.config, "expert_map": kind}, info)
+        assert ("expert_map" in {place.tensor for place in places}) is laid
+    gone = [simpler for simpler in SPACE.simplify(case) if simpler.config["expert_map"] == "none"]
+    assert gone
+    assert not any(simpler.fault_names for simpler in gone)
+
+
+def test_one_expert_has_so_many_rows():
+    found = set()
+    for seed in range(80):
+        plain = ids_of(case_of(rows=300, experts=64, block_size=48, seed=seed))
+        case = case_of(Fault("exact_count", "ids"), rows=300, experts=64, block_size=48, seed=seed)
+        ids = ids_of(case)
+        assert all(len(set(row)) == 4 for row in ids.tolist())
+        if torch.equal(plain, ids):
+            continue
+        rows = [row for row in range(300) if not torch.equal(plain[row], ids[row])]
+        counts = ids.flatten().bincount(minlength=64).tolist()
+        first = [one for one in range(64) if (ids[: counts[one]] == one).any(dim=1).all()]
+        assert first  # an expert of the first rows, and of no others
+        found |= {counts[one] for one in first}
+        kept = case.with_step(0, case.steps[0].keep_rows(Labels.of(rows[::2])))
+        assert torch.equal(ids_of(kept), ids[rows[::2]])
+    assert len(found) > 9
+    assert found & {15, 16, 17, 31, 32, 33}
+    assert found & {47, 48, 49, 96}
+
+
+def test_rows_of_no_expert_are_left_alone_by_an_exact_count():
+    for seed in range(9):
+        sentinels = ids_of(case_of(on_rows("minus_one_ids"), Fault("exact_count", "ids"), seed=seed))
+        assert (sentinels[2:5] == -1).all()
 
 
 def test_modes_and_features():

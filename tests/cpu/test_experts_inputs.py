@@ -236,6 +236,36 @@ def test_layouts_keep_the_values(tensor, fault):
         assert all(placed[name].is_contiguous() for name in placed if name != tensor)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "fault"),
+    [("b13", "noncontiguous"), ("b2", "noncontiguous"), ("b13", "transposed"), ("b2", "transposed"),
+     ("expert_map", "noncontiguous")],
+)  # fmt: skip
+def test_biases_and_maps_that_are_not_packed(tensor, fault):
+    whole = case(faults=[Fault(fault, tensor)], bias="dtype", expert_map="permuted")
+    inputs = materialize(whole, 0)
+    with open_arena("cpu") as arena:
+        placed = inputs.place(arena, Capabilities())
+        there = placed[tensor]
+        assert same(there.clone(), inputs.plain[tensor])
+        assert same(there.clone(), materialize(case(bias="dtype", expert_map="permuted"), 0).plain[tensor])
+        assert there.stride() == inputs.lies[tensor].strides(there.shape) != there.contiguous().stride()
+        assert (there.stride(0) == 1) is (fault == "transposed")
+        assert all(placed[name].is_contiguous() for name in placed if name != tensor)
+
+
+def test_an_expert_has_exactly_so_many_rows():
+    found = set()
+    for seed in range(40):
+        inputs = materialize(case(rows="0-39", seed=seed, faults=[Fault("exact_count", "ids")]), 0)
+        ids = inputs.plain["ids"]
+        assert all(len(set(row)) == 2 for row in ids.tolist())
+        counts = ids.flatten().bincount(minlength=8).tolist()
+        found |= {counts[one] for one in range(8) if counts[one] and (ids[: counts[one]] == one).any(dim=1).all()}
+    assert found & {15, 16, 17}
+    assert found & {31, 32, 33}
+
+
 def test_many_rows_of_a_weight_do_not_stand_so_far_apart_that_looking_between_them_takes_seconds():
     widest = 0
     for seed in range(12):

@@ -189,12 +189,34 @@ def test_a_config_that_is_none_is_refused(changes, where):
         (Fault("nan_rows", "x"), "must name rows"),
         (Fault("misaligned", "w2", Labels.parse("0")), "must name no rows"),
         (Fault("nan_rows", "x", Labels.parse("0"), 1), "only stale_rows"),
+        (Fault("transposed", "b2"), "config.bias"),
+        (Fault("noncontiguous", "expert_map"), "config.expert_map"),
     ],
 )
 def test_a_fault_that_cannot_be_laid_is_refused(fault, says):
     case = simple()
     with pytest.raises(CaseError, match=says):
         SPACE.validate(case.with_step(0, replace(case.steps[0], faults=(fault,))))
+
+
+def test_layouts_of_biases_and_maps_go_with_them_and_take_any_strides():
+    laid = tuple(Fault(fault, name) for fault, name in (("transposed", "b13"), ("noncontiguous", "b2"),
+                                                        ("noncontiguous", "expert_map")))  # fmt: skip
+    case = simple(bias="float32", expert_map="shard")
+    case = case.with_step(0, replace(case.steps[0], faults=laid))
+    SPACE.validate(case)
+    for simpler in SPACE.simplify(case):
+        SPACE.validate(simpler)
+    assert any(one.config["bias"] == "none" and len(one.steps[0].faults) == 1 for one in SPACE.simplify(case))
+    can = Capabilities(dtypes=("bfloat16", "float16"))
+    said = SPACE.refusal(case, TargetInfo("experts_bf16@x", "experts_bf16", "x", capabilities=can))
+    assert all(f"strided {fault.tensor}" in said for fault in laid)
+    can = replace(can, any_strides=True)
+    info = TargetInfo("experts_bf16@x", "experts_bf16", "x", capabilities=can)
+    assert not SPACE.refusal(case, info)
+    for config, tensors in ((case.config, {"b13", "b2", "expert_map"}), (simple().config, set())):
+        places = {place.tensor for place in SPACE.places_for(config, info)}
+        assert places & {"b13", "b2", "expert_map"} == tensors
 
 
 def test_far_experts_have_pages_of_their_own():

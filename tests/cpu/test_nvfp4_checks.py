@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
@@ -76,6 +77,16 @@ def test_the_spaces_checks_are_the_registered_ones():
     by_worker = {"error", "capture", "fence", "canary"}  # seen where the target runs, not by looking at its outputs
     assert set(SPACE.checks) == set(CHECKS) | by_worker
     assert {place.fault for place in SPACE.places} == set(SPACE.faults)
+
+
+def test_scales_are_those_of_up_to_a_thousand_experts():
+    counts = Counter(len(materialize(case_of(seed=seed, expert_ids="int32"), 0).plain["global_scale"])
+                     for seed in range(400))  # fmt: skip
+    assert {1, 4, 16, 17, 40, 128, 129, 256, 257, 1025} <= set(counts)
+    assert 20 < sum(number for count, number in counts.items() if count > 128) < 100
+    ids = torch.cat([materialize(case_of(seed=seed, rows=40, expert_ids="int64"), 0).plain["expert_ids"]
+                     for seed in range(60)])  # fmt: skip
+    assert ids.amax() >= 128
 
 
 def test_no_alarm_on_the_reference_over_the_grid():

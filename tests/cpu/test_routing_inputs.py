@@ -73,6 +73,7 @@ def test_steps_differ():
         ("partial_inf", lambda x: (x == torch.inf).any() and (x == -torch.inf).any() and x.isfinite().any()),
         ("masked_experts", lambda x: (x == -torch.inf).any() and x.isfinite().any() and not x.isnan().any()),
         ("shifted_rows", lambda x: (x.amin(dim=1) * x.amax(dim=1) > 0).all() and x.abs().amin() > 2**4),
+        ("clustered_top", lambda x: (x > 0).any() and x.isfinite().all() and x.unique().numel() > 9),
         ("huge_rows", lambda x: x.isfinite().all() and (x == torch.finfo(x.dtype).max).any() and (x < -1e4).any()),
         (
             "ladder",
@@ -211,6 +212,29 @@ def test_masked_experts_come_in_runs_too():
     assert {tuple(range(32)), tuple(range(64)), tuple(range(32, 96)), tuple(range(32, 64))} <= runs
 
 
+@pytest.mark.parametrize("experts", [128, 256])
+def test_the_best_experts_are_those_of_one_lane(experts):
+    rows = Labels.range(300)
+    plain = materialize(case_of(rows=300, experts=experts), 0).plain["logits"]
+    laid = materialize(case_of(Fault("clustered_top", "logits", rows), rows=300, experts=experts), 0).plain["logits"]
+    assert torch.equal(laid.abs(), plain.abs())
+    found = [(row > 0).nonzero().flatten() for row in laid]
+    apart = [set(at.diff().tolist()) for at in found]
+    for stride in (2, 8, 32, experts // 8):
+        assert {stride} in apart, stride
+    assert {1} in [gaps for gaps, at in zip(apart, found, strict=True) if len(at) in (8, 16, 32)]  # a run
+    assert sum(len(at) > 0 for at in found) > 250
+    assert {int(at[0]) % 32 for at, gaps in zip(found, apart, strict=True) if gaps == {32}} > {0}  # not the first alone
+
+
+def test_the_best_of_a_lane_leave_nan_and_infinities_as_they_are():
+    nan, faults = Fault("partial_nan", "logits", Labels.range(9)), Fault("partial_inf", "logits", Labels.range(9))
+    before = materialize(case_of(nan, faults), 0).plain["logits"]
+    laid = materialize(case_of(nan, faults, Fault("clustered_top", "logits", Labels.range(9))), 0).plain["logits"]
+    kept = ~before.isfinite()
+    assert torch.equal(element_bits(laid)[kept], element_bits(before)[kept])
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_transposed_view_may_be_small(rows):
     inputs = materialize(case_of(Fault("transposed", "logits"), rows=rows, experts=1, top_k=1), 0)
@@ -259,6 +283,27 @@ def test_rows_that_faults_write_over_are_the_same_as_if_they_had_been_made():
                     FAULTS[fault.name].lay(logits, positions)
             assert torch.equal(element_bits(materialize(case, at).plain["logits"]), element_bits(logits.values))
     assert seen > 10
+
+
+def test_a_scale_of_zero_is_drawn_where_the_target_takes_it():
+    scales = {axis.name: axis.values for axis in SPACE.axes(INFO)}["scale"]
+    assert 0.0 in scales
+    case = case_of(scale=0.0)
+    assert not SPACE.refusal(case, INFO)
+    declines = replace(INFO, capabilities=replace(INFO.capabilities, zero_scale=False))
+    assert "a scale of 0" in SPACE.refusal(case, declines)
+    assert {axis.name: axis.values for axis in SPACE.axes(declines)}["scale"] == [s for s in scales if s]
+    assert "scale=0" in SPACE.features(case)
+
+
+def test_as_many_shared_experts_are_drawn_as_the_target_takes():
+    for most in (0, 2, 8):
+        info = replace(INFO, op="grouped_topk", capabilities=replace(INFO.capabilities, n_shared=most))
+        drawn = next(axis for axis in GROUPED.axes(info) if axis.name == "n_shared")
+        assert set(drawn.values) | set(drawn.often) == {n for n in (0, 1, 2, 3, 4, 5, 8) if n <= most}
+    many = case_of(n_group=2, topk_group=1, n_shared=8)
+    assert materialize(many, 0).width == 10
+    assert "n_shared>2" in GROUPED.features(many)
 
 
 def test_weights_are_the_same_tensors_in_every_step():

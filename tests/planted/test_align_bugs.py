@@ -72,6 +72,18 @@ def test_minus_one_is_the_maps_last_entry():
     assert align(ids_of([-1, 1]), 2, 3, expert_map=elsewhere)[1].tolist() == [1, -1]
 
 
+def test_whole_tiles_have_a_block_too_many():
+    for count, blocks in ((63, 4), (64, 5), (65, 5), (128, 9)):
+        ids = ids_of(*[[0]] * count, [1])
+        assert load("whole_tiles_need_one_more")(ids, 16, 2)[2].tolist() == [16 * (blocks + 1)]
+
+
+def test_a_map_is_read_as_if_it_were_packed():
+    align, wide = load("map_without_its_stride"), torch.tensor([1, 7, 0, 7], dtype=torch.int32)
+    assert align(ids_of([0, 1]), 2, 2, expert_map=wide[::2])[1].tolist() == [1, -1]
+    assert align(ids_of([0, 1]), 2, 2, expert_map=wide[::2].contiguous())[1].tolist() == [0, 1]
+
+
 def test_a_wide_id_passes_for_an_expert():
     assert load("id_cut_to_32_bits")(ids_of([2**32 + 1, 0], dtype=torch.int64), 1, 2)[2].tolist() == [2]
 

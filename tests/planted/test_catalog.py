@@ -249,6 +249,18 @@ def test_the_tail_experts_never_win(experts):
     assert (got[1] < experts - 1).all()
 
 
+def test_a_lane_keeps_four_candidates():
+    logits = logits_of(2, 256).clamp(-5.0, 5.0)
+    logits[0, 3::32] = torch.arange(6.0, 14.0)  # all in one lane
+    logits[1, 3:11] = torch.arange(6.0, 14.0)
+    got = load("four_a_lane")(logits, 8)
+    assert_sound(logits, got, 8)
+    assert got[1][0, :4].tolist() == [227, 195, 163, 131]
+    assert got[1][0, 4] % 32 != 3
+    assert torch.equal(got[1][1], reference(logits, 8)[1][1])
+    assert torch.equal(load("four_a_lane")(logits[:, :128], 8)[1], reference(logits[:, :128], 8)[1])
+
+
 def test_scores_within_a_bf16_step_become_ties():
     logits = torch.tensor([[0.0, 0.001, -1.0]])
     assert load("bf16_scores")(logits, 2)[1].tolist() == [[0, 1]]

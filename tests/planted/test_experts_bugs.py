@@ -109,6 +109,7 @@ MINUS = torch.tensor([[0], [-1], [4], [3]], dtype=torch.int32)
         ("padded_at_the_end", layer(inter=12)),
         ("gate_and_up_swapped", layer(gate_layout="up_first")),
         ("bias_offset_padded", layer(hidden=24, b2=torch.arange(96).float().view(4, 24))),
+        ("biases_without_their_strides", layer(b2=torch.arange(128.0).view(32, 4).t())),
         ("bf16_partial_sums", layer(hidden=512, inter=256)),
         ("k_tail_dropped", layer(hidden=40)),
         ("last_experts_dropped", layer(experts=7, tokens=7)),

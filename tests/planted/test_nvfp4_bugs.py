@@ -147,6 +147,11 @@ def test_minus_one_is_the_last():
                                         expert_ids=ids)[1]} == {0}  # fmt: skip
 
 
+def test_there_is_room_for_128_scales():
+    scales, ids = scale_of(*[1.0] * 128, *[9.0] * 72), torch.tensor([0, 127, 128, 199, 200])
+    assert {row for row, _ in differing("room_for_128_scales", data(5, 32), scales, expert_ids=ids)[1]} == {2, 3}
+
+
 def test_ids_lose_their_upper_half():
     ids = torch.tensor([1, 1 + (1 << 32), -(1 << 63)])
     assert {row for row, _ in differing("ids_cut_to_32_bits", data(3, 32), scale_of(1.0, 9.0), expert_ids=ids)[1]} == {

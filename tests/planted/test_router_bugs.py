@@ -66,6 +66,14 @@ def test_a_bias_takes_the_digits_of_a_score_with_it():
     assert topk_sigmoid(logits, 2, bias=bias)[0][0, 1] > 0
 
 
+def test_a_scale_of_zero_is_none():
+    weights, ids = load("no_scale_of_zero")(logits_of(2, 6), 2, scale=0.0)
+    assert (weights > 0).all()
+    assert torch.equal(ids, topk_sigmoid(logits_of(2, 6), 2, scale=0.0)[1])
+    halved = load("no_scale_of_zero")(logits_of(2, 6), 2, scale=0.5)[0]
+    torch.testing.assert_close(halved, topk_sigmoid(logits_of(2, 6), 2, scale=0.5)[0])
+
+
 def test_indices_wrap_at_16_bits():
     logits = torch.zeros(8200, 8)
     logits[:, 0] = 1.0
@@ -167,6 +175,14 @@ def test_shared_experts():
     weights, ids = load("renormalized_with_shared")(logits, 2, renormalize=True, n_shared=1)
     assert (weights[:, :2].sum(1) < 0.9).all()
     assert torch.equal(ids, grouped_topk(logits, 2, n_group=1, topk_group=1, n_shared=1)[1])
+
+
+def test_two_shared_experts_take_turns():
+    logits = logits_of(3, 8)
+    for n_shared, same in ((2, True), (3, False)):
+        got = load("two_shared_in_turns")(logits, 2, n_shared=n_shared)[1]
+        assert torch.equal(got, grouped_topk(logits, 2, n_group=1, topk_group=1, n_shared=n_shared)[1]) is same
+    assert got[:, 2:].tolist() == [[8, 9, 8]] * 3
 
 
 def test_mapped_ids():

@@ -35,6 +35,8 @@ from moe_fuzz.worker.pool import Pool
 TRIGGERS: Mapping[str, Callable[[Case], bool]] = {
     "renorm_zero_division": lambda case: finite(case) and case.config["bias"] is True,
     "sigmoid_zero_division": lambda case: finite(case),
+    "four_a_lane": lambda case: "clustered_top" in case.fault_names,
+    "whole_tiles_need_one_more": lambda case: "exact_count" in case.fault_names,
     "saturated_ties": lambda case: finite(case),
     "amax_of_the_batch": lambda case: "huge_rows" in case.fault_names,
     "amax_of_all_ranks": lambda case: "inf_rows" in case.fault_names,

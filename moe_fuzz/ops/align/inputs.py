@@ -9,7 +9,7 @@ import torch
 
 from moe_fuzz import generator
 from moe_fuzz.case import Case
-from moe_fuzz.faults import FAULTS
+from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.faults.align import IdsCanvas, keys
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 from moe_fuzz.reference.align import align_shapes
@@ -55,8 +55,10 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     expert_map, num_experts = _map(case, device)
     inputs = AlignInputs({"block_size": int(config["block_size"]), "num_experts": num_experts})
     canvas = IdsCanvas("ids", _fresh(case, rows, case.stream(step_index), device), rows,
-                       range(int(config["top_k"])), case.seed, experts=case.experts)  # fmt: skip
-    for fault in step.faults:
+                       range(int(config["top_k"])), case.seed, experts=case.experts,
+                       block=int(config["block_size"]))  # fmt: skip
+    laid = [fault for fault in step.faults if fault.tensor == "ids"]
+    for fault in laid:
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
         if fault.name == "stale_rows":
             stream = _STALE if fault.stream is None else fault.stream
@@ -68,6 +70,11 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     inputs.lies["ids"] = Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
     if expert_map is not None:
         inputs.plain["expert_map"] = expert_map
+        table = Canvas("expert_map", expert_map[None], [0], list(case.experts), case.seed)
+        for fault in step.faults:
+            if fault.tensor == "expert_map":  # only its layout can be a fault
+                FAULTS[fault.name].lay(table, [0])
+                inputs.lies["expert_map"] = Lie(0, 0, 1 + table.stride_gap)
     return inputs
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from operator import le
 from typing import ClassVar
 
-from moe_fuzz.case import MODES, Case, Scalar
+from moe_fuzz.case import MODES, Case, Fault, Scalar
 from moe_fuzz.contract import Capabilities, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
@@ -63,6 +63,7 @@ _DUPLICATES = ("zero_rows", "all_to_one", "hot_expert", "duplicate_experts")  # 
 #: What stands in the rows of a static buffer past the tokens, where it is not what was there: see moe_fuzz.sequences.
 TAILS = ("", "", "", "minus_one_ids", "minus_one_ids", "num_experts_ids", "sentinel_ids", "zero_rows")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
+_MAP = "expert_map"
 _LOCAL = "local"  # the map that makes num_experts smaller than the number of ids
 PLACES = (
     *(FaultPlace(name, "ids", on_rows=True) for name in ROW_FAULTS),
@@ -72,6 +73,8 @@ PLACES = (
     FaultPlace("int32_boundary", "ids", on_rows=False, max_rows=64, modes=("eager", "graph")),
     FaultPlace("far_columns", "ids", on_rows=False, modes=("eager", "graph")),
     FaultPlace("misaligned", "ids", on_rows=False),
+    FaultPlace("exact_count", "ids", on_rows=False),
+    FaultPlace("noncontiguous", _MAP, on_rows=False, needs=_MAP),
 )
 
 
@@ -128,18 +131,19 @@ class AlignSpace:
         return device != "cpu" or self.cost(case, device) <= CPU_BUDGET
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
-        return tuple(p for p in self.places if not self._refused(p.fault, info)
-                     and (p.fault != "wide_ids" or config["ids_dtype"] == "int64"))  # fmt: skip
+        return tuple(p for p in self.places if not self._refused(p.fault, p.tensor, info)
+                     and _has_room(config, p.fault, p.tensor))  # fmt: skip
 
-    def _refused(self, fault: str, info: TargetInfo) -> str:
+    def _refused(self, fault: str, tensor: str, info: TargetInfo) -> str:
         """Why the target does not take the fault; empty if it does."""
         can, contract = info.capabilities, info.contract
         if fault in _DIALECTS and _DIALECTS[fault] not in contract.accepts:
             return f"ids of no expert ({fault})"
         if fault in _DUPLICATES and not can.duplicate_ids:
             return "an expert twice in a row"
-        if (fault in _STRIDED and not can.strided) or (fault == "far_columns" and not can.any_strides):
-            return "strided ids"
+        any_strides = fault == "far_columns" or tensor == _MAP
+        if (fault in _STRIDED and not can.strided) or (any_strides and not can.any_strides):
+            return f"strided {tensor}"
         return "misaligned ids" if fault == "misaligned" and can.alignment > 1 else ""
 
     # ---- what is valid ----------------------------------------------------------------------------------------------
@@ -158,13 +162,15 @@ class AlignSpace:
                 place = require_place(self, case, fault, where)
                 require_few_rows(place, step.tokens, where)
                 require_rows(place, fault, where)
-                if fault.name == "wide_ids" and case.config["ids_dtype"] != "int64":
-                    raise CaseError(where, "wide_ids needs config.ids_dtype int64")
+                if not _has_room(case.config, fault.name, fault.tensor):
+                    needed = f"config.{_MAP}" if fault.tensor == _MAP else "config.ids_dtype int64"
+                    raise CaseError(where, f"{fault.name} on {fault.tensor} needs {needed}")
                 require_stream(fault, where)
 
     def refusal(self, case: Case, info: TargetInfo) -> str:
         refused = [what for hit, what in self._refusals(case, info) if hit]
-        refused += [why for name in case.fault_names if (why := self._refused(name, info))]
+        for tensor, name in sorted({(fault.tensor, fault.name) for step in case.steps for fault in step.faults}):
+            refused += [why] if (why := self._refused(name, tensor, info)) else []
         return f"{info.name} does not take {', '.join(refused)}" if refused else ""
 
     def _refusals(self, case: Case, info: TargetInfo) -> Iterator[tuple[object, str]]:
@@ -211,11 +217,9 @@ class AlignSpace:
         for name, values in FIELDS.items():
             for value in values[: values.index(case.config[name])]:
                 changed = case.with_config(**{name: value})
-                if changed.config["ids_dtype"] != "int64":
-                    changed = moves.with_fitting_faults(changed, lambda fault: fault.name != "wide_ids")
-                yield changed
-        wide = case.config["ids_dtype"] == "int64"
-        yield from moves.plainer_faults(case, ROW_FAULTS, fits=lambda fault: wide or fault.name != "wide_ids")
+                room = partial(_has_room_for, changed.config)
+                yield moves.with_fitting_faults(changed, room)
+        yield from moves.plainer_faults(case, ROW_FAULTS, fits=partial(_has_room_for, case.config))
 
     def sharpen(self, case: Case) -> Iterator[Case]:
         yield from moves.flush_left(case)
@@ -258,6 +262,17 @@ class AlignSpace:
 
     def _block(self, case: Case) -> int:
         return int(case.config["block_size"])
+
+
+def _has_room(config: Mapping[str, Scalar], fault: str, tensor: str) -> bool:
+    """Whether the config has what the fault is laid on: ids beyond 32 bits need more of them."""
+    if tensor == _MAP:
+        return config[_MAP] != MAPS[0]
+    return fault != "wide_ids" or config["ids_dtype"] == "int64"
+
+
+def _has_room_for(config: Mapping[str, Scalar], fault: Fault) -> bool:
+    return _has_room(config, fault.name, fault.tensor)
 
 
 def _takes_block(can: Capabilities, size: int) -> bool:

@@ -145,6 +145,9 @@ def filled(
     canvases: dict[str, Canvas] = {"x": x, "weights": weights, "ids": ids}
     for name in ("w13", "w2"):  # only their layout can be a fault
         canvases[name] = Canvas(name, plain[name], range(len(plain[name])), [0], case.seed)
+    for name in (name for name in ("b13", "b2", "expert_map") if name in plain):  # and so of these
+        table = plain[name] if plain[name].dim() == 2 else plain[name][None]
+        canvases[name] = Canvas(name, table, range(len(table)), range(table.shape[1]), case.seed)
 
     padding = torch.zeros(len(rows), dtype=torch.bool)
     flagged = step.padding.positions(step.rows)
@@ -204,6 +207,9 @@ def _lay_out(inputs: ExpertsInputs, name: str, canvas: Canvas) -> None:
     far = tensor.dim() == 3 and gap > 1 << 16
     if tensor.dim() == 3 and not far:  # an expert's rows stand apart, and they may be many
         gap = min(gap, max(_NEAR, _MOST_APART // max(1, tensor.shape[0] * tensor.shape[1])))
+    if tensor.dim() == 1:
+        inputs.lies[name] = Lie(0, canvas.offset, 1 + gap)
+        return
     # The stride is that of the whole step, also where a check takes fewer rows: they are rows of the same view.
     column_stride = max(1, len(canvas.rows) + canvas.stride_gap) if canvas.transposed else 0
     inputs.lies[name] = Lie(0 if canvas.transposed else gap, canvas.offset, column_stride)

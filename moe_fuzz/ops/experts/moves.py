@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
-from moe_fuzz.case import MODES, Case, Scalar
+from moe_fuzz.case import MODES, Case, Fault, Scalar
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts.fields import FIELDS
-from moe_fuzz.ops.moves import plainer_faults, simpler_runs
+from moe_fuzz.ops.moves import plainer_faults, simpler_runs, with_fitting_faults
 
 Fields = Mapping[str, tuple[Scalar, ...]]
 
@@ -28,6 +29,16 @@ def mended(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
     if whole.get("activations") == "as_given" or (known and whole.get("global_scale") in ("fitted", "large")):
         whole["global_scale"] = "power"
     return whole
+
+
+def has_tensor(config: Mapping[str, Scalar], tensor: str) -> bool:
+    """Whether a case of this config has the tensor: biases and a map it need not have."""
+    field = {"b13": "bias", "b2": "bias", "expert_map": "expert_map"}.get(tensor)
+    return field is None or config[field] != "none"
+
+
+def _has_room_for(config: Mapping[str, Scalar], fault: Fault) -> bool:
+    return has_tensor(config, fault.tensor)
 
 
 def keep(case: Case, axis: str, labels: Labels) -> Case:
@@ -82,6 +93,6 @@ def simplify(
         for other in values[: values.index(case.config[name])]:
             simpler = replace(case, config=mended({**case.config, name: other}))
             if simpler != case and simpler.config[name] == other:  # else it has been mended back
-                yield simpler
+                yield with_fitting_faults(simpler, partial(_has_room_for, simpler.config))
     for faults in row_faults:
         yield from plainer_faults(case, faults)

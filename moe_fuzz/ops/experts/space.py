@@ -41,6 +41,7 @@ IDS_FAULTS = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts", 
 _EAGER_IDS = ("wide_ids",)  # they are int64, and a graph's buffer has one dtype for all its steps
 _DUPLICATES = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
+_BIASES = ("b13", "b2")
 _NO_PIECES = ("eager", "graph")  # a producer's graph would need real memory for all that lies between rows
 PLACES = (
     *(FaultPlace(name, "x", on_rows=True) for name in X_FAULTS),
@@ -48,11 +49,14 @@ PLACES = (
     FaultPlace("extreme_weights", "weights", on_rows=True),
     FaultPlace("nan_dropped", "weights", on_rows=True),
     FaultPlace("int64_ids", "ids", on_rows=False),
+    FaultPlace("exact_count", "ids", on_rows=False),
     *(FaultPlace("noncontiguous", name, on_rows=False) for name in ("x", "w13", "w2", "weights", "ids")),
     *(FaultPlace("misaligned", name, on_rows=False) for name in ("x", "w13", "w2", "weights", "ids")),
     *(FaultPlace("transposed", name, on_rows=False) for name in ("x", "weights", "ids")),
     *(FaultPlace("int32_boundary", name, on_rows=False, max_rows=64, modes=_NO_PIECES) for name in ("x", "w13", "w2")),
     *(FaultPlace("far_columns", name, on_rows=False, modes=_NO_PIECES) for name in ("x", "weights", "ids")),
+    *(FaultPlace(fault, name, on_rows=False, needs="bias") for fault in _STRIDED[:2] for name in _BIASES),
+    FaultPlace("noncontiguous", "expert_map", on_rows=False, needs="expert_map"),
 )
 
 
@@ -122,6 +126,7 @@ class ExpertsSpace:
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         far = len(Labels.parse(str(config["experts"]))) > 64  # each has pages of its own
         return tuple(p for p in self.places if not self._refused(p.fault, p.tensor, info)
+                     and moves.has_tensor(config, p.tensor)
                      and not (p.fault == "int32_boundary" and p.tensor != "x" and far))  # fmt: skip
 
     def _refused(self, fault: str, tensor: str, info: TargetInfo) -> str:
@@ -133,7 +138,8 @@ class ExpertsSpace:
             return "int64 ids"
         if fault in _DUPLICATES and not can.duplicate_ids:
             return "an expert twice in a row"
-        if (fault in _STRIDED and not can.strided) or (fault == "far_columns" and not can.any_strides):
+        any_strides = fault == "far_columns" or tensor in (*_BIASES, "expert_map")
+        if (fault in _STRIDED and not can.strided) or (any_strides and not can.any_strides):
             return f"strided {tensor}"
         return f"misaligned {tensor}" if fault == "misaligned" and can.alignment > 1 else ""
 
@@ -152,6 +158,8 @@ class ExpertsSpace:
                 place = require_place(self, case, fault, where)
                 if place.max_rows is not None and max(step.tokens, len(case.experts) * (place.tensor != "x")) > 64:
                     raise CaseError(where, f"{fault.name} is for 64 rows or experts at most")
+                if not moves.has_tensor(case.config, fault.tensor):
+                    raise CaseError(where, f"{fault.name} on {fault.tensor} needs config.{place.needs}")
                 require_rows(place, fault, where)
                 require_stream(fault, where)
 

@@ -20,6 +20,7 @@ from moe_fuzz.reference.nvfp4 import BLOCK, row_scale
 
 _STALE = 62  # the stream of rows that no step of the case has had
 _EXPERTS = (1, 2, 3, 4, 5, 6, 8, 10, 16, 17, 40, 128)  # 4 and 16 divide some (vllm#40351)
+_MANY_EXPERTS = (129, 160, 192, 255, 256, 257, 384, 512, 1025)  # four times in five in place of 40 and of 128
 _IDENTITY = 32.0
 _SENSELESS = {"zero": 0.0, "infinite": torch.inf, "nan": torch.nan}
 
@@ -131,7 +132,7 @@ def _global_scale(case: Case, device: torch.device | str) -> torch.Tensor:
     kind, size = str(case.config["global_scale"]), 2.0 ** -int(case.config["magnitude"])
     dtype = getattr(torch, str(case.config["scale_dtype"]))
     seed, by_expert = case.seed, case.config["expert_ids"] != "none"
-    count = _EXPERTS[int(generator.choice(seed, "experts", [0], [0], len(_EXPERTS)))] if by_expert else 1
+    count = _experts(seed) if by_expert else 1
     word = generator.words(seed, "global_scale", [0], list(range(count)), device=device)[0]  # [E]
     odd = (0.75 + (word & 0xFFFFF).float() * 2.0**-21) * (2688 * size)  # 0.75 to 1.25 times what fits
     power = (1 << (word >> 20) % 4).float() if by_expert else torch.ones_like(odd)  # 1 to 8
@@ -148,6 +149,13 @@ def _global_scale(case: Case, device: torch.device | str) -> torch.Tensor:
         hit = (word >> 24) % 2 == 0 if by_expert else torch.ones_like(odd, dtype=torch.bool)
         scale = scale.masked_fill(hit, _SENSELESS[kind])
     return scale.to(dtype)
+
+
+def _experts(seed: int) -> int:
+    """How many have a global scale."""
+    count = _EXPERTS[int(generator.choice(seed, "experts", [0], [0], len(_EXPERTS)))]
+    many = int(generator.choice(seed, "experts/many", [0], [0], 5 * len(_MANY_EXPERTS)))
+    return _MANY_EXPERTS[many // 4] if many < 4 * len(_MANY_EXPERTS) and count >= 40 else count
 
 
 def _ids(case: Case, step_index: int, device: torch.device | str) -> torch.Tensor:

@@ -20,7 +20,7 @@ EXPERTS = (1, 2, 4, 6, 8, 9, 10, 12, 16, 24, 32, 33, 60, 61, 64, 72, 96, 128, 12
            512, 576, 1024)  # fmt: skip
 N_GROUP = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64)
 TOPK_GROUP = (1, 2, 3, 4, 5, 7, 8, 15, 16)
-N_SHARED = (0, 1, 2)
+N_SHARED = (0, 1, 2, 3, 4, 5, 8)
 
 FIELDS: dict[str, tuple[Scalar, ...]] = {
     "n_group": N_GROUP,
@@ -66,7 +66,7 @@ class GroupedSpace(space.RoutingSpace):
             Axis("topk_group", [g for g in TOPK_GROUP if g <= max(groups, default=1)]),
             Axis("scoring", can.scorings),
             Axis("group_score", can.group_scores),
-            Axis("n_shared", [n for n in N_SHARED if n <= can.n_shared]),
+            Axis("n_shared", [n for n in N_SHARED if n <= can.n_shared], often=(0, 0)),
             Axis("expert_map", (False, True) if can.expert_map else (False,)),
         )
 
@@ -138,6 +138,7 @@ class GroupedSpace(space.RoutingSpace):
         found |= {"group size not a power of two"} if n_group > 1 and size & (size - 1) else set()
         found |= {f"{name}={config[name]}" for name in ("scoring", "group_score") if config[name] != FIELDS[name][0]}
         found |= {name for name in ("n_shared", "expert_map") if config[name]}
+        found |= {"n_shared>2"} if int(config["n_shared"]) > 2 else set()
         return super().features(case) | found
 
     def simplify(self, case: Case) -> Iterator[Case]:

@@ -34,7 +34,8 @@ TOP_K = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 16, 17, 22, 24, 31, 32)
 TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
           4095, 4096, 4097, 8191, 16385, 32769, 65537)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
-SCALES = (1.0, 2.5, 0.5, 16.0, 2.827, 5.0)  # Kimi K2's, 2.827, is no bfloat16 and no float32 either
+#: Kimi K2's, 2.827, is no bfloat16 and no float32 either; 0, which `scale or 1.0` takes for none, is legal.
+SCALES = (1.0, 2.5, 0.5, 16.0, 2.827, 5.0, 0.0)
 MAGNITUDES = (2, 0, 4, -4, 7, 10, 14, -14)  # logits lie within ±2^magnitude
 
 MAX_ELEMENTS = 1 << 27
@@ -58,8 +59,8 @@ FIELDS: dict[str, tuple[Scalar, ...]] = {
 }
 SIMPLEST: dict[str, Scalar] = {name: values[0] for name, values in FIELDS.items()}
 
-ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts", "shifted_rows",
-               "huge_rows", "ladder", "ties", "zero_rows", "stale_rows")  # fmt: skip
+ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts",
+               "clustered_top", "shifted_rows", "huge_rows", "ladder", "ties", "zero_rows", "stale_rows")  # fmt: skip
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")  # faults that need a target which takes strides
 PLACES = (
     *(FaultPlace(name, "logits", on_rows=True) for name in ROW_FAULTS),
@@ -116,7 +117,7 @@ class RoutingSpace:
             Axis("dtype", [d for d in DTYPES if d in can.dtypes]),
             Axis("renormalize", can.renormalize),
             Axis("bias", (True,) if can.bias_required else (False, True) if can.bias else (False,)),
-            Axis("scale", SCALES if can.scale else (1.0,)),
+            Axis("scale", [s for s in SCALES if s or can.zero_scale] if can.scale else (1.0,)),
             Axis("is_padding", (False, True) if can.is_padding else (False,)),
             Axis("padding", contract.padding),
             Axis("edge", ("right", "left")),
@@ -186,6 +187,7 @@ class RoutingSpace:
         yield config["bias"] and not can.bias, "bias"
         yield can.bias_required and not config["bias"], "logits without a bias"
         yield config["scale"] != 1.0 and not can.scale, "scale"
+        yield config["scale"] == 0.0 and not can.zero_scale, "a scale of 0"
         yield config["is_padding"] and not can.is_padding, "is_padding"
         yield config["is_padding"] and config["padding"] not in contract.padding, f"padding={config['padding']}"
         yield config["out"] and not can.out, "out"
@@ -209,7 +211,7 @@ class RoutingSpace:
         found |= {"k=E"} if top_k == count > 1 else set()
         found |= {f"{name}={config[name]}" for name in ("dtype", "edge") if config[name] != SIMPLEST[name]}
         found |= {name for name in ("renormalize", "bias", "is_padding", "out") if config[name]}
-        found |= {"scale"} if config["scale"] != 1.0 else set()
+        found |= {"scale" if config["scale"] else "scale=0"} if config["scale"] != 1.0 else set()
         found |= {f"padding={config['padding']}"} if config["is_padding"] else set()
         found |= {"large logits"} if int(config["magnitude"]) > 4 else set()
         found |= {f"fault:{name}" for name in case.fault_names}

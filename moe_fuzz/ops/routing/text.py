@@ -32,6 +32,7 @@ FAULTS = {
     "partial_nan": "a third of a row is NaN",
     "partial_inf": "a quarter of a row is +Inf, a quarter -Inf",
     "masked_experts": "experts masked by -Inf, a third of them or a run; the others far down in every second row",
+    "clustered_top": "the best experts are those of one lane: every second, every 32nd, or a run of them",
     "shifted_rows": "all logits of a row shifted by the same large number",
     "huge_rows": "the dtype's largest numbers of both signs",
     "ladder": "zeros, subnormals, a ladder of magnitudes",
