@@ -144,6 +144,7 @@ class TargetInfo:
     capabilities: Capabilities = field(default_factory=Capabilities)
     clauses: Mapping[str, str] = field(default_factory=dict)  # "check", "check:symptom" or "*" -> where it is promised
     unpromised: Mapping[str, str] = field(default_factory=dict)  # the same, or " @ " and a feature behind it -> why not
+    triton: bool = True  # has kernels of Triton's, which are interpreted on a CPU: see targets/reach.py
 
     def classify(self, check: str, symptom: str = "", features: Iterable[str] = ()) -> tuple[str, str]:
         """(class, clause) of a finding: `contract` where the target's own project promises what the check asks.
@@ -175,6 +176,7 @@ class TargetInfo:
             capabilities=_record(Capabilities, data["capabilities"]),
             clauses=dict(data["clauses"]),
             unpromised=dict(data["unpromised"]),
+            triton=data["triton"],
         )
 
 
