@@ -36,6 +36,7 @@ from moe_fuzz.case import Case, Scalar, in_mode
 from moe_fuzz.contract import Capabilities, Contract, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.ops import get_space
+from moe_fuzz.ops.space import Means
 from moe_fuzz.strategies import MAX_ROUND
 
 DEVICE = "cpu"
@@ -193,7 +194,7 @@ def rounds(
             config = config_of(space, info, chosen, dictionary, presets)
             kinds = sequences.runs(space.modes(info), DEVICE)
             drawn = chosen.choice(kinds)
-            run, sizes = sequences.afforded(space, info, in_mode(config, drawn), drawn, kinds, DEVICE)
+            run, sizes = sequences.afforded(space, info, in_mode(config, drawn), drawn, kinds, Means.of(info, DEVICE))
             config = in_mode(config, run)
             if not dictionary and run == sequences.SINGLE and sizes:
                 sizes = tuple(chosen.randint(0, max(sizes)) for _ in range(8))
@@ -214,7 +215,7 @@ def rounds(
                 else:
                     plan = sequences.plan(run, sizes, few, chosen)
                     taken = space.places_for(config, info)
-                    case = sequences.make(space, config, run, plan, seed, info.name, DEVICE, taken)
+                    case = sequences.make(space, config, run, plan, seed, info.name, Means.of(info, DEVICE), taken)
                 space.validate(case)
                 found.append(case)
         except (CaseError, IndexError, ValueError):

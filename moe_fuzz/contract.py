@@ -151,6 +151,7 @@ class TargetInfo:
     clauses: Mapping[str, str] = field(default_factory=dict)  # "check", "check:symptom" or "*" -> where it is promised
     unpromised: Mapping[str, str] = field(default_factory=dict)  # the same, or " @ " and a feature behind it -> why not
     declared: bool = True  # somebody says which contract it keeps; else `contract` is the op's own
+    triton: bool = True  # has kernels of Triton's, which are interpreted on a CPU: see targets/reach.py
 
     def choices(self, *stores: str) -> tuple[Contract, ...]:
         """The contracts of which the target keeps one, its `contract` first. Where none is declared, each of `stores`,
@@ -191,6 +192,7 @@ class TargetInfo:
             clauses=dict(data["clauses"]),
             unpromised=dict(data["unpromised"]),
             declared=data["declared"],
+            triton=data["triton"],
         )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from moe_fuzz.case import ALL_MODES, MODES, RANKS, Case, Fault, Scalar, Step
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.labels import Labels
-from moe_fuzz.ops.space import FaultPlace, Space
+from moe_fuzz.ops.space import FaultPlace, Means, Space
 
 SINGLE, SEQUENCE = "single", "sequence"  # of eager calls; the other kinds of run are the graph modes
 #: What servers capture; and sizes that they round up to these, but a user may ask for.
@@ -67,11 +67,11 @@ def mode(run: str) -> str:
 
 
 def afforded(
-    space: Space, info: TargetInfo, config: Mapping[str, Scalar], run: str, others: Sequence[str], device: str
+    space: Space, info: TargetInfo, config: Mapping[str, Scalar], run: str, others: Sequence[str], means: Means
 ) -> tuple[str, tuple[int, ...]]:  # fmt: skip
     """The run, and the token counts that a case of this config can afford in it, the simplest first. A single call,
     if that is among the other kinds of run, where a single step of the simplest costs too much already."""
-    tokens = space.tokens(config, device)
+    tokens = space.tokens(config, means)
     if not info.capabilities.zero_tokens:
         tokens = tuple(count for count in tokens if count)
     if mode(run) == MODES[0]:
@@ -81,13 +81,21 @@ def afforded(
     ranks = _ranks(config)
 
     def affordable(size: int) -> bool:
-        return space.affordable(Case(space.op, config, (Step(Labels.range(size)),), 0, run), device)
+        return space.affordable(Case(space.op, config, (Step(Labels.range(size)),), 0, run), means)
 
     sizes = [ranks * size for size in (*BUCKETS, *ODD_BUCKETS) if ranks * size <= most]
     found = tuple(sizes if affordable(max(sizes, default=1)) else filter(affordable, sizes))
     if not found and SINGLE in others:
         return SINGLE, tokens
     return run, found or (ranks * BUCKETS[0],)
+
+
+def large(space: Space, config: Mapping[str, Scalar], tokens: Sequence[int], means: Means) -> tuple[int, ...]:
+    """Of the token counts that these means afford, those that the ordinary ones do not."""
+    if means.times == 1:
+        return ()
+    most = max(space.tokens(config, replace(means, times=1)), default=0)
+    return tuple(count for count in tokens if count > most)
 
 
 def plan(run: str, tokens: Sequence[int], swarm: Sequence[FaultPlace], chosen: random.Random) -> Plan:
@@ -127,10 +135,10 @@ def random_plan(
 
 
 def make(
-    space: Space, config: Mapping[str, Scalar], run: str, plan: Plan, seed: int, target: str, device: str,
+    space: Space, config: Mapping[str, Scalar], run: str, plan: Plan, seed: int, target: str, means: Means,
     places: Sequence[FaultPlace] | None = None,
 ) -> Case:  # fmt: skip
-    """The case of a plan; as many of its steps as the device can afford. places: the faults that may be in a tail, if
+    """The case of a plan; as many of its steps as can be afforded. places: the faults that may be in a tail, if
     not all of the space's."""
     chosen = random.Random(seed)  # positions only; the values come from the case's generator
     if run == SEQUENCE:
@@ -139,7 +147,7 @@ def make(
         known = {place.fault: place.tensor for place in reversed(space.places if places is None else places)}
         steps = _replays(plan, chosen, known, getattr(space, "tails", TAILS), _ranks(config))
     case = Case(space.op, config, tuple(steps), seed, mode(run), target)
-    while len(case.steps) > 1 and not space.affordable(case, device):
+    while len(case.steps) > 1 and not space.affordable(case, means):
         case = replace(case, steps=case.steps[:-1])
     return case
 
@@ -264,7 +272,8 @@ def some_size(tokens: Sequence[int], chosen: random.Random, kind: str = "") -> i
     large = [count for count in tokens if count > MODEST]
     if kind == "small" or len(tokens) <= SMALL:
         return chosen.choice(tokens[:SMALL])
-    return chosen.choice(large if kind == "large" and large else tokens[: len(tokens) - len(large)])
+    rest = [count for count in tokens if count <= MODEST]
+    return chosen.choice(large if large and (kind == "large" or not rest) else rest)
 
 
 def _some_sizes(tokens: Sequence[int], chosen: random.Random, kind: str = "") -> tuple[int, ...]:

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from moe_fuzz import sequences
 from moe_fuzz.case import Case, Scalar, in_mode
 from moe_fuzz.contract import TargetInfo
-from moe_fuzz.ops.space import Axis, FaultPlace, Space
+from moe_fuzz.ops.space import Axis, FaultPlace, Means, Space
 from moe_fuzz.sequences import make_step
 from moe_fuzz.sizes import loosened
 
 MAX_ROUND = 16
 MAX_PARTS = 24  # of a round whose config is compiled
+LARGE = 20  # one round in so many is a case that only larger means than the ordinary ones afford
+LARGE_ROWS = 8  # and of the grid's rows that ask for a large size, one in so many
 _SEEDS = st.integers(0, 2**62 - 1)
 
 
@@ -65,18 +67,22 @@ def rounds(
     config = draw(configs(space, info))
     kinds = sequences.runs(space.modes(info), device)
     drawn = draw(st.sampled_from(kinds))
-    run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, kinds, device)
+    # Hypothesis repeats and recombines what it has drawn. A seed from the whole round makes each repeat a new one.
+    seed = draw(_SEEDS)
+    means = Means.of(info, device)
+    if not random.Random(repr((seed, config, drawn))).randrange(LARGE):
+        means = means.more
+    run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, kinds, means)
     places = _places(space, info, _in_mode(config, run, info), run)
     swarm = draw(_swarms(tuple(places))) if places else []
-    # Hypothesis repeats and recombines what it has drawn. A seed from the whole round makes each repeat a new one.
-    chosen = random.Random(repr((draw(_SEEDS), config, swarm, run)))
-    cases = _alike(space, info, device, config, run, tokens, swarm, chosen)
+    chosen = random.Random(repr((seed, config, swarm, run)))
+    cases = _alike(space, info, means, config, run, tokens, swarm, chosen)
     for _ in range(chosen.randrange(most)):
         drawn = chosen.choice(kinds)
-        run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, kinds, device)
+        run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, kinds, means)
         places = _places(space, info, _in_mode(config, run, info), run)
         swarm = chosen.sample(places, min(chosen.randint(0, 4), len(places)))
-        cases += _alike(space, info, device, config, run, tokens, swarm, chosen)
+        cases += _alike(space, info, means, config, run, tokens, swarm, chosen)
     return tuple(cases)
 
 
@@ -101,22 +107,25 @@ def _places(space: Space, info: TargetInfo, config: Mapping[str, Scalar], run: s
 
 
 def _alike(
-    space: Space, info: TargetInfo, device: str, config: Mapping[str, Scalar], run: str, tokens: Sequence[int],
+    space: Space, info: TargetInfo, means: Means, config: Mapping[str, Scalar], run: str, tokens: Sequence[int],
     swarm: Sequence[FaultPlace], chosen: random.Random,
 ) -> list[Case]:  # fmt: skip
     """Cases of a config and a kind of run, with faults of `swarm`. tokens: as in `sequences.plan`."""
     config = _in_mode(config, run, info)
+    large = sequences.large(space, config, tokens, means)
+    most = 1 if large else MAX_ROUND if run == sequences.SINGLE else MAX_ROUND // 4
     if run != sequences.SINGLE:
         taken = space.places_for(config, info)
-        plans = [sequences.plan(run, tokens, swarm, chosen) for _ in range(chosen.randint(1, MAX_ROUND // 4))]
+        plans = [sequences.plan(run, large or tokens, swarm, chosen) for _ in range(chosen.randint(1, most))]
         return [
-            sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device, taken)
+            sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, means, taken)
             for plan in plans
         ]
     cases = []
-    for _ in range(chosen.randint(1, MAX_ROUND)):
+    for _ in range(chosen.randint(1, most)):
         faults = sequences.some(swarm, 3, chosen)
-        size = loosened(sequences.some_size(sequences.within(tokens, faults), chosen), tokens, chosen)
+        size = chosen.choice(large) if large else sequences.some_size(sequences.within(tokens, faults), chosen)
+        size = loosened(size, tokens, chosen)
         padding, seed = chosen.randint(0, 6), chosen.getrandbits(62)
         cases.append(make_case(space, config, size, padding, faults, seed, info.name))
     return cases
@@ -147,13 +156,18 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
     own = space.axes(info)
     owed: list[FaultPlace] = []  # that a config had no room for: the next that has, and no fault of its own, takes one
     rows = Axis("padding rows", (0, 1, 2, 4, 5)), Axis("where", (0, 1, 2, 3)), Axis("size", sequences.SIZES)
+    asked_large = 0
     for row in pairwise([*own, Axis("fault", places), *rows, Axis("run", runs)], chosen):
         config = space.complete({axis.name: row[axis.name] for axis in own}, info)
         asked = next((place for place in space.places if f"{place.fault}@{place.tensor}" == row["fault"]), None)
         drawn = str(row["run"])
         if asked is not None and sequences.mode(drawn) not in asked.modes and sequences.SINGLE in runs:
             drawn = sequences.SINGLE  # else the fault would be laid nowhere, and its pairs be met by no case
-        run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, runs, device)
+        asked_large += row["size"] == "large"
+        means = Means.of(info, device)
+        if row["size"] == "large" and not asked_large % LARGE_ROWS:
+            means = means.more
+        run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, runs, means)
         config = _in_mode(config, run, info)
         taken = space.places_for(config, info)
         wanted = [asked, *owed] if asked is not None else owed
@@ -161,9 +175,11 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
         owed = [one for one in dict.fromkeys(wanted) if one is not place]
         faults = [(place, int(row["where"]))] if place else []
         fitting = sequences.within(tokens, faults)
+        if place is None or place.max_rows is None:
+            fitting = sequences.large(space, config, tokens, means) or fitting
         if run != sequences.SINGLE:
             plan = sequences.random_plan(fitting, faults, int(row["padding rows"]), str(row["size"]), chosen)
-            yield sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, device, taken)
+            yield sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, means, taken)
             continue
         count = sequences.some_size(fitting, chosen, str(row["size"]))
         yield make_case(space, config, count, int(row["padding rows"]), faults, chosen.getrandbits(62), info.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from moe_fuzz.case import ALL_MODES, Case, Scalar
@@ -31,6 +31,31 @@ class Axis:
     values: Sequence[Scalar]
     often: Sequence[Scalar] = ()  # of these values, drawn once more for each mention: kernels have a path for them
     between: Callable[[int], bool] | None = None  # of a size: whether the target takes a number between two of these
+
+
+_MORE = {True: 3, False: 10}  # interpreted: seconds are soon many there
+
+
+@dataclass(frozen=True)
+class Means:
+    """Where a case runs, and how much it may cost."""
+
+    device: str
+    interpreted: bool = True  # of a CPU: kernels of Triton's, a hundred times as slow as operators are
+    times: int = 1  # the ordinary budget
+
+    @classmethod
+    def of(cls, info: TargetInfo, device: str) -> Means:
+        return cls(device, info.triton)
+
+    @property
+    def more(self) -> Means:
+        """For the rare case that is large. On a GPU the ordinary budget has room for all that the dictionary holds."""
+        return self if self.device != "cpu" else replace(self, times=_MORE[self.interpreted])
+
+    def budget(self, interpreted: float, host: float) -> float:
+        """Seconds on a CPU: of these two, for a target that is interpreted, and for any other."""
+        return self.times * (interpreted if self.interpreted else host)
 
 
 class Space(Protocol):
@@ -62,7 +87,7 @@ class Space(Protocol):
         """The axes of a config inside the target's capabilities; `experts` holds counts."""
         ...
 
-    def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
+    def tokens(self, config: Mapping[str, Scalar], means: Means) -> tuple[int, ...]:
         """The token counts of the dictionary that a case of this config can afford, the simplest first."""
         ...
 
@@ -70,8 +95,8 @@ class Space(Protocol):
         """The modes in which the target can be run: see moe_fuzz.case.ALL_MODES."""
         ...
 
-    def affordable(self, case: Case, device: str) -> bool:
-        """Whether the case may be drawn for the device, by its cost."""
+    def affordable(self, case: Case, means: Means) -> bool:
+        """Whether the case may be drawn, by its cost."""
         ...
 
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
@@ -110,7 +135,7 @@ class Space(Protocol):
         """The case with these labels only on the axis, and what depends on their number cut down to it."""
         ...
 
-    def cost(self, case: Case, device: str) -> float:
+    def cost(self, case: Case, means: Means) -> float:
         """Estimated seconds in a worker."""
         ...
 

@@ -21,6 +21,7 @@ from moe_fuzz.contract import DECLARATION, PADDING_DIALECTS, Capabilities, Contr
 from moe_fuzz.errors import EnvironmentProblem, UsageError
 from moe_fuzz.planted.catalog import get_planted
 from moe_fuzz.targets import registry
+from moe_fuzz.targets.reach import has_triton
 from moe_fuzz.targets.signatures import SIGNATURES, Signature
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -64,7 +65,10 @@ def bind_at(op: str, source: str, location: str) -> Target:
     origin = promise.get("origin") or origin  # an adapter knows the library behind it
     clauses, unpromised = promise.get("clauses") or {}, promise.get("unpromised") or {}
     declared = promise.get("contract") is not None or provider != "user"
-    info = TargetInfo(f"{op}@{source}", op, provider, origin, contract, capabilities, clauses, unpromised, declared)
+    triton = has_triton(function)
+    triton = capabilities.compiles if triton is None else triton
+    info = TargetInfo(f"{op}@{source}", op, provider, origin, contract, capabilities, clauses, unpromised, declared,
+                      triton)  # fmt: skip
     return Target(info, function, keywords, signature.positional)
 
 

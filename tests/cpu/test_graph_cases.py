@@ -22,6 +22,7 @@ from moe_fuzz.ops import get_space
 from moe_fuzz.ops.inputs import element_bits
 from moe_fuzz.ops.routing.inputs import materialize
 from moe_fuzz.ops.routing.space import SIMPLEST
+from moe_fuzz.ops.space import Means
 from moe_fuzz.restriction import RestrictedSpace, Restriction
 from moe_fuzz.sequences import Move, Plan
 
@@ -110,18 +111,18 @@ def test_restrictions_hold_for_steps_too() -> None:
 def test_an_interpreted_case_is_cut_to_what_it_may_cost() -> None:
     plan = Plan((40,), tuple(Move(0, n % 4, 0, ()) for n in range(8)))
     config = CONFIG | {"experts": "0-511", "top_k": 8}
-    on_cpu = sequences.make(SPACE, config, "graph", plan, 3, INFO.name, "cpu")
-    on_cuda = sequences.make(SPACE, config, "graph", plan, 3, INFO.name, "cuda")
+    on_cpu = sequences.make(SPACE, config, "graph", plan, 3, INFO.name, Means("cpu"))
+    on_cuda = sequences.make(SPACE, config, "graph", plan, 3, INFO.name, Means("cuda"))
     assert 1 <= len(on_cpu.steps) < len(on_cuda.steps) == 8
     assert on_cpu.steps == on_cuda.steps[: len(on_cpu.steps)]
-    assert SPACE.affordable(on_cpu, "cpu")
+    assert SPACE.affordable(on_cpu, Means("cpu"))
 
 
 def test_a_layout_belongs_to_the_buffer_and_a_bias_to_the_model() -> None:
     places = {place.fault: place for place in SPACE.places}
     moves = (Move(0, 0, 0, ((places["transposed"], 0),)), Move(0, 1, 0, ()),
              Move(0, 1, 0, ((places["extreme_bias"], 0),)))  # fmt: skip
-    made = sequences.make(SPACE, CONFIG | {"bias": True}, "graph", Plan((8,), moves), 3, INFO.name, "cuda")
+    made = sequences.make(SPACE, CONFIG | {"bias": True}, "graph", Plan((8,), moves), 3, INFO.name, Means("cuda"))
     for one in made.steps:
         assert {"transposed", "extreme_bias"} <= {f.name for f in one.faults}
     lies = [materialize(made, index).lies for index in range(3)]
@@ -203,7 +204,7 @@ def test_the_reducer_drops_steps_first_and_keeps_what_the_failure_needs() -> Non
     assert [f.name for one in small.steps for f in one.faults] == ["stale_rows"]
     assert not small.config["renormalize"]
     assert len(tried[0].steps) < len(whole.steps)
-    assert SPACE.affordable(small, "cpu")
+    assert SPACE.affordable(small, Means("cpu"))
 
 
 def test_simplify_leads_out_of_graph_modes() -> None:
@@ -219,7 +220,7 @@ def test_simplify_leads_out_of_graph_modes() -> None:
 def test_plans_are_a_function_of_their_seed() -> None:
     def made(seed: int) -> Case:
         plan = sequences.random_plan((1, 2, 3, 8, 40), (), 1, "any", random.Random(seed))
-        return sequences.make(SPACE, CONFIG, "graph", plan, seed, INFO.name, "cuda")
+        return sequences.make(SPACE, CONFIG, "graph", plan, seed, INFO.name, Means("cuda"))
 
     assert made(3) == made(3)
     assert len({made(seed).digest for seed in range(8)}) == 8

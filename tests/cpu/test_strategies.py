@@ -22,7 +22,7 @@ from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetIn
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import OPS, get_space
 from moe_fuzz.ops.routing.space import CPU_BUDGET, CUDA_ELEMENTS
-from moe_fuzz.ops.space import Axis
+from moe_fuzz.ops.space import Axis, Means
 from moe_fuzz.restriction import RestrictedSpace, Restriction
 from moe_fuzz.sequences import MODEST
 
@@ -73,6 +73,7 @@ ALL_OPS = pytest.mark.parametrize(
     ],
     ids=["softmax", "softmax-little", "sigmoid", "grouped", "grouped-by-bias", "grouped-needs-bias"],
 )
+LARGEST = Means("cpu").more
 relaxed = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -86,7 +87,7 @@ def test_rounds_are_valid_affordable_and_inside_the_capabilities(space, info, da
     for case in cases:
         space.validate(case)
         assert space.refusal(case, info) == ""
-        assert space.cost(case, "cpu") <= CPU_BUDGET
+        assert space.cost(case, LARGEST) <= LARGEST.budget(CPU_BUDGET, 0.0)
 
 
 @ALL_OPS
@@ -96,7 +97,7 @@ def test_a_grid_of_a_graph_mode_is_affordable_or_as_small_as_can_be(space, info)
         only = RestrictedSpace(space, Restriction(modes=modes))
         cases = list(islice(strategies.grid(only, info, "cpu", 3), 300))
         assert any(case.mode == "graph" for case in cases)
-        dear = [case for case in cases if not space.affordable(case, "cpu")]
+        dear = [case for case in cases if not space.affordable(case, LARGEST)]
         assert all(case.mode == "graph" and case.buckets == (1,) for case in dear) if modes else not dear
 
 

@@ -15,7 +15,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import moves
 from moe_fuzz.ops.align import text
 from moe_fuzz.ops.align.presets import MODELS
-from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.space import Axis, FaultPlace, Means
 from moe_fuzz.ops.validity import (
     require_experts,
     require_few_rows,
@@ -42,6 +42,7 @@ MAX_EXPERTS = 8192
 MAX_BLOCK = 1024
 MAX_ELEMENTS = 1 << 27
 CPU_BUDGET = 0.2  # seconds an interpreted case may take
+HOST_BUDGET = 0.03  # and one whose target is no kernel of Triton's
 #: T x E on a device: the ids of a row are drawn among all experts.
 CUDA_ELEMENTS = 1 << 23
 
@@ -121,14 +122,15 @@ class AlignSpace:
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
         return self.mended({**config, "experts": str(Labels.range(int(config["experts"])))})
 
-    def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
-        if device == "cpu":
-            return tuple(t for t in TOKENS if self.cpu_seconds(t, config) <= CPU_BUDGET)
+    def tokens(self, config: Mapping[str, Scalar], means: Means) -> tuple[int, ...]:
+        if means.device == "cpu":
+            most = means.budget(CPU_BUDGET, HOST_BUDGET)
+            return tuple(t for t in TOKENS if self.cpu_seconds(t, config, means) <= most)
         count = len(Labels.parse(str(config["experts"])))
         return tuple(t for t in TOKENS if t * count <= CUDA_ELEMENTS)
 
-    def affordable(self, case: Case, device: str) -> bool:
-        return device != "cpu" or self.cost(case, device) <= CPU_BUDGET
+    def affordable(self, case: Case, means: Means) -> bool:
+        return means.device != "cpu" or self.cost(case, means) <= means.budget(CPU_BUDGET, HOST_BUDGET)
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         return tuple(p for p in self.places if not self._refused(p.fault, p.tensor, info)
@@ -235,23 +237,26 @@ class AlignSpace:
         count = len(Labels.parse(str(config["experts"])))
         return {**config, "top_k": min(int(config["top_k"]), count)}
 
-    def cost(self, case: Case, device: str) -> float:
+    def cost(self, case: Case, means: Means) -> float:
         graph = case.mode != "eager"
-        if device != "cpu":
+        if means.device != "cpu":
             drawn = sum(0.002 + 1e-7 * step.tokens * len(case.experts) for step in case.steps)
             return drawn + (0.02 * len(case.buckets) if graph else 0.0)
-        seconds = {t: self.cpu_seconds(t, case.config) for t in case.buckets}
+        seconds = {t: self.cpu_seconds(t, case.config, means) for t in case.buckets}
         each = [seconds[step.tokens] for step in case.steps]
         if not graph:
             return sum(each)
         # A call is half of an eager step. Here: one to warm up a bucket, two a step, and one more for the last.
         return (sum(seconds.values()) + 2 * sum(each) + each[-1]) / 2
 
-    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
-        """An interpreted case, called twice, fitted to measurements: programs of 1024 slots, then what each program's
-        loops go over: the room for sorted ids, and the blocks of the fullest expert, which may have all slots."""
+    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar], means: Means) -> float:
+        """A case, called twice, fitted to measurements. Interpreted: programs of 1024 slots, then what each program's
+        loops go over: the room for sorted ids, and the blocks of the fullest expert, which may have all slots. Else it
+        is the judgement of each slot."""
         count, block = len(Labels.parse(str(config["experts"]))), int(config["block_size"])
         slots = tokens * int(config["top_k"])
+        if not means.interpreted:
+            return 0.012 + 8e-7 * slots + 2e-8 * tokens * count
         room = min(slots, count) * block + max(0, slots - count)
         programs = -(-slots // 1024)
         call = 0.018 + 0.025 * (programs if programs > 1 else 0) + 8e-7 * room + 2.5e-4 * slots / block

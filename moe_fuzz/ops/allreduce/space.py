@@ -13,7 +13,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import moves
 from moe_fuzz.ops.allreduce import text
 from moe_fuzz.ops.allreduce.presets import MODELS
-from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.space import Axis, FaultPlace, Means
 from moe_fuzz.ops.validity import require_fields, require_place, require_rows, require_stream, require_values
 
 WORLDS = (2, 1, 3, 4, 5, 6, 7, 8)
@@ -27,6 +27,7 @@ CAPS = tuple(1 << power for power in range(14, 24))
 
 MAX_ELEMENTS = 1 << 26
 CPU_BUDGET = 0.25  # seconds an interpreted case may take
+HOST_BUDGET = 0.06  # and one whose target is no kernel of Triton's
 CUDA_ELEMENTS = 1 << 23  # of all ranks
 
 FIELDS: Mapping[str, tuple[Scalar, ...]] = {
@@ -120,16 +121,19 @@ class AllreduceSpace:
             whole["burst"] = 8  # a thousand calls are for small messages
         return whole
 
-    def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
-        if device == "cpu":
-            return tuple(t for t in TOKENS if self.cpu_seconds(t, config) <= CPU_BUDGET) or TOKENS[:5]
+    def tokens(self, config: Mapping[str, Scalar], means: Means) -> tuple[int, ...]:
+        most = means.budget(CPU_BUDGET, HOST_BUDGET)
+        if means.device == "cpu" and means.interpreted:
+            return tuple(t for t in TOKENS if self.cpu_seconds(t, config, means) <= most) or TOKENS[:5]
         row = int(config["hidden"]) * (4 if config["dtype"] == "float32" else 2)
         near = {cap // row + more for cap in CAPS for more in (-1, 0, 1)}
         found = (*TOKENS, *sorted(t for t in near if 0 < t <= TOKENS[-1] and t not in TOKENS))
+        if means.device == "cpu":
+            return tuple(t for t in found if self.cpu_seconds(t, config, means) <= most) or TOKENS[:5]
         return tuple(t for t in found if t * int(config["hidden"]) * int(config["ranks"]) <= CUDA_ELEMENTS)
 
-    def affordable(self, case: Case, device: str) -> bool:
-        return device != "cpu" or self.cost(case, device) <= CPU_BUDGET
+    def affordable(self, case: Case, means: Means) -> bool:
+        return means.device != "cpu" or self.cost(case, means) <= means.budget(CPU_BUDGET, HOST_BUDGET)
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         return tuple(p for p in self.places if not self._refused(p.fault, p.tensor, info)
@@ -217,23 +221,26 @@ class AllreduceSpace:
     def keep(self, case: Case, axis: str, labels: Labels) -> Case:
         raise CaseError(f"config.{axis}", "has no labels")
 
-    def cost(self, case: Case, device: str) -> float:
+    def cost(self, case: Case, means: Means) -> float:
         graph = case.mode != "eager"
-        if device != "cpu":
+        if means.device != "cpu":
             size = int(case.config["hidden"]) * int(case.config["ranks"])
             drawn = sum(0.003 + 2e-8 * step.tokens * size for step in case.steps)
             return drawn + (0.02 * len(case.buckets) if graph else 0.0)
-        seconds = {t: self.cpu_seconds(t, case.config) for t in case.buckets}
+        seconds = {t: self.cpu_seconds(t, case.config, means) for t in case.buckets}
         each = [seconds[step.tokens] for step in case.steps]
         if not graph:
             return sum(each)
         # A call is two fifths of an eager step. Here: one to warm up a bucket, two a step, and one more for the last.
         return (sum(seconds.values()) + 2 * sum(each) + 2 * each[-1]) * 0.4
 
-    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
-        """An interpreted case, called twice or three times, fitted to measurements: programs, what each rank sends to
+    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar], means: Means) -> float:
+        """A case, called twice or three times, fitted to measurements. Interpreted: programs, what each rank sends to
         each other, and elements."""
         ranks, elements = int(config["ranks"]), tokens * int(config["hidden"])
+        if not means.interpreted:
+            calls = (1 + int(config["burst"])) * int(config["groups"]) * ranks
+            return 0.015 + calls * (1.5e-3 + 8e-8 * elements)
         programs = ranks * min(max(1, tokens), max(1, 8 // ranks))
         call = 0.003 * programs + 0.0015 * ranks * ranks + 6e-7 * ranks * elements
         return 0.01 + 2.3 * (1 + int(config["burst"])) * int(config["groups"]) * call + 1e-7 * elements

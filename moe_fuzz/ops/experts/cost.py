@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops.space import Means
 
 MAX_ELEMENTS = 1 << 27
 #: Elements of the projections of a case. A GPU makes and multiplies far more in a millisecond, but they are also laid
@@ -17,6 +18,7 @@ FP4_BUDGET = 1 << 18  # in the interpreter, a number that has to be decoded cost
 #: Seconds that an interpreted case may take; most take a third of it. A block of slots takes 7 ms in the two products
 #: however small it is, an expert with a slot has one at least, and a case calls the kernel three times or four.
 CPU_BUDGET = 0.4
+HOST_BUDGET = 0.12  # of one whose target is no kernel of Triton's
 CPU_CALLS = 3
 CUDA_BUDGET = 1 << 19  # x, and what the slots hold
 
@@ -43,17 +45,21 @@ def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]], bud
     return whole
 
 
-def affordable_tokens(tokens: int, config: Mapping[str, Scalar], device: str) -> bool:
-    if device == "cpu":
+def affordable_tokens(tokens: int, config: Mapping[str, Scalar], means: Means) -> bool:
+    if means.device == "cpu":
         # What a config costs with a token alone is not changed by refusing it a few more.
-        return tokens <= 1 or _judged_call(tokens, config) <= max(CPU_BUDGET, 2 * _judged_call(1, config))
+        most = max(means.budget(CPU_BUDGET, HOST_BUDGET), 2 * _judged_call(1, config, means))
+        return tokens <= 1 or _judged_call(tokens, config, means) <= most
     hidden, inter, top_k = int(config["hidden"]), int(config["intermediate"]), int(config["top_k"])
     return tokens * (hidden + top_k * (hidden + inter)) <= CUDA_BUDGET
 
 
-def call_seconds(tokens: int, config: Mapping[str, Scalar]) -> float:
-    """An interpreted call of our kernel, fitted to measurements."""
+def call_seconds(tokens: int, config: Mapping[str, Scalar], means: Means) -> float:
+    """A call, fitted to measurements: interpreted of our kernel, else of a loop over the experts that have a slot."""
     slots, count = tokens * int(config["top_k"]), len(Labels.parse(str(config["experts"])))
+    if not means.interpreted:
+        width = int(config["hidden"]) + int(config["intermediate"])
+        return 0.004 + (8e-3 if "activations" in config else 4e-4) * min(slots, count) + 7e-8 * slots * width
     blocks = min(slots, count) + slots // 16
     weights = 3 * blocks * max(16, int(config["hidden"])) * max(16, int(config["intermediate"]))
     if "activations" in config:  # weights are decoded, number by number
@@ -61,23 +67,23 @@ def call_seconds(tokens: int, config: Mapping[str, Scalar]) -> float:
     return 0.012 + 0.007 * blocks + 6e-8 * weights
 
 
-def _judged_call(tokens: int, config: Mapping[str, Scalar]) -> float:
+def _judged_call(tokens: int, config: Mapping[str, Scalar], means: Means) -> float:
     """With those of the relations, and the weights made and multiplied in float64."""
     weights = 3 * len(Labels.parse(str(config["experts"]))) * int(config["hidden"]) * int(config["intermediate"])
-    return CPU_CALLS * call_seconds(tokens, config) + (5e-8 * weights if tokens else 0.0)
+    return CPU_CALLS * call_seconds(tokens, config, means) + (5e-8 * weights if tokens else 0.0)
 
 
-def seconds(case: Case, device: str) -> float:
+def seconds(case: Case, means: Means) -> float:
     """Estimated seconds of a case in a worker."""
     graph = case.mode != "eager"
     config = case.config
-    if device != "cpu":
+    if means.device != "cpu":
         weights = 3 * len(case.experts) * int(config["hidden"]) * int(config["intermediate"])
         each = sum(0.004 + 2e-9 * (weights + step.tokens * int(config["hidden"])) for step in case.steps)
         return each + (0.02 * len(case.buckets) if graph else 0.0)
-    calls = [call_seconds(step.tokens, config) for step in case.steps]
-    judged = [_judged_call(step.tokens, config) for step in case.steps]
+    calls = [call_seconds(step.tokens, config, means) for step in case.steps]
+    judged = [_judged_call(step.tokens, config, means) for step in case.steps]
     if not graph:
         return sum(judged)
     # One to warm up a bucket, two a step, and the relations of the last.
-    return sum(call_seconds(tokens, config) for tokens in case.buckets) + 2 * sum(calls) + judged[-1]
+    return sum(call_seconds(tokens, config, means) for tokens in case.buckets) + 2 * sum(calls) + judged[-1]

@@ -17,7 +17,7 @@ from moe_fuzz.ops.experts import cost, moves, text
 from moe_fuzz.ops.experts.fields import FIELDS, SIZES, config_of, limits_of
 from moe_fuzz.ops.experts.presets import MODELS
 from moe_fuzz.ops.moves import flush_left
-from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.space import Axis, FaultPlace, Means
 from moe_fuzz.ops.validity import require_place, require_rows, require_stream
 from moe_fuzz.sizes import any_number
 
@@ -115,13 +115,13 @@ class ExpertsSpace:
         allowed = {axis.name: axis.values for axis in self.axes(info)}
         return cost.afforded(whole, {name: [int(value) for value in allowed[name]] for name in SIZES}, budget)
 
-    def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
-        found = tuple(t for t in TOKENS if cost.affordable_tokens(t, config, device))
+    def tokens(self, config: Mapping[str, Scalar], means: Means) -> tuple[int, ...]:
+        found = tuple(t for t in TOKENS if cost.affordable_tokens(t, config, means))
         # Where hardly more than a token or none can be afforded, none would be every second or third case.
         return found if len(found) > _FEW else tuple(t for t in found if t)
 
-    def affordable(self, case: Case, device: str) -> bool:
-        return device != "cpu" or self.cost(case, device) <= cost.CPU_BUDGET
+    def affordable(self, case: Case, means: Means) -> bool:
+        return means.device != "cpu" or self.cost(case, means) <= means.budget(cost.CPU_BUDGET, cost.HOST_BUDGET)
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         far = len(Labels.parse(str(config["experts"]))) > 64  # each has pages of its own
@@ -203,8 +203,8 @@ class ExpertsSpace:
     def keep(self, case: Case, axis: str, labels: Labels) -> Case:
         return moves.keep(case, axis, labels)
 
-    def cost(self, case: Case, device: str) -> float:
-        return cost.seconds(case, device)
+    def cost(self, case: Case, means: Means) -> float:
+        return cost.seconds(case, means)
 
     def label(self, case: Case) -> str:
         return text.label(case)

@@ -14,7 +14,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops.layer import text
 from moe_fuzz.ops.layer.presets import MODELS
 from moe_fuzz.ops.routing import space as routing
-from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.space import Axis, FaultPlace, Means
 from moe_fuzz.sizes import any_number
 
 EXPERTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16, 17, 32, 33, 60, 64, 67, 72, 96, 128, 129, 160, 256, 257, 384, 512)
@@ -26,6 +26,7 @@ EP = (1, 2, 3, 4, 8)
 #: Elements of w13 and w2: the host draws them anew for each case, and multiplies them in float64.
 MAX_WEIGHTS = 1 << 18
 CPU_BUDGET = 0.3  # seconds an interpreted case may take: a layer is a router, and a few launches a shard
+HOST_BUDGET = 0.2  # and one whose target is no kernel of Triton's
 CUDA_SLOTS = 1 << 20  # numbers that the slots hold, on a device, for the same reason
 
 FIELDS: dict[str, tuple[Scalar, ...]] = {
@@ -125,18 +126,19 @@ class LayerSpace(routing.RoutingSpace):
             whole["dialect"] = info.contract.padding[0]  # nobody asks: one value, so that equal cases look equal
         return whole
 
-    def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
-        if device == "cpu":
-            found = tuple(t for t in routing.TOKENS if self.cpu_seconds(t, config) <= CPU_BUDGET)
+    def tokens(self, config: Mapping[str, Scalar], means: Means) -> tuple[int, ...]:
+        if means.device == "cpu":
+            most = means.budget(CPU_BUDGET, HOST_BUDGET)
+            found = tuple(t for t in routing.TOKENS if self.cpu_seconds(t, config, means) <= most)
             # Where nothing but a token or none can be afforded, none would be every second case.
             return found if len(found) > 2 else (1,)
         width = (int(config["hidden"]) + int(config["intermediate"])) * int(config["top_k"])
         return tuple(t for t in routing.TOKENS if t * width <= CUDA_SLOTS)
 
-    def affordable(self, case: Case, device: str) -> bool:
+    def affordable(self, case: Case, means: Means) -> bool:
         # A step costs more calls in a graph mode; with no more time, no case of several shards would have one.
-        most = CPU_BUDGET if case.mode == "eager" else 2 * CPU_BUDGET
-        return device != "cpu" or self.cost(case, device) <= most
+        most = means.budget(CPU_BUDGET, HOST_BUDGET) * (1 if case.mode == "eager" else 2)
+        return means.device != "cpu" or self.cost(case, means) <= most
 
     # ---- what is valid ----------------------------------------------------------------------------------------------
 
@@ -219,14 +221,17 @@ class LayerSpace(routing.RoutingSpace):
         fitting = [shards for shards in EP if shards <= min(int(config["ep"]), count)]
         return {**super().mended(config), "ep": max(fitting)}
 
-    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
-        """An interpreted case with its reruns, fitted to 370 measurements: right on average, and within a factor of two
-        for nine in ten. Launches count, and in each shard's the blocks of slots with the tiles that they multiply."""
+    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar], means: Means) -> float:
+        """A case with its reruns. Interpreted, fitted to 370 measurements: right on average, and within a factor of two
+        for nine in ten. Launches count, and in each shard's the blocks of slots with the tiles that they multiply.
+        Else a layer is a loop over the experts, with all tokens at worst."""
         count, top_k = len(Labels.parse(str(config["experts"]))), int(config["top_k"])
         hidden, inter, shards = int(config["hidden"]), int(config["intermediate"]), int(config["ep"])
         if not tokens:
             return 0.02
         slots = tokens * min(top_k, count)
+        if not means.interpreted:
+            return 0.03 + 1e-3 * count + 3e-6 * tokens * count + 5e-5 * slots + 8e-8 * _weights(count, config)
         blocks = min(slots, min(slots, -(-count // shards)) + slots // 16)
         tile = max(16, hidden) * max(16, inter) / 16384
         return 0.095 + shards * (0.034 + blocks * (0.0036 + 0.0087 * tile)) + 9e-8 * _weights(count, config)

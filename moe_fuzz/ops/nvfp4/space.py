@@ -14,7 +14,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import moves
 from moe_fuzz.ops.nvfp4 import text
 from moe_fuzz.ops.nvfp4.presets import MODELS
-from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.space import Axis, FaultPlace, Means
 from moe_fuzz.ops.validity import (
     require_few_rows,
     require_fields,
@@ -34,6 +34,7 @@ ROWS = (1, 2, 3, 0, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 
 MAX_BLOCKS = 1 << 12
 MAX_ELEMENTS = 1 << 26
 CPU_BUDGET = 0.2  # seconds an interpreted case may take
+HOST_BUDGET = 0.15  # and one whose target is no kernel of Triton's: its judgement takes most of either
 CUDA_ELEMENTS = 1 << 22
 
 #: How the global scale is chosen for the data, simplest first: what makes steps exact, what calibration gives, a
@@ -116,13 +117,14 @@ class QuantizeSpace:
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
         return {**config, "blocks": str(Labels.range(int(config["blocks"])))}
 
-    def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
-        if device == "cpu":
-            return tuple(t for t in ROWS if self.cpu_seconds(t, config) <= CPU_BUDGET) or ROWS[:1]
+    def tokens(self, config: Mapping[str, Scalar], means: Means) -> tuple[int, ...]:
+        if means.device == "cpu":
+            most = means.budget(CPU_BUDGET, HOST_BUDGET)
+            return tuple(t for t in ROWS if self.cpu_seconds(t, config, means) <= most) or ROWS[:1]
         return tuple(t for t in ROWS if t * 16 * self._count(config) <= CUDA_ELEMENTS)
 
-    def affordable(self, case: Case, device: str) -> bool:
-        return device != "cpu" or self.cost(case, device) <= CPU_BUDGET
+    def affordable(self, case: Case, means: Means) -> bool:
+        return means.device != "cpu" or self.cost(case, means) <= means.budget(CPU_BUDGET, HOST_BUDGET)
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         return tuple(p for p in self.places if not self._refused(p.fault, info)
@@ -214,25 +216,27 @@ class QuantizeSpace:
     def keep(self, case: Case, axis: str, labels: Labels) -> Case:
         return case.with_config(**{axis: str(labels)})
 
-    def cost(self, case: Case, device: str) -> float:
+    def cost(self, case: Case, means: Means) -> float:
         graph = case.mode != "eager"
-        if device != "cpu":
+        if means.device != "cpu":
             drawn = sum(0.002 + 2e-8 * step.tokens * 16 * self._count(case.config) for step in case.steps)
             return drawn + (0.02 * len(case.buckets) if graph else 0.0)
-        seconds = {t: self.cpu_seconds(t, case.config) for t in case.buckets}
+        seconds = {t: self.cpu_seconds(t, case.config, means) for t in case.buckets}
         each = [seconds[step.tokens] for step in case.steps]
         if not graph:
             return sum(each)
         # A call is half of an eager step. Here: one to warm up a bucket, two a step, and one more for the last.
         return (sum(seconds.values()) + 2 * sum(each) + each[-1]) / 2
 
-    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
-        """An interpreted case, called twice, fitted to measurements: a kernel's time is that of the padded tile."""
+    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar], means: Means) -> float:
+        """A case, called twice, fitted to measurements. An interpreted kernel's time is that of the padded tile."""
         blocks = self._count(config)
         elements = 16 * tokens * blocks
         if config["layout"] == "swizzled":
             elements = 16 * (-(-tokens // 128) * 128) * (-(-blocks // 4) * 4)
         halves = 2 if config["activation"] != "none" else 1
+        if not means.interpreted:
+            return 0.014 + 1e-6 * halves * tokens * 16 * blocks
         return 2 * (0.015 + 2.5e-7 * halves * elements) + 5e-7 * halves * tokens * 16 * blocks
 
     def label(self, case: Case) -> str:

@@ -13,7 +13,7 @@ from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.routing import space, text
 from moe_fuzz.ops.routing.presets import GROUPED_MODELS
-from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.space import Axis, FaultPlace, Means
 
 #: Counts that some number of groups divides, powers of two or not, and two that only a single group does.
 EXPERTS = (1, 2, 4, 6, 8, 9, 10, 12, 16, 24, 32, 33, 60, 61, 64, 72, 96, 128, 129, 160, 192, 256, 257, 288, 320, 384,
@@ -146,8 +146,10 @@ class GroupedSpace(space.RoutingSpace):
         if case.config["bias"] and case.config["group_score"] == "top2_sum":  # one cannot go first in a target that
             yield self.without_orphans(case.with_config(bias=False, group_score="max"))  # binds the rule to the bias
 
-    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
+    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar], means: Means) -> float:
         count, n_group, top_k = len(Labels.parse(str(config["experts"]))), int(config["n_group"]), int(config["top_k"])
+        if not means.interpreted:
+            return 0.007 + tokens * (6e-7 + 1e-7 * count + 1e-7 * top_k)
         padded = (1 << (n_group - 1).bit_length()) << (count // n_group - 1).bit_length()
         searches = top_k + int(config["topk_group"]) / 4
         return 0.08 + 2e-3 * searches + tokens * padded * (9e-7 + 7e-8 * searches)

@@ -14,7 +14,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import moves
 from moe_fuzz.ops.routing import text
 from moe_fuzz.ops.routing.presets import SIGMOID_MODELS, SOFTMAX_MODELS
-from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.space import Axis, FaultPlace, Means
 from moe_fuzz.ops.validity import (
     require_experts,
     require_few_rows,
@@ -40,7 +40,8 @@ MAGNITUDES = (2, 0, 4, -4, 7, 10, 14, -14)  # logits lie within ±2^magnitude
 
 MAX_ELEMENTS = 1 << 27
 CPU_BUDGET = 0.2  # seconds an interpreted case may take
-CPU_TOKENS = 8191
+CPU_TOKENS = 8191  # of one
+HOST_BUDGET = 0.015  # seconds of a case whose target is no kernel of Triton's
 #: T x E on a device: the host draws and judges each element. T x k still passes 2^16, and where rows stand apart
 #: T x stride passes 2^24, which is what narrow indices cannot hold.
 CUDA_ELEMENTS = 1 << 21
@@ -134,14 +135,15 @@ class RoutingSpace:
             whole["padding"] = info.contract.padding[0]  # nobody asks: one value, so that equal cases look equal
         return whole
 
-    def tokens(self, config: Mapping[str, Scalar], device: str) -> tuple[int, ...]:
-        if device == "cpu":
-            return tuple(t for t in TOKENS if t <= CPU_TOKENS and self.cpu_seconds(t, config) <= CPU_BUDGET)
+    def tokens(self, config: Mapping[str, Scalar], means: Means) -> tuple[int, ...]:
+        if means.device == "cpu":
+            most, known = means.budget(CPU_BUDGET, HOST_BUDGET), CPU_TOKENS if means.interpreted else TOKENS[-1]
+            return tuple(t for t in TOKENS if t <= known and self.cpu_seconds(t, config, means) <= most)
         count = len(Labels.parse(str(config["experts"])))
         return tuple(t for t in TOKENS if t * count <= CUDA_ELEMENTS)
 
-    def affordable(self, case: Case, device: str) -> bool:
-        return device != "cpu" or self.cost(case, device) <= CPU_BUDGET
+    def affordable(self, case: Case, means: Means) -> bool:
+        return means.device != "cpu" or self.cost(case, means) <= means.budget(CPU_BUDGET, HOST_BUDGET)
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         return tuple(
@@ -247,22 +249,24 @@ class RoutingSpace:
         count = len(Labels.parse(str(config["experts"])))
         return {**config, "top_k": min(int(config["top_k"]), count)}
 
-    def cost(self, case: Case, device: str) -> float:
+    def cost(self, case: Case, means: Means) -> float:
         graph = case.mode != "eager"
-        if device != "cpu":
+        if means.device != "cpu":
             return sum(0.002 + 5e-7 * step.tokens * len(case.experts) for step in case.steps) + (
                 0.02 * len(case.buckets) if graph else 0.0
             )
-        seconds = {t: self.cpu_seconds(t, case.config) for t in case.buckets}
+        seconds = {t: self.cpu_seconds(t, case.config, means) for t in case.buckets}
         each = [seconds[step.tokens] for step in case.steps]
         if not graph:
             return sum(each)
         # A call is a third of an eager step. Here: one to warm up a bucket, two a step, and the relations of the last.
         return (sum(seconds.values()) + 2 * sum(each) + 3 * each[-1]) / 3
 
-    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar]) -> float:
-        """An interpreted case with its reruns, fitted to measurements: launches, then numpy over the block a slot."""
+    def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar], means: Means) -> float:
+        """A case with its reruns, fitted to measurements. Interpreted: launches, then numpy over the block a slot."""
         count, top_k = len(Labels.parse(str(config["experts"]))), int(config["top_k"])
+        if not means.interpreted:
+            return 0.004 + tokens * (2e-7 + 3e-8 * count + 8e-8 * top_k)
         padded = 1 << (count - 1).bit_length()
         return 0.04 + 4e-4 * top_k + tokens * padded * (4e-7 + 7e-8 * top_k)
 
