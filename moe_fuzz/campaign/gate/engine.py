@@ -91,6 +91,7 @@ class Gate:
 
     def run(self) -> Summary:
         """Raises MoeFuzzError where no gate is possible; an interrupt ends in a Summary with 130."""
+        self._start = time.monotonic()  # what a plan takes, half a minute of a large one, is of the gate's time too
         with self._state:
             for message in self._state.notes:
                 self._emit(events.Note(message))
@@ -176,7 +177,6 @@ class Gate:
     # ---- the plan ---------------------------------------------------------------------------------------------------
 
     def _run_plan(self) -> None:
-        self._start = time.monotonic()
         threads = [threading.Thread(target=self._work, name=f"gate-{number}", daemon=True)
                    for number in range(self._settings.workers)]  # fmt: skip
         for thread in threads:
