@@ -171,6 +171,16 @@ def test_what_time_cuts_hides_no_bad_case_behind_it(tmp_path):
     assert summary.cases > ROUND
 
 
+def test_rounds_that_are_good_do_not_last_to_their_end_either(tmp_path):
+    """Where each case is compiled for, those under way would take longer than all that was before."""
+    pool = FakePool(lambda case, history, options: time.sleep(0.1) or GOOD)
+    began = time.monotonic()
+    summary = gate(tmp_path / "slow", None, pool=pool, cases=200, seconds=0.35, workers=2).run()
+    assert 1 <= summary.cases < ROUND
+    assert len(pool.leased) < 2 * ROUND, "both rounds were cut"
+    assert time.monotonic() - began < 0.1 * ROUND
+
+
 def test_the_profiles_grow_and_leave_room(tmp_path):
     quick, default, deep = PROFILES.values()
     assert (quick.seconds, default.seconds) < (120, 600)

@@ -34,7 +34,7 @@ from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import Verdict
 
 CASES_SHARE = 0.75  # of the time: after it no case begins behind the first bad one, which is examined
-QUIET_SHARE = 0.9  # where nothing was bad, no round: what is left is for those under way
+QUIET_SHARE = 0.9  # where nothing was bad, no round: what is left is for those under way, which it cuts at its end
 UNBOUNDED = 3600.0  # seconds of a reduction that tries bound: more than they ever take, unless each try is a hang
 PROGRESS_EVERY = 0.25  # seconds
 PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
@@ -49,7 +49,7 @@ class _Running:
 
 
 class _TimeIsUp(Exception):
-    """In the midst of a round: a kernel that hangs makes one last for minutes."""
+    """In the midst of a round: kernels that hang, or that are compiled, make one last for minutes."""
 
 
 class Gate:
@@ -83,6 +83,7 @@ class Gate:
         self._next = 0  # round that nobody took yet
         self._stop = False
         self._bad: int | None = None  # the first round in the plan's order that met anything bad
+        self._cut = False  # all rounds, each at its next verdict: the time was up, and nothing had been bad
         self._error: BaseException | None = None
         self._results: dict[tuple[str, str], EntryResult] = {}
         self._unheard: dict[str, frozenset[str]] = {}  # name of an entry -> packages in its `versions`
@@ -233,9 +234,10 @@ class Gate:
                         self._changed.notify_all()
                         if verdict.bad and (self._bad is None or part.order < self._bad):
                             self._bad = part.order
-                        first = self._bad
-                    # Not a round before the first bad one: what is judged ends with the round that is cut.
-                    if first is not None and part.order >= first and self._later_than(CASES_SHARE):
+                        # Not a round before the first bad one: what is judged ends with the round that is cut.
+                        self._cut |= self._bad is None and self._later_than(1.0)
+                        behind = self._bad is not None and part.order >= self._bad and self._later_than(CASES_SHARE)
+                    if behind or (self._cut and part.phase != "ledger"):
                         raise _TimeIsUp
 
                 with (
