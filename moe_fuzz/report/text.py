@@ -172,9 +172,8 @@ def _rest(result: Summary, state_dir: str) -> list[str]:
     if result.flaky:
         lines.append(f"{count(result.flaky, 'bad case')} not seen again in fresh workers (flaky), so not counted.")
     if result.unexamined:
-        lines.append(
-            f"{count(result.unexamined, 'bad case')} not examined for want of time: the next run takes them up."
-        )
+        later = "" if result.gate is not None else ": the next run takes them up"
+        lines.append(f"{count(result.unexamined, 'bad case')} not examined, for want of time or as one of many{later}.")
     lines.append(f"seed {result.seed}; findings and corpus are in {state_dir}")
     if result.new:
         files = "report.md (an issue to file), case.json, repro.py"

@@ -159,6 +159,29 @@ def test_a_flaky_finding_does_not_hide_one_that_is_certain(tmp_path):
     assert all(len(finding.case.experts) > 1 for finding in summary.new)
 
 
+@pytest.mark.parametrize("flaky", [True, False], ids=["flaky", "on the base build"])
+def test_many_harmless_ones_do_not_hide_one_that_is_certain(tmp_path, flaky):
+    """All of one kind; and the certain one, of one number of experts, comes when more were met than are examined."""
+    runs, met = Counter(), set()
+
+    def harmless(case):
+        return len(case.experts) != 61
+
+    def judge(case, history, options):
+        if harmless(case):
+            met.add(case.digest)
+            runs[case.digest] += 1
+            return GOOD if flaky and runs[case.digest] > 1 else bad()
+        return bad() if len(met) > 30 else GOOD
+
+    base = None if flaky else FakePool(when(harmless))
+    summary = gate(tmp_path, judge, cases=120, base=base).run()
+    assert (len(summary.gate.on_base) > 0) != flaky
+    assert summary.exit_code == 1
+    assert summary.new
+    assert all(len(finding.case.experts) == 61 for finding in summary.new)
+
+
 def test_the_same_file_on_both_sides_is_no_comparison(tmp_path):
     class Here(FakePool):
         def describe(self, target):

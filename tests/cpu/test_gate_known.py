@@ -12,7 +12,7 @@ from moe_fuzz.campaign import events
 from moe_fuzz.campaign.gate.ledger import Entry, strays
 from moe_fuzz.campaign.gate.plan import QUARANTINED
 from moe_fuzz.report import text
-from moe_fuzz.verdict import REJECTED, UNJUDGED, Verdict
+from moe_fuzz.verdict import REJECTED, UNJUDGED, VIOLATION, Verdict
 from tests.cpu.campaign_fakes import GOOD, TARGET, FakePool, Listener, always_good, bad, crash, nan_on_odd, when
 from tests.cpu.gate_runs import KNOWN, NAN_ON_ODD, TODAY, gate, statuses
 
@@ -32,6 +32,18 @@ def test_a_known_finding_is_green_and_explains_its_kind_alone(tmp_path):
     summary = gate(tmp_path / "2", when(either), entries=(KNOWN,)).run()
     assert summary.exit_code == 1
     assert [finding.features for finding in summary.new] == [("bias", "fault:ties")]
+
+
+def test_what_is_known_hides_nothing_else_of_the_same_case_and_counts_once(tmp_path):
+    twice = (*bad().violations, *bad("routing", "wrong").violations)
+    more = Verdict(VIOLATION, (*twice, *bad("determinism", "differs").violations))
+    for verdict, code in ((Verdict(VIOLATION, twice), 0), (more, 1)):
+        listener = Listener()
+        summary = gate(tmp_path / str(code), when(nan_on_odd, verdict), listener, entries=(KNOWN,), strict=True).run()
+        assert summary.exit_code == code
+        assert {finding.check for finding in summary.new} == ({"determinism"} if code else set())
+        [result] = summary.gate.entries
+        assert result.seen <= sum(event.verdict != "pass" for event in listener.of(events.CaseJudged)) + 1
 
 
 @pytest.mark.parametrize("odd", range(4))

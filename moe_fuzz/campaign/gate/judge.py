@@ -31,7 +31,9 @@ from moe_fuzz.errors import EnvironmentProblem
 
 MAX_EXAMINED = 6  # new ones of a bucket; what comes after them counts as a duplicate
 MAX_KNOWN = 24  # of a bucket, that had to be reduced before the ledger knew them
-MAX_FLAKY = 20
+#: Of a bucket, flaky ones, and ones of the base build. From then on any bad case of it is first tried itself: three
+#: runs tell what a reduction would tell in the end.
+MAX_HARMLESS = 6
 MINIMIZING_EVERY = 0.5  # seconds between two events of one reduction
 
 
@@ -60,54 +62,59 @@ class Judge:
         self._render = render_repro
         self._examined: Counter[tuple[str, Bucket]] = Counter()  # (how it ended, bucket)
         self._told: set[Bucket] = set()
-        self._tried_again: Counter[Bucket] = Counter()  # cases that a flaky finding would explain
+        self._counted: dict[str, BadCase] = {}  # name of an entry -> the last case that it explained
         self._comparable: dict[str, bool] = {}  # target -> whether the base build can be asked
 
     def bad_case(self, bad: BadCase, keeper: Entry | None, seconds: float) -> None:
         """keeper: the entry on whose account the case ran alone. seconds: what reducing it may take."""
         for one in bad.each():  # a loud bug in every case must not hide the others
-            if not (self._explained(one, keeper) or self._brought_before(one) or self._shaky(one)):
-                break
-        else:
+            if self._explained(one, keeper, bad) or self._brought_before(one) or self._shaky(one, seconds):
+                continue
+            closed = self._closed(one.bucket)
+            if closed or (seconds <= 0 and self._examined["new", one.bucket]):
+                self.unexamined += not closed
+                continue
+            self._emit(events.ViolationSeen(one.target, one.case, one.verdict))
+            self._examine(one, max(0.0, seconds))
             return
-        closed = self._closed(one.bucket)
-        if closed or (seconds <= 0 and self._examined["new", one.bucket]):
-            self.unexamined += not closed
-            return
-        self._emit(events.ViolationSeen(one.target, one.case, one.verdict))
-        self._examine(one, max(0.0, seconds))
 
     def entry_of(self, finding: Finding) -> Entry | None:
         entries = self._entries.get(finding.target, ())
         by_id = (entry for entry in entries if entry.fingerprint and entry.fingerprint in finding.ids)
         return next(by_id, None) or next((entry for entry in entries if entry.is_finding(finding)), None)
 
-    def _explained(self, bad: BadCase, keeper: Entry | None) -> bool:
+    def _explained(self, bad: BadCase, keeper: Entry | None, whole: BadCase) -> bool:
+        """whole: the case with all that is wrong in it, which counts once for an entry."""
         features = features_of(self._examiners[bad.target].space, bad.case)
         if keeper is not None and keeper.shows(bad.verdict):
-            self.seen[keeper.name] += 1
+            self._count(keeper, whole)
             return True
         for entry in self._entries.get(bad.target, ()):
             if entry.explains(bad, features):
-                self.seen[entry.name] += 1
+                self._count(entry, whole)
                 return True
         return any(explains(finding, bad, features) for finding in self.new.values())
+
+    def _count(self, entry: Entry, bad: BadCase) -> None:
+        if self._counted.get(entry.name) is not bad:
+            self._counted[entry.name] = bad
+            self.seen[entry.name] += 1
 
     # What is green must not hide what is red: a finding of the base build, or a flaky one, has the looks of a case that
     # this change breaks for good. So a case that it would explain is tried itself.
 
     def _brought_before(self, bad: BadCase) -> bool:
         """Whether a finding of the base build explains it, and the case fails there too."""
-        return self._looks_like(bad, self.on_base) and self._fails_there(bad)
+        many = self._examined["base", bad.bucket] >= MAX_HARMLESS
+        return (many or self._looks_like(bad, self.on_base)) and self._fails_there(bad)
 
-    def _shaky(self, bad: BadCase) -> bool:
-        """Whether a flaky finding explains it, and the case does not fail each time either."""
-        if not self._looks_like(bad, self.unstable):
+    def _shaky(self, bad: BadCase, seconds: float) -> bool:
+        """Whether a flaky finding explains it, or may, as they are many; and the case does not fail each time."""
+        if not (self._examined["flaky", bad.bucket] >= MAX_HARMLESS or self._looks_like(bad, self.unstable)):
             return False
-        if self._tried_again[bad.bucket] >= MAX_FLAKY:
+        if seconds <= 0 and self._examined["new", bad.bucket]:  # it is red already
             self.unexamined += 1
             return True
-        self._tried_again[bad.bucket] += 1
         return not self._stands(bad)
 
     def _looks_like(self, bad: BadCase, findings: Mapping[str, Finding]) -> bool:
@@ -153,8 +160,8 @@ class Judge:
                 self.known[entry.fingerprint or finding.id] = finding
                 self._emit(events.FindingReported(finding, "known", "", entry.to_json()))
             return
-        self._examined["new", bad.bucket] += 1
         if self._met_before(finding, examiner):
+            self._examined["new", bad.bucket] += 1
             return
         status = self._status(finding, examiner)
         if status and finding.case != bad.case and self._is_red(bad, status):
@@ -162,6 +169,7 @@ class Judge:
             whole = examiner.examine(bad, 0.0, progress)
             if whole is not None:
                 finding, status = whole, self._status(whole, examiner)
+        self._examined[status.partition(" ")[0] or "new", bad.bucket] += 1
         self._report(finding, status)
 
     def _met_before(self, finding: Finding, examiner: Examiner) -> bool:
@@ -244,7 +252,7 @@ class Judge:
         return sum(holds(rerun(pool, cases, finding.target, options), finding.raw) for _ in range(TRIES))
 
     def _closed(self, bucket: Bucket) -> bool:
-        limits = {"new": MAX_EXAMINED, "known": MAX_KNOWN, "flaky": MAX_FLAKY}
+        limits = {"new": MAX_EXAMINED, "known": MAX_KNOWN}
         full = next((name for name, most in limits.items() if self._examined[name, bucket] >= most), "")
         if full and bucket not in self._told:
             self._told.add(bucket)
