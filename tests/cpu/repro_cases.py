@@ -89,6 +89,7 @@ WRITTEN_BY_HAND = {
     "flags_without_their_stride": {"is_padding": True, "padding": "minus_one",
                                    "steps": (Step(Labels.range(8), Labels.range(8).last(3),
                                                   (Fault("noncontiguous", "is_padding"),)),)},
+    "four_a_lane": {"experts": 160, "top_k": 6, "faults": (Fault("clustered_top", "logits", Labels.range(3)),)},
     "id_left_unwritten": {"experts": 3, "top_k": 3, "out": True},  # its own memory, when bare, may hold anything
 }
 
