@@ -90,11 +90,14 @@ def afforded(
     return run, found or (ranks * BUCKETS[0],)
 
 
-def large(space: Space, config: Mapping[str, Scalar], tokens: Sequence[int], means: Means) -> tuple[int, ...]:
-    """Of the token counts that these means afford, those that the ordinary ones do not."""
+def large(
+    space: Space, info: TargetInfo, config: Mapping[str, Scalar], run: str, tokens: Sequence[int], means: Means
+) -> tuple[int, ...]:
+    """Of the token counts that these means afford in such a run, those that the ordinary ones do not."""
     if means.times == 1:
         return ()
-    most = max(space.tokens(config, replace(means, times=1)), default=0)
+    _, ordinary = afforded(space, info, config, run, (), replace(means, times=1))
+    most = max(ordinary, default=0)
     return tuple(count for count in tokens if count > most)
 
 

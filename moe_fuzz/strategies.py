@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations
 
@@ -112,7 +113,8 @@ def _alike(
 ) -> list[Case]:  # fmt: skip
     """Cases of a config and a kind of run, with faults of `swarm`. tokens: as in `sequences.plan`."""
     config = _in_mode(config, run, info)
-    large = sequences.large(space, config, tokens, means)
+    large = sequences.large(space, info, config, run, tokens, means)
+    means = means if large else replace(means, times=1)  # or else it would be the steps that are many
     most = 1 if large else MAX_ROUND if run == sequences.SINGLE else MAX_ROUND // 4
     if run != sequences.SINGLE:
         taken = space.places_for(config, info)
@@ -176,7 +178,7 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
         faults = [(place, int(row["where"]))] if place else []
         fitting = sequences.within(tokens, faults)
         if place is None or place.max_rows is None:
-            fitting = sequences.large(space, config, tokens, means) or fitting
+            fitting = sequences.large(space, info, config, run, tokens, means) or fitting
         if run != sequences.SINGLE:
             plan = sequences.random_plan(fitting, faults, int(row["padding rows"]), str(row["size"]), chosen)
             yield sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, means, taken)
