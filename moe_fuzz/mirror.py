@@ -41,9 +41,9 @@ def is_mirrored(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or hasattr(tensor, _NAME)
 
 
-def rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
-    """tensor[rows], mirrored if the tensor is. rows: int64 [R], mirrored."""
-    if tensor.device.type == "cpu" or not is_mirrored(tensor):
+def rows_of(tensor: Tensor, rows: Tensor | slice) -> Tensor:
+    """tensor[rows], mirrored if the tensor is. rows: int64 [R], mirrored, or a slice."""
+    if tensor.device.type == "cpu" or isinstance(rows, slice) or not is_mirrored(tensor):
         return tensor[rows]
     return uploaded(on_host(tensor)[on_host(rows)], tensor.device)
 

@@ -37,6 +37,9 @@ class Family:
     #: (observation without outputs) -> calls that the relations will ask for whatever the outputs are. On a GPU they
     #: are made with the step's own, so that the host waits once. `seen.call` is answered for these very objects.
     ahead: Callable[[Any], Sequence[Inputs]] = lambda seen: ()
+    #: (case, info, inputs of all steps) -> for each step what its observation would cache, by name: None: nothing is
+    #: saved by computing it for several steps at once
+    together: Callable[..., Sequence[Mapping[str, Any]]] | None = None
     #: (inputs, *what a target tells `observe` between its stages) -> it in a sentence; None: the op has no stages
     describe: Callable[..., str] | None = None
     #: (case, step_index, inputs) -> counts of what the inputs are like, by name, which a campaign adds up; None: none

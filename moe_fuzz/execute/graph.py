@@ -23,7 +23,7 @@ class GraphSteps(Steps):
     """See Steps. `run` also raises CaptureFailed."""
 
     def run(self) -> None:
-        inputs = [self.inputs(index) for index in range(len(self.case.steps))]
+        inputs = self.all_inputs = [self.inputs(index) for index in range(len(self.case.steps))]
         keys = [_key(one) for one in inputs]
         buckets: dict[_Key, Bucket] = {}
         with self.arena() as static:  # open to the end: the addresses in it are in the graphs

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -56,6 +56,8 @@ class Steps(ABC):
         self.family = FAMILIES[case.op]
         self.with_out = bool(case.config.get("out"))
         self.index = 0  # of the step at hand
+        self.all_inputs: Sequence[Inputs] = ()  # of all steps, where a mode makes them before it judges the first
+        self._of_all: Sequence[Mapping[str, Any]] = ()
         self.violations: list[Violation] = []
         self.detail = ""  # for a person: the traceback of what the target raised
         names, _ = _named(case.op, self.family.name, options.checks, relations=True)
@@ -155,6 +157,7 @@ class Steps(ABC):
         asked = Asked(call, self.wait, self.family.outputs)
         other = Asked(eager, self.wait, self.family.outputs) if eager else None
         seen = self.family.observe(self.case, self.index, self.target.info, inputs, None, asked, other)
+        seen.__dict__.update(self._known())
         look: Callable[[], list[Violation]] = partial(_checked, arenas)
         if self.device == "cuda":
             if related:
@@ -168,6 +171,16 @@ class Steps(ABC):
             self.wait()
         with self._ours(self.family.elements(self.case, self.index)), self._quietly():
             self._judged(inputs, results, seen, names, asked, other, arenas, look)
+
+    def _known(self) -> Mapping[str, Any]:
+        """What is known of this step's inputs, where those of all steps are there: it is computed once for them all."""
+        if self.family.together is None or len(self.all_inputs) < 2:
+            return {}
+        if not self._of_all:
+            elements = sum(self.family.elements(self.case, index) for index in range(len(self.all_inputs)))
+            with self._ours(elements), self._quietly():
+                self._of_all = self.family.together(self.case, self.target.info, self.all_inputs)
+        return self._of_all[self.index]
 
     @staticmethod
     def _ours(elements: int) -> contextlib.AbstractContextManager[None]:

@@ -32,7 +32,7 @@ class Numbers:
     largest: Tensor  # [T]: the largest of these s
     open: Tensor  # bool [T]: a quantization on the way may fall either way, so that errors are not those of roundings
 
-    def take(self, rows: Tensor) -> Numbers:
+    def take(self, rows: Tensor | slice) -> Numbers:
         """Those of these rows, int64 [R]."""
         return Numbers(*(part[rows] if len(part) else part for part in vars(self).values()))
 

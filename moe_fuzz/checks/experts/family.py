@@ -15,6 +15,7 @@ from moe_fuzz.checks.experts import (  # noqa: F401 - they register
 )
 from moe_fuzz.checks.experts.binding import binding
 from moe_fuzz.checks.experts.observation import ExpertsObservation, Outputs
+from moe_fuzz.checks.experts.together import together
 from moe_fuzz.checks.family import Family
 from moe_fuzz.ops.experts import fp4_inputs, inputs
 
@@ -34,4 +35,6 @@ FAMILY = Family(
     binding=binding,
     ahead=metamorphic.ahead,
     elements=inputs.elements,
+    together=together,
+    inference=True,
 )

@@ -139,7 +139,7 @@ class _Exact:
         dtype, which may stand before the weight, before the bias, or behind both. A global scale is a power of two, or
         nothing is known."""
         w = self.inputs.matrix(name, batch.experts).transpose(1, 2)
-        result, size, unit = torch.bmm(x, w), torch.bmm(x.abs(), w.abs()), _least(x) * _least(w)
+        result, size, unit = torch.bmm(x, w), torch.bmm(x.abs(), w.abs()), _of_rows(x) * _least(w)
         if (factor := self.inputs.factor(name, batch.experts)) is not None:
             power = self._power(name, factor)
             result, size, unit = (part * factor for part in (result, size, unit))
@@ -147,7 +147,7 @@ class _Exact:
         kept = self._kept(result, declared)
         if weight is not None:
             result, size, unit = result * weight, size * torch.maximum(weight.abs(), torch.ones_like(weight)), (
-                unit * _least(weight).clamp(max=1.0))  # fmt: skip
+                unit * _of_rows(weight).clamp(max=1.0))  # fmt: skip
             kept = kept & self._kept(result, declared)
         if bias is not None:
             result, size, unit = result + bias, size + bias.abs(), torch.minimum(unit, _least(bias))
@@ -183,6 +183,11 @@ class _Exact:
             stored, whole = store(h, self.dtype)
             known = known & (whole | (not self.contract.truncates))
         return stored, known & stored.isfinite()
+
+
+def _of_rows(values: Tensor) -> Tensor:
+    """The unit of all values of each row of [e, n, .], as [e, n, 1]: what another token holds makes no sum inexact."""
+    return unit_of(values).amin(dim=2, keepdim=True)
 
 
 def _least(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -63,12 +64,17 @@ class ExpertsObservation:
         part = replace(self, inputs=self.rows_of(self.inputs, rows), outputs=Outputs(self.outputs.y[rows]), budget={},
                        rows=positions if self.rows is None else [self.rows[at] for at in positions],
                        whole=(self, rows))  # fmt: skip
-        for name in ("expert", "kept", "sound", "real", "random", "claimed", "hopeless"):
-            part.__dict__[name] = rows_of(getattr(self, name), rows)
-        part.__dict__["numbers"] = self.numbers.take(rows)
-        for name in ("limits", "exact") if self.inputs.exact else ("limits",):
-            part.__dict__[name] = tuple(one[rows] for one in getattr(self, name))
+        part.__dict__.update(self.known_of(rows))
         return part
+
+    def known_of(self, rows: torch.Tensor | slice) -> dict[str, Any]:
+        """What the inputs alone decide of these rows, int64 [R], by the name of the property that has it."""
+        found: dict[str, Any] = {"numbers": self.numbers.take(rows)}
+        for name in ("expert", "kept", "sound", "real", "random", "claimed", "hopeless"):
+            found[name] = rows_of(getattr(self, name), rows)
+        for name in ("limits", "exact") if self.inputs.exact else ("limits",):
+            found[name] = tuple(one[rows] for one in getattr(self, name))
+        return found
 
     def benign(self, rows: torch.Tensor) -> torch.Tensor:
         """Ordinary x for these rows: what could have stood there instead."""

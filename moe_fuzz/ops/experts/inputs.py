@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import ClassVar, TypeVar
 
@@ -184,6 +184,15 @@ def filled(
     for name, canvas in canvases.items():
         _lay_out(inputs, name, canvas)
     return inputs
+
+
+def joined(steps: Sequence[_Inputs]) -> _Inputs:
+    """One call with the tokens of several, one step's after the other's. All else they have in common."""
+    one = steps[0]
+    whole = one.replace(**{name: torch.cat([step.plain[name] for step in steps]) for name in one.fluid})
+    setattr(whole.plain["x"], _FINITE, torch.cat([step.finite_rows for step in steps]))
+    padding, ordinary = (torch.cat([getattr(step, name) for step in steps]) for name in ("padding", "ordinary"))
+    return replace(whole, padding=padding, ordinary=ordinary)
 
 
 @lru_cache(maxsize=1)  # steps share their weights, and where these are the same tensors nobody copies them again
