@@ -16,6 +16,7 @@ from moe_fuzz.ops.space import Axis, FaultPlace
 
 NO_FAULT = "none"  # in place of a fault's name: cases without faults
 _PRESET = "preset"
+_FEW = 12  # values that a refusal names
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ class Restriction:
             return f"{info.name} takes no config of {_or(self.presets)}"
         for axis in restricted.axes(info):
             if not axis.values:
-                return f"{info.name} takes no {axis.name}={_or(dict(self.values or ()).get(axis.name, ()))}"
+                asked = _or(dict(self.values or ()).get(axis.name, ()))
+                taken = next((one.values for one in space.axes(info) if one.name == axis.name), ())
+                instead = f", but {_or(map(spelled, taken))}" if 0 < len(taken) <= _FEW else ""
+                return f"{info.name} takes no {axis.name}={asked}{instead}"
         if self.faults is not None and NO_FAULT not in self.faults and not restricted.can_be_laid(info):
             return f"{info.name} takes cases with no fault {_or(self.faults)}"
         return ""

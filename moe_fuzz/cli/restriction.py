@@ -68,7 +68,10 @@ def restriction(
     axes = [axis for space in spaces for axis in space.axes(TargetInfo("", space.op, "")) if axis.name.isidentifier()]
     for field, values in only or ():
         _check("field", [field], [axis.name for axis in axes])
-        _check(f"{field} value", values, [spelled(v) for axis in axes if axis.name == field for v in axis.values])
+        known = [value for axis in axes if axis.name == field for value in axis.values]
+        # What a target has to declare before it is given it: whether one does, its worker says.
+        known += [value for space in spaces for value in space.fields.get(field, ())]
+        _check(f"{field} value", values, [spelled(value) for value in known])
     return Restriction(modes, presets, faults, only)
 
 

@@ -76,6 +76,8 @@ class Space(Protocol):
     @property
     def tensors(self) -> Mapping[str, str]: ...  # name -> "input" | "output"
     @property
+    def fields(self) -> Mapping[str, tuple[Scalar, ...]]: ...  # of a config -> its values, for a target that takes all
+    @property
     def sizes(self) -> tuple[str, ...]: ...  # the config fields that are sizes
     @property
     def presets(self) -> Mapping[str, Mapping[str, Scalar]]: ...  # model -> the part of a config it fixes

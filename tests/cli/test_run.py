@@ -143,6 +143,24 @@ def test_restrictions(
 
 
 @pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("topk_softmax@builtin", "out=true"),
+        ("nvfp4_quantize@builtin", "global_scale=greatest,nan"),
+        ("allreduce_rmsnorm@builtin", "capacity=half"),
+        ("align@builtin", "out=true"),
+    ],
+)
+def test_a_value_that_only_some_targets_take_may_be_asked_for(
+    call: Callable, campaign: FakeCampaign, target: str, words: str
+) -> None:
+    field, _, values = words.partition("=")
+    ran = call("run", target, "--only", words)
+    assert ran.code == 0, ran.err
+    assert campaign.settings.restriction.values == ((field, tuple(values.split(","))),)
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         ("--ops topk_softmx", "no op 'topk_softmx' (did you mean topk_softmax?)"),

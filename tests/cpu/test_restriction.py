@@ -92,6 +92,7 @@ def test_values_alone() -> None:
     assert only.lines() == ("only bias=false", "only experts=60,8", "only top_k=2,4")
     assert not only.allows(cases[0].with_config(bias=True))
     assert Restriction(values=(("experts", ("1025",)),)).refusal(SPACE, INFO).endswith("takes no experts=1025")
+    assert Restriction(values=(("out", ("true",)),)).refusal(SPACE, INFO).endswith("takes no out=true, but false")
     model = Restriction(presets=("mixtral-8x7b", "qwen1.5-moe-a2.7b"), values=(("experts", ("60",)),))
     assert {len(case.experts) for case in drawn(model)} == {60}
 

@@ -90,6 +90,7 @@ class AlignSpace:
     checks: ClassVar[Mapping[str, str]] = text.CHECKS
     faults: ClassVar[Mapping[str, str]] = text.FAULTS
     places: ClassVar[tuple[FaultPlace, ...]] = PLACES
+    fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = FIELDS
     sizes: ClassVar[tuple[str, ...]] = ("experts", "top_k", "block_size")
     presets: ClassVar[Mapping[str, Mapping[str, Scalar]]] = MODELS
     tails: ClassVar[tuple[str, ...]] = TAILS

@@ -81,6 +81,7 @@ class AllreduceSpace:
     checks: ClassVar[Mapping[str, str]] = text.CHECKS
     faults: ClassVar[Mapping[str, str]] = text.FAULTS
     places: ClassVar[tuple[FaultPlace, ...]] = PLACES
+    fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = FIELDS
     sizes: ClassVar[tuple[str, ...]] = ("hidden",)
     presets: ClassVar[Mapping[str, Mapping[str, Scalar]]] = MODELS
     tensors: ClassVar[Mapping[str, str]] = {

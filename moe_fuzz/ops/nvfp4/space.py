@@ -83,6 +83,7 @@ class QuantizeSpace:
     checks: ClassVar[Mapping[str, str]] = text.CHECKS
     faults: ClassVar[Mapping[str, str]] = text.FAULTS
     places: ClassVar[tuple[FaultPlace, ...]] = PLACES
+    fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = FIELDS
     sizes: ClassVar[tuple[str, ...]] = ("blocks",)
     presets: ClassVar[Mapping[str, Mapping[str, Scalar]]] = MODELS
     tensors: ClassVar[Mapping[str, str]] = {
