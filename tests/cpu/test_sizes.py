@@ -59,3 +59,23 @@ def test_configs_have_numbers_of_experts_that_no_list_names(op: str) -> None:
     draw()
     assert len(counts - listed) > 3
     assert max(counts) <= 300
+
+
+@pytest.mark.parametrize(("op", "field"), [("allreduce_rmsnorm", "hidden"), ("nvfp4_quantize", "blocks")])
+def test_rows_have_widths_that_no_list_names(op: str, field: str) -> None:
+    space, widths = get_space(op), set()
+    info = TargetInfo(f"{op}@x", op, "x", capabilities=Capabilities(min_multiple_h=8, max_blocks=900))
+    listed = {int(width) for axis in space.axes(info) if axis.name == field for width in axis.values}
+
+    @seed(5)
+    @settings(max_examples=150, database=None, deadline=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(strategies.configs(space, info))
+    def draw(config: dict) -> None:
+        width = config[field]
+        widths.add(len(Labels.parse(width)) if isinstance(width, str) else width)
+
+    draw()
+    assert len(widths - listed) > 3
+    assert max(widths) <= 8192
+    assert field == "blocks" or all(width % 8 == 0 for width in widths)

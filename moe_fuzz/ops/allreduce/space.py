@@ -14,7 +14,14 @@ from moe_fuzz.ops import moves
 from moe_fuzz.ops.allreduce import text
 from moe_fuzz.ops.allreduce.presets import MODELS
 from moe_fuzz.ops.space import Axis, FaultPlace, Means
-from moe_fuzz.ops.validity import require_fields, require_place, require_rows, require_stream, require_values
+from moe_fuzz.ops.validity import (
+    require_fields,
+    require_integer,
+    require_place,
+    require_rows,
+    require_stream,
+    require_values,
+)
 
 WORLDS = (2, 1, 3, 4, 5, 6, 7, 8)
 #: On both sides of vectors, warps and blocks; and the sizes that people serve.
@@ -92,7 +99,9 @@ class AllreduceSpace:
     # ---- what to draw -----------------------------------------------------------------------------------------------
 
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
-        return tuple(Axis(name, [v for v in values if not self._without(name, v, info)] or values[:1])
+        multiple = info.capabilities.min_multiple_h
+        return tuple(Axis(name, [v for v in values if not self._without(name, v, info)] or values[:1],
+                          between=(lambda size: size % multiple == 0) if name == "hidden" else None)
                      for name, values in FIELDS.items())  # fmt: skip
 
     def _without(self, name: str, value: Scalar, info: TargetInfo) -> bool:
@@ -149,7 +158,8 @@ class AllreduceSpace:
     def validate(self, case: Case) -> None:
         config = case.config
         require_fields(case, FIELDS)
-        require_values(case, FIELDS)
+        require_integer(case, "hidden", max(HIDDEN))
+        require_values(case, {name: values for name, values in FIELDS.items() if name != "hidden"})
         if case.mode == RANKS and config["ranks"] == 1:
             raise CaseError("config.ranks", "must be more than 1 in mode ranks")
         for index, step in enumerate(case.steps):

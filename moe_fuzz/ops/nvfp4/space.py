@@ -24,6 +24,7 @@ from moe_fuzz.ops.validity import (
     require_stream,
     require_values,
 )
+from moe_fuzz.sizes import any_number
 
 #: Of 16 columns: on both sides of whole tiles of 4 scales, of a warp's and a block's loads.
 BLOCKS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 29, 31, 32, 33, 63, 64, 65, 96, 128, 168, 180, 256, 320, 448, 1025)
@@ -95,7 +96,7 @@ class QuantizeSpace:
 
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         return (
-            Axis("blocks", [b for b in BLOCKS if b <= info.capabilities.max_blocks]),
+            Axis("blocks", [b for b in BLOCKS if b <= info.capabilities.max_blocks], between=any_number),
             *(Axis(name, [v for v in values if not self._without(name, v, info)]) for name, values in FIELDS.items()),
         )
 
