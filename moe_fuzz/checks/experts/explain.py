@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from moe_fuzz.checks.experts.bounds import Numbers, evaluate
+from moe_fuzz.checks.experts.declaration import declaration
 from moe_fuzz.checks.experts.observation import ExpertsObservation
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 
@@ -15,7 +16,7 @@ _SLOTS = 16
 
 
 def explain(seen: ExpertsObservation, token: int) -> str:
-    """`; it looks as if slot 1 read expert 3, not 5`, or nothing."""
+    """`; it looks as if slot 1 read expert 3, not 5`, or which declaration would make it right, or nothing."""
     if seen.brief:
         return ""
     y = seen.y[token]
@@ -24,7 +25,7 @@ def explain(seen: ExpertsObservation, token: int) -> str:
     for hint, numbers, row in _readings(seen, token):
         if bool(((y - numbers.value[row]).abs() <= numbers.bound[row]).all()):
             return f"; it looks as if {hint}"
-    return ""
+    return declaration(seen)
 
 
 def _readings(seen: ExpertsObservation, token: int) -> Iterator[tuple[str, Numbers, int]]:

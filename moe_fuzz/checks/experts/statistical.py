@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_fuzz.checks import check
+from moe_fuzz.checks.experts.declaration import declaration
 from moe_fuzz.checks.experts.observation import ExpertsObservation
 from moe_fuzz.checks.experts.rounding import gamma, unit
 from moe_fuzz.mirror import answers, on_host, rows_of, uploaded
@@ -68,6 +69,7 @@ def statistical(seen: ExpertsObservation) -> list[Violation]:
         if float(used[at]) > 1:
             where, text = test.place(at)
             message = f"{text}: {test.words} is {float(got[at]):.4g}, more than roundings make it"
+            message += declaration(seen)
             return [Violation("statistical", test.symptom, message, "y", where, f"at most {float(most[at]):.4g}",
                               f"{float(got[at]):.4g}", float(used[at]))]  # fmt: skip
         share = max(share, float(used[at]))

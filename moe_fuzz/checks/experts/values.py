@@ -56,7 +56,7 @@ def _slots(
     if inputs.quantizes:
         x = quantized(x.double(), plain["x_global"], dtype)
     for batch in batches(expert, rows * x.shape[1], rows + x.shape[1]):
-        weight = weights[batch.token, batch.slot].double()[..., None]  # [e, n, 1]
+        weight = stored(weights[batch.token, batch.slot].double()[..., None], contract.weight_dtype)  # [e, n, 1]
         a = _product(inputs, "w13", x[batch.token].double(), batch)
         if on_input:
             a = a * weight

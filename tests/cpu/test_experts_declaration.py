@@ -1,0 +1,57 @@
+"""Which word of its contract a target forgot, a finding says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from moe_fuzz.checks.experts.values import rounded
+from moe_fuzz.contract import Contract
+from moe_fuzz.ops.experts.inputs import ExpertsInputs
+from moe_fuzz.reference.align import expert_of_slot
+
+from .experts_seen import STEADY, Target, case_of, judge, observe
+
+
+def storing(**stores: str) -> Target:
+    """Experts that keep this contract."""
+
+    def target(inputs: ExpertsInputs) -> torch.Tensor:
+        expert = expert_of_slot(inputs.plain["ids"], len(inputs.plain["w13"]), inputs.plain.get("expert_map"))
+        return rounded(inputs, expert, replace(Contract(), **stores)).to(inputs.plain["x"].dtype)
+
+    return target
+
+
+@pytest.mark.parametrize(
+    ("stores", "recipe", "said"),
+    [
+        ({"gate_up": "dtype"}, "ladder", 'Contract(gate_up="dtype")'),
+        ({"down": "dtype"}, "fine", 'Contract(down="dtype")'),
+        ({"weight_dtype": "dtype"}, "fine", 'Contract(weight_dtype="dtype")'),
+        ({"slot": "none"}, "fine", 'Contract(slot="none")'),
+        ({"gate_up": "dtype", "down": "dtype"}, "ladder", 'Contract(gate_up="dtype", down="dtype")'),
+    ],
+)
+def test_a_store_that_nobody_declared_is_named(stores: dict[str, str], recipe: str, said: str) -> None:
+    told = []
+    for hidden, activation, bias in product((32, 256), ("silu", "relu2"), ("none", "float32")):
+        case = case_of(rows=12, seed=1, recipe=recipe, hidden=hidden, activation=activation, bias=bias, magnitude=4)
+        found = judge(observe(case, storing(**stores), STEADY))
+        told += [one.message for one in found.values() if "may answer so" in one.message]
+        keeps = replace(STEADY, **stores)
+        assert not {"bound", "exact", "statistical"} & set(judge(observe(case, storing(**stores), keeps)))
+    assert told
+    assert all(said in text for text in told), told
+
+
+def test_a_wrong_answer_is_no_matter_of_declarations() -> None:
+    def halved(inputs: ExpertsInputs) -> torch.Tensor:
+        return storing()(inputs) * 0.5
+
+    found = judge(observe(case_of(rows=24), halved, STEADY))
+    assert "bound" in found
+    assert not any("may answer so" in one.message for one in found.values())
