@@ -13,6 +13,7 @@ from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, HANG, Verdict, Violation
 
 TRIES = 3
+RECENT = 32  # cases before the bad one, which are tried first
 PATIENCE = 3  # deadlines that a case must outlast to have hung
 Key = tuple[str, str]  # (check, symptom)
 
@@ -84,10 +85,11 @@ def confirm(pool: Pool, target: str, case: Case, history: Cases, key: Key, optio
             seen.append(verdict)
     if seen and not (killed(seen[0]) and len(seen) < tried):  # who is killed sometimes is in somebody's way
         return Confirmation(case, (), seen[0], _how_often(len(seen), tried))
-    if history:
-        verdict = rerun(pool, (*history, case), target, options)
+    # Most culprits ran shortly before, and the reducer has less to take away.
+    for past in dict.fromkeys((history[-RECENT:], history) if history else ()):
+        verdict = rerun(pool, (*past, case), target, options)
         if holds(verdict, key):
-            return Confirmation(case, history, verdict, "always")
+            return Confirmation(case, past, verdict, "always")
     return None
 
 

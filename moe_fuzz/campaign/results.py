@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from moe_fuzz.campaign.finding import Finding
+from moe_fuzz.verdict import BAD
 
 
 def plain(value: Any) -> Any:
@@ -110,6 +111,11 @@ class Summary:
     exit_code: int
     reason: str = ""  # why the exit code is neither 0 nor 1; of a gate, why it is red too
     gate: GateResult | None = None  # of a gate
+
+    @property
+    def bad(self) -> int:
+        """Cases that broke a rule, whatever came of it."""
+        return sum(self.verdicts.get(kind, 0) for kind in BAD)
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)}

@@ -161,14 +161,18 @@ def histogram(counts: Sequence[int]) -> str:
     return "".join("·" if not n else _BARS[round((len(_BARS) - 1) * math.sqrt(n / most))] for n in counts)
 
 
+def nothing_found(result: Summary) -> str:
+    """Of a campaign without a finding."""
+    if result.bad:
+        return f"{count(result.bad, 'case')} of {result.cases:,} broke a rule, and no finding has come of it"
+    return "No case broke a rule. That is evidence for the cases that ran, and no proof"
+
+
 def _rest(result: Summary, state_dir: str) -> list[str]:
     lines = []
     known = result.known or (result.gate is not None and result.gate.entries)
     if not result.new and not known and any(row.ran for row in result.rows):
-        lines += [
-            "No case broke a rule. That is evidence for the cases that ran, and no proof:",
-            "a longer --time or another --seed tries others.",
-        ]
+        lines += [f"{nothing_found(result)}:", "a longer --time or another --seed tries others."]
     if result.flaky:
         lines.append(f"{count(result.flaky, 'bad case')} not seen again in fresh workers (flaky), so not counted.")
     if result.unexamined:

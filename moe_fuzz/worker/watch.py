@@ -25,7 +25,7 @@ from moe_fuzz.worker.protocol import ALLOCATOR_VARIABLE, ChannelClosed, Garbled,
 from moe_fuzz.worker.ranks import Groups, Ranks, next_part
 from moe_fuzz.worker.stats import Stats
 
-HISTORY = 32  # cases of a process that are remembered
+HISTORY = 128  # cases of a process that are remembered: a defect may take so many to show
 OnVerdict = Callable[[int, Verdict, tuple[Case, ...]], None]
 
 _STACK_SECONDS = 0.3  # what a hanging process is given to write its stack
@@ -89,7 +89,7 @@ class Worker:
 
         A case that kills its process gets its verdict (crash, hang, out-of-memory), and the rest go on in a new one.
         on_verdict(i, verdict, history) is called at each verdict; history: what the same process ran before, oldest
-        first, at most 32 cases.
+        first, at most HISTORY cases.
 
         Raises what the runner raised: UsageError, EnvironmentProblem, or MoeFuzzError for a failure of moe-fuzz itself.
         """

@@ -9,7 +9,7 @@ import pytest
 
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.badcase import BadCase
-from moe_fuzz.campaign.confirm import PATIENCE, confirm
+from moe_fuzz.campaign.confirm import PATIENCE, RECENT, confirm
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.locate import is_device_fault, launch_site, locate
 from moe_fuzz.campaign.state import StateDir
@@ -17,6 +17,7 @@ from moe_fuzz.campaign.triage import Triage
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import CRASH, HANG, Verdict, Violation
+from moe_fuzz.worker.watch import HISTORY
 from tests.cpu.campaign_fakes import GOOD, OPTIONS, SPACE, TARGET, FakePool, Listener, bad, campaign, crash, toy
 from tests.cpu.experts_seen import case_of
 
@@ -59,6 +60,15 @@ def test_its_history_is_tried_last():
     found = confirmed(judge, history)
     assert (found.sequence, found.case) == (history, toy())
     assert confirmed(judge, history[:1]) is None
+
+
+@pytest.mark.parametrize(("needed", "kept"), [(40, 100), (20, RECENT)])
+def test_a_long_history_is_tried_where_a_short_one_shows_nothing(needed, kept):
+    """Such as a counter that goes wrong: `HISTORY` cases are remembered, and the last of them are tried before."""
+    assert HISTORY >= 100
+    history = tuple(toy(seed=seed) for seed in range(1, 101))
+    found = confirmed(lambda case, ran, options: bad() if len(ran) >= needed else GOOD, history)
+    assert found.sequence == history[-kept:]
 
 
 def test_one_hang_is_enough():

@@ -85,6 +85,7 @@ def test_what_is_not_seen_again_is_flaky(tmp_path):
     summary = gate(tmp_path, judge, listener).run()
     assert (summary.exit_code, summary.flaky, summary.new) == (0, 1, ())
     assert len(listener.of(events.FlakySeen)) == 1
+    assert "1 case of 200 broke a rule, and no finding has come of it" in "\n".join(text.summary(summary, "x"))
 
 
 def test_what_fails_sometimes_is_flaky_and_told_with_its_case(tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from moe_fuzz.campaign import events
+from moe_fuzz.campaign.gate.judge import LEARNED
 from moe_fuzz.campaign.gate.ledger import Entry, strays
 from moe_fuzz.campaign.gate.plan import QUARANTINED
 from moe_fuzz.report import text
@@ -44,6 +45,45 @@ def test_what_is_known_hides_nothing_else_of_the_same_case_and_counts_once(tmp_p
         assert {finding.check for finding in summary.new} == ({"determinism"} if code else set())
         [result] = summary.gate.entries
         assert result.seen <= sum(event.verdict != "pass" for event in listener.of(events.CaseJudged)) + 1
+
+
+def test_what_may_be_known_is_not_new_where_no_time_is_left_to_reduce_it(tmp_path):
+    """What a reduction found is narrower than the defect: only reduced, a case can be told from it."""
+    narrow = replace(KNOWN, features=("bias", "fault:nan_rows"), cases=(NAN_ON_ODD.with_config(bias=True),))
+
+    def wrong(case):
+        return nan_on_odd(case) and not case.config["bias"]
+
+    for number, (verdict, code) in enumerate(((bad(), 0), (bad("determinism", "differs"), 1))):
+        listener = Listener()
+        late = gate(tmp_path / str(number), when(wrong, verdict), listener, entries=(replace(narrow, cases=()),),
+                    strict=True)  # fmt: skip
+        late._reducer_seconds = lambda: 0.0
+        summary = late.run()
+        assert (summary.exit_code, summary.unexamined > 0) == (code, True)
+        told = [note.message for note in listener.of(events.Note) if "the time was up" in note.message]
+        assert bool(told) is not bool(code)
+        assert all("known-nan" in message for message in told)
+        assert "No case broke a rule" not in "\n".join(text.summary(summary, "x"))
+
+
+def test_a_known_crash_is_not_reduced_again_and_again(tmp_path):
+    """Each try of such a reduction is a process."""
+    judge = when(nan_on_odd, crash())
+    [finding] = gate(tmp_path / "first", judge).run().new
+    entry = Entry("known-crash", "toy#2", "@me", finding.id, TARGET, "crash", "SIGSEGV",
+                  features=("dtype=float16", "fault:nan_rows"))  # fmt: skip
+    listener = Listener()
+    summary = gate(tmp_path / "then", judge, listener, entries=(entry,)).run()
+    assert (summary.exit_code, summary.new, statuses(summary)) == (0, (), {"known-crash": "known"})
+    reduced = len(listener.of(events.FindingConfirming))
+    assert LEARNED <= reduced < summary.gate.entries[0].seen / 2
+
+    def either(case):
+        return nan_on_odd(case) or (case.config["bias"] and "ties" in case.fault_names)
+
+    summary = gate(tmp_path / "other", when(either, crash()), entries=(entry,)).run()
+    assert [finding.features for finding in summary.new] == [("bias", "fault:ties")], "another crash is new"
 
 
 @pytest.mark.parametrize("odd", range(4))

@@ -34,6 +34,9 @@ MAX_KNOWN = 24  # of a bucket, that had to be reduced before the ledger knew the
 #: Of a bucket, flaky ones, and ones of the base build. From then on any bad case of it is first tried itself: three
 #: runs tell what a reduction would tell in the end.
 MAX_HARMLESS = 6
+#: Reductions to an entry that takes its process down, each try of which is a process. Then what has the features of one
+#: of them is not reduced any more.
+LEARNED = 3
 MINIMIZING_EVERY = 0.5  # seconds between two events of one reduction
 
 
@@ -62,7 +65,9 @@ class Judge:
         self._render = render_repro
         self._examined: Counter[tuple[str, Bucket]] = Counter()  # (how it ended, bucket)
         self._told: set[Bucket] = set()
+        self._unsure: set[Bucket] = set()  # told of, too
         self._counted: dict[str, BadCase] = {}  # name of an entry -> the last case that it explained
+        self._learned: dict[str, list[Finding]] = {}  # name of a deadly entry -> what was reduced to it
         self._comparable: dict[str, bool] = {}  # target -> whether the base build can be asked
 
     def bad_case(self, bad: BadCase, keeper: Entry | None, seconds: float) -> None:
@@ -71,7 +76,7 @@ class Judge:
             if self._explained(one, keeper, bad) or self._brought_before(one) or self._shaky(one, seconds):
                 continue
             closed = self._closed(one.bucket)
-            if closed or (seconds <= 0 and self._examined["new", one.bucket]):
+            if closed or (seconds <= 0 and (self._examined["new", one.bucket] or self._may_be_known(one))):
                 self.unexamined += not closed
                 continue
             self._emit(events.ViolationSeen(one.target, one.case, one.verdict))
@@ -93,7 +98,23 @@ class Judge:
             if entry.explains(bad, features):
                 self._count(entry, whole)
                 return True
+        for entry in self._entries.get(bad.target, ()):
+            learned = self._learned.get(entry.name, ())
+            if len(learned) >= LEARNED and any(explains(finding, bad, features) for finding in learned):
+                self._count(entry, whole)
+                return True
         return any(explains(finding, bad, features) for finding in self.new.values())
+
+    def _may_be_known(self, bad: BadCase) -> bool:
+        """Whether an entry tells of such a failure, of cases with other features: what is reduced often has them. So
+        nobody can say that an unreduced case is new."""
+        entries = (one for one in self._entries.get(bad.target, ()) if one.check)
+        entry = next((one for one in entries if one.shows(bad.verdict.only(*bad.verdict.violations[:1]))), None)
+        if entry is not None and bad.bucket not in self._unsure:
+            self._unsure.add(bad.bucket)
+            said = f"the time was up before it was known whether they are {entry.name}, which fails like them"
+            self._emit(events.Note(f"{bad.target}: {bad.bucket.check} {bad.bucket.symptom}: {said}"))
+        return entry is not None
 
     def _count(self, entry: Entry, bad: BadCase) -> None:
         if self._counted.get(entry.name) is not bad:
@@ -156,6 +177,10 @@ class Judge:
         if entry is not None:
             self._examined["known", bad.bucket] += 1
             self.seen[entry.name] += 1
+            if entry.deadly:
+                here = features_of(examiner.space, bad.case)  # what the case lacks, the defect does not need
+                learned = replace(finding, scope=tuple(sorted(here.intersection(finding.scope))))
+                self._learned.setdefault(entry.name, []).append(learned)
             if entry.fingerprint not in self.known:
                 self.known[entry.fingerprint or finding.id] = finding
                 self._emit(events.FindingReported(finding, "known", "", entry.to_json()))

@@ -30,7 +30,7 @@ _TRACKER = re.compile(r"https?://\S+|[A-Za-z][\w./-]*#\d+|[A-Z][A-Z0-9]*-\d+")
 def load(path: Path, missing_ok: bool = False) -> tuple[Entry, ...]:
     """The entries of a file. Raises UsageError for whatever is wrong with it, naming the entry and the way out."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         if missing_ok:
             return ()
