@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -146,3 +147,19 @@ for x, gate in ((draw(37, 100), draw(33, 100).float()), (draw(300, 70), draw(300
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=100)
+
+
+@pytest.mark.parametrize("module", ["moe_fuzz.kernels.moe_layer", "moe_fuzz.reference.moe_layer"])
+def test_shards_are_summed_in_float32_or_better(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bound can tell it from the roundings of each shard: in bfloat16 nothing that is below half a step is left of
+    seven shards of eight."""
+    under_test = importlib.import_module(module)
+    parts = iter((256.0, *[1.0] * 7))
+
+    def shard(hidden: torch.Tensor, *_: object, **given: object) -> torch.Tensor:
+        return torch.full_like(hidden, next(parts))
+
+    place = under_test if module.startswith("moe_fuzz.kernels") else under_test.experts
+    monkeypatch.setattr(place, "experts_bf16", shard)
+    y, *_ = under_test.moe_layer(**layer(tokens=3, experts=8), top_k=2, shards=8)
+    assert (y == 264).all(), "263, to the even one of its neighbours"
