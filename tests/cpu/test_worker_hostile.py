@@ -21,7 +21,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.options import RunOptions
 from moe_fuzz.worker import autopsy
 from moe_fuzz.worker.pool import Pool
-from moe_fuzz.worker.watch import Worker
+from moe_fuzz.worker.watch import HISTORY, Worker
 
 RUNNER = f"{Path(__file__).parent / 'worker_runner.py'}:Runner"
 TARGET = "toy@here"
@@ -200,12 +200,12 @@ def test_surroundings_of_a_worker(pool, worker):
     assert set(pool.environment) == {"python", "torch", "triton", "numpy"}
 
 
-def test_history_holds_the_last_32_cases(worker):
+def test_history_holds_the_last_cases(worker):
     histories: list[tuple[Case, ...]] = []
-    cases = [case("pass", seed) for seed in range(40)]
-    for start in range(0, 40, 8):
+    cases = [case("pass", seed) for seed in range(HISTORY + 8)]
+    for start in range(0, len(cases), 8):
         worker.run(cases[start : start + 8], TARGET, PATIENT, lambda i, v, h: histories.append(h))
-    assert histories[-1] == tuple(replace(case, target=TARGET) for case in cases[7:39])  # each says where it ran
+    assert histories[-1] == tuple(replace(case, target=TARGET) for case in cases[7:-1])  # each says where it ran
     worker.restart()
     worker.run(cases[:1], TARGET, PATIENT, lambda i, v, h: histories.append(h))
     assert histories[-1] == ()
