@@ -142,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         streams.install()
         signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup, which outlives its terminal
+            signal.signal(signal.SIGHUP, _terminate)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         result = cli.main(arguments, prog_name="moe-fuzz", standalone_mode=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,15 +164,22 @@ def test_unknown_variable_is_2(spawn: Spawn) -> None:
     assert "did you mean MOE_FUZZ_CASES?" in done.stderr
 
 
-def test_termination_is_an_interrupt() -> None:
+@pytest.mark.parametrize(
+    ("number", "ignored", "ends"),
+    [(signal.SIGTERM, False, True), (signal.SIGHUP, False, True), (signal.SIGHUP, True, False)],
+)
+def test_termination_is_an_interrupt(number: signal.Signals, ignored: bool, ends: bool) -> None:
+    """A terminal that is closed, too; not where somebody started it to outlive that, as nohup does."""
     program = """
-import sys, time
+import signal, sys, time
+if IGNORED:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from moe_fuzz.cli.main import main
 import moe_fuzz.cli.list
-moe_fuzz.cli.list.command.callback = lambda **settings: (print("up"), time.sleep(60))
+moe_fuzz.cli.list.command.callback = lambda **settings: (print("up", flush=True), time.sleep(SECONDS))
 sys.argv = ["moe-fuzz", "list", "ops"]
 sys.exit(main())
-"""
+""".replace("IGNORED", str(ignored)).replace("SECONDS", "60" if ends else "2")
     root = str(Path(moe_fuzz.__file__).parents[1])
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -179,9 +187,9 @@ sys.exit(main())
     ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
-        process.terminate()
+        process.send_signal(number)
         _, error = process.communicate(timeout=30)
-    assert (process.returncode, error.strip()) == (130, "error: interrupted")
+    assert (process.returncode, error.strip()) == ((130, "error: interrupted") if ends else (0, ""))
 
 
 def test_click_does_not_own_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
