@@ -326,7 +326,7 @@ class Gate:
         with self._changed:
             done, verdicts, planned = self._seen.cases, self._seen.verdicts(), self._plan.cases
         rate = done / max(self._seconds, 1e-9)
-        etas = [(planned - done) / rate] if rate else []
+        etas = [(planned - done) / rate] if rate and done < planned else []  # how long examining takes nobody knows
         if self._settings.seconds is not None:
             etas.append(max(0.0, self._settings.seconds - self._seconds))
         self._emit(
