@@ -12,6 +12,7 @@ import jinja2
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign.gate.plan import PROFILES
 from moe_fuzz.errors import EnvironmentProblem, UsageError
+from moe_fuzz.ops import OPS
 from moe_fuzz.targets import registry
 
 NIGHTLY = "deep"  # the profile of a scheduled run
@@ -53,6 +54,8 @@ def workflow(
     for target in targets:
         if ":" not in target:  # a file of the repository need not be here yet
             registry.resolve(target)
+        elif "@" not in target:  # of several targets each has its own op
+            raise UsageError(f"which op does {target} implement?", f"write OP@{target}, with one of {', '.join(OPS)}")
     chosen = KINDS[kind or used_here(Path.cwd())]
     text = render(chosen, targets, profile, runner)
     path = output or Path(chosen.output)

@@ -172,7 +172,8 @@ def _rest(result: Summary, state_dir: str) -> list[str]:
     lines = []
     known = result.known or (result.gate is not None and result.gate.entries)
     if not result.new and not known and any(row.ran for row in result.rows):
-        lines += [f"{nothing_found(result)}:", "a longer --time or another --seed tries others."]
+        lines.append(nothing_found(result) + (":" if not result.bad else "."))
+        lines += [] if result.bad else ["a longer --time or another --seed tries others."]
     if result.flaky:
         lines.append(f"{count(result.flaky, 'bad case')} not seen again in fresh workers (flaky), so not counted.")
     if result.unexamined:

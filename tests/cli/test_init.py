@@ -37,7 +37,7 @@ def command_of(text: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_each_kind_gates_the_change(call: Callable, tmp_path: Path, kind: str) -> None:
-    words = ("--target", "topk_softmax@torch", "--target", "my kernels.py:topk", "--runner", "h200")
+    words = ("--target", "topk_softmax@torch", "--target", "topk_softmax@my kernels.py:topk", "--runner", "h200")
     assert call("init", "workflow", kind, *words).code == 0
     text = (tmp_path / KINDS[kind].output).read_text()
     assert f"moe-fuzz=={__version__}" in text
@@ -45,7 +45,7 @@ def test_each_kind_gates_the_change(call: Callable, tmp_path: Path, kind: str) -
     assert "[[" not in text
     context = gate.command.make_context("gate", command_of(text))
     given = context.params
-    assert given["targets"] == ("topk_softmax@torch", "my kernels.py:topk")
+    assert given["targets"] == ("topk_softmax@torch", "topk_softmax@my kernels.py:topk")
     assert given["profile"] == "quick"
     assert given["changed_from"] in ("origin/main", "FETCH_HEAD", "abc123")
     assert [name for name, _ in given["reports"]] == ["junit", "html"]
@@ -54,6 +54,12 @@ def test_each_kind_gates_the_change(call: Callable, tmp_path: Path, kind: str) -
     assert "is there already" in again.err
     assert call("init", "workflow", kind, "--force", "--profile", "deep").code == 0
     assert "topk_softmax@torch" not in (tmp_path / KINDS[kind].output).read_text()
+
+
+def test_a_target_in_a_file_says_its_op(call: Callable) -> None:
+    refused = call("init", "workflow", "github", "--target", "k.py:topk")
+    assert refused.code == 2
+    assert "write OP@k.py:topk, with one of" in refused.err
 
 
 @pytest.mark.parametrize("profile", list(PROFILES))

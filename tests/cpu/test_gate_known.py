@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -84,6 +85,22 @@ def test_a_known_crash_is_not_reduced_again_and_again(tmp_path):
 
     summary = gate(tmp_path / "other", when(either, crash()), entries=(entry,)).run()
     assert [finding.features for finding in summary.new] == [("bias", "fault:ties")], "another crash is new"
+
+
+def test_a_reduction_that_time_cuts_short_is_not_new_where_it_may_be_known(tmp_path):
+    """It ended before anybody knows what the smallest case is."""
+    narrow = replace(KNOWN, features=("bias", "fault:nan_rows"), cases=())
+    listener = Listener()
+
+    def slowly(case, history, options):
+        time.sleep(0.002)
+        return bad() if nan_on_odd(case) and not case.config["bias"] else GOOD
+
+    late = gate(tmp_path, slowly, listener, entries=(narrow,), strict=True)
+    late._reducer_seconds = lambda: 0.003
+    summary = late.run()
+    assert (summary.exit_code, summary.new) == (0, ())
+    assert summary.unexamined
 
 
 @pytest.mark.parametrize("odd", range(4))

@@ -34,8 +34,8 @@ MAX_KNOWN = 24  # of a bucket, that had to be reduced before the ledger knew the
 #: Of a bucket, flaky ones, and ones of the base build. From then on any bad case of it is first tried itself: three
 #: runs tell what a reduction would tell in the end.
 MAX_HARMLESS = 6
-#: Reductions to an entry that takes its process down, each try of which is a process. Then what has the features of one
-#: of them is not reduced any more.
+#: Reductions to an entry that takes its process down, each try of which is a process. Then a case that has all features
+#: of one that was reduced to it is not reduced any more.
 LEARNED = 3
 MINIMIZING_EVERY = 0.5  # seconds between two events of one reduction
 
@@ -77,7 +77,7 @@ class Judge:
                 continue
             closed = self._closed(one.bucket)
             if closed or (seconds <= 0 and (self._examined["new", one.bucket] or self._may_be_known(one))):
-                self.unexamined += not closed
+                self.unexamined += 1
                 continue
             self._emit(events.ViolationSeen(one.target, one.case, one.verdict))
             self._examine(one, max(0.0, seconds))
@@ -136,7 +136,10 @@ class Judge:
         if seconds <= 0 and self._examined["new", bad.bucket]:  # it is red already
             self.unexamined += 1
             return True
-        return not self._stands(bad)
+        if self._stands(bad):
+            return False
+        self.flaky[bad.target] += 1
+        return True
 
     def _looks_like(self, bad: BadCase, findings: Mapping[str, Finding]) -> bool:
         features = features_of(self._examiners[bad.target].space, bad.case)
@@ -159,7 +162,7 @@ class Judge:
     def _examine(self, bad: BadCase, seconds: float) -> None:
         examiner = self._examiners[bad.target]
         self._emit(events.FindingConfirming(bad.target, *bad.key, examiner.space.label(bad.case)))
-        last = time.monotonic()
+        began = last = time.monotonic()
 
         def progress(tries: int, case: Case) -> None:
             nonlocal last
@@ -168,6 +171,7 @@ class Judge:
                 self._emit(events.FindingMinimizing(bad.target, *bad.key, tries, examiner.space.label(case)))
 
         finding = examiner.examine(bad, seconds, progress)
+        late = time.monotonic() - began >= seconds
         if finding is None:
             self._examined["flaky", bad.bucket] += 1
             self.flaky[bad.target] += 1
@@ -178,12 +182,16 @@ class Judge:
             self._examined["known", bad.bucket] += 1
             self.seen[entry.name] += 1
             if entry.deadly:
-                here = features_of(examiner.space, bad.case)  # what the case lacks, the defect does not need
-                learned = replace(finding, scope=tuple(sorted(here.intersection(finding.scope))))
+                # Not what the smallest case needs: the reducer may have gone over from another crash to this one.
+                here = features_of(examiner.space, bad.case)
+                learned = replace(finding, scope=tuple(sorted(here)), faces=())
                 self._learned.setdefault(entry.name, []).append(learned)
             if entry.fingerprint not in self.known:
                 self.known[entry.fingerprint or finding.id] = finding
                 self._emit(events.FindingReported(finding, "known", "", entry.to_json()))
+            return
+        if late and not finding.minimal and self._may_be_known(bad):
+            self.unexamined += 1
             return
         if self._met_before(finding, examiner):
             self._examined["new", bad.bucket] += 1
