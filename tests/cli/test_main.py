@@ -172,8 +172,7 @@ def test_termination_is_an_interrupt(number: signal.Signals, ignored: bool, ends
     """A terminal that is closed, too; not where somebody started it to outlive that, as nohup does."""
     program = """
 import signal, sys, time
-if IGNORED:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if IGNORED else signal.SIG_DFL)  # whatever the tests are started by
 from moe_fuzz.cli.main import main
 import moe_fuzz.cli.list
 moe_fuzz.cli.list.command.callback = lambda **settings: (print("up", flush=True), time.sleep(SECONDS))
