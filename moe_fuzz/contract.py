@@ -108,7 +108,7 @@ class Capabilities:
     activations: tuple[str, ...] = ("silu", "gelu", "relu2", "swiglu_oai")  # of nvfp4_quantize: that it fuses
     gate_layouts: tuple[str, ...] = ("first", "up_first", "interleaved")
     biases: bool = True
-    recipes: tuple[str, ...] = ("dense", "integer", "one_hot", "ladder", "fine")  # of numbers
+    recipes: tuple[str, ...] = ("dense", "integer", "one_hot", "ladder", "fine", "curve")  # of numbers
     # of layers
     max_ranks: int = 64  # data-parallel ranks whose batch it takes
     max_shards: int = 64

@@ -143,6 +143,21 @@ def gate_and_up_swapped(*tensors: Tensor, **options: Any) -> Tensor:
     return _Swapped.run(*tensors, **options)
 
 
+class _ByTanh(Layer):
+    def activate(self, a: Tensor) -> Tensor:
+        if self.activation != "gelu":
+            return super().activate(a)
+        one, other = (a[..., ::2], a[..., 1::2]) if self.gate_layout == "interleaved" else a.chunk(2, dim=-1)
+        gate, up = (other, one) if self.gate_layout == "up_first" else (one, other)
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def gelu_by_tanh(*tensors: Tensor, **options: Any) -> Tensor:
+    """vllm#41574: of the two curves that are called gelu the other one. They are 0.0005 apart at most, and a tenth of the
+    result where the gate is -3."""
+    return _ByTanh.run(*tensors, **options)
+
+
 class _BiasOffset(Layer):
     def bias(self, e: int) -> Tensor:
         assert self.b2 is not None

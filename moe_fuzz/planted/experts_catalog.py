@@ -56,6 +56,8 @@ EXPERTS: tuple[Planted, ...] = (
     _experts("weight_of_token", "exact", "flashinfer#2629", "all slots of a token have the weight of its first"),
     _experts("padded_at_the_end", "exact", "vllm#55649", "pads [gate; up] as one where 16 does not divide I"),
     _experts("gate_and_up_swapped", "exact", "vllm#34673", "takes `up_first` for `first`"),
+    _experts("gelu_by_tanh", "bound", "vllm#41574", "of the two curves that are called gelu the other one",
+             capabilities={"activations": ("gelu",)}),
     _experts("bias_offset_padded", "exact", "vllm#35497", "an expert's bias is at e * H rounded up to 16"),
     _experts("biases_without_their_strides", "exact", "vllm#34673", "reads biases that are not packed as if they were",
              capabilities={"any_strides": True}),

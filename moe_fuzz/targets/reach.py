@@ -116,7 +116,7 @@ def _is_kernel(one: Any) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+    yield from (name for name in code.co_names if not name.startswith("@"))  # which pytest puts into what it rewrites
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from _names(inner)
@@ -124,18 +124,26 @@ def _names(code: CodeType) -> Iterator[str]:
 
 def _imports(code: CodeType, known: Mapping[str, Any]) -> Iterator[str]:
     """The full names of the modules that are imported where they are used."""
+    package = str(known.get("__package__") or "").split(".")
+    for level, name in _import_statements(code):
+        parts = package[: len(package) - level + 1] if level else []
+        yield ".".join(part for part in (*parts, name) if part)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _import_statements(code: CodeType) -> tuple[tuple[int, str], ...]:
+    """(level, name) of each. Targets of one library share most of their code, and reading it is what costs."""
+    found: list[tuple[int, str]] = []
     numbers: list[Any] = [0, 0]
     for step in dis.get_instructions(code):
         if step.opname == "IMPORT_NAME":
-            level, name = numbers[-2] if isinstance(numbers[-2], int) else 0, str(step.argval)
-            package = str(known.get("__package__") or "").split(".")
-            parts = package[: len(package) - level + 1] if level else []
-            yield ".".join(part for part in (*parts, name) if part)
+            found.append((numbers[-2] if isinstance(numbers[-2], int) else 0, str(step.argval)))
         elif step.opname.startswith("LOAD_"):
             numbers.append(step.argval)
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from _imports(inner, known)
+            found += _import_statements(inner)
+    return tuple(found)
 
 
 def _attributes(one: Any, name: str) -> Iterator[Any]:

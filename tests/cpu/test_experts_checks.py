@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ---- right answers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["dense", "integer", "one_hot", "ladder", "fine"])
+@pytest.mark.parametrize("recipe", ["dense", "integer", "one_hot", "ladder", "fine", "curve"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_no_check_speaks_of_a_right_answer(activation, recipe):
     """And on each case, every wrong answer that binding makes is rejected."""

@@ -40,8 +40,8 @@ def test_scales_lie_as_the_reference_swizzles_them() -> None:
         assert torch.equal(mine.double(), values(code, scale))
 
 
-@pytest.mark.parametrize("recipe", ["integer", "one_hot"])
-def test_recipes_of_known_bits_have_the_values_of_bf16(recipe: str) -> None:
+@pytest.mark.parametrize("recipe", ["integer", "one_hot", "curve"])
+def test_recipes_of_few_numbers_have_the_values_of_bf16(recipe: str) -> None:
     """Codes, scales and global scales say the same numbers, and no two neighbouring blocks need have one scale."""
     case = fp4_case_of(recipe=recipe, experts=20, hidden=64)
     fp4 = materialize(case, 0)
@@ -144,7 +144,7 @@ def test_an_infinity_in_x_is_not_hidden() -> None:
 
 
 @FORMATS
-@pytest.mark.parametrize("recipe", ["dense", "integer", "one_hot", "ladder", "fine"])
+@pytest.mark.parametrize("recipe", ["dense", "integer", "one_hot", "ladder", "fine", "curve"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_no_check_speaks_of_a_right_answer(activation: str, recipe: str, activations: str) -> None:
     """And on each case, every wrong answer that binding makes is rejected."""

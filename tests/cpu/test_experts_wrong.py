@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import moe_fuzz.reference.experts_bf16 as experts_bf16
 from moe_fuzz.case import Case, Fault
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
@@ -200,6 +202,44 @@ def test_replay_alone_finds_a_graph_that_differs():
     seen = observe(case_of())
     seen = replace(seen, eager=lambda inputs: replace(seen.outputs, y=only_with(nudged, lambda _: True)(inputs)))
     assert set(judge(seen)) == {"replay"}
+
+
+# ---- formulas -------------------------------------------------------------------------------------------------------
+
+
+def _by_tanh(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * up
+
+
+#: Formulas that are nearly those of the activation, and off by up to a few hundredths of a small result.
+FORMULAS: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "gelu by tanh": ("gelu", _by_tanh),
+    "gelu by a sigmoid": ("gelu", lambda gate, up: gate * (1.702 * gate).sigmoid() * up),
+    "gelu for silu": ("silu", lambda gate, up: F.gelu(gate) * up),
+    "silu with a slope": ("silu", lambda gate, up: gate * (1.01 * gate).sigmoid() * up),
+    "silu by pieces": ("silu", lambda gate, up: F.hardswish(gate) * up),
+    "a slope of 1.71": ("swiglu_oai", lambda gate, up: gate.clamp(max=7) * (1.71 * gate.clamp(max=7)).sigmoid()
+                       * (up.clamp(-7, 7) + 1)),
+    "gates not clamped": ("swiglu_oai", lambda gate, up: gate * (1.702 * gate).sigmoid() * (up.clamp(-7, 7) + 1)),
+    "gates clamped below": ("swiglu_oai", lambda gate, up: gate.clamp(-3, 7) * (1.702 * gate.clamp(-3, 7)).sigmoid()
+                            * (up.clamp(-7, 7) + 1)),
+    "up-projections not clamped": ("swiglu_oai", lambda gate, up: gate.clamp(max=7)
+                                   * (1.702 * gate.clamp(max=7)).sigmoid() * (up + 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("top_k", [1, 6])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_wrong_formula_shows_on_a_curve(name, top_k, dtype, monkeypatch):
+    """In every case, whatever its seed: of six terms no one hides what another is off by."""
+    activation, formula = FORMULAS[name]
+    for seed in range(8):
+        case = case_of(activation=activation, recipe="curve", top_k=top_k, dtype=dtype, seed=seed, rows=6, hidden=64,
+                       intermediate=48, bias=("none", "dtype", "float32")[seed % 3], weight_on_input=seed == 7)  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(experts_bf16, "activate", lambda a, *_: formula(*a.chunk(2, dim=-1)))
+            assert "bound" in judge(observe(case)), case.dumps()
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------

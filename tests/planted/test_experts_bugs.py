@@ -28,7 +28,7 @@ def load(name):
     return getattr(importlib.import_module(f"moe_fuzz.planted.{get_planted(name).module}"), name)
 
 
-def layer(tokens=4, experts=4, hidden=32, inter=16, top_k=1, ids=None, **options):
+def layer(tokens=4, experts=4, hidden=32, inter=16, top_k=1, ids=None, gate=32, **options):
     """Integers that are exact in any order; ids 0, 1, …"""
     made = torch.Generator().manual_seed(3)
 
@@ -37,7 +37,7 @@ def layer(tokens=4, experts=4, hidden=32, inter=16, top_k=1, ids=None, **options
 
     x, w13, w2 = integers(tokens, hidden), integers(experts, 2 * inter, hidden), integers(experts, hidden, inter)
     w13[:, :inter] = 0
-    w13[:, :inter, 0] = 32
+    w13[:, :inter, 0] = gate
     x[:, 0] = 1
     if ids is None:
         ids = torch.arange(tokens * top_k, dtype=torch.int32).view(tokens, top_k) % experts
@@ -108,6 +108,7 @@ MINUS = torch.tensor([[0], [-1], [4], [3]], dtype=torch.int32)
         ("weight_of_token", layer(top_k=2)),
         ("padded_at_the_end", layer(inter=12)),
         ("gate_and_up_swapped", layer(gate_layout="up_first")),
+        ("gelu_by_tanh", layer(activation="gelu", gate=-3)),
         ("bias_offset_padded", layer(hidden=24, b2=torch.arange(96).float().view(4, 24))),
         ("biases_without_their_strides", layer(b2=torch.arange(128.0).view(32, 4).t())),
         ("bf16_partial_sums", layer(hidden=512, inter=256)),

@@ -1,8 +1,8 @@
 """The projections of an `experts_nvfp4` case: codes, scales of blocks, global scales. Worker side.
 
 dense and ladder draw codes and scale bytes themselves, so that every code and every scale byte occurs. The recipes
-of known bits have the values that they have in `recipes.py`, written as codes under scales of powers of two: which one
-hangs on the block, so that a scale from elsewhere is wrong.
+of few numbers have the values that they have in `recipes.py`, written as codes under scales that are powers of two, or
+for the gates of `curve` of 4 bits: which one hangs on the block, so that a scale from elsewhere is wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moe_fuzz import generator
 from moe_fuzz.case import Case
 from moe_fuzz.mirror import uploaded
 from moe_fuzz.ops.experts import draw, recipes
-from moe_fuzz.ops.experts.recipes import EXACT, Device, Tensors
+from moe_fuzz.ops.experts.recipes import WRITTEN, Device, Tensors
 from moe_fuzz.reference.nvfp4 import BLOCK, E4M3
 
 _LARGEST = 6.0 * 448.0
@@ -83,10 +83,10 @@ class Maker(recipes.Maker):
                                          for name, (rows, columns) in sides.items()]  # fmt: skip
 
     def _alpha(self, name: str) -> torch.Tensor:
-        """A power of two where bits are known; else what makes the largest weight less than 2^weight_scale, or 2^6 and
+        """A power of two where numbers are few; else what makes the largest weight less than 2^weight_scale, or 2^6 and
         in float16 1 on a ladder, and more than half of that."""
         word = generator.words(self.case.seed, f"{name}_alpha", [0], self.labels)[0]  # int64 [E]
-        if self.recipe in EXACT:
+        if self.recipe in WRITTEN:
             return uploaded(torch.exp2((word % 5 - 2).float()), self.device)
         limit = 2.0**self.scale
         if self.recipe == "ladder":
@@ -105,7 +105,7 @@ class Maker(recipes.Maker):
         """The projection of this name. values: what makes it, where its bits are known."""
         rows = self.sides(name)[0]
         row, column = self.drawn.lines(f"{name}/scales", self.device)
-        if self.recipe in EXACT:
+        if self.recipe in WRITTEN:
             assert callable(values)
             return self._written(values(), row, column)
         scales = draw.looked_up(_bytes(*self._range(), row.device), row, column)
@@ -113,17 +113,20 @@ class Maker(recipes.Maker):
         return Blocks(self._shaped(codes, rows), self._shaped(scales, rows))
 
     def _written(self, values: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> Blocks:
-        """Values [E, R, C] that are 0, or in each block one number and its half and double, all powers of two."""
+        """Values [E, R, C] that are 0, or in each block one number of up to 4 bits and its half and double."""
         blocks = values.float().unflatten(2, (-1, BLOCK))  # [E, R, B, 16]
         amax = blocks.abs().amax(dim=3)
         word = draw.mixed(row, column).view(amax.shape)
-        # the largest is written as 1, 2 or 4, so that its half has a code as well
+        mantissa, exponent = torch.frexp(amax / self.alpha[:, None, None])
+        bits = (mantissa * 16).int() & 7  # of E4M3
+        # the largest is written as 1, 2 or 4, so that its half has a code as well; 3 bits need a scale that has them
         shift, zero = word % 3, amax == 0
-        power = torch.frexp(amax / self.alpha[:, None, None]).exponent - 1 - shift
+        shift = torch.where(bits > 0, torch.minimum(shift, (exponent + 5).clamp(min=0)), shift)
+        power = exponent - 1 - shift
         share = blocks.abs() / torch.where(zero, 1.0, amax)[..., None]  # 0, a half, 1
         size = (share * 2).int() << shift[..., None]  # 0, 1, 2, 4, 8
         codes = torch.where(size > 4, 6, size) + 8 * blocks.signbit().int()
-        held = torch.where(zero, (word >> 2) % 127, _power_bytes(word.device)[(power + 9).clamp(0, 17).long()])
+        held = torch.where(zero, (word >> 2) % 127, _power_bytes(word.device)[(power + 9).clamp(0, 17).long()] | bits)
         return Blocks(codes.to(torch.uint8).flatten(2), held.to(torch.uint8))
 
 
@@ -155,8 +158,8 @@ def _largest(case: Case) -> tuple[float, float]:
     recipe, wide = str(config["recipe"]), config["dtype"] == "bfloat16"
     if recipe in recipes.WHOLE:
         return 6.0, 512.0 if relu2 else 32.0 * 64.0
-    if recipe == "one_hot":
-        return 6.0, 512.0 if relu2 else 32.0 * 24.0
+    if recipe in ("one_hot", "curve"):
+        return 6.0, 512.0 if relu2 else 24.0 * (32.0 if recipe == "one_hot" else 8.0)
     x, w = 2.0 ** int(config["magnitude"]), 2.0 ** int(config["weight_scale"])
     if recipe == "ladder":
         x, w = (2.0**12, 2.0**4) if wide else (1.0, 1.0)

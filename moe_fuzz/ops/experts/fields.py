@@ -14,7 +14,7 @@ from moe_fuzz.ops.validity import require_experts, require_fields, require_integ
 
 SIZES = ("hidden", "intermediate")
 MAX_SIZE = 1 << 16
-RECIPES = ("dense", "integer", "one_hot", "ladder", "fine")
+RECIPES = ("dense", "integer", "one_hot", "ladder", "fine", "curve")
 
 #: The simplest value first. experts is a labels string, top_k and the sizes are numbers; they stand apart.
 FIELDS: Mapping[str, tuple[Scalar, ...]] = {
@@ -44,7 +44,8 @@ def limits_of(info: TargetInfo) -> dict[str, tuple[Scalar, ...]]:
         "activation": tuple(v for v in FIELDS["activation"] if v in can.activations),
         "gate_layout": tuple(v for v in FIELDS["gate_layout"] if v in can.gate_layouts),
         "recipe": tuple(v for v in RECIPES if v in can.recipes
-                        and (v not in ("integer", "fine") or set(can.activations) - {"swiglu_oai"})),
+                        and (v not in ("integer", "fine") or set(can.activations) - {"swiglu_oai"})
+                        and (v != "curve" or set(can.activations) - {"relu2"})),
         "dialect": tuple(v for v in FIELDS["dialect"] if v in info.contract.accepts),
     }
     return limits
@@ -61,3 +62,5 @@ def config_of(case: Case, fields: Mapping[str, tuple[Scalar, ...]], most_experts
     require_values(case, fields)
     if config["recipe"] in ("integer", "fine") and config["activation"] == "swiglu_oai":
         raise CaseError("config.recipe", "no gate makes swiglu_oai exact", "use one_hot, which its bound judges")
+    if config["recipe"] == "curve" and config["activation"] == "relu2":
+        raise CaseError("config.recipe", "relu2 has no gate", "use one_hot")

@@ -21,11 +21,13 @@ def mended(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
         whole["gate_layout"] = FIELDS["gate_layout"][0]
     if whole["activation"] == "swiglu_oai" and whole["recipe"] in ("integer", "fine"):
         whole["recipe"] = "one_hot"
+    if whole["activation"] == "relu2" and whole["recipe"] == "curve":
+        whole["recipe"] = "one_hot"
     if whole["recipe"] != "dense":
         whole |= {name: FIELDS[name][0] for name in ("magnitude", "weight_scale")}
     elif whole["dtype"] == "float16":  # whose range ends where these begin
         whole |= {"magnitude": min(int(whole["magnitude"]), 2), "weight_scale": min(int(whole["weight_scale"]), -3)}
-    known = whole["recipe"] in ("integer", "one_hot", "fine")  # with powers of two alone, and nothing cut off
+    known = whole["recipe"] not in ("dense", "ladder")  # with powers of two alone, and nothing cut off
     if whole.get("activations") == "as_given" or (known and whole.get("global_scale") in ("fitted", "large")):
         whole["global_scale"] = "power"
     return whole

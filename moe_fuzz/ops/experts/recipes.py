@@ -6,13 +6,15 @@ summation gives the same bits. one_hot: each row of a projection reads one colum
 
 fine: integer, but with routing weights of 13 bits, or where biases are float32 with biases of as many: what loses bits
 of them on the way is off by less than a step of the result, and shows where that is rounded.
+curve: one_hot, but with gates from -15 to 15, where an activation is a curve. A gate is that of all experts, and each
+column of y reads the same one of all: so no sum hides what is off by parts of a small result.
 
-The last three are exact because column 0 of x is a constant and a gate row reads it alone: the gate is 32 (or 64 with
-its bias), where silu(g) = gelu(g) = g in float32. No gate makes swiglu_oai exact: there one_hot is judged within its
-bound.
+integer, one_hot and fine are exact because column 0 of x is a constant and a gate row reads it alone: the gate is 32 (or
+64 with its bias), where silu(g) = gelu(g) = g in float32. No gate makes swiglu_oai exact: there one_hot is judged within
+its bound, as curve is everywhere.
 
 Each value hangs on the labels of its expert and its row, of its column, and on nothing else. What a projection of
-one_hot reads also hangs on the number of columns, where the column would be past the last.
+one_hot or curve reads also hangs on the number of columns, where the column would be past the last.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ Tensors = dict[str, torch.Tensor]
 
 WHOLE = ("integer", "fine")  # of whole numbers
 EXACT = (*WHOLE, "one_hot")
+WRITTEN = (*EXACT, "curve")  # whose numbers are few, and in NVFP4, too
 _GATE = 32.0
 _E2M1 = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NONZERO = {"relu2": 8}  # about how many of the first columns a row of an integer projection reads; each later column
@@ -80,6 +83,17 @@ def _wide(least: int, most: int, signed: bool) -> Callable[[torch.Tensor], torch
     return values
 
 
+def _short(least: int, most: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of both signs and 4 bits, as E4M3 has them, from 2^least up to 2^(most + 1)."""
+
+    def values(at: torch.Tensor) -> torch.Tensor:
+        index = at.long()
+        power = (index >> 4) % (most - least + 1) + least
+        return (1 - 2 * (index & 1)) * (1 + ((index >> 1) & 7) / 8) * torch.exp2(power.double())
+
+    return values
+
+
 def _among(*values: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda at: torch.tensor(values, dtype=torch.float64)[(at * len(values) / draw.SIZE).long()]
 
@@ -95,6 +109,9 @@ _KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "small": _among(-1, 0, 1, 2),
     "eights": _among(*range(-8, 9)),
     "gate": _among(0, _GATE),
+    "bent": _short(-4, 1),  # gates of `curve`, over 4: from 1/4 to 15
+    "bent_bias": _among(-0.5, 0, 0.25, 0.5),
+    "tiny": _among(*(2.0**power for power in range(-14, -8)), -(2.0**-10)),
     "e2m1": _among(*(sign * v for v in _E2M1 for sign in (1, -1))),
     "halves": _among(-0.5, 0, 0.5, 1),
     "powers": _among(*(2.0**power for power in range(-3, 4)), -1.0),
@@ -142,7 +159,7 @@ def tokens(case: Case, words: draw.Drawn, device: Device) -> torch.Tensor:
     if recipe == "ladder":
         return _look_up("x_ladder" if dtype == torch.bfloat16 else "narrow_ladder", 0, dtype, row, column)
     x = _look_up("unit" if recipe in WHOLE else "e2m1", 0, dtype, row, column)
-    if recipe == "one_hot" or case.config.get("activations") == "nvfp4":
+    if recipe not in WHOLE or case.config.get("activations") == "nvfp4":
         # A 6 in each 16 columns, under which NVFP4 loses nothing of the others.
         at = torch.arange(hidden, device=x.device)
         largest = torch.where(at < 16, 1 + (row[:, None] & 0xFFFF) % 15, (row[:, None] >> 16) & 15)
@@ -210,11 +227,15 @@ class Maker:
 
     def _wanted(self, names: Sequence[str]) -> list[draw.Wanted]:
         """What hangs on words of the generator."""
-        # Of known bits the gate is always the same, and relu2 has none.
-        known = self.recipe in EXACT or self.case.config["activation"] == "relu2"
-        sides = {name: self.sides(name) for name in names if not (known and name == "w13/gate")}
+        # Of few numbers the gate is one column, the same for all experts, and relu2 has none.
+        no_gate = self.recipe in WRITTEN or self.case.config["activation"] == "relu2"
+        sides = {name: self.sides(name) for name in names}
         found: list[draw.Wanted] = [(name, self.labels, range(rows), range(columns), 0)
-                                    for name, (rows, columns) in sides.items()]  # fmt: skip
+                                    for name, (rows, columns) in sides.items()
+                                    if not (no_gate and name == "w13/gate")]  # fmt: skip
+        if self.recipe == "curve":  # what all experts have in common
+            found += [(f"{name}/common", [0], range(rows), [0], 0)
+                      for name, (rows, _) in sides.items() if name != "w13/up"]  # fmt: skip
         if "w13/up" in names and self.case.config["bias"] != "none":
             found += [(name, self.labels, [0], range(size), 0) for name, size in self._biases().items()]
         return found
@@ -223,18 +244,20 @@ class Maker:
         return {"b13/gate": self.inter, "b13/up": self.inter, "b2": self.hidden}
 
     def gate(self) -> torch.Tensor:  # [E, I, H]
-        if self.recipe not in EXACT:
+        if self.recipe not in WRITTEN:
             return self._free("w13/gate")
         gate = torch.zeros((len(self.labels), self.inter, self.hidden), dtype=self.dtype, device=self.device)
-        gate[:, :, 0] = _GATE if self.recipe in WHOLE else _GATE / 4  # x there: 1, and 4
+        if self.recipe == "curve":
+            gate[:, :, 0] = _look_up("bent", 0, self.dtype, *self.drawn.lines("w13/gate/common", self.device))[:, 0]
+        else:
+            gate[:, :, 0] = _GATE if self.recipe in WHOLE else _GATE / 4  # x there: 1, and 4
         return gate
 
     def up(self) -> torch.Tensor:  # [E, I, H]
-        if self.recipe not in EXACT:
+        if self.recipe not in WRITTEN:
             return self._free("w13/up")
-        if self.recipe == "one_hot":
-            power = uploaded(torch.tensor([2.0 ** (label * 5 % 4 - 1) for label in self.labels]), self.device)
-            return self._one_hot("w13/up", power)
+        if self.recipe not in WHOLE:
+            return self._one_hot("w13/up", self._powers())
         word = draw.mixed(*self.drawn.lines("w13/up", self.device))
         reads = _NONZERO.get(str(self.case.config["activation"]), _NONZERO_DEFAULT)
         odds = (reads << 15) // torch.arange(1, self.hidden + 1, device=word.device)
@@ -243,12 +266,19 @@ class Maker:
     def down(self) -> torch.Tensor:  # [E, H, I]
         if self.recipe in WHOLE:
             return self._table("w2", "fives")
+        if self.recipe == "curve":
+            return self._one_hot("w2", self._powers() / 16, "w2/common")
         if self.recipe == "one_hot":
             return self._one_hot("w2", torch.full((len(self.labels),), 1 / 32, device=self.device))
         return self._free("w2")
 
+    def _powers(self) -> torch.Tensor:
+        """float32 [E]: one of four powers of two for each expert."""
+        return uploaded(torch.tensor([2.0 ** (label * 5 % 4 - 1) for label in self.labels]), self.device)
+
     def biases(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # gate and up [E, I], down [E, H]
-        kinds = {"integer": ("gate", "small", "eights"), "one_hot": ("gate", "halves", "halves")}
+        kinds = {"integer": ("gate", "small", "eights"), "one_hot": ("gate", "halves", "halves"),
+                 "curve": ("bent_bias", "halves", "tiny")}  # a larger one would hide a small result
         kinds["fine"] = kinds["integer"]
         if _fine_biases(self.case):  # h in float16 has so many bits that some would be half way; a square has too many
             plain = self.dtype == torch.float16 or self.case.config["activation"] == "relu2"
@@ -285,12 +315,14 @@ class Maker:
         values = _look_up(kind, self.scale, self.dtype, *self.drawn.lines(name, self.device))
         return self._shaped(values, self.sides(name)[0])
 
-    def _one_hot(self, name: str, power: torch.Tensor) -> torch.Tensor:
-        """One column a row: power of the expert, of either sign. A column past the last is cut down to one before."""
+    def _one_hot(self, name: str, power: torch.Tensor, reads: str = "") -> torch.Tensor:
+        """One column a row: power of the expert, of either sign. A column past the last is cut down to one before.
+        reads: the words that say which, where those of `name` do not."""
         rows, columns = self.sides(name)
         word = self.drawn.rows(name, self.device).view(-1, rows).long()  # [E, rows]
+        which = self.drawn.rows(reads, self.device).long().expand(word.shape) if reads else word
         room = 1 << max(0, columns - 1).bit_length()
-        column = (word >> 1) & (room - 1)
+        column = (which >> 1) & (room - 1)
         column = torch.where(column < columns, column, column & (room // 2 - 1))
         value = ((1 - 2 * (word & 1)) * power[:, None]).to(self.dtype)
         out = torch.zeros((len(self.labels), rows, columns), dtype=self.dtype, device=self.device)
