@@ -7,6 +7,7 @@ The worker says what the calls are made of (execute/exhibit.py); the templates b
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import textwrap
@@ -269,6 +270,7 @@ def _repr(value: Any) -> str:
     return text if '"' in text or "\\'" in text else text.replace("'", '"')
 
 
+@functools.cache  # a template is compiled once: that costs more than all the rest of a script
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
