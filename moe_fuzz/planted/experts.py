@@ -153,8 +153,8 @@ class _ByTanh(Layer):
 
 
 def gelu_by_tanh(*tensors: Tensor, **options: Any) -> Tensor:
-    """vllm#41574: of the two curves that are called gelu the other one. They are 0.0005 apart at most, and a tenth of the
-    result where the gate is -3."""
+    """vllm#41574: of the two curves that are called gelu the other one. They are 0.0005 apart at most, and a tenth of
+    the result where the gate is -3."""
     return _ByTanh.run(*tensors, **options)
 
 

@@ -23,12 +23,12 @@ KNOWN = Entry(
 )  # fmt: skip
 
 
-def gate(tmp_path, judge, listener=None, *, base=None, pool=None, sanitize=None, **changes):
+def gate(tmp_path, judge, listener=None, *, base=None, pool=None, sanitize=None, sources=SOURCES, **changes):
     given = {"targets": (TARGET,), "profile": SMALL, "cases": 200, "seconds": None, "seed": 7, "device": "cuda",
              "workers": 1, "today": TODAY}  # fmt: skip
     made = Gate(
         GateSettings(**(given | changes)), pool or FakePool(judge, int(changes.get("workers", 1))), StateDir(tmp_path),
-        listener or Listener(), base=base, sources=SOURCES, sanitize=sanitize,
+        listener or Listener(), base=base, sources=sources, sanitize=sanitize,
     )  # fmt: skip
     made.listener = made._emit
     return made

@@ -13,6 +13,7 @@ from moe_fuzz.campaign import events
 from moe_fuzz.campaign.gate.judge import LEARNED
 from moe_fuzz.campaign.gate.ledger import Entry, strays
 from moe_fuzz.campaign.gate.plan import QUARANTINED
+from moe_fuzz.campaign.interfaces import own_sources
 from moe_fuzz.report import text
 from moe_fuzz.verdict import REJECTED, UNJUDGED, VIOLATION, Verdict
 from tests.cpu.campaign_fakes import GOOD, TARGET, FakePool, Listener, always_good, bad, crash, nan_on_odd, when
@@ -85,6 +86,32 @@ def test_a_known_crash_is_not_reduced_again_and_again(tmp_path):
 
     summary = gate(tmp_path / "other", when(either, crash()), entries=(entry,)).run()
     assert [finding.features for finding in summary.new] == [("bias", "fault:ties")], "another crash is new"
+
+
+def test_a_crash_that_reductions_go_over_from_is_new_all_the_same(tmp_path):
+    """On the space of a router, where NaN rows are the plainer ones: what crashes with others, and is reduced, crashes
+    for the known reason in the end. What those cases had in common with it must not stand for it."""
+    target = "topk_softmax@fake"
+
+    def known(case):
+        return "nan_rows" in case.fault_names
+
+    def other(case):
+        config = case.config  # rare: the known one has been reduced often before the first of these comes
+        return len(case.experts) > 128 and config["top_k"] == 4 and bool(config["renormalize"])
+
+    def run(name, crashes, *entries):
+        return gate(tmp_path / name, when(crashes, crash("SIGABRT")), entries=entries, targets=(target,), cases=1500,
+                    strict=True, sources=own_sources()).run()  # fmt: skip
+
+    [finding] = run("first", known).new
+    entry = Entry("known-crash", "toy#2", "@me", finding.id, target, "crash", "SIGABRT",
+                  features=("E>1", "T>1", "fault:nan_rows"))  # fmt: skip
+    summary = run("known", known, entry)
+    assert (summary.exit_code, summary.new) == (0, ())
+    summary = run("both", lambda case: known(case) or other(case), entry)
+    assert summary.exit_code == 1
+    assert [finding.case.config["top_k"] for finding in summary.new] == [4]
 
 
 def test_a_reduction_that_time_cuts_short_is_not_new_where_it_may_be_known(tmp_path):

@@ -115,6 +115,9 @@ def test_files(tmp_path: Path, case: Case) -> None:
     twice.write_bytes(b"\xff")
     with pytest.raises(UsageError, match="is not text"):
         load(twice)
+    marked = tmp_path / "marked.toml"  # by an editor of Windows'
+    marked.write_bytes("\ufeff".encode() + f'[[known]]\nfingerprint = "a"\n{line(case)}'.encode())
+    assert [found.tracker for found in load(marked)] == ["vllm#1"]
 
 
 @pytest.mark.parametrize("tracker", ["vllm#39391", "vllm-project/vllm#1", "KERNEL-12", "https://a.b/issues/3"])

@@ -64,8 +64,8 @@ class Judge:
         self._base = base
         self._render = render_repro
         self._examined: Counter[tuple[str, Bucket]] = Counter()  # (how it ended, bucket)
-        self._told: set[Bucket] = set()
-        self._unsure: set[Bucket] = set()  # told of, too
+        self._told: set[Bucket] = set()  # that they are closed
+        self._unsure: set[Bucket] = set()  # told that they may be known
         self._counted: dict[str, BadCase] = {}  # name of an entry -> the last case that it explained
         self._learned: dict[str, list[Finding]] = {}  # name of a deadly entry -> what was reduced to it
         self._comparable: dict[str, bool] = {}  # target -> whether the base build can be asked
@@ -75,9 +75,11 @@ class Judge:
         for one in bad.each():  # a loud bug in every case must not hide the others
             if self._explained(one, keeper, bad) or self._brought_before(one) or self._shaky(one, seconds):
                 continue
-            closed = self._closed(one.bucket)
-            if closed or (seconds <= 0 and (self._examined["new", one.bucket] or self._may_be_known(one))):
+            if self._closed(one.bucket) or (seconds <= 0 and self._examined["new", one.bucket]):
                 self.unexamined += 1
+                continue
+            if seconds <= 0 and (entry := self._failing_alike(one)) is not None:
+                self._leave(one, entry)
                 continue
             self._emit(events.ViolationSeen(one.target, one.case, one.verdict))
             self._examine(one, max(0.0, seconds))
@@ -105,16 +107,19 @@ class Judge:
                 return True
         return any(explains(finding, bad, features) for finding in self.new.values())
 
-    def _may_be_known(self, bad: BadCase) -> bool:
-        """Whether an entry tells of such a failure, of cases with other features: what is reduced often has them. So
-        nobody can say that an unreduced case is new."""
-        entries = (one for one in self._entries.get(bad.target, ()) if one.check)
-        entry = next((one for one in entries if one.shows(bad.verdict.only(*bad.verdict.violations[:1]))), None)
-        if entry is not None and bad.bucket not in self._unsure:
+    def _failing_alike(self, bad: BadCase) -> Entry | None:
+        """An entry that tells of such a failure, of cases with other features: what is reduced often has them. So
+        nobody can say that the case, unreduced, is new."""
+        failure = bad.verdict.only(*bad.verdict.violations[:1])
+        return next((one for one in self._entries.get(bad.target, ()) if one.check and one.shows(failure)), None)
+
+    def _leave(self, bad: BadCase, entry: Entry) -> None:
+        """Leaves a case unexamined that may be the entry's; told once of each kind."""
+        self.unexamined += 1
+        if bad.bucket not in self._unsure:
             self._unsure.add(bad.bucket)
             said = f"the time was up before it was known whether they are {entry.name}, which fails like them"
             self._emit(events.Note(f"{bad.target}: {bad.bucket.check} {bad.bucket.symptom}: {said}"))
-        return entry is not None
 
     def _count(self, entry: Entry, bad: BadCase) -> None:
         if self._counted.get(entry.name) is not bad:
@@ -190,8 +195,8 @@ class Judge:
                 self.known[entry.fingerprint or finding.id] = finding
                 self._emit(events.FindingReported(finding, "known", "", entry.to_json()))
             return
-        if late and not finding.minimal and self._may_be_known(bad):
-            self.unexamined += 1
+        if late and not finding.minimal and (entry := self._failing_alike(bad)) is not None:
+            self._leave(bad, entry)
             return
         if self._met_before(finding, examiner):
             self._examined["new", bad.bucket] += 1

@@ -9,9 +9,9 @@ of them on the way is off by less than a step of the result, and shows where tha
 curve: one_hot, but with gates from -15 to 15, where an activation is a curve. A gate is that of all experts, and each
 column of y reads the same one of all: so no sum hides what is off by parts of a small result.
 
-integer, one_hot and fine are exact because column 0 of x is a constant and a gate row reads it alone: the gate is 32 (or
-64 with its bias), where silu(g) = gelu(g) = g in float32. No gate makes swiglu_oai exact: there one_hot is judged within
-its bound, as curve is everywhere.
+integer, one_hot and fine are exact because column 0 of x is a constant and a gate row reads it alone: the gate is 32
+(or 64 with its bias), where silu(g) = gelu(g) = g in float32. No gate makes swiglu_oai exact: there one_hot is judged
+within its bound, as curve is everywhere.
 
 Each value hangs on the labels of its expert and its row, of its column, and on nothing else. What a projection of
 one_hot or curve reads also hangs on the number of columns, where the column would be past the last.
