@@ -68,6 +68,7 @@ class Judge:
         self._unsure: set[Bucket] = set()  # told that they may be known
         self._counted: dict[str, BadCase] = {}  # name of an entry -> the last case that it explained
         self._learned: dict[str, list[Finding]] = {}  # name of a deadly entry -> what was reduced to it
+        self._reduced: dict[Bucket, list[Finding]] = {}  # what was known once it had been reduced, one of each id
         self._comparable: dict[str, bool] = {}  # target -> whether the base build can be asked
 
     def bad_case(self, bad: BadCase, keeper: Entry | None, seconds: float) -> None:
@@ -75,7 +76,7 @@ class Judge:
         for one in bad.each():  # a loud bug in every case must not hide the others
             if self._explained(one, keeper, bad) or self._brought_before(one) or self._shaky(one, seconds):
                 continue
-            if self._closed(one.bucket) or (seconds <= 0 and self._examined["new", one.bucket]):
+            if self._closed(one) or (seconds <= 0 and self._examined["new", one.bucket]):
                 self.unexamined += 1
                 continue
             if seconds <= 0 and (entry := self._failing_alike(one)) is not None:
@@ -186,6 +187,9 @@ class Judge:
         if entry is not None:
             self._examined["known", bad.bucket] += 1
             self.seen[entry.name] += 1
+            reduced = self._reduced.setdefault(bad.bucket, [])
+            if all(earlier.id != finding.id for earlier in reduced):
+                reduced.append(finding)
             if entry.deadly:
                 # Not what the smallest case needs: the reducer may have gone over from another crash to this one.
                 here = features_of(examiner.space, bad.case)
@@ -289,11 +293,21 @@ class Judge:
         cases = (*finding.sequence, finding.case)
         return sum(holds(rerun(pool, cases, finding.target, options), finding.raw) for _ in range(TRIES))
 
-    def _closed(self, bucket: Bucket) -> bool:
-        limits = {"new": MAX_EXAMINED, "known": MAX_KNOWN}
-        full = next((name for name, most in limits.items() if self._examined[name, bucket] >= most), "")
-        if full and bucket not in self._told:
+    def _closed(self, bad: BadCase) -> bool:
+        """Whether so many of its kind were examined that this one is not. One that lacks what every known finding of
+        the kind needs can be none of those, however many they were."""
+        bucket = bad.bucket
+        if self._examined["new", bucket] >= MAX_EXAMINED:
+            self._tell_closed(bucket, f"{MAX_EXAMINED} of them were new")
+            return True
+        if self._examined["known", bucket] < MAX_KNOWN:
+            return False
+        self._tell_closed(bucket, f"{MAX_KNOWN} of them were known")
+        features = features_of(self._examiners[bad.target].space, bad.case)
+        return any(features.issuperset(finding.features) for finding in self._reduced.get(bucket, ()))
+
+    def _tell_closed(self, bucket: Bucket, why: str) -> None:
+        if bucket not in self._told:
             self._told.add(bucket)
-            said = f"{limits[full]} of them were {full}; more of the kind are not examined"
+            said = f"{why}; more like them are not examined"
             self._emit(events.Note(f"{bucket.target}: {bucket.check} {bucket.symptom}: {said}"))
-        return bool(full)
