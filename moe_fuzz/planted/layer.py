@@ -63,6 +63,18 @@ def nan_blind_layer(hidden: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k
     return y.to(hidden.dtype), weights, ids.int()
 
 
+def shards_added_in_16_bits(hidden: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, **given: Any) -> Any:
+    """vllm#56887: the shards' results are added as they arrive, into a buffer of their own dtype: with three of them
+    the sum is rounded twice. It stays within what a bound has to allow for."""
+    weights, ids = route(hidden, gate, top_k, given)
+    finish(given, weights, ids)
+    y = torch.zeros_like(hidden)
+    for first, last in shard_bounds(len(gate), given["shards"]):
+        local, stored = local_slots(ids, first, last), given | {"stored": hidden.dtype}
+        y = y + experts_sum(hidden, w13[first:last], w2[first:last], weights, local, stored, first).to(hidden.dtype)
+    return y, weights, ids
+
+
 def raw_sentinel(hidden: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, **given: Any) -> Any:
     """vllm#48979: the router began to write -1 on padding rows, and one of its six backends took the weights of an
     expert by the raw id: what lies before those of expert 0."""

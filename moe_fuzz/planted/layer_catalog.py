@@ -9,6 +9,8 @@ from moe_fuzz.planted.entry import Planted
 
 #: What plain float32 promises. Nothing here is captured: they look at numbers on the host.
 _LAYER: Mapping[str, Any] = {"deterministic": True, "intermediate": "float32", "slot": "none", "padding": ("distinct",)}
+#: Numbers whose sums are not exact: where they are, the check of that name finds it as well.
+_DENSE: Mapping[str, Any] = {"recipes": ("dense",)}
 
 
 def _layer(name: str, check: str, upstream: str, story: str, dialects: tuple[str, ...] = ("distinct",),
@@ -25,16 +27,21 @@ LAYER: tuple[Planted, ...] = (
            dialects=("minus_one",)),
     _layer("sentinel_wraps_map", "bound", "vllm#42034",
            "-1 is taken for the last expert, and fills the places of another rank's rows", dialects=("minus_one",),
-           only=True),
-    _layer("shard_offset_ignored", "bound", "flashinfer#3547", "every shard numbers its experts from 0", only=True),
-    _layer("bias_of_every_shard", "bound", "flashinfer#3547", "adds an expert's bias on every shard", only=True),
+           only=True, capabilities=_DENSE),
+    _layer("shard_offset_ignored", "bound", "flashinfer#3547", "every shard numbers its experts from 0", only=True,
+           capabilities=_DENSE),
+    _layer("bias_of_every_shard", "bound", "flashinfer#3547", "adds an expert's bias on every shard", only=True,
+           capabilities=_DENSE),
+    _layer("shards_added_in_16_bits", "exact", "vllm#56887", "adds the shards' results in the dtype they come in",
+           only=True, promises={"intermediate": "dtype"}),
     _layer("amax_of_all_ranks", "bound", "aiter#6275", "one infinite padding row, and every row is scaled by infinity"),
     _layer("dense_combine", "bound", "sglang#24850", "multiplies the NaN of padding rows by 0 into every row"),
     _layer("idle_rank_skipped", "bound", "sglang#31794",
-           "a rank without tokens does not run its experts: the combine finds the step before", only=True),
+           "a rank without tokens does not run its experts: the combine finds the step before", only=True,
+           capabilities=_DENSE),
     _layer("rank_bucket_baked", "bound", "sglang#30242",
            "as many rows of a rank are sent as the first step had"),
     _layer("shifted_tail_block", "bound", "flashinfer#3957",
            "a store of fewer than eight slots begins before its buffer: a later step has lost experts", only=True,
-           promises={"deterministic": False}),
+           promises={"deterministic": False}, capabilities=_DENSE),
 )

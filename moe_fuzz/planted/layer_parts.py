@@ -92,7 +92,7 @@ def whole(hidden: Tensor, expert: int, w13: Tensor, w2: Tensor, given: Mapping[s
 
 
 def _after(a: Tensor, expert: int, w2: Tensor, given: Mapping[str, Any], first: int) -> Tensor:
-    """From the first product to the end of an expert."""
+    """From the first product to the end of an expert. given["stored"]: the dtype of the activation's result."""
     b13, b2, activation = given.get("b13"), given.get("b2"), given["activation"]
     if b13 is not None:
         a = a + b13[first + expert].float()
@@ -108,5 +108,5 @@ def _after(a: Tensor, expert: int, w2: Tensor, given: Mapping[str, Any], first: 
             h = gate * (1.702 * gate).sigmoid() * up
         else:
             h = (torch.nn.functional.silu if activation == "silu" else torch.nn.functional.gelu)(gate) * up
-    y = h @ w2[expert].float().t()
+    y = h.to(given.get("stored", torch.float32)).float() @ w2[expert].float().t()
     return y if b2 is None else y + b2[first + expert].float()

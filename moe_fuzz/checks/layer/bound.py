@@ -28,16 +28,8 @@ class Bounded:
 
 def bounded(inputs: LayerInputs, rows: Tensor, weights: Tensor, ids: Tensor, contract: Contract) -> Bounded:
     """rows: int64 [R]; weights, ids: of all rows [T, k]. The ids of `rows` are in [0, E), their weights finite."""
-    names = ("w13", "w2", "b13", "b2")
-    plain = {"x": inputs.plain["hidden"][rows], "weights": weights[rows], "ids": ids[rows]}
-    plain |= {name: inputs.plain[name] for name in names if name in inputs.plain}
-    options = {name: inputs.options[name] for name in ("activation", "gate_layout")} | {"apply_weight_on_input": False}
-    experts, chosen = ExpertsInputs(options, plain), ids[rows].long()
-    bounds = shard_bounds(inputs.plain["gate"].shape[0], int(inputs.options["shards"]))
-    parts: list[Numbers] = []
-    for first, last in bounds:
-        own = (chosen >= first) & (chosen < last)
-        parts.append(evaluate(experts, torch.where(own, chosen, -1), contract))
+    experts, chosen = experts_of(inputs, rows, weights, ids)
+    parts: list[Numbers] = [evaluate(experts, own, contract) for own in of_shards(inputs, chosen)]
     dtype = inputs.plain["hidden"].dtype
     most = torch.finfo(dtype).max
     if len(parts) == 1:
@@ -51,3 +43,18 @@ def bounded(inputs: LayerInputs, rows: Tensor, weights: Tensor, ids: Tensor, con
     error = error + store * (y.abs() + error) + least + TINY
     lost = ~(size < (most if narrow else LARGEST)) | ~(y.abs() + error < most)
     return Bounded(y, error.masked_fill(lost, torch.inf))
+
+
+def experts_of(inputs: LayerInputs, rows: Tensor, weights: Tensor, ids: Tensor) -> tuple[ExpertsInputs, Tensor]:
+    """The experts' half of these rows as a call of all experts, and the expert of each slot, int64 [R, k]."""
+    names = ("w13", "w2", "b13", "b2")
+    plain = {"x": inputs.plain["hidden"][rows], "weights": weights[rows], "ids": ids[rows]}
+    plain |= {name: inputs.plain[name] for name in names if name in inputs.plain}
+    options = {name: inputs.options[name] for name in ("activation", "gate_layout")} | {"apply_weight_on_input": False}
+    return ExpertsInputs(options, plain), ids[rows].long()
+
+
+def of_shards(inputs: LayerInputs, chosen: Tensor) -> list[Tensor]:
+    """The experts of the slots of each shard, -1 for those of the others."""
+    bounds = shard_bounds(inputs.plain["gate"].shape[0], int(inputs.options["shards"]))
+    return [torch.where((chosen >= first) & (chosen < last), chosen, -1) for first, last in bounds]

@@ -13,6 +13,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.checks.experts.rounding import depth, floor, gamma, unit
 from moe_fuzz.checks.layer.bound import Bounded, bounded
 from moe_fuzz.checks.layer.decision import Decision
+from moe_fuzz.checks.layer.known import known
 from moe_fuzz.checks.routing.observation import Outputs as Routed
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.fence import unwritten
@@ -20,7 +21,7 @@ from moe_fuzz.ops.layer.inputs import LayerInputs, fresh_rows
 from moe_fuzz.ops.routing.inputs import RoutingInputs
 
 BENIGN = 62  # the generator's stream of what padding could have held instead
-_OF_INPUTS = ("logits", "logit_error", "defined", "flagged", "_router")
+_OF_INPUTS = ("logits", "_logit_sizes", "logit_error", "defined", "flagged", "_router")
 _ROUTER_TABLES = ("_reference", "error", "bounds", "defined", "flagged")
 
 
@@ -73,10 +74,14 @@ class LayerObservation:
         return self.hidden.double() @ self.inputs.plain["gate"].double().t()
 
     @cached_property
+    def _logit_sizes(self) -> torch.Tensor:
+        """float64 [T, E]: the sum of the sizes of a logit's terms, which no sum on the way to it exceeds."""
+        return self.hidden.double().abs() @ self.inputs.plain["gate"].double().abs().t()
+
+    @cached_property
     def logit_error(self) -> torch.Tensor:
         """float64 [T, E]: how far a target's logits may be from these (docs/numerics.md)."""
-        size = self.hidden.double().abs() @ self.inputs.plain["gate"].double().abs().t()
-        error = gamma(depth(self.hidden.shape[1])) * size + 2.0**-126 * self.hidden.shape[1]
+        error = gamma(depth(self.hidden.shape[1])) * self._logit_sizes + 2.0**-126 * self.hidden.shape[1]
         if self.info.contract.logits == "dtype":
             error = error + unit(self.hidden.dtype) * (self.logits.abs() + error) + floor(self.hidden.dtype)
         return error
@@ -89,9 +94,11 @@ class LayerObservation:
 
     @cached_property
     def defined(self) -> torch.Tensor:
-        """bool [T]: not flagged, hidden states finite, and no logit near the end of float32."""
+        """bool [T]: not flagged, hidden states finite, and no logit, nor what is summed up on the way to it, near the
+        end of float32."""
         limit = 2.0**15 if self.info.contract.logits == "dtype" and self.hidden.dtype == torch.float16 else 2.0**126
-        steady = (self.logits.abs() + self.logit_error < limit).all(dim=1)  # NaN is not
+        steady = (self.logits.abs() + self.logit_error < limit) & (self._logit_sizes < 2.0**126)  # NaN is not
+        steady = steady.all(dim=1)
         return self._router.defined & self.hidden.isfinite().all(dim=1) & steady
 
     @cached_property
@@ -131,6 +138,11 @@ class LayerObservation:
     def of_decision(self, weights: torch.Tensor, ids: torch.Tensor) -> Bounded:
         """y of `rows` for this decision."""
         return bounded(self.inputs, self.rows, weights, ids, self.info.contract)
+
+    @cached_property
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """y of `rows` for the target's own decision, float64 [R, H], and where its bits are known, bool."""
+        return known(self.inputs, self.rows, self.outputs.weights, self.outputs.ids, self.info)
 
     # ---- relations --------------------------------------------------------------------------------------------------
 

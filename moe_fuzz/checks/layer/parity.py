@@ -69,3 +69,20 @@ def bound(seen: LayerObservation) -> list[Violation]:
     if used.numel():
         seen.budget["bound"] = float(used.max())
     return []
+
+
+@check("layer", "exact", parity=True)
+def exact(seen: LayerObservation) -> list[Violation]:
+    """The experts' half: y for the router's own ids and weights, bit for bit, where every sum is exact."""
+    if seen.case.config["recipe"] == "dense" or not len(seen.rows):
+        return []
+    expected, sure = seen.exact
+    got = seen.outputs.y[seen.rows].double()
+    wrong = sure & (got != expected)
+    if not wrong.any():
+        return []
+    at = first(wrong)
+    row, column = int(seen.rows[at[0]]), at[1]
+    message = f"row {row}: the router chose {decided(seen, row)}; the experts' sum for that is not the exact one"
+    return [Violation("exact", "bits", message, "y", (row, column), f"{float(expected[at]):.9g}",
+                      f"{float(got[at]):.9g}")]  # fmt: skip

@@ -1,9 +1,14 @@
-"""The tensors of a case of `moe_layer`: made by the generator, faults laid. Worker side."""
+"""The tensors of a case of `moe_layer`: made by the generator, faults laid. Worker side.
+
+dense: hidden states and weights for which logits, activations and results are of order 1. integer: those of the
+experts' recipe of that name (ops/experts/recipes.py), under which sums are exact; the gate reads one column for each
+expert, 64 times, so that many logits are equal, and weights often powers of two.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
@@ -14,12 +19,14 @@ from moe_fuzz import generator
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops.experts import recipes
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 
 #: Of a config, what the target is given as plain arguments.
 _OPTIONS = ("top_k", "scoring", "renormalize", "scale", "dialect", "activation", "gate_layout")
 _ROW = 1 << 16  # labels of a weight's rows: expert * _ROW + row, so that an expert keeps its own when others go
 _BIAS_MAGNITUDE = 2.0**-2
+_STEEP = 64.0  # between two logits of an integer case, or 0: what exp leaves of a lower one is nothing beside 1
 
 
 @dataclass
@@ -74,6 +81,8 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
 def fresh_rows(case: Case, rows: Sequence[int], stream: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Hidden states [R, H] of these row labels before any fault, of ordinary size whatever the magnitude, if stream 62:
     what padding could have held instead."""
+    if case.config["recipe"] != "dense":
+        return recipes.tokens_of(_as_experts(case.seed, case.config), rows, stream, device)
     values = generator.triangular(case.seed, "hidden", rows, range(int(case.config["hidden"])), stream, device)
     magnitude = 0 if stream == 62 else int(case.config["magnitude"])
     return (values * 2.0**magnitude).to(getattr(torch, str(case.config["dtype"])))
@@ -84,6 +93,8 @@ def _weights(seed: int, items: tuple[tuple[str, Scalar], ...], device: str) -> d
     """gate, w13, w2 and the experts' biases, sized so that logits, activations and results are of order 1. The steps of
     a case, and what the reducer makes of it, share them."""
     config = dict(items)
+    if config["recipe"] != "dense":
+        return _whole_numbers(seed, config, device)
     experts = list(Labels.parse(str(config["experts"])))
     hidden, inter = int(config["hidden"]), int(config["intermediate"])
     dtype = getattr(torch, str(config["dtype"]))
@@ -103,6 +114,21 @@ def _weights(seed: int, items: tuple[tuple[str, Scalar], ...], device: str) -> d
         found["b13"] = draw("b13", rows, 1, 0.5, kind).view(len(experts), rows)
         found["b2"] = draw("b2", hidden, 1, 0.5, kind).view(len(experts), hidden)
     return found
+
+
+def _whole_numbers(seed: int, config: Mapping[str, Scalar], device: str) -> dict[str, torch.Tensor]:
+    """The same of the recipe integer."""
+    experts, hidden = list(Labels.parse(str(config["experts"]))), int(config["hidden"])
+    kind = torch.float32 if config["gate_dtype"] == "float32" else getattr(torch, str(config["dtype"]))
+    column = generator.choice(seed, "gate", experts, [0], max(1, hidden - 1), device=device)  # [E, 1]; 0 is a constant
+    gate = torch.zeros((len(experts), hidden), dtype=kind, device=device)
+    gate.scatter_(1, (column + (hidden > 1)).long(), _STEEP)
+    return {"gate": gate, **recipes.projections(_as_experts(seed, config), experts, device)}
+
+
+def _as_experts(seed: int, config: Mapping[str, Scalar]) -> Case:
+    """The experts of a layer as a case of their own."""
+    return Case("experts_bf16", {**config, "bias": config["expert_bias"], "weight_on_input": False}, (), seed)
 
 
 def _size(at_one: float, depth: int) -> float:

@@ -45,6 +45,7 @@ FIELDS: dict[str, tuple[Scalar, ...]] = {
     "activation": ("silu", "gelu", "relu2", "swiglu_oai"),
     "gate_layout": ("first", "up_first", "interleaved"),
     "expert_bias": ("none", "dtype", "float32"),
+    "recipe": ("dense", "integer", "fine"),  # numbers of order 1; whole ones; those with biases of 13 bits
     "edge": ("right", "left"),
     "out": (False, True),
     "magnitude": (0, 2, -4, 5),  # hidden states lie within ±2^magnitude
@@ -99,6 +100,7 @@ class LayerSpace(routing.RoutingSpace):
             "activation": can.activations,
             "gate_layout": can.gate_layouts,
             "expert_bias": FIELDS["expert_bias"] if can.biases else ("none",),
+            "recipe": tuple(r for r in FIELDS["recipe"] if r in can.recipes),
             "out": (False, True) if can.out else (False,),
         }
         return (
@@ -147,6 +149,8 @@ class LayerSpace(routing.RoutingSpace):
         config, count = case.config, len(case.experts)
         if int(config["ep"]) > count:
             raise CaseError("config.ep", f"{config['ep']} shards of {count} experts: some would have none")
+        if config["recipe"] != "dense" and config["activation"] == "swiglu_oai":
+            raise CaseError("config.recipe", "no gate makes swiglu_oai exact", "use dense")
         if _weights(count, config) > 1 << 27:
             raise CaseError("config.hidden", f"{count} experts of {config['hidden']} x {config['intermediate']} are "
                             "too many elements")  # fmt: skip
@@ -165,6 +169,7 @@ class LayerSpace(routing.RoutingSpace):
         yield config["activation"] not in can.activations, f"activation={config['activation']}"
         yield config["gate_layout"] not in can.gate_layouts, f"gate_layout={config['gate_layout']}"
         yield config["expert_bias"] != "none" and not can.biases, "biases of experts"
+        yield config["recipe"] not in can.recipes, f"recipe={config['recipe']}"
         yield int(config["dp"]) > can.max_ranks, f"{config['dp']} ranks"
         yield int(config["ep"]) > can.max_shards, f"{config['ep']} shards"
         hidden, inter = int(config["hidden"]), int(config["intermediate"])
@@ -180,7 +185,7 @@ class LayerSpace(routing.RoutingSpace):
     def features(self, case: Case) -> frozenset[str]:
         config = case.config
         found = set(super().features(self._as_router(case))) - {"large logits"}
-        found |= {f"{name}={config[name]}" for name in ("scoring", "activation", "gate_layout", "expert_bias")
+        found |= {f"{name}={config[name]}" for name in ("scoring", "activation", "gate_layout", "expert_bias", "recipe")
                   if config[name] != self.simplest[name]}  # fmt: skip
         found |= {"several ranks"} if config["dp"] != 1 else set()
         found |= {"several shards"} if config["ep"] != 1 else set()
@@ -216,10 +221,15 @@ class LayerSpace(routing.RoutingSpace):
                     yield replace(case, steps=steps)
 
     def mended(self, config: Mapping[str, Scalar]) -> dict[str, Scalar]:
-        """top_k and ep are at most the number of experts."""
+        """top_k and ep are at most the number of experts. No gate makes swiglu_oai exact."""
         count = len(Labels.parse(str(config["experts"])))
         fitting = [shards for shards in EP if shards <= min(int(config["ep"]), count)]
-        return {**super().mended(config), "ep": max(fitting)}
+        whole = {**super().mended(config), "ep": max(fitting)}
+        if whole["activation"] == "swiglu_oai":
+            whole["recipe"] = "dense"
+        elif whole["recipe"] == "fine" and whole["expert_bias"] != "float32":  # nothing else of it is fine
+            whole["recipe"] = "integer"
+        return whole | ({"magnitude": 0} if whole["recipe"] != "dense" else {})
 
     def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar], means: Means) -> float:
         """A case with its reruns. Interpreted, fitted to 370 measurements: right on average, and within a factor of two

@@ -16,6 +16,7 @@ CHECKS = {
     "selection": "the router's half: no unselected expert has a higher score than a selected one, beyond rounding",
     "weights": "the router's half: weights agree with float64 for its own ids, within the rounding bound",
     "bound": "the experts' half: y agrees with float64 for the router's own ids and weights, within the rounding bound",
+    "exact": "the experts' half: where every sum is exact, y has the known bits, for the router's own ids and weights",
     "fence": "no read or write outside a tensor, no write into an input",
     "canary": "the slack bytes beside a tensor keep their pattern",
     "isolation": "what stands in padding and undefined rows does not change a real row, bit for bit, where declared",
@@ -41,6 +42,7 @@ def label(case: Case) -> str:
     parts += [name for name in ("renormalize", "bias", "out") if config[name]]
     if config["expert_bias"] != "none":
         parts.append(f"expert_bias={config['expert_bias']}")
+    parts += [str(config["recipe"])] if config["recipe"] != "dense" else []
     if config["gate_dtype"] != "dtype":
         parts.append(f"gate={config['gate_dtype']}")
     if config["is_padding"]:
