@@ -58,15 +58,18 @@ def choose(slots: int, num_ids: int) -> Plan:
 
 def interpreted(hidden: int, inter: int) -> Plan:
     """In the interpreter a step costs the same whatever its size, so there are few: of the first product, too, which
-    writes whole 128 columns. One size in five is cut in two, for the seams are to be run as well. A tile groups its
+    writes whole 128 columns. One size in three is cut in two, for the seams are to be run as well. A tile groups its
     slots anew: from a handful on `align`, once, costs less."""
+
+    def seam(size: int) -> bool:
+        return -(-size // 16) % 3 == 0
 
     def blocks(rows: int, depth: int, cut: bool) -> Tile:
         d = min(max(triton.next_power_of_2(depth), 128), 1024)
         n = min(triton.next_power_of_2(rows), (1 << 18) // d)
-        return Tile(16, max(n // 2 if cut else n, 16), max(d // 2, 128) if depth % 5 == 0 else d, 2, 4, 1)
+        return Tile(16, max(n // 2 if cut else n, 16), max(d // 2, 128) if seam(depth) else d, 2, 4, 1)
 
-    return Plan(0, blocks(2 * (inter + -inter % 128), hidden, inter % 5 == 0), blocks(hidden, inter, hidden % 5 == 0),
+    return Plan(0, blocks(2 * (inter + -inter % 128), hidden, seam(inter)), blocks(hidden, inter, seam(hidden)),
                 inline_slots=4)  # fmt: skip
 
 

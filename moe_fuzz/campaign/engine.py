@@ -138,7 +138,7 @@ class Campaign:
     def _header(self) -> None:
         settings, infos = self._settings, tuple(info for info, _ in self._targets.values())
         notes = settings.notes
-        if settings.device == "cpu":
+        if settings.device == "cpu" and any(info.triton for info in infos):
             notes = (*notes, "device cpu: Triton kernels run in its interpreter, without CUDA graphs")
         self._emit(
             events.CampaignStarted(

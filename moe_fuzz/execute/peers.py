@@ -176,7 +176,7 @@ class _Around:
     def __init__(self, case: Case, target: Target, groups: list[Peers]) -> None:
         self._function, self._groups = target.function, groups
         self._spelled = target.keywords.get("group")
-        self._burst = int(case.config["burst"])
+        self._burst, self._before = int(case.config["burst"]), 1 - case.seed % 2
         self._begun = False  # a first call was made, of any rows: without them nobody sends anything
         self._calls = 0
 
@@ -184,16 +184,18 @@ class _Around:
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         burst = min(self._burst, _FEW) if capturing or self._begun else self._burst
         self._begun = self._begun or x.shape[-2] > 0
-        others = list(self._others(x, residual)) if burst or len(self._groups) > 1 else []
+        others = list(self._others(x, residual, gamma)) if burst or len(self._groups) > 1 else []
         result = None
+        own = (burst + self._before) // 2  # of two, one has its other call before it, one behind it
         for at in range(burst + 1):
-            mine = at == burst // 2
-            one, held = (x, residual) if mine else others[at % len(others)]
+            mine = at == own
+            one, held, scale = (x, residual, gamma) if mine else others[at % len(others)]
             self._pause(capturing)
-            found = self._call(0, one, held, gamma, eps, given if mine else {})
+            found = self._call(0, one, held, scale, eps, given if mine else {})
             result = found if mine else result
             for number in range(1, len(self._groups)):
-                self._call(number, *others[(at + number) % len(others)], gamma, eps, {})
+                one, held, scale = others[(at + number) % len(others)]
+                self._call(number, one, held, scale, eps, {})
         if not capturing:
             for peers in self._groups:
                 peers.check()
@@ -204,12 +206,12 @@ class _Around:
         return self._function(x, residual, gamma, eps, **group, **given)
 
     @staticmethod
-    def _others(x: torch.Tensor, residual: torch.Tensor | None) -> Iterator[tuple[Any, Any]]:
-        """Calls of as many rows, of one row, of half of them; other numbers, of the same sizes."""
-        tokens = x.shape[-2]
+    def _others(x: torch.Tensor, residual: torch.Tensor | None, gamma: torch.Tensor) -> Iterator[tuple[Any, Any, Any]]:
+        """Calls of as many rows, of one row, of half of them; other numbers and weights, of the same sizes."""
+        tokens, scale = x.shape[-2], -gamma.flip(0)
         for count in (tokens, min(1, tokens), tokens // 2):
             held = None if residual is None else residual[tokens - count :].clone()
-            yield -x[..., tokens - count :, :].clone(), held
+            yield -x[..., tokens - count :, :].clone(), held, scale
 
     def _pause(self, capturing: bool) -> None:
         """Lets a rank with a process of its own be late, on the host or on the device."""

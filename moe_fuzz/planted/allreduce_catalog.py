@@ -67,6 +67,8 @@ ALLREDUCE: tuple[Planted, ...] = (
     # other arithmetic than for other rows, or than last time
     _state("tile_with_nan_in_float64", "isolation", "vllm#37758",
            "one NaN, and the 16 rows of its tile are computed by other arithmetic", only=True),
+    _state("few_rows_by_other_arithmetic", "batch_invariance", "aiter#2359",
+           "up to 4 rows are multiplied in another order", only=True, contract={"batch_invariant": True}),
     _state("order_of_arrival", "determinism", "vllm#51290", "adds parts up in the order in which they arrive",
            only=True, contract={"sum_order": "any"}),
     # graphs

@@ -115,6 +115,25 @@ def tile_with_nan_in_float64(x: Tensor, residual: Any, gamma: Tensor, eps: float
     return found
 
 
+def few_rows_by_other_arithmetic(x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, out: Any = None
+                                 ) -> Any:  # fmt: skip
+    """aiter#2359: the number of rows chooses the kernel. That for up to 4 rows multiplies by gamma first."""
+    normed, residual_out = found = parts.results(x, out)
+
+    def finish(rank: int, read: list[Tensor]) -> None:
+        total = parts.summed(read, residual).to(x.dtype)
+        made = parts.norm(total, gamma, eps)
+        if len(total) <= 4:
+            value = total.float()
+            root = 1 / torch.sqrt(value.square().sum(dim=-1, keepdim=True) / x.shape[-1] + eps)
+            made = (value * (root * gamma.float())).to(x.dtype)
+        parts.of_rank(residual_out, rank, group).copy_(total)
+        parts.of_rank(normed, rank, group).copy_(made)
+
+    parts.one_shot(x, group, finish)
+    return found
+
+
 def order_of_arrival(x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, out: Any = None) -> Any:
     """vllm#51290: parts are added up as they arrive, in another order each time. The ranks agree, as one of them adds
     up for all."""

@@ -138,9 +138,29 @@ def test_a_burst_is_long_once_a_case_in_the_first_call_that_has_rows():
         for rows in (0, 4, 4):
             before = len(sizes)
             x = torch.zeros(2, rows, 32)
-            around.function(x, None, None, 1e-6)
+            around.function(x, None, torch.ones(32), 1e-6)
             calls.append(len(sizes) - before)
     assert calls == [1001, 1001, 9]
+
+
+def test_calls_around_its_own_have_other_weights():
+    """A group serves every layer of a model: what it keeps of one must not reach the next. Of one other call it stands
+    before in some cases, and behind in others."""
+    from moe_fuzz.execute import peers
+
+    given: list[torch.Tensor] = []
+
+    def function(x, residual, gamma, eps):
+        given.append(gamma)
+        return x, x
+
+    gamma, x = torch.arange(1.0, 33.0), torch.zeros(2, 4, 32)
+    for burst, seed, at in ((1, 2, 1), (1, 3, 0), (3, 2, 2), (3, 3, 1), (8, 2, 4), (8, 3, 4)):
+        given.clear()
+        target, made = Target(INFO, function, {}, ()), case(burst=burst, hidden=32, ranks=2, seed=seed)
+        with peers.staged(made, target, "cpu", RunOptions()) as around:
+            around.function(x, None, gamma, 1e-6)
+        assert [torch.equal(one, gamma) for one in given] == [number == at for number in range(burst + 1)]
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
@@ -199,9 +219,10 @@ def test_no_order_of_float32_sums_leaves_the_bound(dtype):
         x = (torch.randn(ranks, 64, hidden, generator=gen) * scale).to(dtype)
         gamma = torch.randn(hidden, generator=gen)
         total = torch.zeros(64, hidden)
+        residual = x[-1] if ranks > 1 else None  # which may be added anywhere
         for rank in torch.randperm(ranks, generator=gen).tolist():
             total = total + x[rank].float()
-        before, after = bounded_sum(x, None, contract)
+        before, after = bounded_sum(x if residual is None else x[:-1], residual, contract)
         assert ((total.double() - before.value).abs() <= before.bound).all()
         stored = total.to(dtype)
         assert ((stored.double() - after.value).abs() <= after.bound).all()

@@ -28,11 +28,14 @@ def stored(value: Tensor, error: Tensor, dtype: torch.dtype, truncates: bool) ->
 def bounded_sum(x: Tensor, residual: Tensor | None, contract: Contract) -> tuple[Bounded, Bounded]:
     """The sum of x [R, T, H] and residual [T, H], in float64, as it is before and after it is stored.
 
-    Before: float32 sums in any order, through R - 1 operations and one more for the residual.
+    Before: float32 sums in any order, through R - 1 operations and one more for the residual. Where no order is
+    promised and the sum is not stored before, the residual is a part like those of the ranks: it may be the first.
     """
-    parts = x.double()
+    parts, anywhere = x.double(), contract.sum_order != "rank" and "sum" not in contract.rounds
+    if residual is not None and anywhere:
+        parts, residual = torch.cat([parts, residual.double()[None]]), None
     value, size = parts.sum(dim=0), parts.abs().sum(dim=0)
-    error = gamma(len(x)) * size + TINY
+    error = gamma(len(parts)) * size + TINY
     if "sum" in contract.rounds:
         error = stored(value, error, x.dtype, contract.truncates)
     if residual is not None:

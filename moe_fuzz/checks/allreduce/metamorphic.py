@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -18,7 +19,8 @@ from moe_fuzz.verdict import Violation
 def ahead(seen: AllreduceObservation) -> Sequence[AllreduceInputs]:
     """What the relations will call, whatever came back."""
     found = [seen.inputs] if seen.info.contract.deterministic else []
-    return [*found, seen.healed_inputs] if _isolated(seen) else found
+    found += [seen.healed_inputs] if _isolated(seen) else []
+    return [*found, seen.fewer[1]] if _invariant(seen) else found
 
 
 def _isolated(seen: AllreduceObservation) -> bool:
@@ -73,6 +75,40 @@ def isolation(seen: AllreduceObservation) -> list[Violation]:
             return []
     message = "has other bits when other rows are replaced, in which some rank has no ordinary numbers"
     return _compared(seen, "isolation", message, other, seen.outputs, seen.judged)
+
+
+@check("allreduce", "batch_invariance", relation=True)
+def batch_invariance(seen: AllreduceObservation) -> list[Violation]:
+    """Fewer rows in another order, the same bits in each, where the target declares it. What bad rows do, `isolation`
+    says."""
+    if not _invariant(seen):
+        return []
+    rows, fewer = seen.fewer
+    alone = seen.call(fewer)
+    whole = seen.outputs if seen.healed_inputs is seen.inputs else seen.call(seen.healed_inputs)
+    one, where = _of_rows(whole, rows), torch.ones((), dtype=torch.bool, device=rows.device)
+    if changed(one, alone, where) is None:
+        return []
+    for _ in range(REPEATS):  # a difference that comes and goes is nondeterminism
+        if changed(alone, seen.call(fewer), where) or changed(
+            one, _of_rows(seen.call(seen.healed_inputs), rows), where
+        ):
+            return []
+    found = _compared(seen, "batch_invariance", "", one, alone, where)
+    rank, row, column = found[0].where
+    at = (rank, int(rows[row]), column)
+    message = f"rank {rank}, row {at[1]}, column {column}: alone with fewer rows, it has other bits"
+    return [replace(found[0], message=message, where=at)]
+
+
+def _invariant(seen: AllreduceObservation) -> bool:
+    """Not in graphs, whose sizes are fixed, nor across processes, where all ranks would have to call as often."""
+    plain = seen.eager is None and seen.case.mode == "eager"
+    return plain and seen.info.contract.batch_invariant and len(seen.fewer[0]) > 0
+
+
+def _of_rows(outputs: Outputs, rows: torch.Tensor) -> Outputs:
+    return Outputs(outputs.normed[:, rows], outputs.residual_out[:, rows])
 
 
 @check("allreduce", "replay")

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from moe_fuzz import generator
 from moe_fuzz.case import Case
 from moe_fuzz.checks.allreduce.bounds import Bounded, bounded_norm, bounded_sum
 from moe_fuzz.checks.experts.rounding import LARGEST, TINY
@@ -89,6 +90,20 @@ class AllreduceObservation:
             changed["residual"] = self.residual.clone()
             changed["residual"][positions] = residual
         return self.inputs.replace(**changed)
+
+    @cached_property
+    def fewer(self) -> tuple[torch.Tensor, AllreduceInputs]:
+        """int64 [N], some of the rows, the last first; and a call with these alone. One row, or an eighth of them, or
+        every second one: kernels choose their way by the size of a message."""
+        count = self.inputs.tokens
+        every = (count, 8, 2)[generator.choice(self.case.seed, "fewer", [0], [0], 3)[0, 0]] if count else 1
+        rows = torch.arange(count - 1, -1, -max(2, min(every, count)), device=self.x.device)
+        rows = rows if count > 1 else rows[:0]
+        whole = self.healed_inputs
+        changed = {"x": whole.plain["x"][:, rows]}
+        if self.residual is not None:
+            changed["residual"] = whole.plain["residual"][rows]
+        return rows, replace(whole.replace(**changed), rows=[whole.rows[row] for row in rows.tolist()])
 
     # ---- what may have come back ------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ CHECKS = {
     "pads": "signal pads are zero when all ranks have finished their calls",
     "tail": "what lies behind a message in the ranks' buffers keeps its pattern",
     "isolation": "NaN, Inf and overflow in a row of any rank change no other row, where declared",
+    "batch_invariance": "a row has the same bits alone and with fewer rows, where declared",
     "replay": "a graph's replay gives what an eager call gives, bit for bit where deterministic",
     "determinism": "the same input gives the same bits, where declared; a graph is replayed",
 }
