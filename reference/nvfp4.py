@@ -40,7 +40,7 @@ def nvfp4_quantize(
         a block too large for its global scale                          scale 448, codes saturate at 6
         NaN in v                                                        has no part in amax, its code is 0
         +-Inf in v                                                      scale 448, its code +-6
-        a global scale that is no normal number above 0 (0, inf, NaN)   codes 0, scales 0
+        a global scale that is no normal number above 0 (or inf, NaN)   codes 0, scales 0
     No block changes another, and no scale is NaN or negative. Every byte is written.
 
     Raises ValueError for anything outside these shapes, dtypes and names.

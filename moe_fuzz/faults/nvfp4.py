@@ -130,6 +130,20 @@ class ZeroScale(SenselessScale):
 
 
 @register
+class SubnormalScale(SenselessScale):
+    """A global scale is a number above 0, and no normal one."""
+
+    name, value = "subnormal_scale", 2.0**-130
+
+
+@register
+class NegativeScale(SenselessScale):
+    """A global scale is below 0."""
+
+    name, value = "negative_scale", -448.0
+
+
+@register
 class InfiniteScale(SenselessScale):
     """A global scale is infinite."""
 

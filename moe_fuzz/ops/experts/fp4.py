@@ -28,6 +28,8 @@ PADDING_FAULTS = ("poison_scales", "stale_scales")
 BLOCK_FAULT = "nan_blocks"  # in either layout
 #: A global scale that has no sense, as where calibration saw zeros; of weights, that of some experts.
 SENSELESS = {"zero_scale": "zero", "infinite_scale": "infinite", "nan_scale": "nan"}
+#: Of activations alone: the factor of a weight may be below 0, or as small.
+SENSELESS_CALIBRATION = {"subnormal_scale": "subnormal", "negative_scale": "negative"}
 FACTORS, CALIBRATIONS = ("w13_alpha", "w2_alpha"), ("x_global", "h_global")
 #: Codes are packed and start at whole blocks, so of their layout nothing can be a fault.
 _LAYOUTS = ("noncontiguous", "misaligned", "int32_boundary")
@@ -49,6 +51,7 @@ class Fp4Space(ExpertsSpace):
         *(place for place in PLACES if place.tensor not in ("w13", "w2") or place.fault not in _LAYOUTS),
         *(FaultPlace(fault, scales, on_rows=False) for scales in SCALES for fault in (*PADDING_FAULTS, BLOCK_FAULT)),
         *(FaultPlace(fault, scale, on_rows=False) for scale in (*FACTORS, *CALIBRATIONS) for fault in SENSELESS),
+        *(FaultPlace(fault, scale, on_rows=False) for scale in CALIBRATIONS for fault in SENSELESS_CALIBRATION),
     )
     fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = {**FIELDS, **FP4_FIELDS}
     presets: ClassVar[Mapping[str, Mapping[str, Scalar]]] = MODELS_NVFP4
@@ -73,8 +76,9 @@ class Fp4Space(ExpertsSpace):
                      if p.tensor not in without and not (packed and p.fault in PADDING_FAULTS))  # fmt: skip
 
     def _refused(self, fault: str, tensor: str, info: TargetInfo) -> str:
-        if fault in SENSELESS and SENSELESS[fault] not in info.capabilities.global_scales:
-            return f"{SENSELESS[fault]} {tensor}"
+        kind = (SENSELESS | SENSELESS_CALIBRATION).get(fault)
+        if kind and kind not in info.capabilities.global_scales:
+            return f"{kind} {tensor}"
         if fault == BLOCK_FAULT and not info.capabilities.nan_scales:
             return f"NaN in {tensor}"
         return super()._refused(fault, tensor, info)

@@ -17,8 +17,6 @@ Fields = Mapping[str, tuple[Scalar, ...]]
 def mended(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """The config with what depends on other fields cut down to them, so that equal cases look equal."""
     whole = {**config, "top_k": min(int(config["top_k"]), len(Labels.parse(str(config["experts"]))))}
-    if whole["activation"] == "relu2":  # no gate
-        whole["gate_layout"] = FIELDS["gate_layout"][0]
     if whole["activation"] == "swiglu_oai" and whole["recipe"] in ("integer", "fine"):
         whole["recipe"] = "one_hot"
     if whole["activation"] == "relu2" and whole["recipe"] == "curve":

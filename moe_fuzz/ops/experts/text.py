@@ -66,6 +66,8 @@ FP4_FAULTS = {
     "zero_scale": "a global scale is 0; of weights, that of some experts",
     "infinite_scale": "a global scale is infinite; of weights, that of some experts",
     "nan_scale": "a global scale is NaN; of weights, that of some experts",
+    "subnormal_scale": "a global scale of activations is no normal number",
+    "negative_scale": "a global scale of activations is below 0",
     "stale_scales": "the padding of swizzled scales holds any bytes, as memory does that nobody cleared",
 }
 

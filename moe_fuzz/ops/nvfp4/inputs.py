@@ -22,7 +22,7 @@ _STALE = 62  # the stream of rows that no step of the case has had
 _EXPERTS = (1, 2, 3, 4, 5, 6, 8, 10, 16, 17, 40, 128)  # 4 and 16 divide some (vllm#40351)
 _MANY_EXPERTS = (129, 160, 192, 255, 256, 257, 384, 512, 1025)  # four times in five in place of 40 and of 128
 _IDENTITY = 32.0
-_SENSELESS = {"zero": 0.0, "infinite": torch.inf, "nan": torch.nan}
+_SENSELESS = {"zero": 0.0, "infinite": torch.inf, "nan": torch.nan, "subnormal": 2.0**-130, "negative": -448.0}
 
 
 @dataclass

@@ -40,7 +40,8 @@ CUDA_ELEMENTS = 1 << 22
 
 #: How the global scale is chosen for the data, simplest first: what makes steps exact, what calibration gives, a
 #: calibration on data 2^8 times larger or smaller, the least and greatest normal float32, and what has no sense.
-GLOBAL_SCALES = ("power", "six", "fitted", "small", "large", "least", "greatest", "zero", "infinite", "nan")
+GLOBAL_SCALES = ("power", "six", "fitted", "small", "large", "least", "greatest", "zero", "infinite", "nan",
+                 "subnormal", "negative")  # fmt: skip
 
 #: What each field of a config may be; `blocks` is a labels string, and stands apart.
 FIELDS: Mapping[str, tuple[Scalar, ...]] = {
