@@ -13,7 +13,7 @@ from moe_fuzz.contract import Contract
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 from moe_fuzz.reference.align import expert_of_slot
 
-from .experts_seen import STEADY, Target, case_of, judge, observe
+from .experts_seen import FP4_STRICT, STEADY, Target, case_of, fp4_case_of, judge, observe
 
 
 def storing(**stores: str) -> Target:
@@ -46,6 +46,17 @@ def test_a_store_that_nobody_declared_is_named(stores: dict[str, str], recipe: s
         assert not {"bound", "exact", "statistical"} & set(judge(observe(case, storing(**stores), keeps)))
     assert told
     assert all(said in text for text in told), told
+
+
+def test_codes_that_are_made_of_what_nobody_stored_are_named() -> None:
+    """A code falls the other way where h is not rounded before: no store of something else says so."""
+    told = []
+    for seed in range(8):
+        case = fp4_case_of(rows=4, seed=seed, experts=2, activations="nvfp4", hidden=64, intermediate=32)
+        found = judge(observe(case, storing(intermediate="float32"), FP4_STRICT))
+        told += [one.message for one in found.values() if "may answer so" in one.message]
+    assert told
+    assert all('Contract(intermediate="float32")' in text for text in told), told
 
 
 def test_a_wrong_answer_is_no_matter_of_declarations() -> None:

@@ -19,15 +19,16 @@ _MOST = 1 << 18  # elements of the projections that are multiplied again, a doze
 _FAR = 16  # bounds
 _MOSTLY = 0.9  # of the elements have the bits of that answer
 _FEWER = 4  # times: of the elements that have not, beside those that have not the bits of the contract's own
-#: What a contract may say of stores: each alone, and what libraries do together.
+#: What a contract may say of stores: each alone, and what libraries do together. Of two that give the same bits the
+#: first is said: nobody is to declare that he rounds where he may as well not.
 _WAYS: tuple[Mapping[str, str], ...] = (
+    {"slot": "none"},
+    {"intermediate": "float32"},
+    {"intermediate": "float32", "slot": "none"},
     {"gate_up": "dtype"},
     {"activation": "dtype"},
     {"down": "dtype"},
     {"weight_dtype": "dtype"},
-    {"slot": "none"},
-    {"intermediate": "float32"},
-    {"intermediate": "float32", "slot": "none"},
     {"gate_up": "dtype", "down": "dtype"},
     {"gate_up": "dtype", "activation": "dtype"},
     {"gate_up": "dtype", "activation": "dtype", "down": "dtype"},
@@ -49,8 +50,8 @@ def _way(seen: ExpertsObservation) -> Mapping[str, str]:
     if seen.brief or 3 * seen.experts * seen.x.shape[1] * seen.inputs.inter > _MOST:
         return {}
     error = (seen.y - seen.numbers.value).abs()
-    if bool((seen.judged & (error > _FAR * seen.numbers.bound)).any()):
-        return {}  # no store does that, and most defects do: a reducer, which asks at each try, has not to wait
+    if not seen.inputs.quantizes and bool((seen.judged & (error > _FAR * seen.numbers.bound)).any()):
+        return {}  # no store does that but by way of a code, and most defects do: a reducer has not to wait
     contract, judged = seen.info.contract, int(seen.judged.sum())
     own = _off(seen, contract)
     off, number = min((_off(seen, _with(contract, way)), number) for number, way in enumerate(_WAYS))

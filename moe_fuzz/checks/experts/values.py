@@ -15,13 +15,14 @@ from moe_fuzz.contract import Contract
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 
 _EXACT = Contract(intermediate="float32", slot="none")
+_QUANTIZED = Contract(slot="none")  # codes are made of what the op's contract stores
 
 
 def values(inputs: ExpertsInputs, x: Tensor, weights: Tensor, expert: Tensor) -> Tensor:
     """y float64 [T, H] of x [T, H], weights [T, k] and the experts of their slots, int64 [T, k] with -1 for none; all
     else is that of the inputs. Of finite numbers."""
     y = x.new_zeros(x.shape, dtype=torch.float64)
-    for batch, v in _slots(inputs, x, weights, expert, _EXACT):
+    for batch, v in _slots(inputs, x, weights, expert, _QUANTIZED if inputs.quantizes else _EXACT):
         y.index_add_(0, batch.tokens, batch.of_real(v))
     return y
 
@@ -66,7 +67,10 @@ def _slots(
         h = CURVES[activation].of(gate)
         if up is not None:
             h = stored(h, contract.activation) * (up if activation != "swiglu_oai" else up.clamp(-7.0, 7.0) + 1.0)
-        h = quantized(h, plain["h_global"], dtype) if inputs.quantizes else stored(h, contract.intermediate)
+        if inputs.quantizes:
+            h = quantized(h, plain["h_global"], dtype_of(contract.intermediate, dtype))
+        else:
+            h = stored(h, contract.intermediate)
         v = _product(inputs, "w2", h, batch)
         if "b2" in plain:
             v = v + plain["b2"][batch.experts].double()[:, None]
