@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,24 @@ def scriptable(cases: Iterator[Case]) -> Iterator[Case]:
     )  # fmt: skip
 
 
+@cache
+def _smallest() -> dict[str, Case]:
+    """The cases of tests/regressions by target: reduced, as those of findings are."""
+    found = {}
+    for path in (ROOT / "tests" / "regressions" / "upstream").glob("*.json"):
+        written = json.loads(path.read_text())
+        if "case" in written:
+            case = Case.from_json(written["case"])
+            found[written["twin"]] = replace(case, target=written["twin"])
+    return found
+
+
+def smallest(bug: Planted) -> Iterator[Case]:
+    """The case that is kept of a bug, if there is one and a script can call it."""
+    kept = _smallest().get(bug.target)
+    return scriptable(iter([kept] if kept is not None else []))
+
+
 def failing(runner: Runner, bug: Planted) -> tuple[Case, Verdict]:
     return _failing(runner, bug.name)
 
@@ -115,7 +135,7 @@ def _failing(runner: Runner, name: str) -> tuple[Case, Verdict]:
         violation = Violation(bug.check, symptom, f"{bug.story} ({bug.upstream})")
         return case_of(bug.target, **config), Verdict(VIOLATION, (violation,), seconds=1.0)
     only = RunOptions(checks=(bug.check,))
-    cases = scriptable(draw(bug.op, runner.describe(bug.target), "cpu", 0))
+    cases = chain(smallest(bug), scriptable(draw(bug.op, runner.describe(bug.target), "cpu", 0)))
     if bug.name in WRITTEN_BY_HAND:
         cases = iter([case_of(bug.target, **WRITTEN_BY_HAND[bug.name])])
     for case in islice(cases, MOST):

@@ -234,10 +234,10 @@ FORMULAS: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
 def test_a_wrong_formula_shows_on_a_curve(name, top_k, dtype, monkeypatch):
     """In every case, whatever its seed: of six terms no one hides what another is off by."""
     activation, formula = FORMULAS[name]
-    for seed in range(8):
+    for seed in range(4):
         case = case_of(
             activation=activation, recipe="curve", top_k=top_k, dtype=dtype, seed=seed, rows=6, hidden=64,
-            intermediate=48, bias=("none", "dtype", "float32")[seed % 3], weight_on_input=seed == 7,
+            intermediate=48, bias=("none", "dtype", "float32")[seed % 3], weight_on_input=seed == 3,
         )  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(experts_bf16, "activate", lambda a, *_: formula(*a.chunk(2, dim=-1)))

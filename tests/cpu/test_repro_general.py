@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -21,7 +21,7 @@ from moe_fuzz.options import RunOptions
 from moe_fuzz.planted.catalog import PLANTED, Planted
 from moe_fuzz.verdict import VIOLATION, Verdict, Violation
 from tests.cpu.conftest import Batch
-from tests.cpu.repro_cases import ROOT, exhibit_of, finding_of, write
+from tests.cpu.repro_cases import ROOT, exhibit_of, finding_of, smallest, write
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
@@ -36,7 +36,8 @@ def _bug(name: str) -> Planted:
 
 
 def _failing(runner: Runner, bug: Planted) -> tuple[Case, Verdict]:
-    for case in islice(draw(bug.op, runner.describe(bug.target), "cpu", 0), 600):
+    drawn = islice(draw(bug.op, runner.describe(bug.target), "cpu", 0), 600)
+    for case in chain(smallest(bug), drawn):
         if case.mode == "eager" and "int32_boundary" not in case.fault_names:
             verdict = runner.run(case, bug.target, RunOptions(checks=(bug.check,)))
             if verdict.kind == VIOLATION and verdict.violations[0].check == bug.check:
