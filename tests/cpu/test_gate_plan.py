@@ -133,7 +133,7 @@ def test_a_round_of_cases_that_hang_does_not_last_to_its_end(tmp_path):
     listener = Listener()
 
     def hanging(case, history, options):
-        time.sleep(0.2)
+        time.sleep(0.4)
         return bad()
 
     # three seconds: on a busy machine the plan alone has taken one
