@@ -19,7 +19,7 @@ from moe_fuzz.campaign import events
 from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import killed
 from moe_fuzz.campaign.coverage import Coverage
-from moe_fuzz.campaign.drive import derive_seed
+from moe_fuzz.campaign.drive import Enough, derive_seed
 from moe_fuzz.campaign.drivers import Drivers
 from moe_fuzz.campaign.events import Summary
 from moe_fuzz.campaign.examine import Examiner
@@ -74,6 +74,7 @@ class Campaign:
         self._emitting = threading.RLock()
         self._stop = threading.Event()
         self._interrupted = False
+        self._left = False  # the drivers were waited for long enough: what comes now comes of the pool's closing
         self._error: BaseException | None = None
         self._tally = Tally()  # of this run
         self._coverage = Coverage()
@@ -115,6 +116,7 @@ class Campaign:
             self._interrupted = True
         finally:
             self._stop.set()
+            self._left = True
         return self._finish()
 
     def _describe(self) -> None:
@@ -176,10 +178,13 @@ class Campaign:
                 self._progress()
             self._stop.set()
             drivers.join(2 * self._settings.first_deadline)
-        except KeyboardInterrupt:
-            self._interrupted = True
+        except BaseException as error:
+            # Whatever ends it (an interrupt, a full disk): no driver may go on in a directory that is given up.
             self._stop.set()
             drivers.join(PATIENCE)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            self._interrupted = True
         if self._error is not None:
             raise self._error
 
@@ -253,8 +258,8 @@ class Campaign:
         return share is not None and seconds is not None and self._plan.seconds > seconds / share
 
     def verdict(self, unit: Unit, at: int, cases: Cases, verdict: Verdict, history: Cases) -> None:
-        if self._interrupted:  # what the closing pool does to its workers is no verdict
-            return
+        if self._left:  # what the closing pool does to its workers is no verdict: the round stays in flight
+            raise Enough
         self._tally.count(unit.target, verdict)
         self._unit_tallies[unit].count(unit.target, verdict)
         self._harvest.consider(unit.target, cases[-1], verdict)
