@@ -4,8 +4,9 @@
 
 Everything that is to be timed is compiled first, in a process for each core. For each number of slots to a block, each
 shape of the first product is timed beside one shape of the second, and the other way round: their times add up. Beside
-them stands the backend `large`. `--write` puts the best into the table, with the number of slots an expert from
-which `large` is chosen. Points, inputs and floors are those of `moe-fuzz bench experts_nvfp4`.
+them stand the backend `large` and what the table takes now. `--write` puts the best plans for more than FEW slots an
+expert into the table, with the number of slots from which `large` is chosen; the tiles for few, and the rule by which
+`tile_of` takes them, are a person's to read off. Points, inputs and floors are those of `moe-fuzz bench experts_nvfp4`.
 """
 
 from __future__ import annotations
@@ -35,21 +36,22 @@ from moe_fuzz.bench.layers import MODELS, OP_NVFP4, points
 from moe_fuzz.bench.points import Point
 from moe_fuzz.kernels.experts_nvfp4 import blocks as table
 from moe_fuzz.kernels.experts_nvfp4 import experts_nvfp4
-from moe_fuzz.kernels.experts_nvfp4.blocks import PLANS, Plan, Tile, choose
+from moe_fuzz.kernels.experts_nvfp4.blocks import DEEP, FEW, NARROW, PLANS, WIDE, Plan, Tile
 
-#: What is tried for each plan of the table, by its place. Of each m the first is what the others are timed beside.
-_FEW = [(16, 64, 128, 1, 4, 4, 128), (16, 64, 256, 1, 4, 3, 160), (16, 64, 256, 1, 4, 3), (16, 64, 128, 1, 4, 4),
-        (16, 64, 128, 1, 4, 6, 128), (16, 64, 256, 1, 4, 2, 160), (16, 128, 128, 1, 8, 3, 128),
-        (16, 128, 256, 1, 8, 3)]  # fmt: skip
+#: What is tried of few slots an expert, then for each plan of the table. The first of each m is what the others are
+#: timed beside.
 CANDIDATES = (
-    _FEW,
-    _FEW,
-    [(16, 64, 128, 4, 4, 4, 128), (16, 64, 256, 4, 4, 3, 160), (32, 64, 128, 2, 4, 4, 128), (32, 64, 256, 2, 4, 3, 160),
-     (32, 128, 128, 2, 8, 3), (32, 64, 128, 4, 4, 3, 160)],
-    [(32, 64, 128, 4, 4, 4, 128), (32, 128, 128, 4, 8, 3), (64, 128, 128, 4, 8, 3), (64, 128, 128, 4, 8, 4),
-     (64, 64, 128, 4, 4, 3), (64, 64, 128, 4, 4, 4, 160)],
-    [(128, 128, 128, 8, 8, 3), (128, 128, 128, 16, 8, 4), (128, 64, 128, 8, 4, 3), (256, 128, 128, 8, 8, 3),
-     (256, 128, 128, 8, 8, 2)],
+    [NARROW, DEEP, WIDE, *(Tile(*numbers) for numbers in (
+        (16, 64, 128, 1, 4, 5, 104), (16, 64, 128, 1, 4, 6, 128), (16, 128, 128, 1, 4, 4), (16, 128, 128, 1, 8, 3, 128),
+        (16, 128, 256, 1, 4, 2)))],
+    [Tile(32, 128, 128, 4, 4, 3, registers) for registers in (168, 152, 128, 0)]
+    + [Tile(*numbers) for numbers in (
+        (32, 64, 128, 4, 4, 4, 128), (32, 128, 128, 1, 4, 3, 168), (32, 128, 128, 4, 4, 4, 168),
+        (32, 128, 128, 4, 4, 2, 168), (64, 128, 128, 4, 4, 3), (64, 128, 128, 4, 4, 3, 168))],
+    [Tile(64, 128, 128, 8, 4, 3, registers) for registers in (0, 168, 200)]
+    + [Tile(*numbers) for numbers in (
+        (64, 64, 128, 8, 4, 3, 168), (64, 64, 128, 8, 4, 3, 128), (64, 128, 128, 8, 4, 4), (64, 128, 128, 8, 4, 2, 168),
+        (32, 128, 128, 4, 4, 3, 168), (128, 128, 128, 8, 8, 3), (128, 64, 128, 8, 4, 3))],
 )  # fmt: skip
 _INFINITE = 1e9  # µs: of a shape that does not work
 STARTED = time.monotonic()
@@ -74,19 +76,19 @@ def compile_one(job: tuple[Point, Plan | None]) -> str:
     return ""
 
 
-def timed(sets: list[dict[str, Any]], plan: Plan | None, expected: torch.Tensor) -> float:
-    """µs of a call; `_INFINITE` where the answer is wrong or the plan does not fit the machine."""
+def timed(sets: list[dict[str, Any]], expected: torch.Tensor, options: dict[str, Any]) -> float:
+    """µs of a call; `_INFINITE` where the answer is wrong or its plan does not fit the machine."""
     try:
-        calls: list[Callable[[], torch.Tensor]] = [partial(call, arguments, **_forced(plan)) for arguments in sets]
+        calls: list[Callable[[], torch.Tensor]] = [partial(call, arguments, **options) for arguments in sets]
         for one in calls:
             one()
         error = float((calls[0]().double() - expected).norm() / expected.norm())
         if not error <= 2.0**-7:
-            print(f"WRONG: relative error {error:.2e} with {plan}", flush=True)
+            print(f"WRONG: relative error {error:.2e} with {options}", flush=True)
             return _INFINITE
         return replayed(timing.capture(calls, len(calls))) / len(calls)
     except Exception as problem:  # noqa: BLE001 -- a shape too large for the machine, told and passed over
-        print(f"{plan}: {type(problem).__name__}: {problem}"[:300], flush=True)
+        print(f"{options}: {type(problem).__name__}: {problem}"[:300], flush=True)
         return _INFINITE
 
 
@@ -94,14 +96,20 @@ def _forced(plan: Plan | None) -> dict[str, Any]:
     return {"backend": "small", "plan": plan} if plan else {"backend": "large"}
 
 
+def band(slots: float) -> int:
+    """What is tried of so many slots an expert, by its place."""
+    return 0 if slots <= FEW else 1 + next(nth for nth, plan in enumerate(PLANS) if slots <= plan.up_to)
+
+
 def plans_of(point: Point) -> dict[str, Plan]:
     """What is timed: each candidate as either product, beside the first of its m."""
-    slots = point.tokens * int(point.config["top_k"])
-    nth = PLANS.index(choose(slots, int(point.config["experts"])))
+    slots = point.tokens * int(point.config["top_k"]) / int(point.config["experts"])
+    nth = band(slots)
+    inline = PLANS[nth - 1].inline_slots if nth else 16 if slots <= 1 else 128
     found: dict[str, Plan] = {}
-    for _, of_m in itertools.groupby((Tile(*c) for c in CANDIDATES[nth]), key=lambda tile: tile.m):
+    for _, of_m in itertools.groupby(CANDIDATES[nth], key=lambda tile: tile.m):
         first, *others = of_m
-        base = Plan(0, first, first, inline_slots=PLANS[nth].inline_slots)
+        base = Plan(0, first, first, inline_slots=inline)
         pairs = [(first, first), *((tile, first) for tile in others), *((first, tile) for tile in others)]
         found |= {f"{_short(up)} {_short(down)}": replace(base, gate_up=up, down=down) for up, down in pairs}
     return found
@@ -119,7 +127,7 @@ def sums(times: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def best_plan(nth: int, old: Plan, rows: list[dict[str, Any]]) -> Plan:
+def best_plan(old: Plan, rows: list[dict[str, Any]]) -> Plan:
     """The shapes of the least mean logarithm of time over the points that the plan serves; the old ones where there is
     no such point."""
     if not rows:
@@ -205,19 +213,20 @@ def main() -> int:
             moved, worked = cost(point, sets)
             floor = max(moved / bandwidth, worked / rate)
             expected = call(sets[0], backend="large").double()
-            times = {text: timed(sets, plan, expected) for text, plan in plans_of(point).items()}
-            times["large"] = timed(sets, None, expected)
+            times = {text: timed(sets, expected, _forced(plan)) for text, plan in plans_of(point).items()}
+            times["large"] = timed(sets, expected, {"backend": "large"})
+            now = timed(sets, expected, {"backend": "small"})
             pair, us = min(sums(times).items(), key=lambda item: item[1])
-            slots, experts = point.tokens * int(point.config["top_k"]), int(point.config["experts"])
+            each = point.tokens * int(point.config["top_k"]) / int(point.config["experts"])
             rows.append({"model": name, "tokens": point.tokens, "floor": floor, "times": times, "best": [us, pair],
-                         "plan": PLANS.index(choose(slots, experts)), "slots": slots / experts})  # fmt: skip
+                         "now": now, "band": band(each), "slots": each})  # fmt: skip
             ordered = sorted((us, text) for text, us in times.items())[:4]
             shown = "  ".join(f"{text} {us:.1f}" for us, text in ordered)
-            print(f"{name} T {point.tokens} floor {floor:.1f} best {us:.1f} ({floor / us:.0%}) {pair} "
+            print(f"{name} T {point.tokens} floor {floor:.1f} now {now:.1f} best {us:.1f} ({floor / us:.0%}) {pair} "
                   f"large {times['large']:.1f} | {shown}", flush=True)  # fmt: skip
             if options.json:
                 options.json.write_text(json.dumps({"copy": bandwidth, "product": rate, "points": rows}))
-    final = [best_plan(nth, old, [row for row in rows if row["plan"] == nth]) for nth, old in enumerate(PLANS)]
+    final = [best_plan(old, [row for row in rows if row["band"] == nth]) for nth, old in enumerate(PLANS, 1)]
     limit = best_limit(rows)
     print(*map(line, final), f"LARGE_FROM = {limit}", sep="\n")
     if options.write:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from dataclasses import dataclass
 
@@ -39,21 +41,49 @@ class Plan:
             raise ValueError(f"d must be a multiple of 128, whose columns are reordered, and n at least 16: {self}")
 
 
-#: By the slots that an expert has on average. Rows of the weights are the rows of the tensor cores' tile: 64 or more.
+#: Up to FEW slots an expert memory is what binds: each tile of the weights is read once, and m is the least that tl.dot
+#: takes. What else costs is the instructions of decoding, 4 a weight, and waits, which other programs fill: so there
+#: are few registers to each. Rows of the weights are rows of the tensor cores' tile: 64 or more. See `tile_of`.
+FEW = 8
+NARROW = Tile(16, 64, 128, 1, 4, 4, 128)
+DEEP = Tile(16, 64, 256, 1, 4, 3, 168)
+WIDE = Tile(16, 128, 128, 1, 4, 3, 128)
+
+#: Of more, by the slots that an expert has on average.
 PLANS = (
-    # Memory bound; what else costs is the instructions of decoding, 4 a weight, and waits, which other programs fill.
-    Plan(1, Tile(16, 64, 256, 1, 4, 3, 160), Tile(16, 64, 128, 1, 4, 4, 128), inline_slots=16),
-    Plan(8, Tile(16, 64, 256, 1, 4, 3, 160), Tile(16, 64, 128, 1, 4, 4, 128)),
-    Plan(24, Tile(32, 64, 256, 2, 4, 3, 160), Tile(32, 64, 128, 2, 4, 4, 128), inline_slots=16),
-    Plan(96, Tile(64, 128, 128, 4, 8, 3), Tile(64, 128, 128, 4, 8, 3)),
-    # Bound by the tensor cores: every decoded weight is multiplied with as many slots as registers allow.
-    Plan(float("inf"), Tile(128, 128, 128, 8, 8, 3), Tile(128, 128, 128, 8, 8, 3)),
+    Plan(36, Tile(32, 128, 128, 4, 4, 3, 168), Tile(32, 128, 128, 4, 4, 3, 168), inline_slots=16),
+    # Bound by decoding: every decoded weight is multiplied with as many slots as registers allow to four warps, which
+    # wait for each other less than eight do.
+    Plan(float("inf"), Tile(64, 128, 128, 8, 4, 3), Tile(64, 128, 128, 8, 4, 3)),
 )
+#: Every tile that a call can take, as either product.
+EVERY_PLAN = (*(Plan(FEW, tile, tile) for tile in (NARROW, DEEP, WIDE)), *PLANS)
 
 
-def choose(slots: int, num_ids: int) -> Plan:
-    """The plan for `slots` slots spread over `num_ids` experts, of which some may be on other ranks."""
-    return next(plan for plan in PLANS if slots / num_ids <= plan.up_to)
+def tile_of(rows: int, depth: int, busy: float, multiprocessors: int) -> Tile:
+    """The tile of a product of few slots an expert, with `busy` experts of so many rows of weights.
+
+    WIDE has half as many tiles, which cost a step and a wait less each. Where rows are long that is little, and there
+    must be tiles enough, or multiprocessors idle at the end: about ten for each. Very long rows take longer steps.
+    """
+    if depth >= 4096 and depth % DEEP.d == 0:
+        return DEEP
+    enough = busy * triton.cdiv(rows, WIDE.n) >= 10 * multiprocessors
+    return WIDE if depth <= 1024 or enough else NARROW
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(
+    slots: int, num_ids: int, experts: int, gate_up: tuple[int, int], down: tuple[int, int], multiprocessors: int
+) -> Plan:
+    """The plan for `slots` slots spread over `num_ids` experts, `experts` of them on this rank, whose weights have so
+    many rows and columns."""
+    each = slots / num_ids
+    if each > FEW:
+        return next(plan for plan in PLANS if each <= plan.up_to)
+    busy = experts * -math.expm1(-each)  # as many have a slot, where tokens choose at random
+    up, last = (tile_of(*sizes, busy, multiprocessors) for sizes in (gate_up, down))
+    return Plan(FEW, up, last, inline_slots=16 if each <= 1 else 128)
 
 
 def interpreted(hidden: int, inter: int) -> Plan:

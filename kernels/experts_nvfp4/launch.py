@@ -12,7 +12,7 @@ from moe_fuzz.kernels.align import Sorting, align_shapes, counts_shape
 from moe_fuzz.kernels.experts_bf16.kernels import sum_slots_kernel
 from moe_fuzz.kernels.experts_bf16.launch import _EARLY, _PROGRAMS, _multiprocessors
 from moe_fuzz.kernels.experts_nvfp4.blocks import (
-    PLANS,
+    EVERY_PLAN,
     SCALED,
     SCALED_PLAN,
     Plan,
@@ -94,7 +94,12 @@ def experts_nvfp4(
 
     scaled = chosen == SCALED
     if plan is None:
-        plan = SCALED_PLAN if scaled else interpreted(hidden, inter) if _INTERPRETED else choose(slots, num_ids)
+        if scaled:
+            plan = SCALED_PLAN
+        elif _INTERPRETED:
+            plan = interpreted(hidden, inter)
+        else:
+            plan = choose(slots, num_ids, experts, (w13.shape[1], hidden), (hidden, inter), _multiprocessors(x.device))
     grouped, overlaps = slots > plan.inline_slots, not _INTERPRETED
     parts = take(_parts(x, slots, inter, ids.shape, experts, plan, quantizes, grouped, scaled), x.device, workspace)
     x_ordered, h, y = parts["x"], parts["h"], parts["y"]  # [T, H'], [N, I'], [N, H]
@@ -228,5 +233,5 @@ def workspace_bytes(
         return large_bytes(tokens, top_k, hidden, inter, rows, experts)
     shape = torch.Size((tokens, top_k))
     return max(
-        bytes_of(_parts(x, tokens * top_k, inter, shape, experts, plan, quantizes, True)) for plan in PLANS
+        bytes_of(_parts(x, tokens * top_k, inter, shape, experts, plan, quantizes, True)) for plan in EVERY_PLAN
     )  # fmt: skip

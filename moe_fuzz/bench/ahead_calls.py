@@ -67,8 +67,8 @@ def swizzled(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def plans_nvfp4() -> Iterator[Call]:
     """Each plan with the numbers of slots that it is made for and with others, as tests force them."""
-    for nth, plan in enumerate(blocks.PLANS):
-        for shape in _SHAPES if nth < 2 else _SHAPES[2:]:
+    for nth, plan in enumerate(blocks.EVERY_PLAN):
+        for shape in _SHAPES if nth < 3 else _SHAPES[2:]:
             given = layer(*shape)
             yield f"plan {nth} {shape}", partial(experts_nvfp4, **given, plan=plan, backend="small")
         for dtype in (torch.bfloat16, torch.float16) if nth == 0 else (torch.bfloat16,):

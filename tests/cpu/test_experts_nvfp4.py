@@ -13,7 +13,21 @@ import pytest
 import torch
 
 from moe_fuzz.kernels.experts_nvfp4 import BACKENDS, choose_backend, formats, rule, workspace_bytes
-from moe_fuzz.kernels.experts_nvfp4.blocks import LARGE_FROM, PLANS, SCALED, VARIABLE, Plan, Tile, choose
+from moe_fuzz.kernels.experts_nvfp4.blocks import (
+    DEEP,
+    EVERY_PLAN,
+    FEW,
+    LARGE_FROM,
+    NARROW,
+    PLANS,
+    SCALED,
+    VARIABLE,
+    WIDE,
+    Plan,
+    Tile,
+    choose,
+    tile_of,
+)
 from moe_fuzz.reference.experts_bf16 import experts_bf16 as reference_bf16
 from moe_fuzz.reference.experts_nvfp4 import values
 from moe_fuzz.reference.nvfp4 import E2M1, E4M3, pack
@@ -239,9 +253,31 @@ def test_the_choice_of_a_backend(monkeypatch):
 
 
 def test_the_table_has_a_plan_for_everything():
-    assert [plan.up_to for plan in PLANS] == sorted({plan.up_to for plan in PLANS})
-    assert choose(1, 8192) is PLANS[0]
-    assert choose(1 << 20, 1) is PLANS[-1]
+    assert [FEW, *(plan.up_to for plan in PLANS)] == sorted({FEW, *(plan.up_to for plan in PLANS)})
+    sizes = (128, (1536, 2048), (2048, 768), 132)
+    assert choose(1 << 20, 128, *sizes) is PLANS[-1]
+    assert choose(FEW * 128 + 1, 128, *sizes) is PLANS[0]
+    for slots in (1, 128, 129, FEW * 128):
+        plan = choose(slots, 128, *sizes)
+        assert plan.up_to == FEW
+        assert plan.inline_slots == (16 if slots <= 128 else 128)
+        assert any(plan.gate_up == one.gate_up for one in EVERY_PLAN)
+
+
+def test_tiles_of_few_slots_an_expert():
+    assert tile_of(4096, 384, 50, 132) == WIDE  # short rows
+    assert tile_of(1536, 2048, 125, 132) == WIDE  # 1,500 tiles
+    assert tile_of(1536, 2048, 50, 132) == NARROW  # 600
+    assert tile_of(768, 4096, 50, 132) == DEEP
+    assert tile_of(768, 4096 + 128, 50, 132) == NARROW  # its last step would be half empty
+    few = choose(64, 128, 128, (1536, 2048), (2048, 768), 132)
+    assert (few.gate_up, few.down) == (NARROW, WIDE)
+    # Of 64 slots on 256 experts 7 or 8 go to the 32 that are here: too few tiles of 128 rows.
+    one_of_eight = choose(64, 256, 32, (4096, 2048), (7168, 2048), 132)
+    assert (one_of_eight.gate_up, one_of_eight.down) == (NARROW, NARROW)
+
+
+def test_the_table_refuses_what_cannot_run():
     with pytest.raises(ValueError, match="both products need the same m"):
         replace(TILES, down=replace(TILES.down, m=32))
     with pytest.raises(ValueError, match="d must be a multiple of 128"):

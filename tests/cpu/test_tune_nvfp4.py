@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from moe_fuzz.kernels.experts_nvfp4 import blocks
-from moe_fuzz.kernels.experts_nvfp4.blocks import PLANS, Tile
+from moe_fuzz.kernels.experts_nvfp4.blocks import FEW, NARROW, PLANS, Tile
 from tests.benchmark_script import FOLDER, benchmark
 
 
@@ -41,11 +41,19 @@ def test_the_best_of_parts_timed_apart(tune: ModuleType) -> None:
     base, other = "16x64x128g1w4s4r128", "16x64x256g1w4s3r160"
     times = {f"{base} {base}": 10.0, f"{other} {base}": 8.0, f"{base} {other}": 9.0, "large": 7.5}
     assert tune.sums(times)[f"{other} {other}"] == pytest.approx(7.0)
-    row = {"times": times, "best": [7.0, ""], "plan": 0, "slots": 0.5}
-    plan = tune.best_plan(0, PLANS[0], [row, row])
+    row = {"times": times, "best": [7.0, ""], "band": 0, "slots": 0.5}
+    plan = tune.best_plan(PLANS[0], [row, row])
     assert (plan.gate_up, plan.down) == (Tile(16, 64, 256, 1, 4, 3, 160),) * 2
-    assert tune.best_plan(0, PLANS[0], []) is PLANS[0]
+    assert tune.best_plan(PLANS[0], []) is PLANS[0]
     rows = [{**row, "slots": slots, "times": {"large": large}, "best": [best, ""]}
             for slots, large, best in ((1, 50.0, 10.0), (64, 60.0, 40.0), (256, 90.0, 100.0))]  # fmt: skip
     assert tune.best_limit(rows) == round(math.sqrt(64 * 256))
     assert tune.best_limit(rows[:2]) == 128
+
+
+def test_each_point_is_timed_with_what_is_made_for_its_slots(tune: ModuleType) -> None:
+    assert [tune.band(slots) for slots in (0.1, FEW, FEW + 1, PLANS[0].up_to + 1)] == [0, 0, 1, 2]
+    assert len(tune.CANDIDATES) == 1 + len(PLANS)
+    assert [tiles[0] for tiles in tune.CANDIDATES] == [NARROW, *(plan.gate_up for plan in PLANS)]
+    for tiles in tune.CANDIDATES:
+        assert len(set(tiles)) == len(tiles)

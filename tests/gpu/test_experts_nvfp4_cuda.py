@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from moe_fuzz.kernels.experts_nvfp4.blocks import PLANS
+from moe_fuzz.kernels.experts_nvfp4.blocks import EVERY_PLAN
 
 CHECKS: dict[str, Callable[[], None]] = {}
 _NAMES = ("x", "w13", "w2", "weights", "ids", "w13_scales", "w2_scales", "w13_alpha", "w2_alpha")
@@ -130,10 +130,10 @@ def a_plan_is_exact_on_integers(nth: int) -> None:
         for dtype in (torch.bfloat16, torch.float16) if tokens == 333 and nth == 0 else (torch.bfloat16,):
             for swizzled in (False, True) if tokens == 333 else (False,):
                 arguments = integers(tokens, top_k, experts, hidden, inter, dtype=dtype, swizzled=swizzled)
-                agree(arguments, (nth, tokens, dtype, swizzled), plan=PLANS[nth], backend="small")
+                agree(arguments, (nth, tokens, dtype, swizzled), plan=EVERY_PLAN[nth], backend="small")
 
 
-for number in range(len(PLANS)):  # each by itself: they share no binary
+for number in range(len(EVERY_PLAN)):  # each by itself: they share no binary
     CHECKS[f"plan_{number}_is_exact_on_integers"] = functools.partial(a_plan_is_exact_on_integers, number)
 
 
