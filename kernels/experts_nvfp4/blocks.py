@@ -51,7 +51,7 @@ WIDE = Tile(16, 128, 128, 1, 4, 3, 128)
 
 #: Of more, by the slots that an expert has on average.
 PLANS = (
-    Plan(36, Tile(32, 128, 128, 4, 4, 3, 168), Tile(32, 128, 128, 4, 4, 3, 168), inline_slots=16),
+    Plan(36, Tile(32, 128, 128, 1, 4, 3, 168), Tile(32, 128, 128, 4, 4, 3, 152), inline_slots=16),
     # Bound by decoding: every decoded weight is multiplied with as many slots as registers allow to four warps, which
     # wait for each other less than eight do.
     Plan(float("inf"), Tile(64, 128, 128, 8, 4, 3), Tile(64, 128, 128, 8, 4, 3)),
