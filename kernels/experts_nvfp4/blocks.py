@@ -63,13 +63,13 @@ EVERY_PLAN = (*(Plan(FEW, tile, tile) for tile in (NARROW, DEEP, WIDE)), *PLANS)
 def tile_of(rows: int, depth: int, busy: float, multiprocessors: int) -> Tile:
     """The tile of a product of few slots an expert, with `busy` experts of so many rows of weights.
 
-    WIDE has half as many tiles, which cost a step and a wait less each. Where rows are long that is little, and there
-    must be tiles enough, or multiprocessors idle at the end: about ten for each. Very long rows take longer steps.
+    WIDE has half as many tiles, which cost a step and a wait less each. There must be tiles enough, or multiprocessors
+    idle at the end: about ten for each, and three where rows are short and soon done. Very long rows take longer steps.
     """
     if depth >= 4096 and depth % DEEP.d == 0:
         return DEEP
-    enough = busy * triton.cdiv(rows, WIDE.n) >= 10 * multiprocessors
-    return WIDE if depth <= 1024 or enough else NARROW
+    tiles = busy * triton.cdiv(rows, WIDE.n)
+    return WIDE if tiles >= (3 if depth <= 1024 else 10) * multiprocessors else NARROW
 
 
 @functools.lru_cache(maxsize=4096)

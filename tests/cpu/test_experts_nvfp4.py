@@ -265,7 +265,8 @@ def test_the_table_has_a_plan_for_everything():
 
 
 def test_tiles_of_few_slots_an_expert():
-    assert tile_of(4096, 384, 50, 132) == WIDE  # short rows
+    assert tile_of(4096, 384, 50, 132) == WIDE  # 1,600 tiles, short rows
+    assert tile_of(4096, 384, 8, 132) == NARROW  # 256: as many multiprocessors would have one as two
     assert tile_of(1536, 2048, 125, 132) == WIDE  # 1,500 tiles
     assert tile_of(1536, 2048, 50, 132) == NARROW  # 600
     assert tile_of(768, 4096, 50, 132) == DEEP
