@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -246,3 +249,63 @@ def test_an_interrupted_campaign_keeps_its_random_seed(tmp_path):
     seed = json.loads((tmp_path / "campaign.json").read_text())["seed"]
     assert campaign(tmp_path, always_good, seed=None).run().seed == seed
     assert campaign(tmp_path, always_good, seed=None).run().seed != seed
+
+
+def _drivers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("driver-")]
+
+
+def test_no_driver_goes_on_in_a_directory_that_is_given_up(tmp_path):
+    begun = threading.Event()
+
+    def slow(case, history, options):
+        begun.set()
+        time.sleep(0.2)
+        return GOOD
+
+    def full_disk(event):
+        if isinstance(event, events.PhaseStarted) and event.name != "resume":
+            return
+        if isinstance(event, events.Progress):
+            assert begun.wait(10)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        campaign(tmp_path, slow, full_disk, cases=100).run()
+    assert begun.is_set()
+    assert not _drivers()
+
+
+@pytest.mark.parametrize("patient", [True, False], ids=["soon_done", "too_long"])
+def test_the_round_that_an_interrupt_meets_is_counted_or_runs_again(tmp_path, monkeypatch, patient):
+    """Its one case is bad, and the last of its unit: whichever way it goes, it is told in the end."""
+    running, release = threading.Event(), threading.Event()
+
+    def judge(case, history, options):
+        running.set()
+        assert release.wait(10)
+        return bad()
+
+    class Interrupting(engine.Triage):
+        def work(self, seconds):
+            assert running.wait(10)
+            if patient:
+                threading.Timer(0.1, release.set).start()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "Triage", Interrupting)
+        if not patient:
+            patch.setattr(engine, "PATIENCE", 0.05)
+        summary = campaign(tmp_path, judge, cases=1).run()
+    assert (summary.exit_code, summary.interrupted) == (130, True)
+    assert summary.unexamined == patient
+    release.set()
+    for thread in _drivers():
+        thread.join(10)
+    assert len(list((tmp_path / "inflight").glob("*.json"))) == (not patient)
+    listener = Listener()
+    again = campaign(tmp_path, lambda *given: bad(), listener, cases=1).run()
+    assert listener.of(events.CampaignStarted)[0].resumed
+    assert listener.of(events.PhaseStarted)[0].name == "resume"
+    assert len(again.new) == 1
