@@ -24,6 +24,7 @@ where these decisions are not ours.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -137,3 +138,10 @@ def _why_not(item: pytest.Item) -> str:
         if shutil.which("compute-sanitizer") is None:
             return "needs compute-sanitizer on the PATH"
     return ""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported and collected stays to the end: a collection of garbage need not look through it each time.
+    Hypothesis collects for each thread that draws for the first time, which is each driver of each campaign."""
+    gc.collect()
+    gc.freeze()
