@@ -17,6 +17,8 @@ Four things happen here, each before any test module is imported, and two fixtur
 6. `cuda_pool` is one for all tests of a process: importing torch anew takes longer than most of them. Between two files
    it rests, so that what other tests start finds a place on a GPU.
 
+7. What was imported and collected is no garbage, and is not looked through for it.
+
 None of it imports torch: that takes seconds, and a CUDA context in the pytest process would hold memory on a GPU that
 belongs to the workers. Nor is any of it in moe_fuzz/pytest_plugin.py, which is loaded into other projects' test runs,
 where these decisions are not ours.
