@@ -17,6 +17,8 @@ Four things happen here, each before any test module is imported, and two fixtur
 6. `cuda_pool` is one for all tests of a process: importing torch anew takes longer than most of them. Between two files
    it rests, so that what other tests start finds a place on a GPU.
 
+7. What was imported and collected is no garbage, and is not looked through for it.
+
 None of it imports torch: that takes seconds, and a CUDA context in the pytest process would hold memory on a GPU that
 belongs to the workers. Nor is any of it in moe_fuzz/pytest_plugin.py, which is loaded into other projects' test runs,
 where these decisions are not ours.
@@ -24,6 +26,7 @@ where these decisions are not ours.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -137,3 +140,10 @@ def _why_not(item: pytest.Item) -> str:
         if shutil.which("compute-sanitizer") is None:
             return "needs compute-sanitizer on the PATH"
     return ""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported and collected stays to the end: a collection of garbage need not look through it each time.
+    Hypothesis collects for each thread that draws for the first time, which is each driver of each campaign."""
+    gc.collect()
+    gc.freeze()

@@ -20,9 +20,10 @@ def main() -> int:
     parser.add_argument("--whole", action="store_true", help="to machine code")
     parser.add_argument("--capability", type=int, default=90)
     options = parser.parse_args()
-    bad = calls = 0
+    all_bad = 0
     seen: set[int] = set()
     for group in options.groups:
+        bad = calls = 0
         for name, call in GROUPS[group]():
             calls += 1
             with ahead(options.capability, options.whole) as found:
@@ -42,8 +43,9 @@ def main() -> int:
                 bad += too_large
                 print(f"{took.registers:4} registers {took.spilled:5} spilled {took.shared:7} shared"
                       f"{' TOO LARGE' if too_large else ''}  {group}, {name}: {of_kernel}", flush=True)  # fmt: skip
-    print(f"{calls} calls, {bad} that would fail")
-    return 1 if bad else 0
+        print(f"{group}: {calls} calls, {bad} that would fail", flush=True)
+        all_bad += bad
+    return 1 if all_bad else 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, repeat, starmap
 
 from hypothesis import strategies as st
 
@@ -196,19 +196,32 @@ def pairwise(axes: Sequence[Axis], chosen: random.Random) -> Iterator[dict[str, 
     }
     left = sum(map(len, missing.values()))
     used = [[0] * len(axis.values) for axis in axes]
+    # The same pairs once more as bits: of each value, the values of later axes that it was not with. A row is counted
+    # eight times where it is taken once, and there are hundreds of pairs of axes.
+    bits: list[list[int]] = []
+    for axis in axes:
+        first = sum(map(len, bits))
+        bits.append([1 << first + at for at in range(len(axis.values))])
+    later = [[sum(map(sum, bits[a + 1 :]))] * len(axis.values) for a, axis in enumerate(axes)]
     while left:
-        rare = [[i for i, count in enumerate(counts) if count == min(counts)] for counts in used]
-        pair = max(missing, key=lambda ab: len(missing[ab]))
+        rare = [[i for i, count in enumerate(counts) if count == fewest] for counts in used for fewest in [min(counts)]]
+        sizes = list(map(len, missing.values()))
+        pair = list(missing)[sizes.index(max(sizes))]
+        candidates = list(missing[pair])
         best: list[int] = []
-        best_gain = -1
+        best_bits, best_gain = 0, -1
         for _ in range(8):
             row = [chosen.choice(values) for values in rare]
-            row[pair[0]], row[pair[1]] = min(missing[pair], key=lambda _: chosen.random())
-            gain = sum((row[a], row[b]) in todo for (a, b), todo in missing.items())
+            keys = list(starmap(chosen.random, repeat((), len(candidates))))
+            row[pair[0]], row[pair[1]] = candidates[keys.index(min(keys))]
+            row_bits = sum(of[i] for of, i in zip(bits, row, strict=True))
+            gain = sum((of[i] & row_bits).bit_count() for of, i in zip(later, row, strict=True))
             if gain > best_gain:
-                best, best_gain = row, gain
+                best, best_bits, best_gain = row, row_bits, gain
         for (a, b), todo in missing.items():
             todo.discard((best[a], best[b]))
+        for of, i in zip(later, best, strict=True):
+            of[i] &= ~best_bits
         for counts, value in zip(used, best, strict=True):
             counts[value] += 1
         left -= best_gain

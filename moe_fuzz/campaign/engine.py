@@ -174,7 +174,7 @@ class Campaign:
                 if not self._triage.work(self._reducer_seconds):
                     if drivers_done:
                         break
-                    time.sleep(POLL)
+                    drivers.join(POLL)  # no longer than they live: a short campaign is over when they are
                 self._progress()
             self._stop.set()
             drivers.join(2 * self._settings.first_deadline)

@@ -90,12 +90,13 @@ def test_cuda() -> None:
 def test_the_probe_of_a_gpu(monkeypatch: pytest.MonkeyPatch, program: str, triton: str, fence: str) -> None:
     monkeypatch.setattr(probes, "_CUDA", program.replace("{", "{{").replace("}", "}}"))
     monkeypatch.setattr(probes, "_ALLOCATOR", program)
-    compiled, fenced = probes.cuda(timeout=3.0)
+    seconds = 0.5 if "sleep" in program else 60.0
+    compiled, fenced = probes.cuda(timeout=seconds)
     assert triton in compiled.problem
     assert bool(triton) == bool(compiled.problem)
     assert fence in fenced.problem
     assert bool(fence) == bool(fenced.problem)
-    assert probes.allocator(timeout=3.0).problem
+    assert probes.allocator(timeout=seconds).problem
 
 
 def test_the_probe_of_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +145,7 @@ def test_the_exit_code(call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "guard", lambda: probes.Answer(said="SIGSEGV"))
     monkeypatch.setattr(doctor, "_targets", lambda device: iter([doctor.Line(OK, "target", "x")]))
     assert call("doctor", "--device", "cpu").code == 0
+    monkeypatch.setattr(probes, "backends", lambda: probes.Answer(said="experts_nvfp4: backend large from 1"))
     monkeypatch.setattr(probes, "guard", lambda: probes.Answer(problem="survived"))
     ran = call("doctor", "--device", "cpu")
     assert ran.code == 3

@@ -55,7 +55,7 @@ def test_a_full_or_closed_disk_is_told_and_the_next_run_goes_on() -> None:
 
 @pytest.mark.slow
 def test_everything_at_once_loses_nothing() -> None:
-    out = script("chaos.py", "--minutes", 0.4, "--cases", 16, "--targets", TARGET)
+    out = script("chaos.py", "--minutes", 0.25, "--cases", 16, "--targets", TARGET)
     assert '"problems": []' in out
 
 

@@ -22,6 +22,7 @@ Batch = Callable[..., list[tuple[int, str]]]
 DRIVER = """
 import contextlib, io, json, runpy, sys
 import torch, torch._dynamo, triton, triton.language
+import triton.experimental.gluon  # the first launch of a process would, in each fork anew
 torch.set_num_threads(1)
 for line in sys.stdin:
     answers = []
@@ -81,6 +82,14 @@ def driving(folder: Path, environment: Mapping[str, str]) -> Iterator[Batch]:
 @pytest.fixture(scope="session")
 def batch(without_us: dict[str, str], elsewhere: Path) -> Iterator[Batch]:
     with driving(elsewhere, without_us | {"CUDA_VISIBLE_DEVICES": ""}) as run:  # these scripts are of the CPU
+        yield run
+
+
+@pytest.fixture(scope="session")
+def batch_with_us(without_us: dict[str, str], elsewhere: Path) -> Iterator[Batch]:
+    """The same for scripts whose target imports moe_fuzz: it can be found, and the script must not import it."""
+    found = os.pathsep.join([without_us["PYTHONPATH"], str(Path(__file__).resolve().parents[2])])
+    with driving(elsewhere, without_us | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": found}) as run:
         yield run
 
 

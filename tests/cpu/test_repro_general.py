@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from itertools import chain, islice
 from pathlib import Path
 
@@ -45,15 +43,9 @@ def _failing(runner: Runner, bug: Planted) -> tuple[Case, Verdict]:
     raise AssertionError(f"no case shows {bug.name}")
 
 
-def _with_us(*words: Path | str) -> tuple[int, str]:
-    ran = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False,
-                         env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-    return ran.returncode, ran.stdout
-
-
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_planted_bug_shows_without_moe_fuzz_and_a_sound_kernel_passes(
-    runner: Runner, tmp_path: Path, batch: Batch, name: str
+    runner: Runner, tmp_path: Path, batch: Batch, batch_with_us: Batch, name: str
 ) -> None:
     bug = _bug(name)
     case, verdict = _failing(runner, bug)
@@ -65,7 +57,7 @@ def test_a_planted_bug_shows_without_moe_fuzz_and_a_sound_kernel_passes(
     sound.write_text(f"from kernels.{HOMES[bug.op]} import {bug.op}\n")
     if bug.op == "experts_bf16":  # the files of its targets import moe_fuzz; the script does not
         home = f"moe_fuzz.kernels.{HOMES[bug.op]}:{bug.op}"
-        (code, said), (code_of_sound, said_of_sound) = _with_us(script), _with_us(script, home)
+        (code, said), (code_of_sound, said_of_sound) = batch_with_us([script], [script, home])
     else:
         (code, said), (code_of_sound, said_of_sound) = batch([script], [script, f"{sound}:{bug.op}"])
     assert (code, said[:5]) == (1, "BUG: "), said
