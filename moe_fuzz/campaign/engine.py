@@ -17,6 +17,7 @@ from functools import partial
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.badcase import BadCase
+from moe_fuzz.campaign.code import releases
 from moe_fuzz.campaign.confirm import killed
 from moe_fuzz.campaign.coverage import Coverage
 from moe_fuzz.campaign.drive import Enough, derive_seed
@@ -98,9 +99,11 @@ class Campaign:
         for message in self._state.notes:
             self._emit(events.Note(message))
         self._state.notes.clear()
-        self._plan = Plan.open(self._settings, self._state)
-        self._stats = Stats(self._state)
+        began = time.time()
         self._describe()
+        made_of = {target: releases(info, self._pool.versions(target)) for target, (info, _) in self._targets.items()}
+        self._plan = Plan.open(self._settings, self._state, began, made_of)
+        self._stats = Stats(self._state)
         self._harvest = Harvest(self._state, self._targets, self._sources.space)
         examiners = {
             target: Examiner(self._pool, info, space, self._options, self._settings.device, sanitize=self._sanitize)
@@ -140,6 +143,8 @@ class Campaign:
     def _header(self) -> None:
         settings, infos = self._settings, tuple(info for info, _ in self._targets.values())
         notes = settings.notes
+        if self._plan.superseded:
+            notes = (*notes, f"the campaign that was cut is not gone on with: {self._plan.superseded} since it began")
         if settings.device == "cpu" and any(info.triton for info in infos):
             notes = (*notes, "device cpu: Triton kernels run in its interpreter, without CUDA graphs")
         self._emit(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -13,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from moe_fuzz.campaign import engine, events
+from moe_fuzz.campaign.code import edited_since
+from moe_fuzz.campaign.progress import Plan
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.errors import EnvironmentProblem
 from tests.cpu.campaign_fakes import (
@@ -25,6 +29,7 @@ from tests.cpu.campaign_fakes import (
     campaign,
     nan_on_odd,
     ran,
+    settings,
     toy,
     when,
 )
@@ -309,3 +314,58 @@ def test_the_round_that_an_interrupt_meets_is_counted_or_runs_again(tmp_path, mo
     assert listener.of(events.CampaignStarted)[0].resumed
     assert listener.of(events.PhaseStarted)[0].name == "resume"
     assert len(again.new) == 1
+
+
+def _cut(tmp_path, pool):
+    def interrupt(event):
+        if isinstance(event, events.Progress):
+            raise KeyboardInterrupt
+
+    _run_interrupted(campaign(tmp_path, always_good, interrupt, pool=pool, cases=600))
+
+
+@pytest.mark.parametrize(("release", "goes_on"), [("0.0", True), ("0.1", False)])
+def test_another_release_is_not_gone_on_with(tmp_path, release, goes_on):
+    _cut(tmp_path, FakePool(always_good))
+    pool = FakePool(always_good)
+    pool.versions = lambda target: {"torch": release}
+    listener = Listener()
+    campaign(tmp_path, always_good, listener, pool=pool, cases=600).run()
+    [started] = listener.of(events.CampaignStarted)
+    assert started.resumed == goes_on
+    assert any("toy@fake runs with other releases since it began" in note for note in started.notes) != goes_on
+
+
+@pytest.mark.parametrize("edited", ["mine.py", "helper.py", "other.py", ""])
+def test_what_was_edited_since_is_not_gone_on_with(tmp_path, edited):
+    """mine.py imports helper.py, and nothing imports other.py."""
+    for name, text in (("mine.py", "import helper\n\n\ndef router(logits, top_k):\n    return helper.pick(logits)\n"),
+                       ("helper.py", "def pick(logits): ...\n"), ("other.py", "")):  # fmt: skip
+        (tmp_path / name).write_text(text)
+    given = settings(targets=(f"topk_softmax@{tmp_path / 'mine.py'}:router",))
+    began = time.time() + 1  # file systems count in ticks
+    state = StateDir(tmp_path / "state")
+    with state:
+        Plan.open(given, state, began).save(given, state, [], finished=False)
+        if edited:
+            os.utime(tmp_path / edited, (began + 1, began + 1))
+        plan = Plan.open(given, state, began + 2, {given.targets[0]: ""})
+    touched = edited in ("mine.py", "helper.py")
+    assert plan.resumed != touched
+    assert (plan.seed, plan.began) == (given.seed, began + 2 if touched else began)
+    why = f"{given.targets[0]} is made of {tmp_path / edited}, which was written"
+    assert plan.superseded == (why if touched else "")
+
+
+def test_our_own_kernels_count_and_what_is_installed_does_not(monkeypatch, tmp_path):
+    assert edited_since("align@builtin", 0.0) is not None
+    assert edited_since("align@builtin", time.time() + 1e6) is None
+    assert edited_since("toy@fake", 0.0) is None
+    installed = tmp_path / "site-packages" / "acme"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("def router(logits, top_k): ...\n")
+    monkeypatch.syspath_prepend(str(installed.parent))
+    assert edited_since("topk_softmax@acme:router", 0.0) is None
+    monkeypatch.syspath_prepend(str(shutil.copytree(installed.parent, tmp_path / "src")))
+    importlib.invalidate_caches()
+    assert edited_since("topk_softmax@acme:router", 0.0) == tmp_path / "src" / "acme" / "__init__.py"
