@@ -152,6 +152,7 @@ class TargetInfo:
     unpromised: Mapping[str, str] = field(default_factory=dict)  # the same, or " @ " and a feature behind it -> why not
     declared: bool = True  # somebody says which contract it keeps; else `contract` is the op's own
     triton: bool = True  # has kernels of Triton's, which are interpreted on a CPU: see targets/reach.py
+    narrowed: str = ""  # what it can take, and is not given on this device, for a person
 
     def choices(self, *stores: str) -> tuple[Contract, ...]:
         """The contracts of which the target keeps one, its `contract` first. Where none is declared, each of `stores`,
@@ -193,6 +194,7 @@ class TargetInfo:
             unpromised=dict(data["unpromised"]),
             declared=data["declared"],
             triton=data["triton"],
+            narrowed=data["narrowed"],
         )
 
 

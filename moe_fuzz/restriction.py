@@ -55,7 +55,8 @@ class Restriction:
                 asked = _or(dict(self.values or ()).get(axis.name, ()))
                 taken = next((one.values for one in space.axes(info) if one.name == axis.name), ())
                 instead = f", but {_or(map(spelled, taken))}" if 0 < len(taken) <= _FEW else ""
-                return f"{info.name} takes no {axis.name}={asked}{instead}"
+                here = f" (here it is {info.narrowed})" if info.narrowed else ""
+                return f"{info.name} takes no {axis.name}={asked}{instead}{here}"
         if self.faults is not None and NO_FAULT not in self.faults and not restricted.can_be_laid(info):
             return f"{info.name} takes cases with no fault {_or(self.faults)}"
         return ""

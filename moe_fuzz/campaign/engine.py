@@ -147,6 +147,7 @@ class Campaign:
             notes = (*notes, f"the campaign that was cut is not gone on with: {self._plan.superseded} since it began")
         if settings.device == "cpu" and any(info.triton for info in infos):
             notes = (*notes, "device cpu: Triton kernels run in its interpreter, without CUDA graphs")
+        notes = (*notes, *(f"{info.name} is {info.narrowed}" for info in infos if info.narrowed))
         self._emit(
             events.CampaignStarted(
                 __version__, infos, settings.device, settings.workers, self._plan.seed, settings.cases,

@@ -54,7 +54,8 @@ def general_step(case: Case, index: int, target: Target) -> dict[str, Any]:
 def _placed(name: str, inputs: Inputs, alignment: int) -> dict[str, Any]:
     plain, lie = inputs.plain[name], inputs.lies.get(name, Lie())
     rows = getattr(inputs, "folds", {}).get(name)
-    fold = [rows, plain.numel() // rows] if rows else None if plain.dim() in (1, 2) else [plain.numel()]
+    apart = lie.gap or lie.column_stride
+    fold = [rows, plain.numel() // rows] if rows else None if plain.dim() in (1, 2) or apart else [plain.numel()]
     strides = list(lie.strides(fold or plain.shape))
     found = tensor(plain) | asdict(lie)
     return found | {"strides": strides, "alignment": max(alignment, plain.element_size()), "fold": fold}

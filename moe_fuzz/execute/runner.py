@@ -110,15 +110,17 @@ class Runner:
 
 def _here(info: TargetInfo, device: str) -> TargetInfo:
     """What the target can take on this device: of ranks that run at the same time, or in processes of their own."""
-    can = info.capabilities
+    can, narrowed = info.capabilities, ""
     if device == "cpu":  # programs of one launch run one after the other there
         launches = tuple(name for name in can.launches if name != "single") or can.launches[:1]
         # Interpreted kernels run phase by phase, so that a burst shows little, and ranks cost time.
         burst, world = (1, 4) if "single" in can.launches and "cpu" not in can.processes else (8, 8)
+        if info.op == "allreduce_rmsnorm" and world < can.max_world:
+            narrowed = f"interpreted, phase by phase: at most {world} ranks, and a burst of one other call"
         can = replace(can, launches=launches, max_burst=min(burst, can.max_burst), max_world=min(world, can.max_world))
     if device not in can.processes:
         can = replace(can, max_processes=1)
-    return replace(info, capabilities=can)
+    return replace(info, capabilities=can, narrowed=narrowed)
 
 
 def _verdict(steps: Steps) -> Verdict:

@@ -31,9 +31,12 @@ class Lie:
     column_stride: int = 0
 
     def strides(self, shape: Sequence[int]) -> tuple[int, ...]:
-        if len(shape) != 2:
+        """Of a vector, of a matrix, or of several matrices one after another."""
+        if len(shape) == 1:
             return (max(1, self.column_stride),)
-        return (1, self.column_stride) if self.column_stride else (shape[1] + self.gap, 1)
+        *several, rows, columns = shape
+        inner = (1, self.column_stride) if self.column_stride else (columns + self.gap, 1)
+        return (max(rows * inner[0], columns * inner[1]), *inner) if several else inner
 
 
 _PACKED = Lie()

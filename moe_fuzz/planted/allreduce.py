@@ -197,6 +197,25 @@ def stale_residual(x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group
     return found
 
 
+def second_pass_is_packed(x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, out: Any = None) -> Any:
+    """LightLLM#1467: strides are heeded where squares are summed, and forgotten where values are scaled: of a residual
+    that is not packed the norm has numbers that stand elsewhere."""
+    normed, residual_out = found = parts.results(x, out)
+    packed = residual
+    if residual is not None and residual.numel():
+        columns = residual.shape[-1]
+        packed = residual.as_strided(residual.shape, (columns, 1), residual.storage_offset())
+
+    def finish(rank: int, read: list[Tensor]) -> None:
+        total, wrong = (parts.summed(read, one).to(x.dtype) for one in (residual, packed))
+        parts.of_rank(residual_out, rank, group).copy_(total)
+        root = torch.rsqrt(total.float().square().mean(-1, keepdim=True) + eps)
+        parts.of_rank(normed, rank, group).copy_((wrong.float() * root * gamma.float()).to(x.dtype))
+
+    parts.one_shot(x, group, finish)
+    return found
+
+
 def gamma_taken_for_x(x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, out: Any = None) -> Any:
     """vllm#48330: gamma is read in the dtype of x, whatever its own is."""
     found, finish = parts.finisher(x, residual, gamma.view(x.dtype)[: x.shape[-1]] if gamma.element_size()

@@ -47,6 +47,8 @@ ALLREDUCE: tuple[Planted, ...] = (
     # the norm
     _sums("cluster_of_seven", "bound", "vllm#34412",
           "adds up the squares of blocks in pairs: of 7 blocks 3 are left out", only=True),
+    _sums("second_pass_is_packed", "bound", "LightLLM#1467",
+          "heeds the residual's strides where squares are summed, and not where values are scaled", only=True),
     _sums("gamma_taken_for_x", "bound", "vllm#48330", "reads gamma in the dtype of x, whatever its own is", only=True),
     # what is written
     _sums("two_shot_tail", "written", "vllm#21325", "shares few rows out among the ranks, and the rest to nobody",

@@ -11,7 +11,9 @@ from moe_fuzz.contract import Capabilities, Contract, declares
 
 @declares(
     contract=Contract(deterministic=True, isolated=True, rounds=("residual",), sum_order="rank"),
-    capabilities=Capabilities(compiles=False, alignment=1, launches=("phases", "single"), processes=("cpu", "cuda")),
+    capabilities=Capabilities(
+        compiles=False, alignment=1, any_strides=True, launches=("phases", "single"), processes=("cpu", "cuda")
+    ),
 )
 def allreduce_rmsnorm(
     x: torch.Tensor, residual: torch.Tensor | None, gamma: torch.Tensor, eps: float, *, group: Any

@@ -22,12 +22,14 @@ from moe_fuzz.checks.allreduce.observation import AllreduceObservation, Outputs
 from moe_fuzz.contract import Contract, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.execute.peers import TAIL, Peers
+from moe_fuzz.execute.runner import Runner
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.allreduce.inputs import WHOLE, materialize
 from moe_fuzz.ops.inputs import element_bits
 from moe_fuzz.options import RunOptions
 from moe_fuzz.reference.allreduce_rmsnorm import allreduce_rmsnorm
+from moe_fuzz.restriction import Restriction
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import PASS
 
@@ -84,8 +86,11 @@ def test_a_fault_on_one_rank_stays_on_it_and_rows_keep_their_values():
     assert torch.equal(less.plain["x"], clean.plain["x"][:2])
 
 
-@pytest.mark.parametrize("name", [name for name in SPACE.faults if name not in ("stale_rows", "misaligned")])
-def test_every_fault_can_be_laid(name):
+_ON_ROWS = {place.fault for place in SPACE.places if place.on_rows}
+
+
+@pytest.mark.parametrize("name", [name for name in SPACE.faults if name in _ON_ROWS and name != "stale_rows"])
+def test_every_fault_on_rows_changes_numbers(name):
     place = next(place for place in SPACE.places if place.fault == name)
     inputs = materialize(case(Fault(name, place.tensor, Labels.parse("1-4"))), 0)
     assert not torch.equal(element_bits(inputs.plain["x"]), element_bits(materialize(case(), 0).plain["x"]))
@@ -272,3 +277,48 @@ def test_the_grid_covers_every_value():
         SPACE.validate(one)
         for simpler in itertools.islice(SPACE.simplify(one), 40):
             SPACE.validate(simpler)
+
+
+@pytest.mark.interpreter
+def test_what_a_target_is_not_given_on_a_cpu_is_told() -> None:
+    """Both where a campaign has nothing left, and where one case is refused; it is the device's fault, not its own."""
+    runner = Runner("cpu")
+    ours = runner.describe("allreduce_rmsnorm@builtin")
+    assert ours.narrowed == "interpreted, phase by phase: at most 4 ranks, and a burst of one other call"
+    assert TargetInfo.from_json(ours.to_json()) == ours
+    refusal = Restriction(values=(("ranks", ("8",)),)).refusal(SPACE, ours)
+    assert refusal.endswith(f"takes no ranks=8, but 2 or 1 or 3 or 4 (here it is {ours.narrowed})")
+    assert SPACE.refusal(case(ranks=8), ours).endswith(f"does not take ranks=8; here it is {ours.narrowed}")
+    theirs = runner.describe("allreduce_rmsnorm@torch")
+    assert theirs.narrowed == ""
+    assert not SPACE.refusal(case(ranks=8), theirs)
+
+
+def lies(*faults: Fault, **changes: object) -> dict[str, tuple[int, ...]]:
+    inputs = materialize(case(*faults, **changes), 0)
+    return {name: inputs.lies[name].strides(tensor.shape) for name, tensor in inputs.plain.items()}
+
+
+def test_inputs_that_are_not_packed() -> None:
+    packed = {"x": (6 * 16, 16, 1), "residual": (16, 1), "gamma": (1,)}
+    assert lies() == packed
+    apart = lies(Fault("noncontiguous", "x", None))
+    assert apart["x"][0] == 6 * apart["x"][1] > 6 * 16
+    assert {**apart, "x": packed["x"]} == packed
+    turned = lies(Fault("transposed", "x", None), Fault("transposed", "residual", None))
+    assert turned["x"] == (16 * turned["x"][2], 1, turned["x"][2])
+    assert turned["x"][2] >= 6
+    assert turned["residual"][0] == 1
+    assert lies(Fault("noncontiguous", "gamma", None))["gamma"][0] > 1
+
+
+def test_only_what_takes_strides_is_given_any() -> None:
+    strict = replace(INFO, capabilities=replace(INFO.capabilities, strided=False))
+    loose = replace(INFO, capabilities=replace(INFO.capabilities, any_strides=True))
+    for fault, tensor, takers in (("noncontiguous", "x", (INFO, loose)), ("transposed", "residual", (INFO, loose)),
+                                  ("noncontiguous", "gamma", (loose,))):  # fmt: skip
+        made = case(Fault(fault, tensor, None))
+        for info in (strict, INFO, loose):
+            assert (not SPACE.refusal(made, info)) == (info in takers)
+            offered = {(place.fault, place.tensor) for place in SPACE.places_for(made.config, info)}
+            assert ((fault, tensor) in offered) == (info in takers)

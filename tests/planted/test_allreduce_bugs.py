@@ -99,6 +99,7 @@ def test_friendly_input_shows_nothing(planted):
     ("mean_times_ranks", {"ranks": 3, "dtype": "float32", "recipe": "integer", "hidden": 256}),
     ("stale_residual", {}),
     ("cluster_of_seven", {"hidden": 896}),
+    ("second_pass_is_packed", {"steps": (step(3, "noncontiguous", "residual"),)}),
     ("gamma_taken_for_x", {"gamma_dtype": "float32"}),
     ("two_shot_tail", {"steps": (step(5),)}),
     ("done_before_committed", {"steps": (step(1),), "out": True}),

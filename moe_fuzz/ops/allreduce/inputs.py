@@ -66,8 +66,16 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     options = {"eps": config["eps"], "residual": None}
     inputs = AllreduceInputs(options, {"x": x, **tensors, "gamma": gamma}, rows=rows)
     for name in inputs.plain:
-        inputs.lies[name] = Lie(offset=places[name][0].offset)
+        inputs.lies[name] = _lie(places[name][0])
     return inputs
+
+
+def _lie(canvas: Canvas) -> Lie:
+    """Of gamma, or of the matrix of each rank, which all lie alike."""
+    if canvas.name == "gamma":
+        return Lie(0, canvas.offset, 1 + canvas.stride_gap if canvas.stride_gap else 0)
+    column_stride = max(1, len(canvas.rows) + canvas.stride_gap) if canvas.transposed else 0
+    return Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
 
 
 def fresh_rows(

@@ -63,6 +63,7 @@ ROW_FAULTS = ("zero_rows", "nan_rows", "inf_rows", "neg_inf_rows", "partial_nan"
               "negative_subnormals", "ladder", "overflowing_squares", "huge_rows", "stale_rows")  # fmt: skip
 _ONE = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "negative_subnormals",
         "overflowing_squares", "huge_rows", "ladder")  # fmt: skip
+_STRIDED = ("noncontiguous", "transposed")
 #: x0, x1: of one rank, that of the first or the last. Static buffers know each fault in one place: the first here.
 PLACES = (
     *(FaultPlace(name, "x0", on_rows=True) for name in _ONE),
@@ -71,6 +72,11 @@ PLACES = (
     *(FaultPlace(name, "x", on_rows=True) for name in _ONE),
     *(FaultPlace(name, "residual", on_rows=True, needs="residual")
       for name in ROW_FAULTS if name not in ("stale_rows",)),
+    FaultPlace("noncontiguous", "x", on_rows=False),
+    FaultPlace("noncontiguous", "residual", on_rows=False, needs="residual"),
+    FaultPlace("noncontiguous", "gamma", on_rows=False),
+    FaultPlace("transposed", "x", on_rows=False),
+    FaultPlace("transposed", "residual", on_rows=False, needs="residual"),
     FaultPlace("misaligned", "x", on_rows=False),
     FaultPlace("misaligned", "residual", on_rows=False, needs="residual"),
     FaultPlace("misaligned", "gamma", on_rows=False),
@@ -151,7 +157,10 @@ class AllreduceSpace:
 
     def _refused(self, fault: str, tensor: str, info: TargetInfo) -> str:
         """Why the target does not take the fault; empty if it does."""
-        return f"misaligned {tensor}" if fault == "misaligned" and info.capabilities.alignment > 1 else ""
+        can = info.capabilities
+        if fault in _STRIDED and not (can.any_strides if tensor == "gamma" else can.strided):
+            return f"strided {tensor}"
+        return f"misaligned {tensor}" if fault == "misaligned" and can.alignment > 1 else ""
 
     # ---- what is valid ----------------------------------------------------------------------------------------------
 
@@ -183,7 +192,8 @@ class AllreduceSpace:
             refused.append("no rows")
         pairs = sorted({(fault.name, fault.tensor) for step in case.steps for fault in step.faults})
         refused += [why for name, tensor in pairs if (why := self._refused(name, tensor, info))]
-        return f"{info.name} does not take {', '.join(refused)}" if refused else ""
+        here = f"; here it is {info.narrowed}" if info.narrowed else ""
+        return f"{info.name} does not take {', '.join(refused)}{here}" if refused else ""
 
     # ---- what it is like --------------------------------------------------------------------------------------------
 

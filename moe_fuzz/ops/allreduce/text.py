@@ -25,7 +25,7 @@ CHECKS = {
 }
 
 _COMMON = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "huge_rows", "ladder", "zero_rows",
-           "stale_rows", "misaligned")  # fmt: skip
+           "stale_rows", "noncontiguous", "transposed", "misaligned")  # fmt: skip
 FAULTS = {
     **{name: text.FAULTS[name] for name in _COMMON},
     "negative_zeros": "rows of -0, which some protocols take for \"not there yet\"",
