@@ -89,6 +89,18 @@ def finding(item: Finding, state_dir: str) -> list[str]:
     ]
 
 
+def alike(findings: Sequence[Finding]) -> list[str]:
+    """What several findings of an op need in common. One defect shows in many ways: past a tensor's end, in what lies
+    beside it, in wrong numbers."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for item in findings:
+        faults = {f"{fault.name} on {fault.tensor}" for step in item.case.steps for fault in step.faults}
+        if faults:
+            groups.setdefault((item.case.op, ", ".join(sorted(faults))), []).append(item)
+    return [f"{len(items)} of these need {faults}: one defect may be behind {', '.join(item.id for item in items)}"
+            for (_, faults), items in groups.items() if len(items) > 1]  # fmt: skip
+
+
 def summary(result: Summary, state_dir: str) -> list[str]:
     """The end of a campaign, to be understood by somebody who saw nothing else of it."""
     lines = [_verdict(result), "", "tested"]
@@ -101,6 +113,7 @@ def summary(result: Summary, state_dir: str) -> list[str]:
         lines += ["", "new findings"]
         for item in result.new:
             lines += [f"  {line}" for line in finding(item, state_dir)]
+        lines += [f"  {line}" for line in alike(result.new)]
     if result.known:
         lines += ["", "known before, and still there"]
         for item in result.known:

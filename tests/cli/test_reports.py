@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -8,6 +9,8 @@ from rich.console import Console
 from moe_fuzz import report
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.finding import Finding
+from moe_fuzz.case import Fault
+from moe_fuzz.labels import Labels
 from moe_fuzz.report import text
 from moe_fuzz.report.plain import Plain
 from moe_fuzz.report.terminal import Terminal
@@ -102,3 +105,15 @@ def test_durations(seconds: float, said: str) -> None:
 def test_every_kind_has_help() -> None:
     assert "ndjson" in report.kinds()
     assert all(kind.help for kind in report.kinds().values())
+
+
+def test_findings_that_need_the_same_are_told_to_be_one_defect_perhaps(finding: Finding) -> None:
+    [step] = finding.case.steps
+    laid = replace(finding.case, steps=(replace(step, faults=(Fault("nan_rows", "logits", Labels.parse("0")),)),))
+    other = replace(laid, config={**laid.config, "renormalize": not laid.config["renormalize"]})
+    bare = replace(finding.case, steps=(replace(step, faults=()),))
+    a, b, c = (replace(finding, id=name, case=case) for name, case in (("a", laid), ("b", other), ("c", bare)))
+    assert text.alike([a, b, c]) == ["2 of these need nan_rows on logits: one defect may be behind a, b"]
+    assert text.alike([a, c]) == text.alike([c, replace(c, id="d")]) == []
+    summary = events.Summary(7, 50, 200, 5.0, {"crash": 2}, (a, b), (), (), 0, 0, (), False, 1)
+    assert "  2 of these need nan_rows on logits: one defect may be behind a, b" in text.summary(summary, "there")
