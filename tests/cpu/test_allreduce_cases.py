@@ -322,3 +322,29 @@ def test_only_what_takes_strides_is_given_any() -> None:
             assert (not SPACE.refusal(made, info)) == (info in takers)
             offered = {(place.fault, place.tensor) for place in SPACE.places_for(made.config, info)}
             assert ((fault, tensor) in offered) == (info in takers)
+
+
+def spoiled(seen: AllreduceObservation, name: str, values: dict[int, float]) -> list[str]:
+    """What `ranks` says where these ranks have another number in row 2, column 5."""
+    outputs = {one: getattr(seen.outputs, one).clone() for one in ("normed", "residual_out")}
+    for rank, value in values.items():
+        outputs[name][rank, 2, 5] += value
+    changed = seen.with_outputs(replace(seen.outputs, **outputs))
+    return [(one.where, one.message) for one in CHECKS["allreduce"]["ranks"](changed)]
+
+
+def test_the_rank_that_is_wrong_is_named() -> None:
+    four = seen(case(ranks=4, dtype="float32"))
+    [(where, said)] = spoiled(four, "residual_out", {2: 4.0})
+    assert where == (2, 2, 5)
+    assert said.startswith("row 2, column 5: residual_out of rank 2 is not that of ranks 0, 1, 3; rank 2 of 4 off, it ")
+    [(where, said)] = spoiled(four, "normed", {0: 4.0})
+    assert where == (0, 2, 5)
+    assert "normed of rank 0 is not that of ranks 1, 2, 3; rank 0 of 4 off" in said
+    [(where, said)] = spoiled(four, "residual_out", {0: 4.0, 1: 4.0, 3: 8.0})
+    assert "residual_out of ranks 2, 3 is not that of ranks 0, 1; ranks 0, 1, 3 of 4 off" in said
+    [(where, said)] = spoiled(four, "residual_out", {3: 1e-7})  # all within the bound
+    assert said == "row 2, column 5: residual_out of rank 3 is not that of ranks 0, 1, 2"
+    assert not spoiled(four, "residual_out", {})
+    of_nan = seen(case(Fault("nan_rows", "x0", Labels.parse("2")), ranks=2, dtype="float32"))
+    assert not spoiled(of_nan, "residual_out", {1: 4.0})

@@ -37,12 +37,41 @@ def ranks(seen: AllreduceObservation) -> list[Violation]:
         differs = (element_bits(got[1:]) != element_bits(got[:1])) & ~(got[1:].isnan() & got[:1].isnan())
         differs &= ~seen.missing[1:] & ~seen.missing[:1]
         if differs.any():
-            rank, row, column = first(differs)
-            where = (rank + 1, row, column)
-            message = f"row {row}, column {column}: {name} of rank {rank + 1} is not that of rank 0"
-            return [Violation("ranks", f"{name}:bits", message, name, where, float(got[0, row, column]).hex(),
-                              float(got[where]).hex())]  # fmt: skip
+            _, row, column = first(differs)
+            there = (~seen.missing[:, row, column]).nonzero().flatten().tolist()
+            values = {rank: float(got[rank, row, column]) for rank in there}
+            common, others = _apart(values)
+            what = f"{name} of {_named(others)} is not that of {_named(common)}{_off(seen, name, row, column)}"
+            return [Violation("ranks", f"{name}:bits", f"row {row}, column {column}: {what}", name,
+                              (others[0], row, column), values[common[0]].hex(), values[others[0]].hex())]  # fmt: skip
     return []
+
+
+def _apart(values: dict[int, float]) -> tuple[list[int], list[int]]:
+    """The ranks with the value that most have, or that the first has where none is commoner; and all others."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in values.items():
+        ranks.setdefault(value.hex(), []).append(rank)  # which tells -0 from 0, and no NaN from another
+    common = max(ranks.values(), key=len)
+    return common, [rank for rank in values if rank not in common]
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _off(seen: AllreduceObservation, name: str, row: int, column: int) -> str:
+    """Which ranks are wrong, where some are and some are not."""
+    if not seen.defined[row]:
+        return ""
+    of = seen.sums[1] if name == "residual_out" else seen.expected
+    got = getattr(seen.outputs, name)[:, row, column].double()
+    wanted = of.value[..., row, column].expand_as(got)  # of normed that which follows from the rank's own residual_out
+    right = (got - wanted).abs() <= of.bound[..., row, column]
+    off = (~right).nonzero().flatten().tolist()
+    if not 0 < len(off) < len(got):
+        return ""
+    return f"; {_named(off)} of {len(got)} off, it should be {float(wanted[right][0]):.9g}"
 
 
 @check("allreduce", "pads")
