@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from typing import Any, TypeVar
@@ -68,6 +68,7 @@ class Capabilities:
     min_experts: int = 1
     max_experts: int = 1024
     experts_power_of_two: bool = False  # takes no other number of experts
+    experts_multiple: int = 1  # the number of experts must be a multiple of it
     max_top_k: int = 32
     renormalize: tuple[bool, ...] = (False, True)
     bias: bool = True
@@ -132,6 +133,21 @@ class Capabilities:
     max_burst: int = 1000  # calls without a wait in between
     max_groups: int = 2  # at the same time
     cuts: bool = False  # takes messages larger than its group's buffers
+
+    def __post_init__(self) -> None:
+        for name in ("experts_multiple", "min_multiple_h", "min_multiple_i", "alignment"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"Capabilities.{name} must be 1 or more, not {getattr(self, name)}", "1: any will do")
+
+    def takes_experts(self, count: int) -> bool:
+        """Whether so many experts are taken."""
+        in_range = self.min_experts <= count <= self.max_experts and count % self.experts_multiple == 0
+        return in_range and not (self.experts_power_of_two and count & (count - 1))
+
+    def numbers_of_experts(self, known: Sequence[int]) -> list[int]:
+        """Those of the numbers that are taken; the least that is, where none of them is."""
+        least = max(1, -(-self.min_experts // self.experts_multiple)) * self.experts_multiple
+        return [count for count in known if self.takes_experts(count)] or [least]
 
 
 #: Fields by which an op's contract stores a number on the way, and what they say where nobody does.

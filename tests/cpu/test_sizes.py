@@ -8,7 +8,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from moe_fuzz import strategies
+from moe_fuzz.case import Case
 from moe_fuzz.contract import Capabilities, TargetInfo
+from moe_fuzz.errors import UsageError
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.routing.space import EXPERTS
@@ -61,6 +63,32 @@ def test_configs_have_numbers_of_experts_that_no_list_names(op: str) -> None:
     assert max(counts) <= 300
 
 
+@pytest.mark.parametrize("multiple", [32, 11], ids=["of_lanes", "prime"])
+@pytest.mark.parametrize("op", ["topk_softmax", "grouped_topk", "align", "experts_bf16", "experts_nvfp4", "moe_layer"])
+def test_a_target_is_given_the_numbers_of_experts_that_it_takes(op: str, multiple: int) -> None:
+    space, counts = get_space(op), set()
+    info = TargetInfo(f"{op}@x", op, "x", capabilities=Capabilities(max_experts=300, experts_multiple=multiple))
+
+    @seed(6)
+    @settings(max_examples=12, database=None, deadline=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(strategies.rounds(space, info, "cpu"))
+    def draw(cases: tuple[Case, ...]) -> None:
+        for case in cases:
+            counts.add(len(case.experts))
+            assert not space.refusal(case, info)
+
+    draw()
+    assert {count % multiple for count in counts} == {0}
+    odd = Case(op, {**case_of(op, multiple).config, "experts": "0-9"}, case_of(op, multiple).steps, 1)
+    assert "10 experts" in space.refusal(odd, info)
+
+
+def case_of(op: str, multiple: int) -> Case:
+    info = TargetInfo(f"{op}@x", op, "x", capabilities=Capabilities(experts_multiple=multiple))
+    return next(iter(strategies.grid(get_space(op), info, "cpu", seed=1)))
+
+
 @pytest.mark.parametrize(("op", "field"), [("allreduce_rmsnorm", "hidden"), ("nvfp4_quantize", "blocks")])
 def test_rows_have_widths_that_no_list_names(op: str, field: str) -> None:
     space, widths = get_space(op), set()
@@ -79,3 +107,9 @@ def test_rows_have_widths_that_no_list_names(op: str, field: str) -> None:
     assert len(widths - listed) > 3
     assert max(widths) <= 8192
     assert field == "blocks" or all(width % 8 == 0 for width in widths)
+
+
+@pytest.mark.parametrize("name", ["experts_multiple", "min_multiple_h", "min_multiple_i", "alignment"])
+def test_no_number_is_a_multiple_of_none(name: str) -> None:
+    with pytest.raises(UsageError, match=f"Capabilities.{name} must be 1 or more, not 0"):
+        Capabilities(**{name: 0})

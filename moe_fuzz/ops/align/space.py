@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import le
 from typing import ClassVar
 
 from moe_fuzz.case import MODES, Case, Fault, Scalar
@@ -107,8 +106,7 @@ class AlignSpace:
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         can = info.capabilities
         return (
-            Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts],
-                 between=partial(le, can.min_experts)),
+            Axis("experts", can.numbers_of_experts(EXPERTS), between=can.takes_experts),
             Axis("top_k", [k for k in TOP_K if k <= can.max_top_k], between=any_number),
             Axis("block_size", [b for b in BLOCK_SIZES if _takes_block(can, b)] or can.block_sizes),
             Axis("expert_map", _maps(can)),
@@ -179,7 +177,7 @@ class AlignSpace:
     def _refusals(self, case: Case, info: TargetInfo) -> Iterator[tuple[object, str]]:
         can, config = info.capabilities, case.config
         count = len(case.experts)
-        yield not can.min_experts <= count <= can.max_experts, f"{count} experts"
+        yield not can.takes_experts(count), f"{count} experts"
         yield int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"
         yield not _takes_block(can, int(config["block_size"])), f"block_size {config['block_size']}"
         yield config["expert_map"] not in _maps(can), f"expert_map={config['expert_map']}"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from operator import le
 from typing import ClassVar
 
 from moe_fuzz.case import MODES, Case, Scalar
@@ -86,8 +84,7 @@ class ExpertsSpace:
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         can = info.capabilities
         return (
-            Axis("experts", [e for e in EXPERTS if can.min_experts <= e <= can.max_experts],
-                 between=partial(le, can.min_experts)),
+            Axis("experts", can.numbers_of_experts(EXPERTS), between=can.takes_experts),
             Axis("top_k", [k for k in self.top_ks if k <= can.max_top_k], between=any_number),
             self._sizes("hidden", HIDDEN, can.max_hidden, can.min_multiple_h),
             self._sizes("intermediate", INTERMEDIATE, can.max_intermediate, can.min_multiple_i),
@@ -172,7 +169,7 @@ class ExpertsSpace:
     def _refusals(self, case: Case, info: TargetInfo) -> Iterator[tuple[object, str]]:
         can, config = info.capabilities, case.config
         count, limits = len(case.experts), self.limits(info)
-        yield not can.min_experts <= count <= can.max_experts, f"{count} experts"
+        yield not can.takes_experts(count), f"{count} experts"
         yield int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"
         for name, most, multiple in (("hidden", can.max_hidden, can.min_multiple_h),
                                      ("intermediate", can.max_intermediate, can.min_multiple_i)):  # fmt: skip

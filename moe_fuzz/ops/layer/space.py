@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import ClassVar
 
 from moe_fuzz.case import ALL_MODES, MODES, RANKS, Case, Scalar, Step, in_mode
@@ -104,8 +104,7 @@ class LayerSpace(routing.RoutingSpace):
             "out": (False, True) if can.out else (False,),
         }
         return (
-            Axis("experts", [e for e in EXPERTS if routing.takes_experts(can, e)],
-                 between=partial(routing.takes_experts, can)),
+            Axis("experts", can.numbers_of_experts(EXPERTS), between=can.takes_experts),
             Axis("top_k", [k for k in TOP_K if k <= can.max_top_k], between=any_number),
             *(Axis(name, limited.get(name, values)) for name, values in FIELDS.items()),
         )

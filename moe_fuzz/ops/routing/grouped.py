@@ -57,7 +57,7 @@ class GroupedSpace(space.RoutingSpace):
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         can = info.capabilities
         plain = {axis.name: axis for axis in super().axes(info)}
-        plain["experts"] = replace(plain["experts"], values=[e for e in EXPERTS if space.takes_experts(can, e)])
+        plain["experts"] = replace(plain["experts"], values=can.numbers_of_experts(EXPERTS))
         most = max(plain["experts"].values, default=0)
         groups = [n for n in N_GROUP if can.min_n_group <= n <= can.max_n_group and n <= int(most)]
         return (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import ClassVar
 
 from moe_fuzz.case import MODES, Case, Fault, Scalar
-from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, TargetInfo
+from moe_fuzz.contract import PADDING_DIALECTS, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import moves
@@ -113,7 +113,7 @@ class RoutingSpace:
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         can, contract = info.capabilities, info.contract
         return (
-            Axis("experts", [e for e in EXPERTS if takes_experts(can, e)], between=partial(takes_experts, can)),
+            Axis("experts", can.numbers_of_experts(EXPERTS), between=can.takes_experts),
             Axis("top_k", [k for k in TOP_K if k <= can.max_top_k], often=(1,), between=any_number),
             Axis("dtype", [d for d in DTYPES if d in can.dtypes]),
             Axis("renormalize", can.renormalize),
@@ -183,7 +183,7 @@ class RoutingSpace:
         can, contract, config = info.capabilities, info.contract, case.config
         count = len(case.experts)
         yield config["dtype"] not in can.dtypes, f"dtype {config['dtype']}"
-        yield not takes_experts(can, count), f"{count} experts"
+        yield not can.takes_experts(count), f"{count} experts"
         yield int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"
         yield config["renormalize"] not in can.renormalize, f"renormalize={config['renormalize']}"
         yield config["bias"] and not can.bias, "bias"
@@ -279,12 +279,6 @@ class RoutingSpace:
         return moves.with_fitting_faults(
             case, lambda fault: not (need := needs[fault.name, fault.tensor]) or bool(case.config[need])
         )
-
-
-def takes_experts(can: Capabilities, count: int) -> bool:
-    """Whether a target takes so many experts."""
-    in_range = can.min_experts <= count <= can.max_experts
-    return in_range and not (can.experts_power_of_two and count & (count - 1))
 
 
 SPACES = (
