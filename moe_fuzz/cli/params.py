@@ -43,18 +43,25 @@ def _words(value: Any) -> tuple[str, ...]:
     return names
 
 
-def _assignment(value: Any) -> tuple[str, tuple[str, ...]]:
-    field, equals, values = str(value).partition("=")
-    if not equals or not field.strip():
-        raise ValueError(f"{value!r} is not FIELD=VALUE, e.g. bias=false")
-    return field.strip(), _words(values)
+def _assignments(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """`bias=false,out=true,false`: a word with `=` begins another field."""
+    found: list[tuple[str, list[str]]] = []
+    for word in _words(value):
+        field, equals, first = word.partition("=")
+        if equals and field.strip():
+            found.append((field.strip(), [first]))
+        elif found and not equals:
+            found[-1][1].append(word)
+        else:
+            raise ValueError(f"{value!r} is not FIELD=VALUE, e.g. bias=false")
+    return tuple((field, _words(values)) for field, values in found)
 
 
 DURATION = Parsed("duration", written.parse_duration, float)
 SIZE = Parsed("size", written.parse_size, int)
 REPORT = Parsed("kind=path", written.parse_report, ())
 NAMES = Parsed("name,name…", _words, ())
-ASSIGNMENT = Parsed("field=value,…", _assignment, ())
+ASSIGNMENTS = Parsed("field=value,…", _assignments, ())
 
 
 def option(key: str, *flags: str, **settings: Any) -> Callable[[F], F]:

@@ -31,9 +31,9 @@ def options(command: F) -> F:
             key, flag, type=params.NAMES, multiple=True, metavar=metavar, help=text, callback=_joined
         )(command)
     return params.option(
-        "only", "--only", type=params.ASSIGNMENT, multiple=True, metavar="FIELD=VALUE,…",
-        help="Configs with these values only, e.g. bias=false; `moe-fuzz show CASE` names the fields.",
-        callback=lambda _ctx, _param, value: tuple(value) or None,
+        "only", "--only", type=params.ASSIGNMENTS, multiple=True, metavar="FIELD=VALUE,…",
+        help="Configs with these values only, e.g. bias=false,top_k=2,4; `moe-fuzz show CASE` names the fields.",
+        callback=lambda _ctx, _param, value: tuple(pair for pairs in value for pair in pairs) or None,
     )(command)  # fmt: skip
 
 

@@ -160,9 +160,18 @@ def test_a_value_that_only_some_targets_take_may_be_asked_for(
     assert campaign.settings.restriction.values == ((field, tuple(values.split(","))),)
 
 
+def test_values_of_several_fields_may_be_asked_for_at_once(call: Callable, campaign: FakeCampaign) -> None:
+    one = call("run", "topk_softmax@builtin", "--only", "bias=false,top_k=2,4,out=true", "--only", "experts=8")
+    assert one.code == 0, one.err
+    wanted = (("bias", ("false",)), ("top_k", ("2", "4")), ("out", ("true",)), ("experts", ("8",)))
+    assert campaign.settings.restriction.values == wanted
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("--only bias=false,=8", "is not FIELD=VALUE"),
+        ("--only bias=,out=true", "names nothing"),
         ("--ops topk_softmx", "no op 'topk_softmx' (did you mean topk_softmax?)"),
         ("--mode egaer", "no mode 'egaer' (did you mean eager?)"),
         ("--preset mixtral", "no preset 'mixtral' (did you mean mixtral-8x7b?)"),
