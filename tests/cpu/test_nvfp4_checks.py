@@ -348,3 +348,21 @@ def test_simpler_cases_are_valid_and_end():
             break
         case = simpler[0]
     assert not list(SPACE.simplify(case))
+
+
+@pytest.mark.parametrize("name", ["global_scale", "expert_ids"])
+def test_vectors_whose_numbers_stand_apart(name):
+    case = case_of(Fault("noncontiguous", name), expert_ids="int32")
+    inputs, packed = materialize(case, 0), materialize(case_of(expert_ids="int32"), 0)
+    for one, tensor in inputs.plain.items():
+        assert torch.equal(tensor, packed.plain[one])
+        apart = one in inputs.lies and inputs.lies[one].strides(tensor.shape)[-1] > 1
+        assert apart == (one == name)
+    loose = replace(INFO, capabilities=replace(CAN, any_strides=True))
+    for info, takes in ((INFO, False), (loose, True)):
+        assert (SPACE.refusal(case, info) == "") == takes, SPACE.refusal(case, info)
+        places = {(place.fault, place.tensor) for place in SPACE.places_for(case.config, info)}
+        assert (("noncontiguous", name) in places) == takes
+    assert f"strided {name}" in SPACE.refusal(case, INFO)
+    with pytest.raises(CaseError, match=r"needs config\.expert_ids"):
+        case_of(Fault("noncontiguous", name))

@@ -12,6 +12,7 @@ from moe_fuzz import generator
 from moe_fuzz.case import Case
 from moe_fuzz.faults import FAULTS
 from moe_fuzz.faults.align import IdsCanvas
+from moe_fuzz.faults.fault import Canvas
 from moe_fuzz.faults.nvfp4 import BlockCanvas
 from moe_fuzz.fence.sparse import MAX_APART
 from moe_fuzz.labels import Labels
@@ -69,6 +70,8 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     canvas = BlockCanvas("x", inputs.plain["x"], rows, _columns(case), case.seed,
                          scales=_usable(inputs.plain["global_scale"], len(rows), ids))  # fmt: skip
     for fault in step.faults:
+        if fault.name == "noncontiguous" and fault.tensor != "x":
+            _spread(inputs, fault.tensor, case.seed)
         if fault.tensor != "x":
             continue
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
@@ -166,9 +169,16 @@ def _ids(case: Case, step_index: int, device: torch.device | str) -> torch.Tenso
     values = fresh_ids[: len(rows)].to(getattr(torch, str(case.config["expert_ids"])))
     canvas = IdsCanvas("expert_ids", values, rows, [0], case.seed, experts=Labels.range(count))
     for fault in step.faults:
-        if fault.tensor == "expert_ids" and rows:
+        if fault.tensor == "expert_ids" and fault.name != "noncontiguous" and rows:
             FAULTS[fault.name].lay(canvas, fault.rows.positions(step.rows))
     return canvas.values[:, 0].contiguous()
+
+
+def _spread(inputs: QuantizeInputs, name: str, seed: int) -> None:
+    """The numbers of a vector stand apart, as in a column of a table."""
+    canvas = Canvas(name, inputs.plain[name].view(-1, 1), [0], [0], seed)
+    FAULTS["noncontiguous"].lay(canvas, [0])
+    inputs.lies[name] = Lie(0, canvas.offset, 1 + canvas.stride_gap)
 
 
 def _usable(global_scale: torch.Tensor, rows: int, ids: torch.Tensor | None) -> torch.Tensor:

@@ -62,6 +62,7 @@ ROW_FAULTS = ("zero_rows", "code_grid", "zero_block", "lone_number", "scale_satu
               "huge_rows", "ladder", "stale_rows")  # fmt: skip
 ID_FAULTS = ("all_to_one", "minus_one_ids", "num_experts_ids", "sentinel_ids", "wide_ids")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
+_VECTORS = ("expert_ids", "global_scale")  # of more than one number
 PLACES = (
     *(FaultPlace(name, "x", on_rows=True) for name in ROW_FAULTS),
     FaultPlace("noncontiguous", "x", on_rows=False),
@@ -71,6 +72,7 @@ PLACES = (
     FaultPlace("far_columns", "x", on_rows=False, modes=("eager", "graph")),
     FaultPlace("misaligned", "x", on_rows=False),
     *(FaultPlace(name, "expert_ids", on_rows=True, needs="expert_ids") for name in ID_FAULTS),
+    *(FaultPlace("noncontiguous", name, on_rows=False, needs="expert_ids") for name in _VECTORS),
 )
 
 
@@ -130,24 +132,25 @@ class QuantizeSpace:
         return means.device != "cpu" or self.cost(case, means) <= means.budget(CPU_BUDGET, HOST_BUDGET)
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
-        return tuple(p for p in self.places if not self._refused(p.fault, info)
+        return tuple(p for p in self.places if not self._refused(p.fault, p.tensor, info)
                      and self._has_room(p.fault, p.needs, config))  # fmt: skip
 
     def _has_room_for(self, config: Mapping[str, Scalar], fault: Fault) -> bool:
-        return fault.tensor != "expert_ids" or self._has_room(fault.name, "expert_ids", config)
+        return fault.tensor not in _VECTORS or self._has_room(fault.name, "expert_ids", config)
 
     def _has_room(self, fault: str, needs: str | None, config: Mapping[str, Scalar]) -> bool:
         """Whether the config has what the fault is laid on: ids beyond 32 bits need more of them."""
         return (not needs or config[needs] != "none") and (fault != "wide_ids" or config["expert_ids"] == "int64")
 
-    def _refused(self, fault: str, info: TargetInfo) -> str:
+    def _refused(self, fault: str, tensor: str, info: TargetInfo) -> str:
         """Why the target does not take the fault; empty if it does."""
         can, contract = info.capabilities, info.contract
         if fault in ID_FAULTS[1:] and {"minus_one_ids": "minus_one", "num_experts_ids": "num_experts"}.get(
             fault, "garbage") not in contract.accepts:  # fmt: skip
             return f"rows of no expert ({fault})"
-        if (fault in _STRIDED and not can.strided) or (fault == "far_columns" and not can.any_strides):
-            return "strided x"
+        any_strides = fault == "far_columns" or (fault in _STRIDED and tensor in _VECTORS)
+        if (fault in _STRIDED and not can.strided) or (any_strides and not can.any_strides):
+            return f"strided {tensor}"
         return "misaligned x" if fault == "misaligned" and can.alignment > 1 else ""
 
     # ---- what is valid ----------------------------------------------------------------------------------------------
@@ -177,7 +180,8 @@ class QuantizeSpace:
             refused.append(f"{self._count(case.config)} blocks")
         if not info.capabilities.zero_tokens and not all(step.tokens for step in case.steps):
             refused.append("no rows")
-        refused += [why for name in case.fault_names if (why := self._refused(name, info))]
+        laid = sorted({(fault.tensor, fault.name) for step in case.steps for fault in step.faults})
+        refused += [why for tensor, name in laid if (why := self._refused(name, tensor, info))]
         return f"{info.name} does not take {', '.join(refused)}" if refused else ""
 
     # ---- what it is like --------------------------------------------------------------------------------------------
