@@ -57,5 +57,7 @@ def _placed(name: str, inputs: Inputs, alignment: int) -> dict[str, Any]:
     apart = lie.gap or lie.column_stride
     fold = [rows, plain.numel() // rows] if rows else None if plain.dim() in (1, 2) or apart else [plain.numel()]
     strides = list(lie.strides(fold or plain.shape))
+    if name in getattr(inputs, "turned", ()):
+        fold, strides = None, [plain[0].numel(), 1, plain.shape[1]]
     found = tensor(plain) | asdict(lie)
     return found | {"strides": strides, "alignment": max(alignment, plain.element_size()), "fold": fold}

@@ -302,14 +302,14 @@ def lies(*faults: Fault, **changes: object) -> dict[str, tuple[int, ...]]:
 def test_inputs_that_are_not_packed() -> None:
     packed = {"x": (6 * 16, 16, 1), "residual": (16, 1), "gamma": (1,)}
     assert lies() == packed
-    apart = lies(Fault("noncontiguous", "x", None))
+    apart = lies(Fault("noncontiguous", "x"))
     assert apart["x"][0] == 6 * apart["x"][1] > 6 * 16
     assert {**apart, "x": packed["x"]} == packed
-    turned = lies(Fault("transposed", "x", None), Fault("transposed", "residual", None))
+    turned = lies(Fault("transposed", "x"), Fault("transposed", "residual"))
     assert turned["x"] == (16 * turned["x"][2], 1, turned["x"][2])
     assert turned["x"][2] >= 6
     assert turned["residual"][0] == 1
-    assert lies(Fault("noncontiguous", "gamma", None))["gamma"][0] > 1
+    assert lies(Fault("noncontiguous", "gamma"))["gamma"][0] > 1
 
 
 def test_only_what_takes_strides_is_given_any() -> None:
@@ -317,7 +317,7 @@ def test_only_what_takes_strides_is_given_any() -> None:
     loose = replace(INFO, capabilities=replace(INFO.capabilities, any_strides=True))
     for fault, tensor, takers in (("noncontiguous", "x", (INFO, loose)), ("transposed", "residual", (INFO, loose)),
                                   ("noncontiguous", "gamma", (loose,))):  # fmt: skip
-        made = case(Fault(fault, tensor, None))
+        made = case(Fault(fault, tensor))
         for info in (strict, INFO, loose):
             assert (not SPACE.refusal(made, info)) == (info in takers)
             offered = {(place.fault, place.tensor) for place in SPACE.places_for(made.config, info)}

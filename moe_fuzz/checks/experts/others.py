@@ -45,7 +45,7 @@ def _shard(inputs: ExpertsInputs, rank: int) -> ExpertsInputs:
     here = (old >= 0) & (old < count) & (old % RANKS == rank)
     changed["expert_map"] = torch.where(here, old // RANKS, -1).int()
     packed = {name: lie for name, lie in inputs.lies.items() if name not in changed}
-    return replace(inputs.replace(**changed), lies=packed, folds={})
+    return replace(inputs.replace(**changed), lies=packed, folds={}, turned=())
 
 
 def scaled(inputs: ExpertsInputs) -> ExpertsInputs | None:

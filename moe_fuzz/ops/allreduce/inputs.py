@@ -66,16 +66,23 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     options = {"eps": config["eps"], "residual": None}
     inputs = AllreduceInputs(options, {"x": x, **tensors, "gamma": gamma}, rows=rows)
     for name in inputs.plain:
-        inputs.lies[name] = _lie(places[name][0])
+        inputs.lies[name] = _lie(places[name])
     return inputs
 
 
-def _lie(canvas: Canvas) -> Lie:
+_NEAR = 12  # elements between two rows
+_MOST_APART = 1 << 22  # between the first and the last of all ranks: what a guard looks through at each call
+
+
+def _lie(canvases: Sequence[Canvas]) -> Lie:
     """Of gamma, or of the matrix of each rank, which all lie alike."""
+    canvas = canvases[0]
     if canvas.name == "gamma":
         return Lie(0, canvas.offset, 1 + canvas.stride_gap if canvas.stride_gap else 0)
-    column_stride = max(1, len(canvas.rows) + canvas.stride_gap) if canvas.transposed else 0
-    return Lie(0 if canvas.transposed else canvas.stride_gap, canvas.offset, column_stride)
+    beside = len(canvases) * len(canvas.columns if canvas.transposed else canvas.rows)
+    gap = min(canvas.stride_gap, max(_NEAR, _MOST_APART // max(1, beside)))
+    column_stride = max(1, len(canvas.rows) + gap) if canvas.transposed else 0
+    return Lie(0 if canvas.transposed else gap, canvas.offset, column_stride)
 
 
 def fresh_rows(

@@ -32,7 +32,7 @@ SENSELESS = {"zero_scale": "zero", "infinite_scale": "infinite", "nan_scale": "n
 SENSELESS_CALIBRATION = {"subnormal_scale": "subnormal", "negative_scale": "negative"}
 FACTORS, CALIBRATIONS = ("w13_alpha", "w2_alpha"), ("x_global", "h_global")
 #: Codes are packed and start at whole blocks, so of their layout nothing can be a fault.
-_LAYOUTS = ("noncontiguous", "misaligned", "int32_boundary")
+_LAYOUTS = ("noncontiguous", "transposed", "misaligned", "int32_boundary")
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class ExpertsInputs(Inputs):
     recipe: str = "dense"
     padding: torch.Tensor = field(default_factory=_no_rows)  # bool [T]: rows that are flagged as padding
     ordinary: torch.Tensor = field(default_factory=_no_rows)  # bool [T]: x and weights are as the recipe makes them
+    turned: tuple[str, ...] = ()  # weights whose columns are packed, and rows are not
     folds: dict[str, int] = field(default_factory=dict)  # of the weights that are not packed: rows between the gaps
 
     fluid: ClassVar[tuple[str, ...]] = ("x", "weights", "ids")
@@ -107,6 +108,8 @@ class ExpertsInputs(Inputs):
         """Fences know gaps between the rows of a matrix. Weights are one of E rows, or of as many as the experts have
         rows together."""
         rows = self.folds.get(name)
+        if name in self.turned:
+            return super()._place(name, plain.transpose(1, 2).contiguous(), arena, capabilities).transpose(1, 2)
         if rows is None:
             return super()._place(name, plain, arena, capabilities)
         placed = super()._place(name, plain.reshape(rows, -1), arena, capabilities)
@@ -213,6 +216,10 @@ def _lay_out(inputs: ExpertsInputs, name: str, canvas: Canvas) -> None:
     if not (canvas.stride_gap or canvas.transposed or canvas.offset):
         return
     tensor, gap = inputs.plain[name], canvas.stride_gap
+    if tensor.dim() == 3 and canvas.transposed:
+        inputs.turned = (*inputs.turned, name)
+        inputs.lies[name] = Lie(0, canvas.offset)
+        return
     far = tensor.dim() == 3 and gap > 1 << 16
     if tensor.dim() == 3 and not far:  # an expert's rows stand apart, and they may be many
         gap = min(gap, max(_NEAR, _MOST_APART // max(1, tensor.shape[0] * tensor.shape[1])))

@@ -40,6 +40,7 @@ _EAGER_IDS = ("wide_ids",)  # they are int64, and a graph's buffer has one dtype
 _DUPLICATES = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
 _BIASES = ("b13", "b2")
+_PROJECTIONS = ("w13", "w2")
 _NO_PIECES = ("eager", "graph")  # a producer's graph would need real memory for all that lies between rows
 PLACES = (
     *(FaultPlace(name, "x", on_rows=True) for name in X_FAULTS),
@@ -50,7 +51,7 @@ PLACES = (
     FaultPlace("exact_count", "ids", on_rows=False),
     *(FaultPlace("noncontiguous", name, on_rows=False) for name in ("x", "w13", "w2", "weights", "ids")),
     *(FaultPlace("misaligned", name, on_rows=False) for name in ("x", "w13", "w2", "weights", "ids")),
-    *(FaultPlace("transposed", name, on_rows=False) for name in ("x", "weights", "ids")),
+    *(FaultPlace("transposed", name, on_rows=False) for name in ("x", "weights", "ids", *_PROJECTIONS)),
     *(FaultPlace("int32_boundary", name, on_rows=False, max_rows=64, modes=_NO_PIECES) for name in ("x", "w13", "w2")),
     *(FaultPlace("far_columns", name, on_rows=False, modes=_NO_PIECES) for name in ("x", "weights", "ids")),
     *(FaultPlace(fault, name, on_rows=False, needs="bias") for fault in _STRIDED[:2] for name in _BIASES),
@@ -136,6 +137,7 @@ class ExpertsSpace:
         if fault in _DUPLICATES and not can.duplicate_ids:
             return "an expert twice in a row"
         any_strides = fault == "far_columns" or tensor in (*_BIASES, "expert_map")
+        any_strides |= fault == "transposed" and tensor in _PROJECTIONS
         if (fault in _STRIDED and not can.strided) or (any_strides and not can.any_strides):
             return f"strided {tensor}"
         return f"misaligned {tensor}" if fault == "misaligned" and can.alignment > 1 else ""
