@@ -87,6 +87,22 @@ def _change(depth: int = 0, judges: int = 0, why: str = "") -> None:
             _tell({"still": after} if after else {"goes": before})
 
 
+_OFTEN = 0.5  # seconds between two times that the parent hears of what goes on
+_told = 0.0
+
+
+def goes_on() -> None:
+    """Another program of an interpreted kernel begins: it is slow, perhaps, and does not hang."""
+    global _told
+    now = time.perf_counter()
+    if now - _told < _OFTEN:
+        return
+    _told = now
+    with _lock:
+        if _tell is not None:
+            _tell({"on": 1})
+
+
 def stood() -> float:
     """Seconds that the clock has stood still in this process while it compiled or loaded."""
     with _lock:

@@ -145,7 +145,7 @@ def target_row(row: TargetRow) -> str:
         parts.append(f"every one of them {refused}: nothing was tested")
     if row.unjudged:
         parts.append(f"{row.unjudged:,} of them took too long to judge, which says nothing of the target: "
-                     "is the machine overloaded?")  # fmt: skip
+                     "is the machine overloaded, or are they slow to interpret?")  # fmt: skip
     if row.parity:
         parts.append(f"on {row.parity:,} of them wrong outputs were proved to be rejected")
     if row.budget:

@@ -102,6 +102,9 @@ def hang(
     if still == "judge":  # the target has answered
         detail = f"its answer was not judged within {deadline:g} s, which is no fault of the target's\n"
         return Verdict(REJECTED, seconds=seconds, detail=detail + _detail(log, offset, stack), stats={UNJUDGED: 1})
+    if still == "interpret":
+        detail = f"its kernels were still interpreted, a program after the other, after {deadline:g} s: too slow here\n"
+        return Verdict(REJECTED, seconds=seconds, detail=detail + _detail(log, offset, stack), stats={UNJUDGED: 1})
     compiling = bool(still)
     message = f"no verdict within {deadline:g} s{' of compiling' * compiling}; the worker was killed"
     found = site(stack, layout)

@@ -3,6 +3,9 @@
 Two allowances: the case's own seconds, and those it may stand still: while the worker says that it compiles or loads
 (execute/clock.py), or is seen to read files. Nothing that spins or waits on a device reads files; whoever imports a
 module or loads a library does, be it through a hook of ours or not.
+
+Who is interpreted a program of a grid after the other is slow, and hangs no more than that: as long as another program
+begins, its own seconds begin anew, up to a limit. A kernel that spins begins no other.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import time
 
 _READ = 4096  # bytes in a slice: more is no counter of an event, but a file
+_FORWARD = 2  # times its own seconds: how long a case may go on and on
 _FAULTS = 8  # pages in a slice that had to come from a disk
 
 
@@ -20,12 +24,14 @@ class CaseClock:
         """own, still: seconds of each kind that a case gets."""
         self._given = {False: own, True: still}
         self._spent = {False: 0.0, True: 0.0}
+        self._forward = 0.0  # of its own seconds, those that were given back
         self._still = ""
         self._since = self._began = time.monotonic()
 
     def restart(self) -> None:
         """A case begins."""
         self._spent = {False: 0.0, True: 0.0}
+        self._forward = 0.0
         self._still = ""
         self._since = self._began = time.monotonic()
 
@@ -33,6 +39,12 @@ class CaseClock:
         """From now on the clock stands still, for this reason; or it goes again, where there is none."""
         self._settle(bool(self._still))
         self._still = still
+
+    def go_on(self) -> None:
+        """Another program of an interpreted kernel began: what was done until then was work."""
+        self._settle(bool(self._still))
+        self._forward += self._spent[False]
+        self._spent[False] = 0.0
 
     def look(self, reads: bool) -> None:
         """The process was silent since the last event or look; `reads`: it read files meanwhile."""
@@ -46,12 +58,17 @@ class CaseClock:
     @property
     def limit(self) -> float:
         """Seconds of the present allowance."""
-        return self._given[bool(self._still)]
+        return _FORWARD * self._given[False] if self.slow else self._given[bool(self._still)]
+
+    @property
+    def slow(self) -> bool:
+        """Whether it went on and on for too long."""
+        return self._forward >= _FORWARD * self._given[False]
 
     @property
     def still(self) -> str:
-        """Why it stands still; empty: it goes."""
-        return self._still
+        """Why it stands still, or "interpret" where it is slow; empty: it goes."""
+        return self._still or "interpret" * self.slow
 
     @property
     def expired(self) -> bool:

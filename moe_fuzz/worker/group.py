@@ -214,6 +214,8 @@ class _Round:
         elif "still" in event or "goes" in event:
             self._still[rank] = str(event.get("still", ""))
             self._clock.stand(max(self._still))
+        elif "on" in event:
+            pass  # one rank that goes on says nothing of another that hangs
         elif "verdict" in event:
             self._given[rank][int(str(event["verdict"]))] = Verdict.from_json(event["is"])  # type: ignore[arg-type]
         elif "done" in event:

@@ -5,6 +5,7 @@
     worker → parent   {"ready": 1}   {"start": i, "log": offset}   {"verdict": i, "is": {…}}   {"done": n, "rss": bytes}
                       {"still": "compile"}   {"goes": "compile"}: from here, to here the case's clock stands still;
                       for "compile", "load" or "judge"; another "still" changes the reason
+                      {"on": 1}: another program of an interpreted kernel begins
                       {"info": {…}}   {"exhibit": {…}}   {"error": {"class": "UsageError", "message": "…", "hint": "…"}}
     parent → zygote   {"fork": id, "log": path, "memory": bytes, "environment": {…}} and one descriptor
                       {"signal": id, "number": 10}

@@ -257,6 +257,10 @@ class Worker:
                     clock.restart()
                 elif "still" in event or "goes" in event:
                     clock.stand(str(event.get("still", "")))
+                elif "on" in event:
+                    clock.go_on()
+                    if clock.slow:
+                        raise Expired
                 elif "verdict" in event:
                     current = None
                     verdict = Verdict.from_json(event["is"])

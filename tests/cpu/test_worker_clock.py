@@ -51,6 +51,29 @@ def test_a_process_that_reads_is_not_hanging_yet(now: list[float]) -> None:
     assert case.expired
 
 
+def test_a_kernel_that_goes_on_is_slow_and_one_that_stays_hangs(now: list[float]) -> None:
+    case = CaseClock(own=3.0, still=60.0)
+    for _ in range(2):
+        now[0] += 2.5
+        case.look(reads=False)
+        case.go_on()
+        assert (case.expired, case.slow, case.still, case.limit) == (False, False, "", 3.0)
+    now[0] += 3
+    case.look(reads=False)
+    assert (case.expired, case.slow, case.still) == (True, False, "")  # it has stayed in a program
+    case.restart()
+    for _ in range(3):
+        now[0] += 2
+        case.go_on()
+    assert (case.expired, case.slow, case.still, case.limit) == (False, True, "interpret", 6.0)
+    case.restart()
+    assert not case.slow
+    case.stand("compile")
+    now[0] += 50
+    case.go_on()  # a kernel that another thread runs meanwhile
+    assert not case.slow
+
+
 def test_reading_is_seen_from_outside() -> None:
     program = """if True:
         import sys
