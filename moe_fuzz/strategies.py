@@ -49,6 +49,8 @@ def configs(draw: st.DrawFn, space: Space, info: TargetInfo) -> dict[str, Scalar
         if small and "top_k" in config:
             config["experts"] = config["top_k"] = draw(st.sampled_from(small))
             config["top_k"] = min(int(config["top_k"]), info.capabilities.max_top_k)
+    elif shape == 3:  # all flags plain, which fast paths ask for: drawn one by one, they hardly ever are
+        config |= {axis.name: axis.values[0] for axis in axes if axis.name not in (*space.sizes, "dtype")}
     return space.complete(config, info)
 
 

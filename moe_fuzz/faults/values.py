@@ -204,6 +204,18 @@ class ZeroRows(Fault):
 
 
 @register
+class SignedZeros(Fault):
+    """Rows of zeros of both signs, which are equal: all of them are ties."""
+
+    name = "signed_zeros"
+    replaces = True
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        zeros = canvas.table([0.0, -0.0], torch.float32).to(canvas.values.dtype)
+        canvas.values[canvas.at(positions)] = zeros[canvas.choose(positions, 2, self.name)]
+
+
+@register
 class StaleRows(Fault):
     """The rows hold what an earlier step left there: finite, ordinary, and somebody else's.
 

@@ -46,7 +46,8 @@ def count(seen: AlignObservation) -> list[Violation]:
     if got == seen.used or seen.unwritten["num_tokens_post_padded"].any():
         return []
     dropped = seen.slots - int(seen.kept.sum())
-    message = f"{seen.slots - dropped} kept and {dropped} dropped slots make {seen.blocks} blocks of {seen.block_size}"
+    made = f"{seen.slots - dropped} kept and {dropped} dropped slots make {seen.blocks} blocks of {seen.block_size}"
+    message = f"{made}: num_tokens_post_padded is {got}, not {seen.used}"
     symptom = "too many" if got > seen.used else "too few"
     return [Violation("count", symptom, message, "num_tokens_post_padded", (0,), str(seen.used), str(got))]
 

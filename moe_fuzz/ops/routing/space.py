@@ -61,7 +61,8 @@ FIELDS: dict[str, tuple[Scalar, ...]] = {
 SIMPLEST: dict[str, Scalar] = {name: values[0] for name, values in FIELDS.items()}
 
 ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts",
-               "clustered_top", "shifted_rows", "huge_rows", "ladder", "ties", "zero_rows", "stale_rows")  # fmt: skip
+               "clustered_top", "shifted_rows", "huge_rows", "ladder", "ties", "signed_zeros", "zero_rows",
+               "stale_rows")  # fmt: skip
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")  # faults that need a target which takes strides
 PLACES = (
     *(FaultPlace(name, "logits", on_rows=True) for name in ROW_FAULTS),
