@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_fuzz.case import Fault
+from moe_fuzz.case import Case, Fault
 from moe_fuzz.checks import CHECKS
 from moe_fuzz.checks.experts import statistical
 from moe_fuzz.contract import Contract
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
+from moe_fuzz.options import RunOptions
 from moe_fuzz.reference.align import expert_of_slot
 from moe_fuzz.reference.experts_bf16 import ACTIVATIONS, GATE_LAYOUTS, activate
 from tests.benchmark_script import benchmark
@@ -224,3 +225,17 @@ def test_a_coefficient_of_fewer_bits_shows_in_the_bits(narrowed, bias):
         assert set(found) <= {"exact", "statistical"}, found
         told += "exact" in found
     assert told >= 6
+
+
+def test_a_product_may_overflow_before_its_weight_makes_it_small():
+    """A target may weigh x or the product: of a product without its weight that is infinite, nothing can be asked."""
+    from moe_fuzz.execute.runner import Runner
+
+    replayed = Case.loads(
+        "mfz1:eNpdUctuwyAQ_BfObm3i1FF86n9UEcJmwag2IFjylP-9i1O1VU8wI2ZndniwxYPQ-X5nPa-YD6xncA0QMYlB845VDGU0gP_49xqXUE_1MFun"
+        "-FBP3kHC13DrZ--D0O2OlItXUHTSQCSYABTr22OzbxveHXb7ho5j075VbPROW8P6B5Mj2rNE6x0pk50zCQcrEyFHHoSUlTOMJZCyCa2jK5F4C8Vr0LOX"
+        "uOUGZQoTrZnKi2d6scjwO-p7IyIaQkYiiFnefC7DtY2p6CarFFAY3lXMOoS4ACVAeDKLNM5iLns2VF9RajknqFiE0W6RxhzPxQypl8-t5QuUTMI7YV0o"
+        "EowZfug00n6sf2lXqgwhULyPB4v-UnJyvqdRWuYZn7yTSzGZsgGxvSEjcMlHIq8E_ujW03oq9Rn6KaLkoVP6yHWzo29ZvwDvkKhG"
+    )
+    verdict = Runner("cpu").run(replayed, "experts_bf16@torch", RunOptions())
+    assert verdict.kind == "pass", verdict

@@ -165,6 +165,7 @@ class _Evaluation:
             own = weight.abs()
             e_a = e_a.masked_fill(own * x.amax(dim=-1, keepdim=True) >= LARGEST, torch.inf)
             a = (a * weight).masked_fill_(weight == 0, 0.0)
+            before = sizes  # who weighs the product has it without its weight first, and that may overflow
             sizes = most * sizes
             below = below * (1 + own)
         if (b13 := self.plain.get("b13")) is not None:
@@ -172,6 +173,9 @@ class _Evaluation:
             a, sizes = a + bias, sizes + bias.abs()
         e_a = torch.add(e_a + below, sizes, alpha=gamma(self._depth(w.shape[1]), self.u_sum))
         e_a = _without(sizes >= LARGEST, e_a, fill=torch.inf)[0]
+        if self.on_input:
+            ends = self.most if self.contract.gate_up == "dtype" else LARGEST
+            e_a = _without(before >= ends, e_a, fill=torch.inf)[0]
         sharp = _random_gamma(w.shape[1]) * sizes if self.random else None
         if self.contract.gate_up == "dtype":
             e_a += 2 * (self.u * (a.abs() + e_a) + self.floor)  # of the product, and with the bias
