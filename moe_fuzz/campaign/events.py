@@ -122,6 +122,11 @@ class FindingReported(Event):
     path: str  # its folder; empty where it is on nobody's disk
     entry: Mapping[str, Any] = field(default_factory=dict)  # of the ledger, for a known one
 
+    @property
+    def known_as(self) -> str:
+        """Where the ledger tells of it: `name, tracker (owner)`; empty where it does not."""
+        return "{name}, {tracker} ({owner})".format_map(self.entry) if self.entry else ""
+
 
 @dataclass(frozen=True)
 class FindingFixed(Event):
@@ -214,15 +219,6 @@ class WorkersCounted(Event):
 class Note(Event):
     kind: ClassVar[str] = "note"
     message: str
-
-
-@dataclass(frozen=True)
-class Warning(Event):
-    """Something the reader should act on."""
-
-    kind: ClassVar[str] = "warning"
-    message: str
-    hint: str = ""
 
 
 @dataclass(frozen=True)

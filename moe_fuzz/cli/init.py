@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from moe_fuzz.targets import registry
 
 NIGHTLY = "deep"  # the profile of a scheduled run
 _FOLDER = Path(__file__).parent / "ci"
+_NOT_PLAIN = re.compile(r"""["'$`\\\n]|\s#|:\s""")
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,25 @@ def command() -> None:
 @click.option("--target", "targets", multiple=True, metavar="TARGET", help="May be given several times. [default: all]")
 @click.option("--profile", type=click.Choice(tuple(PROFILES)), default="quick", show_default=True)
 @click.option("--runner", metavar="LABEL", help="What the machines with the GPU are called in your CI.")
+@click.option("--install", "requirement", metavar="REQUIREMENT", default=f"moe-fuzz=={__version__}", show_default=True,
+              help="What pip installs: a release, a git URL, a path.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="- prints it. [default: the CI's own]")
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 def workflow(
-    kind: str | None, targets: tuple[str, ...], profile: str, runner: str | None, output: Path | None, force: bool
-) -> None:
+    kind: str | None, targets: tuple[str, ...], profile: str, runner: str | None, requirement: str,
+    output: Path | None, force: bool,
+) -> None:  # fmt: skip
     """Write a gate for pull requests in the language of KIND; without it, of the CI that this repository uses."""
     for target in targets:
         if ":" not in target:  # a file of the repository need not be here yet
             registry.resolve(target)
         elif "@" not in target:  # of several targets each has its own op
             raise UsageError(f"which op does {target} implement?", f"write OP@{target}, with one of {', '.join(OPS)}")
+    if _NOT_PLAIN.search(requirement):  # it goes through a shell inside of YAML or Groovy
+        raise UsageError(f"--install {requirement!r} has quotes, $, a backslash, ' #' or ': ' in it",
+                         "write a plain requirement, and change the file by hand")  # fmt: skip
     chosen = KINDS[kind or used_here(Path.cwd())]
-    text = render(chosen, targets, profile, runner)
+    text = render(chosen, targets, profile, runner, requirement)
     path = output or Path(chosen.output)
     if str(path) == "-":
         click.echo(text, nl=False)
@@ -81,14 +89,14 @@ def used_here(folder: Path) -> str:
     return found[0]
 
 
-def render(kind: _Kind, targets: tuple[str, ...], profile: str, runner: str | None) -> str:
+def render(kind: _Kind, targets: tuple[str, ...], profile: str, runner: str | None, requirement: str) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER), undefined=jinja2.StrictUndefined, autoescape=False,
         variable_start_string="[[", variable_end_string="]]", keep_trailing_newline=True,
     )  # fmt: skip
     text = environment.get_template(kind.template).render(
         targets=" ".join(map(shlex.quote, targets)), profile=profile, runner=runner or kind.runner,
-        minutes=_minutes(profile), nightly=NIGHTLY, nightly_minutes=_minutes(NIGHTLY), version=__version__,
+        minutes=_minutes(profile), nightly=NIGHTLY, nightly_minutes=_minutes(NIGHTLY), requirement=requirement,
     )  # fmt: skip
     return text.replace("gate  --", "gate --")  # where no target is named
 

@@ -142,6 +142,7 @@ def _finding(told: Told) -> list[str]:
     return [
         f"<details{' open' if told.failed else ''}><summary>{_html(told.status)}: <code>{_html(finding.id)}</code> "
         f"{_html(finding.title)}: {_html(finding.message)}</summary>", "",
+        *([f"- ledger: {_html(told.known_as)}"] if told.known_as else []),
         f"- smallest input: {_code(finding.label)}", f"- class: {finding.finding_class}"
         + (f": {_html(finding.clause)}" if finding.clause else ""), "",
         "```", finding.replay, "```", "", "</details>", "",
@@ -152,6 +153,7 @@ def _rest(story: Story) -> list[str]:
     lines = [f"- flaky: {_code(event.target)}: {_html(' '.join(event.verdict.key))}" for event in story.flaky[:50]]
     lines += [f"- worker lost on {_code(lost.target)}: {_html(lost.reason)}" for _, lost in list(story.lost)[:50]]
     lines += [f"- not available: {_code(one.target)}: {_html(one.reason)}" for one in story.unavailable[:50]]
+    lines += [f"- note: {_html(said)}" for said in story.notes[:50]]
     return [*lines, ""] if lines else []
 
 

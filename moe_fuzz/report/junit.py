@@ -81,7 +81,8 @@ def _finding(suite: ET.Element, told: Told) -> None:
     elif told.status == "fixed":
         _output(case, f"a finding of an earlier campaign, which does not fail any more\n{body}")
     else:
-        _say(case, "skipped", f"{told.status}: {finding.message}", body)
+        status = f"{told.status} ({told.known_as})" if told.known_as else told.status
+        _say(case, "skipped", f"{status}: {finding.message}", body)
 
 
 def _ran(case: ET.Element, row: TargetRow) -> None:
@@ -101,6 +102,8 @@ def _campaign(story: Story, red: bool) -> ET.Element:
         _say(case, "error", said, "", "cut")
     elif summary.exit_code not in (EXIT_CLEAN, EXIT_FINDING) or (summary.exit_code == EXIT_FINDING and not red):
         _say(case, "error", f"exit code {summary.exit_code}: {summary.reason or 'see its output'}", "", "exit-code")
+    if story.notes:
+        _output(case, "\n".join(story.notes))
     return _counted(suite)
 
 

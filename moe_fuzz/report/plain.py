@@ -65,8 +65,6 @@ def moment(event: events.Event) -> list[str]:
             return [f"worker lost on {event.target}: {event.reason}"]
         case events.Note():
             return [f"note: {event.message}"]
-        case events.Warning():
-            return [f"warning: {event.message}"] + ([f"  {event.hint}"] if event.hint else [])
         case _:
             return []
 

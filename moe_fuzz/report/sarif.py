@@ -124,7 +124,8 @@ def _result(told: Told, order: dict[str, int], root: Path) -> Json:
     }  # fmt: skip
     if not told.failed:
         # Somebody has seen it already: a scanner is not to raise it again.
-        result["suppressions"] = [{"kind": "external", "justification": f"{told.status} finding {finding.id}"}]
+        why = f"{told.status} finding {finding.id}" + (f": {told.known_as}" if told.known_as else "")
+        result["suppressions"] = [{"kind": "external", "justification": why}]
     return result
 
 
@@ -202,6 +203,8 @@ def _notifications(story: Story) -> Iterator[Json]:
         yield note("warning", f"worker lost on {lost.target}: {lost.reason}: {lost.label}")
     for seen in story.unexamined:
         yield note("warning", f"not examined: {seen.target}: {' '.join(seen.verdict.key)}: {seen.case.inline()}")
+    for said in story.notes:
+        yield note("note", said)
     for told in story.findings:
         if told.status == "fixed":
             yield note("note", f"gone: {told.finding.id} {told.finding.title} does not fail any more")

@@ -22,6 +22,7 @@ class Told:
     status: str  # "new", or one of events.TOLERATED
     path: str  # its folder; empty where it is on nobody's disk
     seconds: float  # into the campaign
+    known_as: str = ""  # where the ledger tells of it
 
     @property
     def failed(self) -> bool:
@@ -39,7 +40,6 @@ class Story:
     flaky: list[events.FlakySeen] = field(default_factory=list)
     lost: deque[tuple[float, events.WorkerLost]] = field(default_factory=lambda: deque(maxlen=MAX_LOST))
     notes: list[str] = field(default_factory=list)
-    warnings: list[events.Warning] = field(default_factory=list)
     samples: list[tuple[float, int]] = field(default_factory=list)  # seconds, cases
     cells: tuple[events.Cell, ...] = ()
     workers: dict[str, float] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Story:
                 if not killed(event.verdict):
                     self._seen.setdefault((event.target, *event.verdict.key), event)
             case events.FindingReported():
-                self._tell(event.finding, event.status, event.path)
+                self._tell(event.finding, event.status, event.path, event.known_as)
             case events.FindingFixed():
                 self._tell(event.finding, "fixed", event.path)
             case events.FlakySeen():
@@ -76,8 +76,6 @@ class Story:
                 self.workers = dict(event.counts)
             case events.Note():
                 self.notes.append(event.message)
-            case events.Warning():
-                self.warnings.append(event)
             case events.CampaignFinished():
                 self._finish(event.summary)
 
@@ -103,8 +101,8 @@ class Story:
     def row(self, target: str) -> events.TargetRow | None:
         return next((row for row in self.summary.rows if row.target == target), None) if self.summary else None
 
-    def _tell(self, finding: Finding, status: str, path: str) -> None:
-        self.told[finding.id] = Told(finding, status, path, self.seconds)
+    def _tell(self, finding: Finding, status: str, path: str, known_as: str = "") -> None:
+        self.told[finding.id] = Told(finding, status, path, self.seconds, known_as)
 
     def _sample(self, seconds: float, cases: int) -> None:
         self.seconds = max(self.seconds, seconds)

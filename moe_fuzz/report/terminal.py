@@ -12,7 +12,7 @@ from moe_fuzz.campaign import events
 from moe_fuzz.report import plain, text
 from moe_fuzz.verdict import BAD
 
-_WARN = ("warning", "not available", "worker lost")
+_WARN = ("not available", "worker lost")
 _STYLES = {"FOUND": "bold red", "gone": "green"} | dict.fromkeys(_WARN, "yellow")
 
 

@@ -74,7 +74,8 @@ def _target(info: TargetInfo) -> str:
 
 def found(event: FindingReported) -> str:
     """One line, at the moment of the finding."""
-    return f"{'FOUND' if event.status == 'new' else event.status} {event.finding.id}  {event.finding.title}"
+    known_as = f"  [{event.known_as}]" if event.known_as else ""
+    return f"{'FOUND' if event.status == 'new' else event.status} {event.finding.id}  {event.finding.title}{known_as}"
 
 
 def finding(item: Finding, state_dir: str) -> list[str]:

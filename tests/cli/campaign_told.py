@@ -15,6 +15,8 @@ from moe_fuzz.verdict import CRASH, VIOLATION, Verdict, Violation
 TARGET = "topk_softmax@builtin"
 OTHER = "topk_sigmoid@torch"
 HOSTILE = "<script>alert(1)</script> ]]> & \x1b[31m \x00 |`%0A::error::\n```"  # what a damaged library may have written
+LEDGER = {"name": "nan-crash", "tracker": "acme/kernels#12", "owner": "ada"}  # of an entry, what reports tell
+CLOSED = f"{TARGET}: ids twice: 6 of them were new; more like them are not examined"
 ROW = events.TargetRow(TARGET, 90, {"pass": 80, "violation": 9, "crash": 1}, 70, 0.4, 4.0, 0.5, 1, 1, 1,
                        budgets=(60, 15, 4, *[0] * 16, 1))  # fmt: skip
 
@@ -51,7 +53,7 @@ def told(finding: Finding, end: bool = True, **changes: object) -> list[events.E
         events.TargetUnavailable("align@vllm", "vllm is not installed", "pip install it"),
         events.CampaignStarted("0.1.0", infos, "cpu", 2, 7, 100, None, "there"),
         events.PhaseStarted("known", 2),
-        events.FindingReported(known, "known", "there/findings/1111111111"),
+        events.FindingReported(known, "known", "there/findings/1111111111", LEDGER),
         events.FindingFixed(gone, "there/findings/2222222222"),
         events.Progress(20, 100, 1.0, 20.0, {"pass": 20}, 0, 0, 4.0),
         events.ViolationSeen(TARGET, case, finding.verdict),
@@ -62,8 +64,8 @@ def told(finding: Finding, end: bool = True, **changes: object) -> list[events.E
         events.FindingReported(new, "new", f"there/findings/{new.id}"),
         events.FlakySeen(TARGET, case, flaky),
         events.FlakySeen(TARGET, case, killed),  # no second word of a worker that somebody killed
-        events.Warning("be careful", "with it"),
         events.Note(HOSTILE),
+        events.Note(CLOSED),
     ]
     if end:
         cells = (

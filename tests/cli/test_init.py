@@ -56,6 +56,19 @@ def test_each_kind_gates_the_change(call: Callable, tmp_path: Path, kind: str) -
     assert "topk_softmax@torch" not in (tmp_path / KINDS[kind].output).read_text()
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_what_is_installed_can_be_said(call: Callable, kind: str) -> None:
+    for wanted in ("moe-fuzz @ git+https://example.org/moe-fuzz@v1#egg=moe-fuzz", "./third_party/moe-fuzz[dev]"):
+        made = call("init", "workflow", kind, "--install", wanted, "--output", "-")
+        assert made.code == 0
+        assert f'python3 -m pip install "{wanted}"' in made.out
+        assert "moe-fuzz==" not in made.out
+    for odd in ('x"; touch evil; "', "$(touch evil)", "a`b`", "it's", "x\ny", "x #y", "x: y"):
+        refused = call("init", "workflow", kind, "--install", odd, "--output", "-")
+        assert (refused.code, refused.out) == (2, "")
+        assert "write a plain requirement" in refused.err
+
+
 def test_a_target_in_a_file_says_its_op(call: Callable) -> None:
     refused = call("init", "workflow", "github", "--target", "k.py:topk")
     assert refused.code == 2
@@ -66,7 +79,7 @@ def test_a_target_in_a_file_says_its_op(call: Callable) -> None:
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_each_job_has_the_time_of_its_profile(kind: str, profile: str) -> None:
     """Also the nightly one, which takes another profile."""
-    text = render(KINDS[kind], (), profile, None)
+    text = render(KINDS[kind], (), profile, None, "moe-fuzz")
     [limit] = re.findall(r"(?:timeout\S*:|timeout\(time:) *(.*)", text)
     limits = [int(number) * 60 for number in re.findall(r"\d+", limit)]
     profiles = [profile, "deep"] if kind == "github" else [profile]

@@ -87,7 +87,8 @@ def test_the_page_says_what_happened(finding: Finding) -> None:
     for needed in (
         "1 new finding", "100 cases in 5.0 s", finding.replay, finding.label, "1111111111", "2222222222",
         "git bisect run",
-        "flaky case", "1 kind of bad cases not examined", "killed from outside", "align@vllm", "be careful",
+        "flaky case", "1 kind of bad cases not examined", "killed from outside", "align@vllm",
+            "more like them are not examined",
         "80 cases, at most 40 %", "processes started 4", "mean time to start one 50 ms",
     ):  # fmt: skip
         assert needed in page.text, needed

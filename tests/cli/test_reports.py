@@ -51,7 +51,7 @@ def test_terminal_never_breaks_a_replay_line(finding: Finding) -> None:
         events.FindingMinimizing("a@b", "ids", "twice", 3, "[bold]x[/bold] " * 9),
         events.FindingReported(finding, "new", "x" * 90),
         events.FlakySeen("a@b", finding.case, finding.verdict),
-        events.Warning("[bold]careful[/]", "do this"),
+        events.Note("[bold]careful[/]"),
         events.CampaignFinished(summary),
     ):
         terminal.handle(event)

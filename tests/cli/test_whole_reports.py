@@ -16,7 +16,7 @@ from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.errors import UsageError
 from moe_fuzz.report import open_report, whole
 from moe_fuzz.report.story import Story
-from tests.cli.campaign_told import told
+from tests.cli.campaign_told import CLOSED, LEDGER, told
 from tests.cli.test_run import FakeCampaign, summary
 
 KINDS = ("junit", "sarif", "html")
@@ -117,6 +117,21 @@ def test_a_place_that_cannot_be_written_is_told_before_the_campaign(kind: str, t
         with pytest.raises(UsageError, match="cannot be written") as caught:
             open_report(kind, path)
         assert f"--report {kind}=PATH" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "github"])
+def test_what_is_known_names_the_ledgers_entry_and_what_was_left_out_is_told(
+    finding: Finding, tmp_path: Path, kind: str
+) -> None:  # fmt: skip
+    path = tmp_path / "report"
+    report = open_report(kind, path)
+    for event in told(finding):
+        report.handle(event)
+    report.close()
+    said = path.read_text()
+    assert LEDGER["name"] in said
+    assert f"{LEDGER['tracker']} ({LEDGER['owner']})" in said
+    assert CLOSED in said
 
 
 @pytest.mark.parametrize("kind", KINDS)
