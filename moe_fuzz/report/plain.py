@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from moe_fuzz.campaign import events
+from moe_fuzz.campaign.confirm import killed
 from moe_fuzz.report import text
 from moe_fuzz.report.gate_text import entry
 
@@ -20,6 +21,7 @@ class Plain:
         self._clock = clock
         self._next = clock() + PERIOD
         self._state_dir = ""
+        self._moments = Moments()
 
     def handle(self, event: events.Event) -> None:
         for line in self._lines(event):
@@ -41,11 +43,27 @@ class Plain:
             case events.CampaignFinished():
                 return ["", *text.summary(event.summary, self._state_dir)]
             case _:
-                return moment(event)
+                return self._moments.lines(event)
 
 
-def moment(event: events.Event) -> list[str]:
-    """The lines of an event that is worth a line when it happens, on any screen."""
+class Moments:
+    """Events that are worth a line when they happen, on any screen."""
+
+    def __init__(self) -> None:
+        self._suspects: set[tuple[str, str, str]] = set()
+
+    def lines(self, event: events.Event) -> list[str]:
+        if not isinstance(event, events.ViolationSeen):
+            return _moment(event)
+        kind = (event.target, *event.verdict.key)
+        if kind in self._suspects or killed(event.verdict):
+            return []
+        # Until it is confirmed and reduced may take minutes, and often the first line says what is wrong.
+        self._suspects.add(kind)
+        return [f"suspect, to be confirmed: {text.violation(event.target, event.verdict)}"]
+
+
+def _moment(event: events.Event) -> list[str]:
     match event:
         case events.TargetUnavailable():
             return [f"not available: {event.target}: {event.reason}"] + ([f"  {event.hint}"] if event.hint else [])

@@ -24,6 +24,7 @@ class Terminal:
         self._live = Live(console=console, refresh_per_second=4, transient=True, redirect_stdout=False)
         self._started: events.CampaignStarted | None = None
         self._progress: events.Progress | None = None
+        self._moments = plain.Moments()
         self._phase = ""
         self._doing = ""
 
@@ -46,7 +47,7 @@ class Terminal:
                 self._print(["", *text.summary(event.summary, self._started.state_dir if self._started else "")])
                 return
             case _:
-                self._print(plain.moment(event))
+                self._print(self._moments.lines(event))
         if isinstance(event, events.FindingReported | events.FlakySeen):
             self._doing = ""
         self._live.update(self._status())

@@ -10,7 +10,7 @@ from moe_fuzz.campaign.events import CampaignStarted, FindingReported, Summary, 
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.report.gate_text import gate
-from moe_fuzz.verdict import CRASH, FLAKY, HANG, OOM, PASS, REJECTED, VIOLATION
+from moe_fuzz.verdict import CRASH, FLAKY, HANG, OOM, PASS, REJECTED, VIOLATION, Verdict
 
 _MEANING = {
     VIOLATION: "a check found a broken rule",
@@ -76,6 +76,13 @@ def found(event: FindingReported) -> str:
     """One line, at the moment of the finding."""
     known_as = f"  [{event.known_as}]" if event.known_as else ""
     return f"{'FOUND' if event.status == 'new' else event.status} {event.finding.id}  {event.finding.title}{known_as}"
+
+
+def violation(target: str, verdict: Verdict) -> str:
+    """What is wrong with a case first of all, in a line."""
+    check, symptom = verdict.key
+    said = next((line for one in verdict.violations for line in one.message.splitlines()), "")
+    return f"{target}: {check} {symptom}" + (f": {said}" if said else "")
 
 
 def finding(item: Finding, state_dir: str) -> list[str]:

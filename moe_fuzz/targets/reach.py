@@ -36,7 +36,7 @@ class _Walk:
         todo = [start]
         while todo:
             one = todo.pop()
-            if isinstance(one, _PLAIN) or id(one) in self._seen:
+            if id(one) in self._seen:
                 continue
             if _is_kernel(one):
                 return True
@@ -48,32 +48,34 @@ class _Walk:
         return False
 
     def _named_by(self, one: Any) -> Iterator[Any]:
-        if isinstance(one, (list, tuple, set, frozenset, dict)):
-            if len(one) <= _LONG:
-                yield from one.values() if isinstance(one, dict) else one
+        if _is(one, _PLAIN):
             return
-        if isinstance(one, functools.partial):
+        if _is(one, (list, tuple, set, frozenset, dict)):
+            if len(one) <= _LONG:
+                yield from one.values() if _is(one, dict) else one
+            return
+        if _is(one, functools.partial):
             yield from (one.func, *one.args, *one.keywords.values())
             return
-        if isinstance(one, MethodType):
+        if _is(one, MethodType):
             yield from (one.__func__, one.__self__)
             return
-        if isinstance(one, (staticmethod, classmethod, property, functools.cached_property)):
+        if _is(one, (staticmethod, classmethod, property, functools.cached_property)):
             yield from (getattr(one, name, None) for name in ("__func__", "fget", "func"))
             return
         yield from _attributes(one, "__wrapped__")  # before all else: a compiler's wrapper is torch's
         yield from _attributes(one, "_torchdynamo_orig_callable")
-        if isinstance(one, FunctionType):
+        if _is(one, FunctionType):
             if not _opaque(one.__module__):
                 yield from self._of_function(one)
-        elif isinstance(one, type):
+        elif _is(one, type):
             if not _opaque(one.__module__):
                 yield from (*vars(one).values(), *one.__mro__[1:])
         elif type(one).__module__ == "torch._ops":
             self.unsure = True
-        elif not isinstance(one, ModuleType):
+        elif not _is(one, ModuleType):
             yield type(one)
-            if not _opaque(type(one).__module__) or hasattr(one, "_modules"):  # torch's containers hold a user's
+            if not _opaque(type(one).__module__) or "_modules" in _held(one):  # torch's containers hold a user's
                 yield from _attributes(one, "__dict__")
 
     def _of_function(self, function: FunctionType) -> Iterator[Any]:
@@ -84,7 +86,7 @@ class _Walk:
         known = function.__globals__
         for value in (*held, *(known[name] for name in names if name in known)):
             yield value
-            if isinstance(value, ModuleType):
+            if _is(value, ModuleType):
                 yield from self._of_module(value, names)
         for name in _imports(function.__code__, known):
             root = name.partition(".")[0]
@@ -106,7 +108,7 @@ class _Walk:
             self._looked.add((id(module), name))
             value = vars(module)[name]
             yield value
-            if isinstance(value, ModuleType):
+            if _is(value, ModuleType):
                 yield from self._of_module(value, names)
 
 
@@ -118,7 +120,7 @@ def _is_kernel(one: Any) -> bool:
 def _names(code: CodeType) -> Iterator[str]:
     yield from (name for name in code.co_names if not name.startswith("@"))  # which pytest puts into what it rewrites
     for inner in code.co_consts:
-        if isinstance(inner, CodeType):
+        if _is(inner, CodeType):
             yield from _names(inner)
 
 
@@ -137,24 +139,38 @@ def _import_statements(code: CodeType) -> tuple[tuple[int, str], ...]:
     numbers: list[Any] = [0, 0]
     for step in dis.get_instructions(code):
         if step.opname == "IMPORT_NAME":
-            found.append((numbers[-2] if isinstance(numbers[-2], int) else 0, str(step.argval)))
+            found.append((numbers[-2] if _is(numbers[-2], int) else 0, str(step.argval)))
         elif step.opname.startswith("LOAD_"):
             numbers.append(step.argval)
     for inner in code.co_consts:
-        if isinstance(inner, CodeType):
+        if _is(inner, CodeType):
             found += _import_statements(inner)
     return tuple(found)
 
 
 def _attributes(one: Any, name: str) -> Iterator[Any]:
-    try:
-        held = vars(one)
-    except TypeError:
-        return
+    held = _held(one)
     if name == "__dict__":
         yield from list(held.values())
     elif name in held:
         yield held[name]
+
+
+def _is(one: Any, kinds: type | tuple[type, ...]) -> bool:
+    """Of its type alone: `isinstance` asks its `__class__`, to which a proxy without an object answers by an error."""
+    return issubclass(type(one), kinds)
+
+
+def _held(one: Any) -> Mapping[str, Any]:
+    """Its attributes. Not by `vars`, which asks its `__getattr__`: a model of pydantic's builds itself then, or fails.
+    """
+    if _is(one, (type, ModuleType)):
+        return vars(one)
+    try:
+        found: Mapping[str, Any] = object.__getattribute__(one, "__dict__")
+    except AttributeError:
+        return {}
+    return found
 
 
 def _empty(cell: Any) -> bool:

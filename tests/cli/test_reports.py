@@ -14,6 +14,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.report import text
 from moe_fuzz.report.plain import Plain
 from moe_fuzz.report.terminal import Terminal
+from moe_fuzz.verdict import CRASH, Verdict, Violation
 
 
 def progress(cases: int = 50) -> events.Progress:
@@ -36,6 +37,19 @@ def test_plain_lines_of_progress_come_every_ten_seconds() -> None:
     assert len(lines) - before == 3
     assert lines[-1].startswith("5.0 s  50 of 200 cases  10.0/s  49 pass · 1 crash  1 finding")
     assert lines[-1].endswith("15 s left")
+
+
+def test_what_is_wrong_is_told_before_it_is_confirmed_and_once(finding: Finding) -> None:
+    lines: list[str] = []
+    plain = Plain(lines.append)
+    raised = replace(finding.verdict, violations=(Violation("error", "ValueError", "raised ValueError: E\nmore"),))
+    killed = Verdict(CRASH, (Violation("crash", "killed:SIGKILL", "somebody killed the worker"),))
+    for verdict in (raised, raised, killed, finding.verdict):
+        plain.handle(events.ViolationSeen("a@b", finding.case, verdict))
+    assert lines == [
+        "suspect, to be confirmed: a@b: error ValueError: raised ValueError: E",
+        f"suspect, to be confirmed: a@b: {finding.check} {finding.symptom}: {finding.message}",
+    ]
 
 
 def test_terminal_never_breaks_a_replay_line(finding: Finding) -> None:

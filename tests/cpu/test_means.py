@@ -153,6 +153,30 @@ def loads(logits, top_k, renormalize=False):
 def operator(logits, top_k, renormalize=False):
     return torch.ops.somebody.route(logits)
 
+class Unready:
+    __slots__ = ()
+    def __getattr__(self, name):  # as that of a pydantic model which is not built yet
+        raise RuntimeError(name)
+
+class Proxy:
+    @property
+    def __class__(self):  # as that of a proxy without an object
+        raise RuntimeError("no object")
+
+unready, proxy = Unready(), Proxy()
+
+def beside_what_answers(logits, top_k, renormalize=False):
+    return unready, launch(logits)
+
+def what_answers(logits, top_k, renormalize=False):
+    return unready
+
+def beside_a_proxy(logits, top_k, renormalize=False):
+    return launch(logits), proxy
+
+def a_proxy(logits, top_k, renormalize=False):
+    return proxy
+
 held, closed, open_ = Held(), made(launch), made(torch.sum)
 partial = functools.partial(lambda f, logits, top_k, renormalize=False: f(logits), launch)
 table = {{"a": launch}}
@@ -174,7 +198,8 @@ def module(tmp_path):
 @pytest.mark.parametrize(("name", "found"), [
     ("plain", False), ("direct", True), ("inner", True), ("of_a_module", True), ("of_a_module_plain", False),
     ("held", True), ("closed", True), ("open_", False), ("partial", True), ("chosen", True), ("loads", None),
-    ("operator", None),
+    ("operator", None), ("beside_what_answers", True), ("what_answers", False), ("beside_a_proxy", True),
+    ("a_proxy", False),
 ])  # fmt: skip
 def test_a_kernel_is_found_wherever_the_code_names_it(module, name, found):
     bound = bind(f"topk_softmax@{module}:{name}")
