@@ -211,6 +211,29 @@ def test_cases_choose_among_groups():
     assert any((len(case.experts) // int(case.config["n_group"])) % 2 for case in cases)
 
 
+def test_groups_are_of_any_number_and_any_number_of_them_stays():
+    drawn: list[tuple[int, int, int, int]] = []
+    info = TargetInfo("grouped_topk@x", "grouped_topk", "x")
+
+    def note(cases: tuple[Case, ...]) -> None:
+        n_group, kept, top_k = (int(cases[0].config[name]) for name in ("n_group", "topk_group", "top_k"))
+        drawn.append((n_group, kept, len(cases[0].experts) // n_group, top_k))
+
+    drive(strategies.rounds(GROUPED, info, "cpu", most=1), 7, 600, note)
+    numbers = {n_group for n_group, *_ in drawn}
+    assert len(numbers) > 25
+    assert max(numbers) > 64
+    assert numbers & {7, 9, 11, 13, 14, 15, 18, 20}, "no list has all of them"
+    for what, least, met in (
+        ("all groups stay, and their number is no power of two", 0.03,
+         lambda n, kept, size, k: n == kept and n & (n - 1)),
+        ("all that stay are taken", 0.08, lambda n, kept, size, k: kept < n and k == kept * size),
+        ("an expert a group", 0.08, lambda n, kept, size, k: n > size == 1),
+        ("more than 16 groups stay", 0.01, lambda n, kept, size, k: kept > 16),
+    ):  # fmt: skip
+        assert sum(bool(met(*one)) for one in drawn) > least * len(drawn), what
+
+
 def test_what_kernels_have_a_path_for_is_drawn_often():
     """One group, as half of the models with such routers have it, and one expert a token."""
     configs: list[dict[str, Scalar]] = []
@@ -235,7 +258,7 @@ def test_groups_follow_the_experts_that_are_left(left):
     kept = GROUPED.keep(case, "experts", Labels.of(left))
     GROUPED.validate(kept)
     assert len(kept.experts) % int(kept.config["n_group"]) == 0
-    assert kept.config["n_group"] == (8 if len(left) == 64 else 5 if len(left) == 100 else 1)
+    assert kept.config["n_group"] == {64: 8, 100: 5, 7: 7, 1: 1}[len(left)]
 
 @pytest.mark.parametrize("space", [SPACE, GROUPED], ids=lambda space: space.op)
 @relaxed

@@ -159,7 +159,7 @@ class RoutingSpace:
     # ---- what is valid ----------------------------------------------------------------------------------------------
 
     def validate(self, case: Case) -> None:
-        require_fields(case, {"experts", "top_k", *self.fields})
+        require_fields(case, {*self.sizes, *self.fields})
         labels = require_experts(case, 1024)
         require_integer(case, "top_k", min(32, len(labels)))
         require_values(case, self.fields)
