@@ -234,6 +234,19 @@ def test_groups_are_of_any_number_and_any_number_of_them_stays():
         assert sum(bool(met(*one)) for one in drawn) > least * len(drawn), what
 
 
+@pytest.mark.parametrize(("device", "most"), [("cpu", 1), ("cuda", 24)])
+def test_a_fault_of_many_forms_is_drawn_often(device: str, most: int):
+    """The best experts of a row in one lane: of few lanes a kernel has, and of few rows a case."""
+    laid: list[tuple[str, ...]] = []
+    info = replace(EVERYTHING, name="topk_softmax@x")
+    drive(strategies.rounds(SPACE, info, device, most), 11, 100,
+          lambda cases: laid.extend(case.fault_names for case in cases))  # fmt: skip
+    lanes, others = (sum(name in names for names in laid) / len(laid) for name in ("clustered_top", "shifted_rows"))
+    assert lanes > 0.06
+    assert lanes > 2 * others
+    assert all(len(set(names)) == len(names) for names in laid)
+
+
 def test_what_kernels_have_a_path_for_is_drawn_often():
     """One group, as half of the models with such routers have it, and one expert a token."""
     configs: list[dict[str, Scalar]] = []
