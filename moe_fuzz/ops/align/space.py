@@ -35,7 +35,7 @@ BLOCK_SIZES = (16, 8, 4, 2, 1, 32, 64, 128, 256, 3, 7, 12, 48, 100)
 #: With the dictionary of top_k, tokens times top_k stands on both sides of 64, 256, 1024 and 65536 slots.
 TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
           1023, 1024, 1025, 2048, 4095, 4096, 4097, 8191, 16385, 65537)  # fmt: skip
-MAPS = ("none", "shard", "permuted", "local")
+MAPS = ("none", "shard", "permuted", "local", "replicas")
 
 MAX_EXPERTS = 8192
 MAX_TOP_K = 64
@@ -65,7 +65,7 @@ _DUPLICATES = ("zero_rows", "all_to_one", "hot_expert", "duplicate_experts")  # 
 TAILS = ("", "", "", "minus_one_ids", "minus_one_ids", "num_experts_ids", "sentinel_ids", "zero_rows")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
 _MAP = "expert_map"
-_LOCAL = "local"  # the map that makes num_experts smaller than the number of ids
+_FEWER = ("local", "replicas")  # maps that make num_experts smaller than the number of ids
 PLACES = (
     *(FaultPlace(name, "ids", on_rows=True) for name in ROW_FAULTS),
     FaultPlace("noncontiguous", "ids", on_rows=False),
@@ -287,7 +287,7 @@ def _takes_block(can: Capabilities, size: int) -> bool:
 def _maps(can: Capabilities) -> tuple[str, ...]:
     if not can.expert_map:
         return MAPS[:1]
-    return MAPS if can.fewer_than_map else tuple(name for name in MAPS if name != _LOCAL)
+    return MAPS if can.fewer_than_map else tuple(name for name in MAPS if name not in _FEWER)
 
 
 SPACES = (AlignSpace(),)
