@@ -1,6 +1,7 @@
 """Grouped routing in Triton. Its contract is the docstring of `reference/grouped_topk.py`.
 
-One group of all experts is no group: such a call is the plain router's (routing.py), which is faster.
+Where all groups stay there is nothing to choose among them: that is one group. And one group of all experts is no
+group: such a call is the plain router's (routing.py), which is faster.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def _grouped_topk(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(logits, top_k, n_group, topk_group, scoring, group_score, scale, padding, n_shared)
     tokens, experts = logits.shape
+    if topk_group == n_group:
+        n_group, topk_group, group_score = 1, 1, "max"
     if n_group == 1 and n_shared == 0 and expert_map is None:
         sigmoid = scoring == "sigmoid"
         return _topk(sigmoid, logits, top_k, renormalize, bias, scale, is_padding, padding, out, nan_safe)

@@ -122,8 +122,9 @@ class RestrictedSpace:
         """With presets, these are an axis, and what all of them fix is no longer one worth covering."""
         values = dict(self._only.values or ())
         axes = tuple(
-            replace(axis, **{kind: tuple(value for value in getattr(axis, kind) if spelled(value) in values[axis.name])
-                             for kind in ("values", "often")})
+            replace(axis, between=None,
+                    **{kind: tuple(value for value in getattr(axis, kind) if spelled(value) in values[axis.name])
+                       for kind in ("values", "often")})
             if axis.name in values
             else axis
             for axis in self._space.axes(info)

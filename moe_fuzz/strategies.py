@@ -84,7 +84,8 @@ def rounds(
         drawn = chosen.choice(kinds)
         run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, kinds, means)
         places = _places(space, info, _in_mode(config, run, info), run)
-        swarm = chosen.sample(places, min(chosen.randint(0, 4), len(places)))
+        drawn_places = chosen.sample(_weighed(places), min(chosen.randint(0, 4), len(places)))
+        swarm = list(dict.fromkeys(drawn_places))
         cases += _alike(space, info, means, config, run, tokens, swarm, chosen)
     return tuple(cases)
 
@@ -95,10 +96,14 @@ def rounds(
 def _swarms(places: tuple[FaultPlace, ...]) -> st.SearchStrategy[list[FaultPlace]]:
     """At most 4 of the places."""
     # The tensor first, then the fault: else a tensor with few faults of its own would hardly ever have one.
-    tensors = [place.tensor for place in places]
-    by_tensor = [[at for at, name in enumerate(tensors) if name == tensor] for tensor in dict.fromkeys(tensors)]
+    by_tensor = [[at for at, place in enumerate(places) if place.tensor == tensor for _ in range(place.often)]
+                 for tensor in dict.fromkeys(place.tensor for place in places)]
     one = st.sampled_from(by_tensor).flatmap(st.sampled_from)
     return st.lists(one, max_size=4, unique=True).map(lambda chosen: [places[at] for at in chosen])
+
+
+def _weighed(places: Sequence[FaultPlace]) -> list[FaultPlace]:
+    return [place for place in places for _ in range(place.often)]
 
 
 def _in_mode(config: Mapping[str, Scalar], run: str, info: TargetInfo) -> dict[str, Scalar]:

@@ -19,7 +19,8 @@ def align(
     A slot is a place in `ids`, numbered token * k + j; there are N = T * k.
     Expert of a slot: its id, or what `expert_map` says of it. A slot is dropped when its id is not in [0, E), or, with
         a map, not in [0, G) or mapped to -1. So every padding sentinel is dropped, whatever its value, and so are the
-        experts of other ranks. No id is used as an index before it is known to be in range. A map is made once, by the
+        experts of other ranks. No id is used as an index before it is known to be in range. Several ids may have the
+        same expert, as its replicas have; a row that names two of them has two slots of it. A map is made once, by the
         server: what an entry outside [-1, E) does is nobody's promise; this reference drops it.
     sorted_token_ids: the kept slots of expert 0 in ascending order, then N until a whole number of blocks is filled,
         then those of expert 1, and so on; from `num_tokens_post_padded` on, all N. An expert without slots takes no

@@ -15,6 +15,7 @@ import torch
 
 from moe_fuzz.execute import launch_errors
 from moe_fuzz.fence import cuda_driver
+from moe_fuzz.fence.canary import spelled
 from moe_fuzz.verdict import Violation
 
 _T = TypeVar("_T")
@@ -33,10 +34,11 @@ class TargetError(Exception):
         self.out_of_memory = (
             isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message
         )
+        unwritten = f"; {poison} was never written: it is uninitialised memory" if (poison := spelled(message)) else ""
         self.violation = Violation(
             "error",
             name,
-            f"raised {name} on a valid input: {message}",
+            f"raised {name} on a valid input: {message}{unwritten}",
             expected="a result",
             got=f"{name}: {message}",
             site=site_of(error),

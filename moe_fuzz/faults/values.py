@@ -109,13 +109,13 @@ class MaskedExperts(Fault):
 
 #: Of a row: a warp most often, parts of it and several, and numbers that divide those of experts.
 _LANES = (32,) * 7 + (8, 16, 64) * 3 + (2, 4, 128) * 2 + (3, 5, 6, 10, 12, 20, 24, 48)
-_VECTORS = (1,) * 8 + (2, 4, 8, 16, 32, 64)  # experts that a lane has side by side
+_VECTORS = (1,) * 8 + (2, 4, 8, 16, 32, 64, 128, 256, 512)  # experts that a lane has side by side
 
 
 @register
 class ClusteredTop(Fault):
-    """The best experts of a row are all in one lane of a kernel: every second, every 32nd, or a run of them. A lane
-    that keeps its best few candidates only loses some (TensorRT-LLM#7068).
+    """The best experts of a row are all in one lane of a kernel: every second, every 32nd, a run of them, or a half. A
+    lane that keeps its best few candidates only loses some (TensorRT-LLM#7068).
 
     Experts are dealt to the lanes in turn, one or a vector of them at a time. Those of the lane are positive, all
     others negative; no magnitude changes, so that no two values become equal which differed.
@@ -242,6 +242,23 @@ class ExtremeBias(Fault):
         rungs += [sign * 2.0**power for power in (-14, -7, -3, 3, 7, 14) for sign in (1, -1)]
         table = canvas.table(rungs, canvas.values.dtype)
         canvas.values[canvas.at(positions)] = table[canvas.choose(positions, len(rungs), self.name)]
+
+
+@register
+class BrokenBias(Fault):
+    """NaN, +Inf or -Inf in a bias: in one place, in one of three, or everywhere. Where NaN or +Inf is, no row is
+    defined, and each still has k experts; -Inf masks an expert, and leaves rows defined."""
+
+    name = "broken_bias"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        keys = canvas.choose(positions, 1 << 16, self.name + "/one")  # [P, columns]
+        spread = canvas.choose_rows(positions, 3, self.name + "/spread")  # [P, 1]
+        hit = torch.where(spread == 0, keys == keys.amax(dim=1, keepdim=True), (keys % 3 == 0) | (spread == 2))
+        infinite = canvas.table([torch.inf, -torch.inf], canvas.values.dtype)
+        kind = canvas.choose_rows(positions, 3, self.name)
+        broken = torch.where(kind == 2, canvas.nans(positions, self.name), infinite[kind.clamp(max=1)])
+        canvas.values[canvas.at(positions)] = torch.where(hit, broken, canvas.values[canvas.at(positions)])
 
 
 @register

@@ -11,6 +11,7 @@ kernel that merely computed with what it found leaves other bits. Integers get 0
 from __future__ import annotations
 
 import ctypes
+import re
 from functools import cache
 from typing import NamedTuple
 
@@ -41,6 +42,21 @@ _POISON = {  # as the signed integer of the element's size
     torch.float8_e5m2fnuz: 0x80,
 }
 _POISON_INTEGER = {1: 0xA5, 2: -0x5A5B, 4: -0x5A5A5A5B, 8: -0x5A5A5A5A5A5A5A5B}  # 0xA5 bytes
+
+#: Those of 4 and 8 bytes, signed and not, and in hexadecimal: shorter ones may be anything.
+_SPELLED = re.compile(
+    "|".join(
+        rf"(?<!\d){number % (1 << 8 * size) if unsigned else number}(?!\d)"
+        for size, number in _POISON_INTEGER.items() if size >= 4 for unsigned in (False, True)
+    )
+    + "|0x(?:a5){4,8}", re.IGNORECASE,
+)  # fmt: skip
+
+
+def spelled(text: str) -> str:
+    """The poison of an integer where a text has it, as the message of an index that is out of range; else empty."""
+    found = _SPELLED.search(text)
+    return found[0] if found else ""
 
 
 class Damage(NamedTuple):

@@ -21,6 +21,7 @@ class FaultPlace:
     needs: str = ""  # the config flag without which the tensor does not exist
     max_rows: int | None = None  # it is laid into no step of more rows
     modes: tuple[str, ...] = ALL_MODES  # it is laid into no case of another mode
+    often: int = 1  # drawn as if it were so many of its tensor's: one name for what has many forms
 
 
 @dataclass(frozen=True)

@@ -98,13 +98,18 @@ def finding(item: Finding, state_dir: str) -> list[str]:
 
 
 def alike(findings: Sequence[Finding]) -> list[str]:
-    """What several findings of an op need in common. One defect shows in many ways: past a tensor's end, in what lies
-    beside it, in wrong numbers."""
+    """What several findings of an op need in common: faults, or, of those without any, what the one that needs least of
+    its target does. One defect shows in many ways: past a tensor's end, in what lies beside it, in wrong numbers."""
     groups: dict[tuple[str, str], list[Finding]] = {}
     for item in findings:
         faults = {f"{fault.name} on {fault.tensor}" for step in item.case.steps for fault in step.faults}
         if faults:
             groups.setdefault((item.case.op, ", ".join(sorted(faults))), []).append(item)
+    plain = [item for item in findings if item.features and not item.case.fault_names]
+    for item in plain:
+        bases = [base for base in plain if base.target == item.target and set(base.features) <= set(item.features)]
+        least = min(bases, key=lambda base: len(base.features))
+        groups.setdefault((item.target, ", ".join(least.features)), []).append(item)
     return [f"{len(items)} of these need {faults}: one defect may be behind {', '.join(item.id for item in items)}"
             for (_, faults), items in groups.items() if len(items) > 1]  # fmt: skip
 

@@ -20,7 +20,7 @@ _CONTRACT = Contract(
 )
 _CAPABILITIES = Capabilities(out=True, alignment=1, any_strides=True)
 _SORTED = Contract(deterministic=True, ordered=True, stable=True, accepts=PADDING_DIALECTS)
-_BLOCKS = Capabilities(max_experts=8192, out=True, alignment=1, any_strides=True, block_sizes=())
+_BLOCKS = Capabilities(max_experts=8192, max_top_k=64, out=True, alignment=1, any_strides=True, block_sizes=())
 
 
 def _promises(

@@ -9,8 +9,8 @@ from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, declares
 
 @declares(
     contract=Contract(deterministic=True, ordered=True, stable=True, accepts=PADDING_DIALECTS),
-    capabilities=Capabilities(compiles=False, max_experts=8192, alignment=1, any_strides=True, block_sizes=(),
-                              fewer_than_map=False),
+    capabilities=Capabilities(compiles=False, max_experts=8192, max_top_k=64, alignment=1, any_strides=True,
+                              block_sizes=(), fewer_than_map=False),
 )
 def align(
     ids: torch.Tensor, block_size: int, num_experts: int, expert_map: torch.Tensor | None = None

@@ -126,8 +126,13 @@ def test_findings_that_need_the_same_are_told_to_be_one_defect_perhaps(finding: 
     laid = replace(finding.case, steps=(replace(step, faults=(Fault("nan_rows", "logits", Labels.parse("0")),)),))
     other = replace(laid, config={**laid.config, "renormalize": not laid.config["renormalize"]})
     bare = replace(finding.case, steps=(replace(step, faults=()),))
-    a, b, c = (replace(finding, id=name, case=case) for name, case in (("a", laid), ("b", other), ("c", bare)))
+    a, b, c = (replace(finding, id=name, case=case, features=())
+               for name, case in (("a", laid), ("b", other), ("c", bare)))  # fmt: skip
     assert text.alike([a, b, c]) == ["2 of these need nan_rows on logits: one defect may be behind a, b"]
     assert text.alike([a, c]) == text.alike([c, replace(c, id="d")]) == []
+    needs = (("d", ("E>1", "block=1")), ("e", ("block=1",)), ("f", ("k>1",)))
+    plain = [replace(c, id=name, features=features) for name, features in needs]
+    assert text.alike([c, *plain]) == ["2 of these need block=1: one defect may be behind d, e"]
+    assert text.alike([plain[0], replace(plain[1], target="align@another")]) == []
     summary = events.Summary(7, 50, 200, 5.0, {"crash": 2}, (a, b), (), (), 0, 0, (), False, 1)
     assert "  2 of these need nan_rows on logits: one defect may be behind a, b" in text.summary(summary, "there")

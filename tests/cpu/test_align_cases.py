@@ -14,6 +14,7 @@ from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.execute.runner import Runner
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
+from moe_fuzz.ops.align.space import MAX_EXPERTS, MAX_TOP_K
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import PASS, REJECTED, VIOLATION
 
@@ -50,10 +51,16 @@ def test_the_grid_passes(runner, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_what_is_drawn_goes_as_far_as_the_contract(runner, target):
+    axes = {axis.name: axis.values for axis in SPACE.axes(runner.describe(target))}
+    assert (max(axes["experts"]), max(axes["top_k"])) == (MAX_EXPERTS, MAX_TOP_K) == (8192, 64)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("expert_map", ["none", "permuted"])
 def test_beyond_a_thousand_experts(runner, target, expert_map):
-    for experts in ("0-1023", "0-1024", "0-1099"):
-        case = case_of(step(33), experts=experts, top_k=8, expert_map=expert_map)
+    for experts, top_k in (("0-1023", 8), ("0-1024", 8), ("0-1099", 8), ("0-4096", 33), ("0-8191", 64)):
+        case = case_of(step(33), experts=experts, top_k=top_k, expert_map=expert_map)
         verdict = runner.run(case, target, RunOptions())
         assert (verdict.kind, verdict.parity) == (PASS, True)
 

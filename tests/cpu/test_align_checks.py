@@ -19,6 +19,7 @@ from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetIn
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.align.inputs import materialize
+from moe_fuzz.ops.align.space import MAPS
 from moe_fuzz.reference.align import align
 
 SPACE = get_space("align")
@@ -106,12 +107,11 @@ def is_right(seen):
 def test_checks_reject_exactly_what_is_wrong(seed):
     """One or two elements of a right plan changed at random, several hundred times: shuffles within an expert pass."""
     chosen = random.Random(seed)
-    maps = ("none", "shard", "permuted", "local")
     rejected = accepted = 0
     for _ in range(120):
         faults = [on_rows(name) for name in chosen.sample(("sentinel_ids", "duplicate_experts", "all_to_one"), 1)]
         case = case_of(*faults, rows=chosen.randint(1, 5), experts=chosen.randint(2, 5), seed=chosen.getrandbits(20),
-                       block_size=chosen.choice((1, 2, 3, 4)), expert_map=chosen.choice(maps))  # fmt: skip
+                       block_size=chosen.choice((1, 2, 3, 4)), expert_map=chosen.choice(MAPS))  # fmt: skip
         seen = observe(case, replace(LOOSE, tail="minus_one"))
         outputs = replace(seen.outputs, **{n: t.clone() for n, t in vars(seen.outputs).items()})
         if chosen.random() < 0.4 and len(seen.places) > 1:  # two entries change places, the way back too or not
@@ -166,6 +166,15 @@ def test_the_end_of_expert_ids_is_nobodys_unless_it_is_promised():
         assert not judge(loose)
         strict = changed(observe(case_of(rows=9)), "expert_ids", **{last: value})
         assert set(judge(strict)) - {"determinism"} == {"tail" if value == 0 else "written"}
+
+
+def test_a_block_of_no_expert_is_not_one_of_a_lower_expert():
+    """What it is, `experts` says; the blocks around it stand in their order all the same."""
+    seen = observe(case_of(rows=1, experts=3, top_k=3, block_size=1))
+    assert set(judge(changed(seen, "expert_ids", at1=-1))) == {"experts", "determinism"}
+    wrong = judge(changed(seen, "expert_ids", at0=2, at1=-1, at2=1))
+    assert wrong["order"].message == "block 2 is of a lower expert than block 0"
+    assert judge(changed(seen, "expert_ids", at0=1, at1=0))["order"].message.endswith("than the block before it")
 
 
 def test_order_and_stability_are_asked_where_declared():

@@ -239,11 +239,26 @@ def test_maps(kind):
     assert found.shape == (64,)
     assert found.dtype == torch.int32
     here = found[found >= 0].tolist()
+    if kind == "replicas":
+        assert set(here) == set(range(experts))
+        assert experts < len(here) == 64
+        return
     assert sorted(here) == list(range(len(here)))
     assert set(found.tolist()) - set(here) <= {-1}
     assert experts == (len(here) if kind == "local" else 64)
     assert len(here) == 64 if kind == "permuted" else 0 < len(here) < 64
     assert (here == sorted(here)) is (kind == "shard")
+
+
+def test_replicas_are_of_many_experts_or_of_few():
+    """And a row of distinct ids names an expert twice."""
+    made = [materialize(case_of(expert_map="replicas", seed=seed), 0) for seed in range(20)]
+    assert {inputs.options["num_experts"] for inputs in made} == {1, 16, 32, 48}
+    named = torch.cat([inputs.plain["expert_map"][inputs.plain["ids"].long()] for inputs in made])
+    assert (named.sort(dim=1).values.diff(dim=1) == 0).any()
+    assert "expert_map=replicas" in SPACE.refusal(
+        case_of(expert_map="replicas"), replace(INFO, capabilities=replace(CAN, fewer_than_map=False))
+    )
 
 
 def test_results_and_room():

@@ -50,6 +50,16 @@ def same_buffers(logits, top_k):
     kept[1].copy_(ids)
     return kept
 
+_OWN = {}
+
+@declares(contract=Contract(deterministic=True, batch_invariant=True))
+def first_calls_buffers(logits, top_k):
+    weights, ids = right(logits.double(), top_k)
+    kept = _OWN.setdefault(weights.shape, (torch.empty_like(weights), torch.empty_like(ids)))
+    kept[0].copy_(weights)
+    kept[1].copy_(ids)
+    return kept
+
 @declares(contract=Contract(deterministic=True))
 def heavy_and_moody(logits, top_k):
     weights, ids = right(logits, top_k)
@@ -64,6 +74,15 @@ def served(logits, top_k):
     logits.requires_grad_(False)
     logits.grad = None
     return weights.detach(), ids
+
+def index_of_32_bits(logits, top_k):
+    return logits[torch.empty(1, dtype=torch.int32)]
+
+def index_of_64_bits(logits, top_k):
+    return logits[torch.empty(1, dtype=torch.int64)]
+
+def index_that_was_written(logits, top_k):
+    return logits[torch.full((1,), -1515870810)]
 
 def contiguous_columns(logits, top_k):
     return right(logits.as_strided(logits.shape, (logits.stride(0), 1)), top_k)
@@ -107,6 +126,19 @@ def test_a_target_may_use_its_own_buffers_again(runner, file):
     assert {v.check for v in verdict.violations} <= {"finite", "ids"}  # the row of NaN, which it does not care for
     assert all(v.where[0] == 1 for v in verdict.violations)
     assert run(runner, f"{file}:same_buffers", rows=6).kind == PASS
+
+
+def test_what_a_target_has_allocated_in_one_case_it_may_return_in_the_next(runner, file):
+    """Its memory was fenced, and stays where it is as long as the target holds it."""
+    for rows in (6, 3, 6, 6, 3):
+        assert run(runner, f"{file}:first_calls_buffers", rows=rows).kind == PASS
+
+
+def test_an_index_out_of_memory_that_was_never_written_is_told(runner, file):
+    for name, poison in (("index_of_32_bits", "-1515870811"), ("index_of_64_bits", "-6510615555426900571")):
+        message = run(runner, f"{file}:{name}").violations[0].message
+        assert message.endswith(f"; {poison} was never written: it is uninitialised memory"), message
+    assert "uninitialised" not in run(runner, f"{file}:index_that_was_written").violations[0].message
 
 
 def test_what_a_target_writes_into_its_inputs_is_not_there_when_it_is_called_again(runner, file):

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from moe_fuzz.checks.routing.groups import group_bounds, kept_groups, same_groups
+from moe_fuzz.checks.routing.groups import alike_groups, group_bounds, kept_groups
 
 SHAPES = [(4, 2, 1), (6, 3, 1), (6, 3, 2), (6, 2, 1), (8, 4, 2), (8, 4, 3), (8, 8, 3), (8, 2, 2), (9, 3, 2)]
 EVERY = pytest.mark.parametrize(("experts", "n_group", "topk_group"), SHAPES)
@@ -100,9 +100,13 @@ def test_of_separate_scores_only_the_right_experts_pass(experts, n_group, topk_g
         assert taken[lawful][0].nonzero().flatten().tolist() == sorted(right.tolist())
 
 
-def test_same_groups_hold_the_same_in_any_order():
-    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 1.0, 1.0]])
-    assert same_groups(logits, None, 3)[0].tolist() == [[True, True, False], [True, True, False], [False, False, True]]
-    bias = torch.tensor([0.5, 0.0, 0.0, 0.5, 0.0, 0.0])
-    assert same_groups(logits, bias, 3)[0, 0].tolist() == [True, True, False]
-    assert same_groups(logits, torch.tensor([0.5, 0.0, 0.5, 0.0, 0.0, 0.0]), 3)[0, 0].tolist() == [True, False, False]
+def test_alike_groups_hold_the_same_in_any_order():
+    def alike(logits, bias=None):
+        first, *others = alike_groups(torch.tensor([logits]), None if bias is None else torch.tensor(bias), 3)[0]
+        return [bool(other == first) for other in others]
+
+    logits = [1.0, 2.0, 2.0, 1.0, 1.0, 1.0]
+    assert alike(logits) == [True, False]
+    assert alike(logits, [0.5, 0.0, 0.0, 0.5, 0.0, 0.0]) == [True, False]
+    assert alike(logits, [0.5, 0.0, 0.5, 0.0, 0.0, 0.0]) == [False, False]
+    assert alike([0.0, 1.0, 1.0, -0.0, 0.0, 2.0], [-0.0, 0.0, 0.0, 0.0, 0.0, 0.0]) == [True, False]

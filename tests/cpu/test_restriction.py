@@ -50,6 +50,12 @@ def test_presets_alone() -> None:
     assert not any("preset" in case.config for case in cases)
 
 
+def test_a_size_that_was_asked_for_is_the_only_one() -> None:
+    """Not one between it and the next smaller of those asked for, either."""
+    cases = drawn(Restriction(values=(("experts", ("64",)),)))
+    assert {len(case.experts) for case in cases} == {64}
+
+
 def test_one_preset_costs_the_grid_nothing() -> None:
     """What it fixes is covered once, not once for each value of the dictionary."""
     every = sum(1 for _ in strategies.grid(SPACE, INFO, "cuda", 1))

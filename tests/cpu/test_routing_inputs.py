@@ -20,6 +20,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.inputs import element_bits
 from moe_fuzz.ops.routing.inputs import _fresh, materialize
+from moe_fuzz.reference.routing import defined_rows
 
 SPACE = get_space("topk_softmax")
 GROUPED = get_space("grouped_topk")
@@ -205,6 +206,20 @@ def test_the_elements_of_a_vector_stand_apart(name):
         assert torch.equal(vector, inputs.plain[name])
 
 
+def test_a_broken_bias_has_nan_or_an_infinity_in_one_place_or_in_many():
+    seen, defined = set(), 0
+    for seed in range(60):
+        case = replace(case_of(Fault("broken_bias", "bias"), bias=True, experts=30), seed=seed)
+        inputs = materialize(case, 0)
+        bias, broken = inputs.plain["bias"], ~inputs.plain["bias"].isfinite()
+        values = set(map(str, bias[broken].tolist()))
+        assert len(values) == 1
+        seen.add((values.pop(), min(int(broken.sum()), 2) if not broken.all() else 30))
+        defined += bool(defined_rows(inputs.plain["logits"], bias, 2).all())
+    assert seen == {(value, spread) for value in ("nan", "inf", "-inf") for spread in (1, 2, 30)}
+    assert 5 < defined < 30, "experts masked by their bias leave rows defined"
+
+
 def test_masked_experts_come_in_runs_too():
     case = case_of(Fault("masked_experts", "logits", Labels.range(200)), rows=200, experts=96)
     masked = materialize(case, 0).plain["logits"] == -torch.inf
@@ -224,6 +239,7 @@ def test_the_best_experts_are_those_of_one_lane(experts):
         assert {stride} in apart, stride
     assert {1} in [gaps for gaps, at in zip(apart, found, strict=True) if len(at) in (8, 16, 32)]  # a run
     assert sum(len(at) > 0 for at in found) > 250
+    assert any(at.tolist() == list(range(half, half + experts // 2)) for at in found for half in (0, experts // 2))
     assert {int(at[0]) % 32 for at, gaps in zip(found, apart, strict=True) if gaps == {32}} > {0}  # not the first alone
 
 

@@ -211,6 +211,42 @@ def test_cases_choose_among_groups():
     assert any((len(case.experts) // int(case.config["n_group"])) % 2 for case in cases)
 
 
+def test_groups_are_of_any_number_and_any_number_of_them_stays():
+    drawn: list[tuple[int, int, int, int]] = []
+    info = TargetInfo("grouped_topk@x", "grouped_topk", "x")
+
+    def note(cases: tuple[Case, ...]) -> None:
+        n_group, kept, top_k = (int(cases[0].config[name]) for name in ("n_group", "topk_group", "top_k"))
+        drawn.append((n_group, kept, len(cases[0].experts) // n_group, top_k))
+
+    drive(strategies.rounds(GROUPED, info, "cpu", most=1), 7, 600, note)
+    numbers = {n_group for n_group, *_ in drawn}
+    assert len(numbers) > 25
+    assert max(numbers) > 64
+    assert numbers & {7, 9, 11, 13, 14, 15, 18, 20}, "no list has all of them"
+    for what, least, met in (
+        ("all groups stay, and their number is no power of two", 0.03,
+         lambda n, kept, size, k: n == kept and n & (n - 1)),
+        ("all that stay are taken", 0.08, lambda n, kept, size, k: kept < n and k == kept * size),
+        ("an expert a group", 0.08, lambda n, kept, size, k: n > size == 1),
+        ("more than 16 groups stay", 0.01, lambda n, kept, size, k: kept > 16),
+    ):  # fmt: skip
+        assert sum(bool(met(*one)) for one in drawn) > least * len(drawn), what
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 1), ("cuda", 24)])
+def test_a_fault_of_many_forms_is_drawn_often(device: str, most: int):
+    """The best experts of a row in one lane: of few lanes a kernel has, and of few rows a case."""
+    laid: list[tuple[str, ...]] = []
+    info = replace(EVERYTHING, name="topk_softmax@x")
+    drive(strategies.rounds(SPACE, info, device, most), 11, 100,
+          lambda cases: laid.extend(case.fault_names for case in cases))  # fmt: skip
+    lanes, others = (sum(name in names for names in laid) / len(laid) for name in ("clustered_top", "shifted_rows"))
+    assert lanes > 0.06
+    assert lanes > 2 * others
+    assert all(len(set(names)) == len(names) for names in laid)
+
+
 def test_what_kernels_have_a_path_for_is_drawn_often():
     """One group, as half of the models with such routers have it, and one expert a token."""
     configs: list[dict[str, Scalar]] = []
@@ -235,7 +271,7 @@ def test_groups_follow_the_experts_that_are_left(left):
     kept = GROUPED.keep(case, "experts", Labels.of(left))
     GROUPED.validate(kept)
     assert len(kept.experts) % int(kept.config["n_group"]) == 0
-    assert kept.config["n_group"] == (8 if len(left) == 64 else 5 if len(left) == 100 else 1)
+    assert kept.config["n_group"] == {64: 8, 100: 5, 7: 7, 1: 1}[len(left)]
 
 @pytest.mark.parametrize("space", [SPACE, GROUPED], ids=lambda space: space.op)
 @relaxed

@@ -93,7 +93,8 @@ def first(
 
 
 def finite(case: Case) -> bool:
-    return not {"nan_rows", "partial_nan", "inf_rows", "neg_inf_rows", "partial_inf"} & set(case.fault_names)
+    infinite = {"nan_rows", "partial_nan", "inf_rows", "neg_inf_rows", "partial_inf", "broken_bias"}
+    return not infinite & set(case.fault_names)
 
 
 def shown(bug: Planted, pool: Pool, case: Case) -> tuple[Key, Verdict] | None:

@@ -169,13 +169,17 @@ def order(seen: AlignObservation) -> list[Violation]:
     """The blocks in use stand in ascending order of expert, where the target declares it."""
     if not seen.info.contract.ordered or seen.unwritten["expert_ids"][: seen.blocks].any():
         return []
-    wrong = seen.owner[1:] < seen.owner[:-1]
+    blocks = ((seen.owner >= 0) & (seen.owner < seen.experts)).nonzero().flatten()  # what others are, `experts` says
+    owner = seen.owner[blocks]
+    wrong = owner[1:] < owner[:-1]
     if not wrong.any():
         return []
-    block = first(wrong)[0] + 1
-    message = f"block {block} is of a lower expert than the block before it"
-    return [Violation("order", "descending", message, "expert_ids", (block,),
-                      f"at least {int(seen.owner[block - 1])}", str(int(seen.owner[block])))]  # fmt: skip
+    at = first(wrong)[0]
+    block, before = int(blocks[at + 1]), int(blocks[at])
+    which = "the block before it" if before == block - 1 else f"block {before}"
+    message = f"block {block} is of a lower expert than {which}"
+    return [Violation("order", "descending", message, "expert_ids", (block,), f"at least {int(owner[at])}",
+                      str(int(owner[at + 1])))]  # fmt: skip
 
 
 @check(_FAMILY, "stable")

@@ -49,6 +49,9 @@ def kept_groups(
     threshold, which can be taken among the groups' `high`, the groups that must stay (touched, or with a `low` above
     it) are among those that may (not tempting, with a `high` at or above it), and there are at most `topk_group` of the
     former and at least as many of the latter.
+
+    The higher the threshold, the fewer must stay, and the fewer may. So the highest is tried at which each touched
+    group and `topk_group` groups that are not tempting may: if any does, that does.
     """
     tokens, experts = low.shape
     members = taken.view(tokens, n_group, experts // n_group)
@@ -57,27 +60,25 @@ def kept_groups(
     best_left = low.masked_fill(taken, -torch.inf).view(members.shape).amax(dim=2)  # [T, G]
     tempting = best_left > worst.view(-1, 1)
     group_low, group_high = group_bounds(low, high, n_group, group_score)
-    lawful = torch.zeros(tokens, dtype=torch.bool, device=low.device)
-    for group in range(n_group):
-        threshold = group_high[:, group : group + 1]
-        must = touched | (group_low > threshold)
-        may = ~tempting & (group_high >= threshold)
-        lawful |= ~(must & ~may).any(dim=1) & (must.sum(dim=1) <= topk_group) & (may.sum(dim=1) >= topk_group)
+    free = group_high.masked_fill(tempting, -torch.inf).sort(dim=1, descending=True).values
+    threshold = group_high.masked_fill(~touched, torch.inf).amin(dim=1).minimum(free[:, topk_group - 1])[:, None]
+    must = touched | (group_low > threshold)  # [T, G]
+    lawful = ~(must & tempting).any(dim=1) & (must.sum(dim=1) <= topk_group)
+    lawful &= (~tempting).sum(dim=1) >= topk_group
     return Kept(lawful, touched, group_low, group_high)
 
 
-def same_groups(logits: torch.Tensor, bias: torch.Tensor | None, n_group: int) -> torch.Tensor:
-    """bool [T, G, G]: pairs of groups that hold the same logits with the same biases, in any order.
+def alike_groups(logits: torch.Tensor, bias: torch.Tensor | None, n_group: int) -> torch.Tensor:
+    """int64 [T, G]: the same number for groups that hold the same logits with the same biases, in any order.
 
     Their scores are equal in any arithmetic that computes an expert's score from its logit and bias alone.
     """
-    values = logits.double().view(logits.shape[0], n_group, logits.shape[1] // n_group)
-    if bias is None:
-        rows = values.sort(dim=2).values  # [T, G, S]
-        return (rows[:, :, None] == rows[:, None]).all(dim=3)
-    biases = bias.double().view(1, *values.shape[1:]).expand(values.shape)
-    order = biases.argsort(dim=2, stable=True)
-    values, biases = values.gather(2, order), biases.gather(2, order)
-    order = values.argsort(dim=2, stable=True)
-    rows = torch.cat([values.gather(2, order), biases.gather(2, order)], dim=2)
-    return (rows[:, :, None] == rows[:, None]).all(dim=3)
+    values = logits.double().view(logits.shape[0], n_group, logits.shape[1] // n_group) + 0.0  # -0 as +0
+    rows = values.sort(dim=2).values  # [T, G, S]
+    if bias is not None:
+        biases = bias.double().view(1, *values.shape[1:]).expand(values.shape) + 0.0
+        order = biases.argsort(dim=2, stable=True)
+        values, biases = values.gather(2, order), biases.gather(2, order)
+        order = values.argsort(dim=2, stable=True)
+        rows = torch.cat([values.gather(2, order), biases.gather(2, order)], dim=2)
+    return rows.flatten(0, 1).unique(dim=0, return_inverse=True)[1].view(rows.shape[:2])

@@ -6,7 +6,7 @@ import torch
 
 from moe_fuzz.checks import check
 from moe_fuzz.checks.coordinates import first, row_text
-from moe_fuzz.checks.routing.groups import Kept, kept_groups, same_groups
+from moe_fuzz.checks.routing.groups import Kept, alike_groups, kept_groups
 from moe_fuzz.checks.routing.observation import RoutingObservation
 from moe_fuzz.checks.routing.scores import U
 from moe_fuzz.verdict import Violation
@@ -126,14 +126,14 @@ def ties(seen: RoutingObservation) -> list[Violation]:
     grouped = seen.topk_group < seen.n_group
     if grouped:
         touched = taken.view(len(rows), seen.n_group, size).any(dim=2)  # [R, G]
-        same = same_groups(logits, seen.bias, seen.n_group)  # [R, G, G]
+        alike = alike_groups(logits, seen.bias, seen.n_group)  # [R, G]
     for slot in range(seen.top_k):
         expert = chosen[:, slot : slot + 1]
         equal = logits == logits.gather(1, expert)
         if seen.bias is not None:
             equal &= seen.bias.view(1, -1) == seen.bias[expert]
         if grouped:
-            kept = touched | same[torch.arange(len(rows), device=rows.device), (expert // size).flatten()]
+            kept = touched | (alike == alike.gather(1, expert // size))
             equal &= kept.repeat_interleave(size, dim=1)
         passed_over = equal & ~taken & (column < expert)
         if passed_over.any():

@@ -108,12 +108,18 @@ def _map(case: Case, device: torch.device | str) -> tuple[torch.Tensor | None, i
     shard: those of one rank of several, in ascending order, which number from 0; the others are at -1, and blocks are
         made for all of them, as vLLM does. local: the same in any order, and blocks are made for the rank's own.
     permuted: all of them, in any order.
+    replicas: in any order as well, to fewer experts, each of which has several ids: a quarter, a half or three quarters
+        of them, or a single one.
     """
     kind, count = str(case.config["expert_map"]), len(case.experts)
     if kind == "none":
         return None, count
     labels = list(case.experts)
     order = keys(case.seed, "expert_map", [0], case.experts, device=device)[0]  # [G]
+    if kind == "replicas":
+        quarters = 1 + int(generator.choice(case.seed, "expert_map/experts", [0], [0], 4))
+        num_experts = -(-count * quarters // 4) if quarters < 4 else 1
+        return (order.argsort(stable=True).argsort(stable=True) % num_experts).int(), num_experts
     if kind == "permuted":
         return order.argsort(stable=True).argsort(stable=True).int(), count
     ranks = (2, 4, 8, 16)[int(generator.choice(case.seed, "expert_map/ranks", [0], [0], 4))]

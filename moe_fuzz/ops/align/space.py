@@ -29,15 +29,16 @@ from moe_fuzz.sizes import any_number
 
 #: Never uniform random sizes: a warp, a block of threads and a scan end at each of these, or right before or after.
 EXPERTS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 60, 63, 64, 65, 67, 96, 127, 128, 129, 160, 192, 255, 256, 257,
-           288, 384, 512, 575, 576, 992, 1023, 1024, 1025, 1100, 2048)  # fmt: skip
-TOP_K = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 17, 22, 31, 32)
+           288, 384, 512, 575, 576, 992, 1023, 1024, 1025, 1100, 2048, 2049, 4095, 4096, 4097, 8191, 8192)  # fmt: skip
+TOP_K = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 17, 22, 31, 32, 33, 48, 63, 64)
 BLOCK_SIZES = (16, 8, 4, 2, 1, 32, 64, 128, 256, 3, 7, 12, 48, 100)
 #: With the dictionary of top_k, tokens times top_k stands on both sides of 64, 256, 1024 and 65536 slots.
 TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
           1023, 1024, 1025, 2048, 4095, 4096, 4097, 8191, 16385, 65537)  # fmt: skip
-MAPS = ("none", "shard", "permuted", "local")
+MAPS = ("none", "shard", "permuted", "local", "replicas")
 
 MAX_EXPERTS = 8192
+MAX_TOP_K = 64
 MAX_BLOCK = 1024
 MAX_ELEMENTS = 1 << 27
 CPU_BUDGET = 0.2  # seconds an interpreted case may take
@@ -64,7 +65,7 @@ _DUPLICATES = ("zero_rows", "all_to_one", "hot_expert", "duplicate_experts")  # 
 TAILS = ("", "", "", "minus_one_ids", "minus_one_ids", "num_experts_ids", "sentinel_ids", "zero_rows")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
 _MAP = "expert_map"
-_LOCAL = "local"  # the map that makes num_experts smaller than the number of ids
+_FEWER = ("local", "replicas")  # maps that make num_experts smaller than the number of ids
 PLACES = (
     *(FaultPlace(name, "ids", on_rows=True) for name in ROW_FAULTS),
     FaultPlace("noncontiguous", "ids", on_rows=False),
@@ -152,7 +153,7 @@ class AlignSpace:
     def validate(self, case: Case) -> None:
         require_fields(case, {"experts", "top_k", "block_size", *FIELDS})
         labels = require_experts(case, MAX_EXPERTS)
-        require_integer(case, "top_k", min(64, len(labels)))
+        require_integer(case, "top_k", min(MAX_TOP_K, len(labels)))
         require_integer(case, "block_size", MAX_BLOCK)
         require_values(case, FIELDS)
         for index, step in enumerate(case.steps):
@@ -190,8 +191,8 @@ class AlignSpace:
     def features(self, case: Case) -> frozenset[str]:
         config, count, top_k, block = case.config, len(case.experts), int(case.config["top_k"]), self._block(case)
         most = max(step.tokens for step in case.steps)
-        found = {f"E>{limit}" for limit in (1, 8, 32, 64, 128, 512, 1023) if count > limit}
-        found |= {f"k>{limit}" for limit in (1, 4, 8, 16) if top_k > limit}
+        found = {f"E>{limit}" for limit in (1, 8, 32, 64, 128, 512, 1023, 2048) if count > limit}
+        found |= {f"k>{limit}" for limit in (1, 4, 8, 16, 32) if top_k > limit}
         found |= {f"T>{limit}" for limit in (1, 8, 32, 128, 512) if most > limit}
         found |= {f"slots>{limit}" for limit in (256, 1023, 32767, 65535) if most * top_k > limit}
         found |= {"slots<E"} if most * top_k < count else set()
@@ -286,7 +287,7 @@ def _takes_block(can: Capabilities, size: int) -> bool:
 def _maps(can: Capabilities) -> tuple[str, ...]:
     if not can.expert_map:
         return MAPS[:1]
-    return MAPS if can.fewer_than_map else tuple(name for name in MAPS if name != _LOCAL)
+    return MAPS if can.fewer_than_map else tuple(name for name in MAPS if name not in _FEWER)
 
 
 SPACES = (AlignSpace(),)

@@ -63,11 +63,13 @@ SIMPLEST: dict[str, Scalar] = {name: values[0] for name, values in FIELDS.items(
 ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts",
                "clustered_top", "shifted_rows", "huge_rows", "ladder", "ties", "signed_zeros", "zero_rows",
                "stale_rows")  # fmt: skip
+_OFTEN = {"clustered_top": 4}  # a kernel has few of the lanes that it may have
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")  # faults that need a target which takes strides
 PLACES = (
-    *(FaultPlace(name, "logits", on_rows=True) for name in ROW_FAULTS),
+    *(FaultPlace(name, "logits", on_rows=True, often=_OFTEN.get(name, 1)) for name in ROW_FAULTS),
     FaultPlace("extreme_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("negative_bias", "bias", on_rows=False, needs="bias"),
+    FaultPlace("broken_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("noncontiguous", "logits", on_rows=False),
     FaultPlace("transposed", "logits", on_rows=False),
     # Not piecewise: the producer's graph would need real memory for all that lies between the rows.
@@ -159,7 +161,7 @@ class RoutingSpace:
     # ---- what is valid ----------------------------------------------------------------------------------------------
 
     def validate(self, case: Case) -> None:
-        require_fields(case, {"experts", "top_k", *self.fields})
+        require_fields(case, {*self.sizes, *self.fields})
         labels = require_experts(case, 1024)
         require_integer(case, "top_k", min(32, len(labels)))
         require_values(case, self.fields)
