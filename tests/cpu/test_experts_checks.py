@@ -209,8 +209,10 @@ def test_a_product_that_is_stored_before_its_bias_is_not_judged_to_the_bit(seed)
 
 
 @pytest.mark.parametrize(
-    ("narrowed", "bias"), [("weights", "none"), ("weights", "dtype"), ("b13", "float32"), ("b2", "float32")]
-)
+    ("narrowed", "bias"),
+    [("weights", "none"), ("weights", "dtype"), ("b13", "float32"), ("b2", "float32"), ("b13", "float32/dtype"),
+     ("b2", "none/float32")],
+)  # fmt: skip
 def test_a_coefficient_of_fewer_bits_shows_in_the_bits(narrowed, bias):
     """What each loses is less than a step of the result: no bound can see it."""
 
@@ -225,6 +227,21 @@ def test_a_coefficient_of_fewer_bits_shows_in_the_bits(narrowed, bias):
         assert set(found) <= {"exact", "statistical"}, found
         told += "exact" in found
     assert told >= 6
+
+
+@pytest.mark.parametrize("bias", ["none/dtype", "none/float32", "dtype/none", "float32/none"])
+@pytest.mark.parametrize("recipe", ["dense", "integer"])
+def test_a_bias_that_is_lost_where_it_stands_alone(bias, recipe):
+    """One flag for both, as kernels have it: cases with both or none never show it."""
+
+    def target(inputs: ExpertsInputs) -> Tensor:
+        whole = {"b13", "b2"} <= set(inputs.plain)
+        return reference(inputs if whole else replace(inputs, plain={
+            name: tensor for name, tensor in inputs.plain.items() if name not in ("b13", "b2")}))
+
+    case = case_of(rows=12, hidden=48, intermediate=32, bias=bias, recipe=recipe)
+    assert judge(observe(case)) == {}
+    assert judge(observe(case, target))
 
 
 def test_a_product_may_overflow_before_its_weight_makes_it_small():

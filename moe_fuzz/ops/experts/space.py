@@ -12,7 +12,7 @@ from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts import cost, moves, text
-from moe_fuzz.ops.experts.fields import FIELDS, SIZES, config_of, limits_of
+from moe_fuzz.ops.experts.fields import FIELDS, OFTEN, SIZES, config_of, limits_of
 from moe_fuzz.ops.experts.presets import MODELS
 from moe_fuzz.ops.moves import flush_left
 from moe_fuzz.ops.space import Axis, FaultPlace, Means
@@ -89,9 +89,13 @@ class ExpertsSpace:
             Axis("top_k", [k for k in self.top_ks if k <= can.max_top_k], between=any_number),
             self._sizes("hidden", HIDDEN, can.max_hidden, can.min_multiple_h),
             self._sizes("intermediate", INTERMEDIATE, can.max_intermediate, can.min_multiple_i),
-            *(Axis(name, values) for name, values in self.limits(info).items()),
+            *(Axis(name, values, self._often(name, values)) for name, values in self.limits(info).items()),
             Axis(_SHARE, cost.SHARES),
         )
+
+    @staticmethod
+    def _often(name: str, values: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
+        return tuple(value for value in OFTEN.get(name, ()) if len(values) > 1 and value in values)
 
     def _sizes(self, name: str, values: tuple[int, ...], most: int, multiple: int) -> Axis:
         """Those of the sizes that a target takes; the least that it takes, where it takes none of them."""

@@ -20,6 +20,7 @@ from moe_fuzz.case import Case, Scalar
 from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts import recipes
+from moe_fuzz.ops.experts.fields import bias_dtypes
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 
 #: Of a config, what the target is given as plain arguments.
@@ -109,10 +110,10 @@ def _weights(seed: int, items: tuple[tuple[str, Scalar], ...], device: str) -> d
     found = {"gate": draw("gate", 1, hidden, _size(8, hidden), gate_dtype).view(len(experts), hidden),
              "w13": draw("w13", rows, hidden, _size(4, hidden)),
              "w2": draw("w2", hidden, inter, _size(4, inter))}  # fmt: skip
-    if config["expert_bias"] != "none":
-        kind = torch.float32 if config["expert_bias"] == "float32" else dtype
-        found["b13"] = draw("b13", rows, 1, 0.5, kind).view(len(experts), rows)
-        found["b2"] = draw("b2", hidden, 1, 0.5, kind).view(len(experts), hidden)
+    for name, length, said in zip(("b13", "b2"), (rows, hidden), bias_dtypes(config["expert_bias"]), strict=True):
+        if said != "none":
+            kind = torch.float32 if said == "float32" else dtype
+            found[name] = draw(name, length, 1, 0.5, kind).view(len(experts), length)
     return found
 
 

@@ -11,6 +11,7 @@ from moe_fuzz.case import ALL_MODES, MODES, RANKS, Case, Scalar, Step, in_mode
 from moe_fuzz.contract import PADDING_DIALECTS, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops.experts.fields import BIASES, OFTEN, bias_dtypes, biases_of
 from moe_fuzz.ops.layer import text
 from moe_fuzz.ops.layer.presets import MODELS
 from moe_fuzz.ops.routing import space as routing
@@ -44,7 +45,7 @@ FIELDS: dict[str, tuple[Scalar, ...]] = {
     "dialect": PADDING_DIALECTS,
     "activation": ("silu", "gelu", "relu2", "swiglu_oai"),
     "gate_layout": ("first", "up_first", "interleaved"),
-    "expert_bias": ("none", "dtype", "float32"),
+    "expert_bias": BIASES,  # of b13 and of b2
     "recipe": ("dense", "integer", "fine"),  # numbers of order 1; whole ones; those with biases of 13 bits
     "edge": ("right", "left"),
     "out": (False, True),
@@ -99,14 +100,15 @@ class LayerSpace(routing.RoutingSpace):
             "dialect": contract.padding,
             "activation": can.activations,
             "gate_layout": can.gate_layouts,
-            "expert_bias": FIELDS["expert_bias"] if can.biases else ("none",),
+            "expert_bias": biases_of(info),
             "recipe": tuple(r for r in FIELDS["recipe"] if r in can.recipes),
             "out": (False, True) if can.out else (False,),
         }
         return (
             Axis("experts", can.numbers_of_experts(EXPERTS), between=can.takes_experts),
             Axis("top_k", [k for k in TOP_K if k <= can.max_top_k], between=any_number),
-            *(Axis(name, limited.get(name, values)) for name, values in FIELDS.items()),
+            *(Axis(name, limited.get(name, values), OFTEN["bias"] if name == "expert_bias" and can.biases else ())
+              for name, values in FIELDS.items()),
         )
 
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
@@ -167,7 +169,7 @@ class LayerSpace(routing.RoutingSpace):
         yield config["scoring"] not in can.scorings, f"scoring={config['scoring']}"
         yield config["activation"] not in can.activations, f"activation={config['activation']}"
         yield config["gate_layout"] not in can.gate_layouts, f"gate_layout={config['gate_layout']}"
-        yield config["expert_bias"] != "none" and not can.biases, "biases of experts"
+        yield config["expert_bias"] not in biases_of(info), f"expert_bias={config['expert_bias']}"
         yield config["recipe"] not in can.recipes, f"recipe={config['recipe']}"
         yield int(config["dp"]) > can.max_ranks, f"{config['dp']} ranks"
         yield int(config["ep"]) > can.max_shards, f"{config['ep']} shards"
@@ -226,8 +228,8 @@ class LayerSpace(routing.RoutingSpace):
         whole = {**super().mended(config), "ep": max(fitting)}
         if whole["activation"] == "swiglu_oai":
             whole["recipe"] = "dense"
-        elif whole["recipe"] == "fine" and whole["expert_bias"] != "float32":  # nothing else of it is fine
-            whole["recipe"] = "integer"
+        elif whole["recipe"] == "fine" and "float32" not in bias_dtypes(whole["expert_bias"]):
+            whole["recipe"] = "integer"  # nothing else of it is fine
         return whole | ({"magnitude": 0} if whole["recipe"] != "dense" else {})
 
     def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar], means: Means) -> float:
