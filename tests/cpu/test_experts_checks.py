@@ -256,3 +256,16 @@ def test_a_product_may_overflow_before_its_weight_makes_it_small():
     )
     verdict = Runner("cpu").run(replayed, "experts_bf16@torch", RunOptions())
     assert verdict.kind == "pass", verdict
+
+
+def test_a_nan_beside_a_dropped_weight_is_told_as_what_it_is():
+    def careless(inputs: ExpertsInputs) -> Tensor:
+        return reference(inputs) + (0.0 * inputs.plain["weights"].sum(dim=1, keepdim=True)).to(inputs.plain["x"].dtype)
+
+    laid = (Fault("nan_dropped", "weights", Labels.parse("0-7")),)
+    case = case_of(expert_map="shard", top_k=3, faults=laid)
+    assert judge(observe(case)) == {}
+    said = judge(observe(case, careless))["finite"].message
+    assert "of its experts here are finite; those of slots without one, which touch nothing, are not" in said
+    said = judge(observe(case_of(), lambda inputs: reference(inputs) * torch.nan))["finite"].message
+    assert said.startswith("token 0: y is NaN, though x and the weights of its experts here are finite (")

@@ -189,6 +189,30 @@ def test_a_logit_whose_sum_may_overflow_on_the_way_is_not_judged():
     assert seen.defined.tolist() == [True, True, False, True, True, True, False, False]
 
 
+@pytest.mark.parametrize("recipe", ["dense", "integer"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_what_a_wrong_row_would_be_right_for_is_told(recipe, shards):
+    config = {"ep": shards, "recipe": recipe, "hidden": 64, "intermediate": 40, "renormalize": True,
+              "scoring": "sigmoid"}  # fmt: skip
+    right = observed(case(**config))
+    inputs, (y, weights, ids) = right.inputs.plain, vars(right.outputs).values()
+
+    def of(weights: torch.Tensor, ids: torch.Tensor) -> str:
+        other = experts_bf16(right.hidden, inputs["w13"], inputs["w2"], weights, ids)
+        found = violations(observed(case(**config), y=other))
+        return found.get("bound") or found["exact"]
+
+    assert "slot 1 is missing" in of(weights, torch.cat([ids[:, :1], torch.full_like(ids[:, 1:], -1)], dim=1))
+    assert "the weights were ignored" in of(torch.ones_like(weights), ids)
+    wrong = ids.clone()
+    wrong[0, 0] = next(e for e in range(6) if e not in ids[0])
+    assert f"slot 0 read expert {int(wrong[0, 0])}, not {int(ids[0, 0])}" in of(weights, wrong)
+    turned = y.clone()
+    turned[3] = y[2]
+    of_others = case(step(8, "0"), **config)  # a row that is not judged comes before
+    assert "got what token 2 should have" in violations(observed(of_others, y=turned))["bound"]
+
+
 def test_wrong_answers_are_named():
     right = observed(case(ep=2))
     y, weights, ids = (getattr(right.outputs, name).clone() for name in ("y", "weights", "ids"))

@@ -46,10 +46,11 @@ class LayerObservation:
     call: Callable[[LayerInputs], Outputs]
     eager: Callable[[LayerInputs], Outputs] | None = None
     budget: dict[str, float] = field(default_factory=dict)
+    brief: bool = False  # nobody reads the violations: what went wrong need not be found out
 
     def with_outputs(self, outputs: Outputs) -> LayerObservation:
         """The same inputs and another answer; what depends on the inputs alone is not computed again."""
-        other = replace(self, outputs=outputs, budget={})
+        other = replace(self, outputs=outputs, budget={}, brief=True)
         for name in _OF_INPUTS:
             other.__dict__[name] = getattr(self, name)
         return other
