@@ -11,12 +11,13 @@ import torch
 
 from moe_fuzz import sequences, strategies
 from moe_fuzz.campaign.tally import Tally
-from moe_fuzz.case import RANKS, Case, Step, in_mode
+from moe_fuzz.case import RANKS, Case, Fault, Step, in_mode
 from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.checks.layer.padding import run_kind, statistics
 from moe_fuzz.checks.layer.trail import describe
 from moe_fuzz.contract import Capabilities, Contract, TargetInfo
 from moe_fuzz.errors import CaseError
+from moe_fuzz.fence import open_arena
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space, load_case
 from moe_fuzz.ops.layer.inputs import materialize
@@ -122,6 +123,31 @@ def test_the_reducer_can_take_ranks_and_rows_away():
     assert "fault:zero_tokens" in SPACE.features(one)
     assert "fault:dp_skew" in SPACE.features(one)
     assert "fault:zero_tokens" not in SPACE.features(case())
+
+
+@pytest.mark.parametrize(
+    ("fault", "tensor"), [("transposed", "hidden"), ("noncontiguous", "gate"), ("transposed", "gate"),
+                          ("noncontiguous", "bias"), ("noncontiguous", "is_padding")]
+)  # fmt: skip
+def test_layouts_for_targets_that_take_any_strides(fault, tensor):
+    laid = case(step(8, "6-7", (Fault(fault, tensor),)), bias=True)
+    inputs = materialize(laid, 0)
+    with open_arena("cpu") as arena:
+        placed = inputs.place(arena, Capabilities())
+        assert [name for name, there in placed.items() if not there.is_contiguous()] == [tensor]
+        assert torch.equal(placed[tensor].float(), materialize(case(bias=True), 0).plain[tensor].float())
+    info = replace(INFO, capabilities=replace(INFO.capabilities, any_strides=True))
+    assert SPACE.refusal(laid, INFO)
+    assert not SPACE.refusal(laid, info)
+    assert (fault, tensor) not in {(place.fault, place.tensor) for place in SPACE.places_for(laid.config, INFO)}
+    drawn = list(itertools.islice(strategies.grid(SPACE, info, "cpu", 0), 800))
+    assert any(Fault(fault, tensor) in one.steps[0].faults for one in drawn)
+
+
+def test_many_experts_of_many_and_a_scale_that_no_16_bits_hold_are_drawn():
+    drawn = list(itertools.islice(strategies.grid(SPACE, INFO, "cpu", 0), 800))
+    assert {k for one in drawn if 10 < (k := int(one.config["top_k"])) < len(one.experts)} >= {12, 16, 22, 32}
+    assert any(one.config["scale"] == 2.827 for one in drawn)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------

@@ -59,6 +59,12 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     if config["bias"]:
         bias = generator.triangular(case.seed, "bias", [0], experts, device=device) * _BIAS_MAGNITUDE
         canvases["bias"] = Canvas("bias", bias, [0], experts, case.seed)
+    weights = _weights(case.seed, tuple(sorted(case.config.items())), str(device))
+    canvases["gate"] = Canvas("gate", weights["gate"], experts, columns, case.seed)  # only its layout can be a fault
+    if config["is_padding"]:
+        flags = torch.zeros((1, len(rows)), dtype=torch.bool, device=device)
+        flags[0, step.padding.positions(step.rows)] = True
+        canvases["is_padding"] = Canvas("is_padding", flags, [0], rows, case.seed)
     for fault in step.faults:
         canvas = canvases[fault.tensor]
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(canvas.rows)))
@@ -68,15 +74,22 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
             FAULTS[fault.name].lay(canvas, positions)
 
     inputs = LayerInputs(options, {"hidden": canvases["hidden"].values}, rows=rows)
-    inputs.lies["hidden"] = Lie(canvases["hidden"].stride_gap, canvases["hidden"].offset)
-    inputs.plain |= _weights(case.seed, tuple(sorted(case.config.items())), str(device))
-    if config["bias"]:
-        inputs.plain["bias"] = canvases["bias"].values[0]
-    if config["is_padding"]:
-        flags = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        flags[step.padding.positions(step.rows)] = True
-        inputs.plain["is_padding"] = flags
+    inputs.plain |= weights
+    for name, canvas in canvases.items():
+        if name in ("bias", "is_padding"):
+            inputs.plain[name] = canvas.values[0]
+        if canvas.stride_gap or canvas.transposed or canvas.offset:
+            inputs.lies[name] = _lie(name, canvas)
     return inputs
+
+
+def _lie(name: str, canvas: Canvas) -> Lie:
+    """The stride is that of the whole step, also where a check takes fewer rows: they are rows of the same view."""
+    if name in ("bias", "is_padding"):  # what stands between rows is what stands between a vector's elements
+        return Lie(0, canvas.offset, 1 + canvas.stride_gap)
+    if canvas.transposed:
+        return Lie(0, canvas.offset, max(1, len(canvas.rows) + canvas.stride_gap))
+    return Lie(canvas.stride_gap, canvas.offset)
 
 
 def fresh_rows(case: Case, rows: Sequence[int], stream: int, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -19,7 +19,7 @@ from moe_fuzz.ops.space import Axis, FaultPlace, Means
 from moe_fuzz.sizes import any_number
 
 EXPERTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16, 17, 32, 33, 60, 64, 67, 72, 96, 128, 129, 160, 256, 257, 384, 512)
-TOP_K = (1, 2, 3, 4, 5, 6, 8, 10)
+TOP_K = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 17, 22, 32)
 HIDDEN = (16, 1, 7, 8, 24, 32, 33, 40, 64, 72, 96, 100, 128, 129, 192, 256, 320, 448, 512)
 INTERMEDIATE = (16, 1, 8, 12, 24, 32, 33, 40, 48, 64, 65, 96, 128, 130, 176, 256)
 DP = (1, 2, 3, 4, 8)
@@ -40,7 +40,7 @@ FIELDS: dict[str, tuple[Scalar, ...]] = {
     "scoring": ("softmax", "sigmoid"),
     "renormalize": (False, True),
     "bias": (False, True),
-    "scale": (1.0, 2.5, 0.5),
+    "scale": (1.0, 2.5, 0.5, 2.827),  # Kimi K2's last: no bfloat16, and no float32 either
     "is_padding": (False, True),
     "dialect": PADDING_DIALECTS,
     "activation": ("silu", "gelu", "relu2", "swiglu_oai"),
@@ -60,7 +60,11 @@ PLACES = (
     FaultPlace("extreme_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("negative_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("noncontiguous", "hidden", on_rows=False),
+    FaultPlace("transposed", "hidden", on_rows=False),
     FaultPlace("misaligned", "hidden", on_rows=False),
+    FaultPlace("noncontiguous", "gate", on_rows=False),
+    FaultPlace("transposed", "gate", on_rows=False),
+    *(FaultPlace("noncontiguous", name, on_rows=False, needs=name) for name in ("bias", "is_padding")),
 )
 
 

@@ -25,7 +25,8 @@ CHECKS = {
 }
 
 _HIDDEN = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "huge_rows", "ladder", "ties",
-           "zero_rows", "stale_rows", "extreme_bias", "negative_bias", "noncontiguous", "misaligned")  # fmt: skip
+           "zero_rows", "stale_rows", "extreme_bias", "negative_bias", "noncontiguous", "transposed",
+           "misaligned")  # fmt: skip
 FAULTS = {name: text.FAULTS[name] for name in _HIDDEN}
 
 
