@@ -270,6 +270,14 @@ def test_a_bias_may_stand_alone_and_have_a_dtype_of_its_own(recipe, activation):
             assert name not in plain or same(plain[name], together[dtype][name])
 
 
+def test_the_last_experts_are_named_and_none_of_them_twice():
+    for experts, top_k, first in ((64, 2, 56), (64, 12, 52), (8, 2, 6), (3, 3, 0)):
+        whole = case(rows="0-39", experts=f"0-{experts - 1}", top_k=top_k, faults=[Fault("last_experts", "ids")])
+        ids = materialize(whole, 0).plain["ids"]
+        assert ids.unique().tolist() == list(range(first, experts))
+        assert all(len(row.unique()) == top_k for row in ids)
+
+
 def test_an_expert_has_exactly_so_many_rows():
     found = set()
     for seed in range(40):

@@ -21,7 +21,10 @@ BIASES = ("none", "dtype/none", "none/dtype", "dtype", "float32/none", "none/flo
           "float32/dtype")  # fmt: skip
 TOGETHER = ("none", "dtype", "float32")  # both, or none: what most models have
 #: Values that are drawn once more for each mention, as in `Axis`.
-OFTEN: Mapping[str, tuple[Scalar, ...]] = {"bias": ("none", *TOGETHER, "none")}  # else few cases would be without
+OFTEN: Mapping[str, tuple[Scalar, ...]] = {
+    "bias": ("none", *TOGETHER, "none"),  # else few cases would be without
+    "recipe": ("curve",),  # no other shows an activation, of which there are several
+}
 
 #: The simplest value first. experts is a labels string, top_k and the sizes are numbers; they stand apart.
 FIELDS: Mapping[str, tuple[Scalar, ...]] = {
