@@ -269,3 +269,23 @@ def test_a_nan_beside_a_dropped_weight_is_told_as_what_it_is():
     assert "of its experts here are finite; those of slots without one, which touch nothing, are not" in said
     said = judge(observe(case_of(), lambda inputs: reference(inputs) * torch.nan))["finite"].message
     assert said.startswith("token 0: y is NaN, though x and the weights of its experts here are finite (")
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_huge_row_that_changes_another(deterministic):
+    """The rounding follows the largest number of the batch: within the bounds, unless a row is huge."""
+
+    def scaled(inputs: ExpertsInputs, most: float) -> Tensor:
+        y, amax = reference(inputs), float(inputs.plain["x"].double().abs().max())
+        return torch.where(torch.tensor(amax > most), y.float().mul(1 + 2.0**-8).to(y.dtype), y)
+
+    case = case_of(seed=0)
+    contract = replace(STEADY, deterministic=deterministic)
+    assert judge(observe(case, contract=contract)) == {}
+    found = judge(observe(case, lambda inputs: scaled(inputs, 2.0**60), contract))
+    assert set(found) == ({"isolation"} if deterministic else set())
+    assert not judge(observe(replace(case, seed=1 << 16), lambda inputs: scaled(inputs, 2.0**60), contract))
+    wrong = judge(observe(case, lambda inputs: scaled(inputs, 2.0**60) * (1 + (inputs.plain["x"].max() > 2.0**60)),
+                          contract))  # fmt: skip
+    assert wrong["isolation"].symptom == "off"
+    assert "huge numbers in other rows changed this one" in wrong["isolation"].message

@@ -201,7 +201,8 @@ def test_a_shard_added_in_16_bits_shows_in_the_bits_alone():
         total = torch.zeros_like(right.hidden)
         for part in parts:
             total = total + part
-        assert set(violations(observed(one, y=total))) - {"determinism"} == wrong
+        # a second call is that of the reference, and has the right bits
+        assert set(violations(observed(one, y=total))) - {"determinism", "isolation"} == wrong
 
 
 def test_a_logit_whose_sum_may_overflow_on_the_way_is_not_judged():
@@ -326,3 +327,18 @@ def test_few_interpreted_cases_have_no_tokens() -> None:
     empty = [one for one in cases if not any(step.tokens for step in one.steps)]
     assert 0 < len(empty) < 40
     assert sum(int(one.config["ep"]) == 8 for one in cases) > 20
+
+
+def test_a_huge_row_that_changes_another_is_told_where_the_target_declares_it():
+    one = case(step(8))
+    seen = observed(one)
+    assert violations(seen) == {}
+
+    def call(inputs):
+        y = seen.call(inputs)
+        return replace(y, y=y.y.nextafter(torch.zeros_like(y.y))) if float(inputs.plain["hidden"].max()) > 1e30 else y
+
+    wrong = replace(seen, call=call, budget={})
+    assert "huge numbers in other rows changed this one" in violations(wrong)["isolation"]
+    assert violations(replace(wrong, info=replace(INFO, contract=Contract(deterministic=True)))) == {}
+    assert violations(replace(wrong, case=replace(one, seed=1 << 16))) == {}
