@@ -270,6 +270,16 @@ def test_a_bias_may_stand_alone_and_have_a_dtype_of_its_own(recipe, activation):
             assert name not in plain or same(plain[name], together[dtype][name])
 
 
+@pytest.mark.parametrize("kind", ["permuted", "shard"])
+def test_a_map_names_each_expert_here_once(kind):
+    """What another one does is nobody's promise."""
+    for seed in range(20):
+        plain = materialize(case(seed=seed, experts="0-12", expert_map=kind), 0).plain
+        there = plain["expert_map"][plain["expert_map"] >= 0]
+        assert int(plain["expert_map"].min()) >= -1
+        assert there.sort().values.tolist() == list(range(len(plain["w13"])))
+
+
 def test_the_last_experts_are_named_and_none_of_them_twice():
     for experts, top_k, first in ((64, 2, 56), (64, 12, 52), (8, 2, 6), (3, 3, 0)):
         whole = case(rows="0-39", experts=f"0-{experts - 1}", top_k=top_k, faults=[Fault("last_experts", "ids")])
