@@ -108,7 +108,8 @@ class Capabilities:
     min_multiple_i: int = 1
     activations: tuple[str, ...] = ("silu", "gelu", "relu2", "swiglu_oai")  # of nvfp4_quantize: that it fuses
     gate_layouts: tuple[str, ...] = ("first", "up_first", "interleaved")
-    biases: bool = True
+    biases: bool = True  # b13 and b2
+    separate_biases: bool = True  # takes either without the other, and each in a dtype of its own
     recipes: tuple[str, ...] = ("dense", "integer", "one_hot", "ladder", "fine", "curve")  # of numbers
     # of layers
     max_ranks: int = 64  # data-parallel ranks whose batch it takes

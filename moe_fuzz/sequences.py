@@ -54,7 +54,7 @@ def runs(modes: Sequence[str], device: str) -> tuple[str, ...]:
     """The kinds of run, each as often as its share: three cases in five are a single call. Without CUDA graphs it is
     three in four: a replay shows less there, and costs more."""
     graphs = [mode for mode in ALL_MODES[1:] if mode in modes]
-    graphs += [*graphs[:1], *([RANKS] * 2 if RANKS in modes else [])]
+    graphs += [*graphs[:1], *([RANKS] * 3 if RANKS in modes else [])]
     if MODES[0] not in modes:
         return tuple(graphs)
     single = (6 if device == "cuda" else 12) if graphs else 6

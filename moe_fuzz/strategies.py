@@ -72,9 +72,13 @@ def rounds(
     drawn = draw(st.sampled_from(kinds))
     # Hypothesis repeats and recombines what it has drawn. A seed from the whole round makes each repeat a new one.
     seed = draw(_SEEDS)
-    means = Means.of(info, device)
-    if not random.Random(repr((seed, config, drawn))).randrange(LARGE):
+    means, rare = Means.of(info, device), random.Random(repr((seed, config, drawn)))
+    if not rare.randrange(LARGE):
         means = means.more
+        crowded = getattr(space, "crowded", None)
+        if crowded is not None and means.times > 1 and rare.randrange(2):
+            allowed = {axis.name: axis.values for axis in space.axes(info)}
+            config = crowded(config, allowed, info, means, rare)
     run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, kinds, means)
     places = _places(space, info, _in_mode(config, run, info), run)
     swarm = draw(_swarms(tuple(places))) if places else []

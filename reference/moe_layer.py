@@ -16,7 +16,7 @@ Observer = Callable[[Tensor, Tensor], None]
 
 def moe_layer(
     hidden: Tensor,  # [T, H] bfloat16 | float16, any strides; T = ranks * rows of a rank, T >= 0
-    gate: Tensor,  # [E, H], dtype of hidden or float32
+    gate: Tensor,  # [E, H], dtype of hidden or float32, any strides
     w13: Tensor,  # [E, 2I, H] (relu2: [E, I, H]), dtype of hidden
     w2: Tensor,  # [E, H, I], dtype of hidden
     top_k: int,  # 1 <= top_k <= min(E, 32)

@@ -135,7 +135,11 @@ class Triage:
         if seconds() <= 0 and self._minimized[bucket]:
             self.unexamined += 1
             return True
-        self._examine(item, seconds())
+        try:
+            self._examine(item, seconds())
+        except BaseException:  # an interrupt, a full disk: it is pending, for the next run
+            self.unexamined += 1
+            raise
         self._state.drop_pending(item.name)
         return True
 
@@ -217,9 +221,16 @@ class Triage:
             if earlier is not None:
                 del self.fixed[finding.id]
                 finding = replace(finding, first_seen=earlier.first_seen, times_seen=earlier.times_seen + 1)
-            (self.known if only_looked_fixed else self.new)[finding.id] = finding
-            self._save()  # first: if killed now, the next run must not take what lies there for old news
-            path = write_finding(self._state, finding, self._render)
+            group = self.known if only_looked_fixed else self.new
+            group[finding.id] = finding
+            try:
+                self._save()  # first: if killed now, the next run must not take what lies there for old news
+                path = write_finding(self._state, finding, self._render)
+            except BaseException:  # an interrupt, say. What has no folder is no finding yet, and nobody may count it
+                if not folder(self._state, finding).exists():
+                    del group[finding.id]
+                    self._sightings.pop(finding.id, None)
+                raise
         self._emit(events.FindingReported(finding, "known" if only_looked_fixed else "new", str(path)))
 
     def _again(self, group: dict[str, Finding], known: Finding, finding: Finding) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_fuzz.faults.align import IdsCanvas
+from moe_fuzz.faults.align import IdsCanvas, IdsFault
 from moe_fuzz.faults.fault import Canvas, Fault, register
 
 
@@ -17,6 +17,21 @@ class WeightsCanvas(Canvas):
     """Routing weights while their faults are laid; those that hang on the ids come when these are known."""
 
     dropped: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))  # [T, k]: no expert here
+
+
+@register
+class LastExperts(IdsFault):
+    """The rows name the last experts, as many as an eighth of them at least: ids that a narrow type cuts, and ends of
+    tables. k distinct experts of a row stay so."""
+
+    name = "last_experts"
+
+    def lay_ids(self, canvas: IdsCanvas, positions: Sequence[int]) -> None:
+        top_k, experts = canvas.values.shape[1], len(canvas.experts)
+        few = max(top_k, experts // 8)
+        first = canvas.choose_rows(positions, few, self.name)  # [P, 1]
+        slot = torch.arange(top_k, device=canvas.device)
+        canvas.values[positions] = (experts - 1 - (first + slot) % few).to(canvas.values.dtype)
 
 
 @register

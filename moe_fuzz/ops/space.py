@@ -84,7 +84,8 @@ class Space(Protocol):
     def presets(self) -> Mapping[str, Mapping[str, Scalar]]: ...  # model -> the part of a config it fixes
 
     # A space may also have `tails`: what a layer before may leave in the rows of a static buffer that are no tokens, in
-    # the places of moe_fuzz.sequences.TAILS.
+    # the places of moe_fuzz.sequences.TAILS. And `crowded`: the config, changed into one on whose slots larger means
+    # than the ordinary ones are well spent (ops/experts/space.py).
 
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         """The axes of a config inside the target's capabilities; `experts` holds counts."""

@@ -181,6 +181,12 @@ def biases_without_their_strides(*tensors: Tensor, **options: Any) -> Tensor:
     return Layer.run(*tensors, **options)
 
 
+def one_flag_for_both_biases(*tensors: Tensor, **options: Any) -> Tensor:
+    """The class of vllm#22508, biases that a kernel has only for the model it came with. One flag, taken from b13, says
+    whether there are biases: where w2 alone has them, they are lost, and so a test with both of them never shows it."""
+    return Layer.run(*tensors, **options | ({"b2": None} if options.get("b13") is None else {}))
+
+
 class _Bf16Sums(Layer):
     def product(self, a: Tensor, w: Tensor) -> Tensor:
         total = torch.zeros((len(a), len(w)), dtype=torch.bfloat16, device=a.device)

@@ -65,6 +65,7 @@ EXPERTS: tuple[Planted, ...] = (
     _experts("bf16_weights", "statistical", "flashinfer#3595", "rounds the router's weights to bfloat16", only=True,
              capabilities={"recipes": ("dense", "integer", "one_hot", "ladder")}),  # `fine` shows it in the bits
     _experts("bf16_biases", "exact", "vllm#22508", "keeps biases in bfloat16, whatever they come in"),
+    _experts("one_flag_for_both_biases", "exact", "vllm#22508", "asks b13 alone whether there are biases"),
     _experts("k_tail_dropped", "exact", "vllm#47303", "adds whole steps of 32 along H, and drops the rest"),
     _experts("last_experts_dropped", "exact", "vllm#21079", "walks experts in fours: those left over give 0"),
     _experts("duplicate_counted_once", "exact", "flashinfer#3011", "an expert that a row names twice counts once"),

@@ -9,7 +9,7 @@ from moe_fuzz.contract import Capabilities, Contract, declares
 
 @declares(
     contract=Contract(deterministic=True, intermediate="float32", slot="none"),
-    capabilities=Capabilities(compiles=False, alignment=1),
+    capabilities=Capabilities(compiles=False, alignment=1, any_strides=True),
 )
 def moe_layer(
     hidden: torch.Tensor, gate: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, top_k: int, *,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_fuzz.campaign import engine, events
+from moe_fuzz.campaign import engine, events, triage
 from moe_fuzz.campaign.code import edited_since
 from moe_fuzz.campaign.progress import Plan
 from moe_fuzz.campaign.state import StateDir
@@ -127,6 +127,28 @@ def test_a_finding_is_news_until_a_campaign_has_ended_with_it(tmp_path, monkeypa
         campaign(tmp_path, when(nan_on_odd), killer, cases=300).run()
     except Killed:
         monkeypatch.undo()
+    summary = campaign(tmp_path, when(nan_on_odd), cases=300).run()
+    assert (summary.exit_code, len(summary.new)) == (1, 1)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupt_while_a_finding_is_written_leaves_it_to_the_next_run(tmp_path, monkeypatch, moment):
+    """Drivers go on for a moment, and count what they meet as seen again: of a folder that may not be there."""
+    real = triage.write_finding
+
+    def interrupted(state, finding, render):
+        if moment == "after":
+            real(state, finding, render)
+        made._triage._sightings[finding.id] += 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(triage, "write_finding", interrupted)
+    made = campaign(tmp_path, when(nan_on_odd), cases=300)
+    summary = made.run()
+    assert (summary.exit_code, summary.interrupted) == (130, True)
+    assert summary.unexamined == len(list((tmp_path / "pending").glob("*.json"))) > 0
+    assert len(summary.new) == len(list((tmp_path / "findings").iterdir())) == (moment == "after")
+    monkeypatch.undo()
     summary = campaign(tmp_path, when(nan_on_odd), cases=300).run()
     assert (summary.exit_code, len(summary.new)) == (1, 1)
 

@@ -209,8 +209,10 @@ def test_a_product_that_is_stored_before_its_bias_is_not_judged_to_the_bit(seed)
 
 
 @pytest.mark.parametrize(
-    ("narrowed", "bias"), [("weights", "none"), ("weights", "dtype"), ("b13", "float32"), ("b2", "float32")]
-)
+    ("narrowed", "bias"),
+    [("weights", "none"), ("weights", "dtype"), ("b13", "float32"), ("b2", "float32"), ("b13", "float32/dtype"),
+     ("b2", "none/float32")],
+)  # fmt: skip
 def test_a_coefficient_of_fewer_bits_shows_in_the_bits(narrowed, bias):
     """What each loses is less than a step of the result: no bound can see it."""
 
@@ -227,6 +229,21 @@ def test_a_coefficient_of_fewer_bits_shows_in_the_bits(narrowed, bias):
     assert told >= 6
 
 
+@pytest.mark.parametrize("bias", ["none/dtype", "none/float32", "dtype/none", "float32/none"])
+@pytest.mark.parametrize("recipe", ["dense", "integer"])
+def test_a_bias_that_is_lost_where_it_stands_alone(bias, recipe):
+    """One flag for both, as kernels have it: cases with both or none never show it."""
+
+    def target(inputs: ExpertsInputs) -> Tensor:
+        whole = {"b13", "b2"} <= set(inputs.plain)
+        return reference(inputs if whole else replace(inputs, plain={
+            name: tensor for name, tensor in inputs.plain.items() if name not in ("b13", "b2")}))
+
+    case = case_of(rows=12, hidden=48, intermediate=32, bias=bias, recipe=recipe)
+    assert judge(observe(case)) == {}
+    assert judge(observe(case, target))
+
+
 def test_a_product_may_overflow_before_its_weight_makes_it_small():
     """A target may weigh x or the product: of a product without its weight that is infinite, nothing can be asked."""
     from moe_fuzz.execute.runner import Runner
@@ -239,3 +256,36 @@ def test_a_product_may_overflow_before_its_weight_makes_it_small():
     )
     verdict = Runner("cpu").run(replayed, "experts_bf16@torch", RunOptions())
     assert verdict.kind == "pass", verdict
+
+
+def test_a_nan_beside_a_dropped_weight_is_told_as_what_it_is():
+    def careless(inputs: ExpertsInputs) -> Tensor:
+        return reference(inputs) + (0.0 * inputs.plain["weights"].sum(dim=1, keepdim=True)).to(inputs.plain["x"].dtype)
+
+    laid = (Fault("nan_dropped", "weights", Labels.parse("0-7")),)
+    case = case_of(expert_map="shard", top_k=3, faults=laid)
+    assert judge(observe(case)) == {}
+    said = judge(observe(case, careless))["finite"].message
+    assert "of its experts here are finite; those of slots without one, which touch nothing, are not" in said
+    said = judge(observe(case_of(), lambda inputs: reference(inputs) * torch.nan))["finite"].message
+    assert said.startswith("token 0: y is NaN, though x and the weights of its experts here are finite (")
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_huge_row_that_changes_another(deterministic):
+    """The rounding follows the largest number of the batch: within the bounds, unless a row is huge."""
+
+    def scaled(inputs: ExpertsInputs, most: float) -> Tensor:
+        y, amax = reference(inputs), float(inputs.plain["x"].double().abs().max())
+        return torch.where(torch.tensor(amax > most), y.float().mul(1 + 2.0**-8).to(y.dtype), y)
+
+    case = case_of(seed=0)
+    contract = replace(STEADY, deterministic=deterministic)
+    assert judge(observe(case, contract=contract)) == {}
+    found = judge(observe(case, lambda inputs: scaled(inputs, 2.0**60), contract))
+    assert set(found) == ({"isolation"} if deterministic else set())
+    assert not judge(observe(replace(case, seed=1 << 16), lambda inputs: scaled(inputs, 2.0**60), contract))
+    wrong = judge(observe(case, lambda inputs: scaled(inputs, 2.0**60) * (1 + (inputs.plain["x"].max() > 2.0**60)),
+                          contract))  # fmt: skip
+    assert wrong["isolation"].symptom == "off"
+    assert "huge numbers in other rows changed this one" in wrong["isolation"].message

@@ -48,6 +48,31 @@ def test_a_store_that_nobody_declared_is_named(stores: dict[str, str], recipe: s
     assert all(said in text for text in told), told
 
 
+_MODEL_FILE = {"gate_up": "dtype", "activation": "dtype", "down": "dtype", "weight_dtype": "dtype", "reduce": "dtype"}
+
+
+@pytest.mark.parametrize("stores", [{"reduce": "dtype"}, _MODEL_FILE], ids=["reduce", "all"])
+@pytest.mark.parametrize("ascending", [False, True], ids=["slots", "experts"])
+def test_a_sum_of_slots_in_few_bits_is_named(stores: dict[str, str], ascending: bool) -> None:
+    """In the order of the slots, or of their experts, as a loop over these adds them."""
+
+    def target(inputs: ExpertsInputs) -> torch.Tensor:
+        if not ascending:
+            return storing(**stores)(inputs)
+        ids, order = inputs.plain["ids"].sort(dim=1)
+        return storing(**stores)(inputs.replace(ids=ids, weights=inputs.plain["weights"].gather(1, order)))
+
+    told = []
+    for seed, hidden in product(range(4), (32, 256)):
+        case = case_of(rows=12, seed=seed, top_k=6, experts=8, recipe="fine", hidden=hidden)
+        found = judge(observe(case, target, STEADY))
+        told += [one.message for one in found.values() if "may answer so" in one.message]
+        assert not {"bound", "exact"} & set(judge(observe(case, target, replace(STEADY, **stores))))
+    said = ", ".join(f'{name}="{value}"' for name, value in stores.items())
+    assert told
+    assert all(f"Contract({said})" in text for text in told), told
+
+
 def test_codes_that_are_made_of_what_nobody_stored_are_named() -> None:
     """A code falls the other way where h is not rounded before: no store of something else says so."""
     told = []

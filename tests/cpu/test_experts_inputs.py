@@ -11,6 +11,7 @@ from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.contract import Capabilities
 from moe_fuzz.fence import open_arena
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops.experts.fields import BIASES, bias_dtypes
 from moe_fuzz.ops.experts.inputs import benign_rows, materialize
 from moe_fuzz.ops.inputs import element_bits
 from moe_fuzz.reference.align import expert_of_slot
@@ -251,6 +252,40 @@ def test_biases_and_maps_that_are_not_packed(tensor, fault):
         assert there.stride() == inputs.lies[tensor].strides(there.shape) != there.contiguous().stride()
         assert (there.stride(0) == 1) is (fault == "transposed")
         assert all(placed[name].is_contiguous() for name in placed if name != tensor)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+def test_a_bias_may_stand_alone_and_have_a_dtype_of_its_own(recipe, activation):
+    """What a case has keeps its bits, whatever the other bias is."""
+    if (activation, recipe) == ("relu2", "curve"):
+        return
+    said = {"none": None, "dtype": torch.bfloat16, "float32": torch.float32}
+    config = {"recipe": recipe, "activation": activation}
+    together = {dtype: materialize(case(bias=dtype, **config), 0).plain for dtype in said}
+    for bias in BIASES:
+        plain = materialize(case(bias=bias, **config), 0).plain
+        for name, dtype in zip(("b13", "b2"), bias_dtypes(bias), strict=True):
+            assert (plain[name].dtype if name in plain else None) == said[dtype]
+            assert name not in plain or same(plain[name], together[dtype][name])
+
+
+@pytest.mark.parametrize("kind", ["permuted", "shard"])
+def test_a_map_names_each_expert_here_once(kind):
+    """What another one does is nobody's promise."""
+    for seed in range(20):
+        plain = materialize(case(seed=seed, experts="0-12", expert_map=kind), 0).plain
+        there = plain["expert_map"][plain["expert_map"] >= 0]
+        assert int(plain["expert_map"].min()) >= -1
+        assert there.sort().values.tolist() == list(range(len(plain["w13"])))
+
+
+def test_the_last_experts_are_named_and_none_of_them_twice():
+    for experts, top_k, first in ((64, 2, 56), (64, 12, 52), (8, 2, 6), (3, 3, 0)):
+        whole = case(rows="0-39", experts=f"0-{experts - 1}", top_k=top_k, faults=[Fault("last_experts", "ids")])
+        ids = materialize(whole, 0).plain["ids"]
+        assert ids.unique().tolist() == list(range(first, experts))
+        assert all(len(row.unique()) == top_k for row in ids)
 
 
 def test_an_expert_has_exactly_so_many_rows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
@@ -19,7 +20,7 @@ from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.experts import cost
-from moe_fuzz.ops.experts.fields import FIELDS
+from moe_fuzz.ops.experts.fields import BIASES, FIELDS
 from moe_fuzz.ops.experts.fp4 import FP4_FIELDS
 from moe_fuzz.ops.experts.inputs import materialize
 from moe_fuzz.ops.space import Means
@@ -37,6 +38,7 @@ LITTLE = TargetInfo(
         min_multiple_i=128, int64_ids=False, duplicate_ids=False,
     ),
 )  # fmt: skip
+ANY_STRIDES = replace(EVERYTHING, capabilities=replace(EVERYTHING.capabilities, any_strides=True))
 BOTH = pytest.mark.parametrize("info", [EVERYTHING, LITTLE], ids=["everything", "little"])
 OF_FP4 = replace(EVERYTHING, op="experts_nvfp4", capabilities=replace(
     EVERYTHING.capabilities, global_scales=("power", "fitted", "small", "large", "zero", "infinite", "nan")))
@@ -202,6 +204,22 @@ def test_a_fault_that_cannot_be_laid_is_refused(fault, says):
     case = simple()
     with pytest.raises(CaseError, match=says):
         SPACE.validate(case.with_step(0, replace(case.steps[0], faults=(fault,))))
+
+
+def test_biases_that_stand_alone_are_drawn_for_targets_that_take_them():
+    def drawn(**can):
+        info = replace(EVERYTHING, capabilities=replace(EVERYTHING.capabilities, **can))
+        return Counter(case.config["bias"] for case in islice(strategies.grid(SPACE, info, "cpu", 0), 600))
+
+    assert set(drawn()) == set(BIASES)
+    assert set(drawn(separate_biases=False)) == {"none", "dtype", "float32"}
+    assert set(drawn(biases=False)) == {"none"}
+    case = simple(bias="none/float32")
+    assert "bias=none/float32" in SPACE.features(case)
+    assert {place.tensor for place in SPACE.places_for(case.config, ANY_STRIDES)} & {"b13", "b2"} == {"b2"}
+    can = replace(ANY_STRIDES.capabilities, separate_biases=False)
+    assert "bias=none/float32" in SPACE.refusal(case, replace(ANY_STRIDES, capabilities=can))
+    assert not SPACE.refusal(case, ANY_STRIDES)
 
 
 def test_layouts_of_biases_and_maps_go_with_them_and_take_any_strides():

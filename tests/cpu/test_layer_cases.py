@@ -11,12 +11,13 @@ import torch
 
 from moe_fuzz import sequences, strategies
 from moe_fuzz.campaign.tally import Tally
-from moe_fuzz.case import RANKS, Case, Step, in_mode
+from moe_fuzz.case import RANKS, Case, Fault, Step, in_mode
 from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.checks.layer.padding import run_kind, statistics
 from moe_fuzz.checks.layer.trail import describe
 from moe_fuzz.contract import Capabilities, Contract, TargetInfo
 from moe_fuzz.errors import CaseError
+from moe_fuzz.fence import open_arena
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space, load_case
 from moe_fuzz.ops.layer.inputs import materialize
@@ -124,6 +125,31 @@ def test_the_reducer_can_take_ranks_and_rows_away():
     assert "fault:zero_tokens" not in SPACE.features(case())
 
 
+@pytest.mark.parametrize(
+    ("fault", "tensor"), [("transposed", "hidden"), ("noncontiguous", "gate"), ("transposed", "gate"),
+                          ("noncontiguous", "bias"), ("noncontiguous", "is_padding")]
+)  # fmt: skip
+def test_layouts_for_targets_that_take_any_strides(fault, tensor):
+    laid = case(step(8, "6-7", (Fault(fault, tensor),)), bias=True)
+    inputs = materialize(laid, 0)
+    with open_arena("cpu") as arena:
+        placed = inputs.place(arena, Capabilities())
+        assert [name for name, there in placed.items() if not there.is_contiguous()] == [tensor]
+        assert torch.equal(placed[tensor].float(), materialize(case(bias=True), 0).plain[tensor].float())
+    info = replace(INFO, capabilities=replace(INFO.capabilities, any_strides=True))
+    assert SPACE.refusal(laid, INFO)
+    assert not SPACE.refusal(laid, info)
+    assert (fault, tensor) not in {(place.fault, place.tensor) for place in SPACE.places_for(laid.config, INFO)}
+    drawn = list(itertools.islice(strategies.grid(SPACE, info, "cpu", 0), 800))
+    assert any(Fault(fault, tensor) in one.steps[0].faults for one in drawn)
+
+
+def test_many_experts_of_many_and_a_scale_that_no_16_bits_hold_are_drawn():
+    drawn = list(itertools.islice(strategies.grid(SPACE, INFO, "cpu", 0), 800))
+    assert {k for one in drawn if 10 < (k := int(one.config["top_k"])) < len(one.experts)} >= {12, 16, 22, 32}
+    assert any(one.config["scale"] == 2.827 for one in drawn)
+
+
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +201,8 @@ def test_a_shard_added_in_16_bits_shows_in_the_bits_alone():
         total = torch.zeros_like(right.hidden)
         for part in parts:
             total = total + part
-        assert set(violations(observed(one, y=total))) - {"determinism"} == wrong
+        # a second call is that of the reference, and has the right bits
+        assert set(violations(observed(one, y=total))) - {"determinism", "isolation"} == wrong
 
 
 def test_a_logit_whose_sum_may_overflow_on_the_way_is_not_judged():
@@ -187,6 +214,30 @@ def test_a_logit_whose_sum_may_overflow_on_the_way_is_not_judged():
     seen = replace(observed(case(top_k=1)), inputs=inputs.replace(hidden=hidden, gate=gate), budget={})
     assert seen.logits[2].abs().max() < 100
     assert seen.defined.tolist() == [True, True, False, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("recipe", ["dense", "integer"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_what_a_wrong_row_would_be_right_for_is_told(recipe, shards):
+    config = {"ep": shards, "recipe": recipe, "hidden": 64, "intermediate": 40, "renormalize": True,
+              "scoring": "sigmoid"}  # fmt: skip
+    right = observed(case(**config))
+    inputs, (y, weights, ids) = right.inputs.plain, vars(right.outputs).values()
+
+    def of(weights: torch.Tensor, ids: torch.Tensor) -> str:
+        other = experts_bf16(right.hidden, inputs["w13"], inputs["w2"], weights, ids)
+        found = violations(observed(case(**config), y=other))
+        return found.get("bound") or found["exact"]
+
+    assert "slot 1 is missing" in of(weights, torch.cat([ids[:, :1], torch.full_like(ids[:, 1:], -1)], dim=1))
+    assert "the weights were ignored" in of(torch.ones_like(weights), ids)
+    wrong = ids.clone()
+    wrong[0, 0] = next(e for e in range(6) if e not in ids[0])
+    assert f"slot 0 read expert {int(wrong[0, 0])}, not {int(ids[0, 0])}" in of(weights, wrong)
+    turned = y.clone()
+    turned[3] = y[2]
+    of_others = case(step(8, "0"), **config)  # a row that is not judged comes before
+    assert "got what token 2 should have" in violations(observed(of_others, y=turned))["bound"]
 
 
 def test_wrong_answers_are_named():
@@ -276,3 +327,18 @@ def test_few_interpreted_cases_have_no_tokens() -> None:
     empty = [one for one in cases if not any(step.tokens for step in one.steps)]
     assert 0 < len(empty) < 40
     assert sum(int(one.config["ep"]) == 8 for one in cases) > 20
+
+
+def test_a_huge_row_that_changes_another_is_told_where_the_target_declares_it():
+    one = case(step(8))
+    seen = observed(one)
+    assert violations(seen) == {}
+
+    def call(inputs):
+        y = seen.call(inputs)
+        return replace(y, y=y.y.nextafter(torch.zeros_like(y.y))) if float(inputs.plain["hidden"].max()) > 1e30 else y
+
+    wrong = replace(seen, call=call, budget={})
+    assert "huge numbers in other rows changed this one" in violations(wrong)["isolation"]
+    assert violations(replace(wrong, info=replace(INFO, contract=Contract(deterministic=True)))) == {}
+    assert violations(replace(wrong, case=replace(one, seed=1 << 16))) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import islice
 
 import pytest
@@ -11,6 +12,7 @@ from moe_fuzz import strategies
 from moe_fuzz.contract import Capabilities, Contract, TargetInfo
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.space import Means
+from moe_fuzz.restriction import RestrictedSpace, Restriction
 from moe_fuzz.targets.bind import bind
 from moe_fuzz.targets.reach import has_triton
 
@@ -81,6 +83,23 @@ def test_no_case_costs_more_than_the_larger_means_and_few_cost_more_than_the_ord
                                               for case in cases)]  # fmt: skip
     assert all(len(cases) == 1 for cases in large)
     assert len(large) <= len(rounds) / 8
+
+
+@pytest.mark.parametrize(
+    ("op", "triton", "many"), [("experts_bf16", True, False), ("experts_bf16", False, True),
+                               ("experts_nvfp4", True, False), ("experts_nvfp4", False, False)]
+)  # fmt: skip
+def test_large_means_go_into_the_slots_of_few_experts_or_of_very_many(monkeypatch, op, triton, many):
+    """More than 8 bits count: of one expert, or of experts that have one each. Among others an expert has few."""
+    monkeypatch.setattr(strategies, "LARGE", 1)
+    found = [case for cases in drawn(op, info_of(op, triton), examples=60) for case in cases]
+    slots = [(len(case.experts), most_rows(case) * int(case.config["top_k"])) for case in found]
+    assert sum(experts > 256 and each >= experts if many else each > 256 * experts for experts, each in slots) >= 5
+    only = Restriction(values=(("experts", ("8",)),))
+    info, space = info_of(op, triton), RestrictedSpace(get_space(op), only)
+    config = space.complete({axis.name: axis.values[0] for axis in space.axes(info)}, info)
+    allowed = {axis.name: axis.values for axis in space.axes(info)}
+    assert space.crowded(config, allowed, info, Means("cpu", triton).more, random.Random(0)) == config
 
 
 @pytest.mark.parametrize("op", LIMITS)

@@ -29,11 +29,15 @@ _WAYS: tuple[Mapping[str, str], ...] = (
     {"activation": "dtype"},
     {"down": "dtype"},
     {"weight_dtype": "dtype"},
+    {"reduce": "dtype"},
+    {"slot": "none", "reduce": "dtype"},
     {"gate_up": "dtype", "down": "dtype"},
     {"gate_up": "dtype", "activation": "dtype"},
     {"gate_up": "dtype", "activation": "dtype", "down": "dtype"},
     {"gate_up": "dtype", "activation": "dtype", "down": "dtype", "slot": "none"},
     {"gate_up": "dtype", "activation": "dtype", "down": "dtype", "weight_dtype": "dtype"},
+    {"gate_up": "dtype", "activation": "dtype", "down": "dtype", "reduce": "dtype"},
+    {"gate_up": "dtype", "activation": "dtype", "down": "dtype", "weight_dtype": "dtype", "reduce": "dtype"},
 )
 
 
@@ -67,5 +71,10 @@ def _with(contract: Contract, way: Mapping[str, str]) -> Contract:
 
 
 def _off(seen: ExpertsObservation, contract: Contract) -> int:
-    """The judged elements that have not the bits of the answer with each store of this contract."""
-    return int(((seen.y != rounded(seen.inputs, seen.expert, contract)) & seen.judged).sum())
+    """The judged elements that have not the bits of the answer with each store of this contract. Slots that are added
+    in few bits are added as they stand, or as a loop over the experts comes to them."""
+    answers = [rounded(seen.inputs, seen.expert, contract)]
+    if contract.reduce == "dtype":
+        expert, order = seen.expert.sort(dim=1)
+        answers.append(rounded(seen.inputs.replace(weights=seen.weights.gather(1, order)), expert, contract))
+    return min(int(((seen.y != answer) & seen.judged).sum()) for answer in answers)

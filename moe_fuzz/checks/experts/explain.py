@@ -19,13 +19,18 @@ def explain(seen: ExpertsObservation, token: int) -> str:
     """`; it looks as if slot 1 read expert 3, not 5`, or which declaration would make it right, or nothing."""
     if seen.brief:
         return ""
-    y = seen.y[token]
-    if not bool((y != 0).any()):
+    if not bool((seen.y[token] != 0).any()):
         return "; the row is all zero"
+    hint = reading(seen, token)
+    return f"; it looks as if {hint}" if hint else declaration(seen)
+
+
+def reading(seen: ExpertsObservation, token: int) -> str:
+    """What may have happened to this token, of what would make its row right; empty where nothing of that would."""
     for hint, numbers, row in _readings(seen, token):
-        if bool(((y - numbers.value[row]).abs() <= numbers.bound[row]).all()):
-            return f"; it looks as if {hint}"
-    return declaration(seen)
+        if bool(((seen.y[token] - numbers.value[row]).abs() <= numbers.bound[row]).all()):
+            return hint
+    return ""
 
 
 def _readings(seen: ExpertsObservation, token: int) -> Iterator[tuple[str, Numbers, int]]:
@@ -34,7 +39,8 @@ def _readings(seen: ExpertsObservation, token: int) -> Iterator[tuple[str, Numbe
     if bool(fits[token]):  # within the bound of the right numbers, as would be much that did not happen
         return
     for other in fits.nonzero().flatten().tolist()[:1]:
-        yield f"the token got what token {other} should have", seen.numbers, other
+        name = other if seen.rows is None else seen.rows[other]
+        yield f"the token got what token {name} should have", seen.numbers, other
     hidden, inter = seen.x.shape[1], seen.inputs.inter
     expert = seen.expert[token]  # [k]
     slots = seen.kept[token].nonzero().flatten().tolist()[:_SLOTS]

@@ -11,10 +11,11 @@ from moe_fuzz.checks import check
 from moe_fuzz.checks.coordinates import first
 from moe_fuzz.checks.experts.bounds import evaluate
 from moe_fuzz.checks.experts.determinism import other_bits
-from moe_fuzz.checks.experts.observation import ExpertsObservation
+from moe_fuzz.checks.experts.observation import ExpertsObservation, Outputs
 from moe_fuzz.checks.experts.others import RANKS, SCALE
 from moe_fuzz.checks.relations import differs, pick, steady
 from moe_fuzz.mirror import answers, on_host, uploaded
+from moe_fuzz.ops.experts.inputs import ExpertsInputs
 from moe_fuzz.ops.inputs import Inputs, element_bits
 from moe_fuzz.verdict import Violation
 
@@ -34,22 +35,31 @@ def _off(check_name: str, message: str, other: torch.Tensor, low: torch.Tensor, 
 @check("experts", "isolation", relation=True)
 def isolation(seen: ExpertsObservation) -> list[Violation]:
     """Other contents in padding rows, in undefined rows and in the weights of dropped slots, the same real rows: bit
-    for bit where the target is deterministic, else within their bounds."""
-    other_inputs = seen.healed_inputs
-    if other_inputs is seen.inputs or not on_host(seen.real).any():
-        return []
-    message = "other contents in padding rows or dropped slots changed this real row"
-    other = seen.healed[1]
+    for bit where the target is deterministic, else within their bounds. So with huge numbers in other real rows."""
+    found: list[Violation] = []
+    if seen.healed_inputs is not seen.inputs and on_host(seen.real).any():
+        message = "other contents in padding rows or dropped slots changed this real row"
+        found = _isolated(seen, seen.healed_inputs, seen.healed[1], seen.real, message)
+    if seen.neighbours is not None and not found:
+        rows, inputs = seen.neighbours
+        found = _isolated(seen, inputs, seen.call(inputs), rows, "huge numbers in other rows changed this one")
+    return found
+
+
+def _isolated(
+    seen: ExpertsObservation, inputs: ExpertsInputs, other: Outputs, kept: torch.Tensor, message: str
+) -> list[Violation]:
+    """What another call changed of the rows that it has in common with this one, bool [T]."""
     (low, high), y = seen.limits, other.y.double()
-    off = seen.well & seen.real[:, None] & ~((low <= y) & (y <= high))
-    other_rows = differs(seen.outputs, other) & seen.real
+    off = seen.well & kept[:, None] & ~((low <= y) & (y <= high))
+    other_rows = differs(seen.outputs, other) & kept
     outside, changed = answers([off.any(), other_rows.any()])
     if outside:
         return _off("isolation", message, y, low, high, off)
     if not (changed and seen.info.contract.deterministic):
         return []
-    rows = seen.real.nonzero().flatten()
-    if not steady(seen, seen.inputs, other_inputs, rows, rows):
+    rows = kept.nonzero().flatten()
+    if not steady(seen, seen.inputs, inputs, rows, rows):
         return []
     return other_bits("isolation", message, seen.outputs.y[rows], other.y[rows], rows)
 
@@ -146,6 +156,8 @@ def ahead(seen: ExpertsObservation) -> Sequence[Inputs]:
         calls.append(seen.inputs)
     if some and seen.healed_inputs is not seen.inputs:
         calls.append(seen.healed_inputs)
+    if seen.neighbours is not None:
+        calls.append(seen.neighbours[1])
     if invariant:
         calls.append(seen.fewer[1])
     parts = [*seen.sharded, *seen.forced.values()] if seen.eager is None else []

@@ -17,6 +17,7 @@ from moe_fuzz.checks.experts.flags import first_look
 from moe_fuzz.checks.experts.known import exact_answer
 from moe_fuzz.checks.experts.nonfinite import never_finite
 from moe_fuzz.checks.experts.values import rounded
+from moe_fuzz.checks.relations import has_huge_neighbours, huge
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.fence import unwritten
 from moe_fuzz.mirror import on_host, rows_of, uploaded
@@ -247,6 +248,18 @@ class ExpertsObservation:
         """The call on `healed_inputs`; the call itself where nothing is to be healed."""
         inputs = self.healed_inputs
         return inputs, self.outputs if inputs is self.inputs else self.call(inputs)
+
+    @cached_property
+    def neighbours(self) -> tuple[torch.Tensor, ExpertsInputs] | None:
+        """The other ones, bool [T], and the same inputs with huge numbers in every second real row; None: a case has
+        them by its seed, and where there are two rows."""
+        rows = on_host(self.real).nonzero().flatten()
+        if len(rows) < 2 or not has_huge_neighbours(self):
+            return None
+        kept = on_host(self.real).clone()
+        kept[rows[::2]] = False
+        x = torch.where(self._made(kept | ~on_host(self.real))[:, None], self.x, huge(self.x))
+        return self._made(kept), self.inputs.replace(x=x)
 
     @cached_property
     def fewer(self) -> tuple[torch.Tensor, ExpertsInputs]:

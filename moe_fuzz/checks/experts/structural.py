@@ -12,7 +12,7 @@ from moe_fuzz.verdict import Violation
 
 #: What `finite` finds, in the order in which it is looked for.
 _NONFINITE = {
-    "nan": "y is NaN, though x and the weights are finite",
+    "nan": "y is NaN, though x and the weights of its experts here are finite",
     "infinite": "y is infinite, and is not near the dtype's largest",
     "nan-lost": "x has a NaN, which is not seen in y",
     "nonfinite-lost": "y is finite, though a NaN or an infinity in x, in a scale or in a global scale goes into it",
@@ -52,11 +52,15 @@ def finite(seen: ExpertsObservation) -> list[Violation]:
     if symptom is None:
         return []
     where, expected = wrong(seen)[symptom], "nan or inf" if symptom == "nonfinite-lost" else "nan"
+    message = _NONFINITE[symptom]
     if symptom == "nan":
         expected = "a number"
+        kept, token = seen.kept, first(where)[0]
+        if not bool(seen.weights[token][~kept[token]].isfinite().all()):
+            message += "; those of slots without one, which touch nothing, are not"
     elif symptom == "infinite":
         expected = f"{float(seen.numbers.value[first(where)]):.9g}"
-    return violation(seen, "finite", symptom, where, _NONFINITE[symptom], expected)
+    return violation(seen, "finite", symptom, where, message, expected)
 
 
 @check("experts", "dropped")

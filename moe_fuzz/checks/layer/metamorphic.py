@@ -11,6 +11,7 @@ from moe_fuzz.checks.coordinates import first
 from moe_fuzz.checks.layer.observation import LayerObservation, Outputs
 from moe_fuzz.checks.relations import REPEATS, differs, pick, steady, tensors
 from moe_fuzz.ops.inputs import Inputs, element_bits
+from moe_fuzz.ops.layer.inputs import LayerInputs
 from moe_fuzz.verdict import Violation
 
 
@@ -25,19 +26,29 @@ def determinism(seen: LayerObservation) -> list[Violation]:
 
 @check("layer", "isolation", relation=True)
 def isolation(seen: LayerObservation) -> list[Violation]:
-    """Other contents in the padding and undefined rows, of any rank, the same bits in the real ones.
+    """Other contents in the padding and undefined rows, of any rank, the same bits in the real ones; so with huge
+    numbers in other real rows, which then go to other experts.
 
     Only where the target declares it: an expert that has fewer rows may be multiplied in another order. What is no
     rounding, `bound` tells anyhow.
     """
-    rows = seen.defined.nonzero().flatten()
-    if not _isolated(seen) or seen.defined.all() or not len(rows):
+    if not _isolated(seen):
         return []
-    other = seen.call(seen.healed_inputs)
-    if not differs(seen.outputs, other)[rows].any() or not steady(seen, seen.inputs, seen.healed_inputs, rows, rows):
+    rows, found = seen.defined.nonzero().flatten(), list[Violation]()
+    if len(rows) and not seen.defined.all():
+        found = _changed(seen, seen.healed_inputs, rows, "other contents in padding rows changed this real row")
+    if seen.neighbours is not None and not found:
+        rows, inputs = seen.neighbours
+        found = _changed(seen, inputs, rows, "huge numbers in other rows changed this one")
+    return found
+
+
+def _changed(seen: LayerObservation, inputs: LayerInputs, rows: torch.Tensor, message: str) -> list[Violation]:
+    """What these inputs change of rows that are in both, int64 [R]."""
+    other = seen.call(inputs)
+    if not differs(seen.outputs, other)[rows].any() or not steady(seen, seen.inputs, inputs, rows, rows):
         return []
-    return _compared(seen, "isolation", "other contents in padding rows changed this real row", rows, seen.outputs,
-                     other)  # fmt: skip
+    return _compared(seen, "isolation", message, rows, seen.outputs, other)
 
 
 @check("layer", "replay")
@@ -87,5 +98,8 @@ def ahead(seen: LayerObservation) -> Sequence[Inputs]:
     """What the relations above will call, as far as they can know before there are outputs."""
     if not seen.info.contract.deterministic or not seen.tokens:
         return []
-    some = _isolated(seen) and bool(seen.defined.any()) and not bool(seen.defined.all())
-    return [seen.inputs, seen.healed_inputs] if some else [seen.inputs]
+    calls: list[Inputs] = [seen.inputs]
+    if _isolated(seen):
+        calls += [seen.healed_inputs] if bool(seen.defined.any()) and not bool(seen.defined.all()) else []
+        calls += [seen.neighbours[1]] if seen.neighbours is not None else []
+    return calls

@@ -14,6 +14,7 @@ from moe_fuzz.checks.experts.rounding import depth, floor, gamma, unit
 from moe_fuzz.checks.layer.bound import Bounded, bounded
 from moe_fuzz.checks.layer.decision import Decision
 from moe_fuzz.checks.layer.known import known
+from moe_fuzz.checks.relations import has_huge_neighbours, huge
 from moe_fuzz.checks.routing.observation import Outputs as Routed
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.fence import unwritten
@@ -46,10 +47,11 @@ class LayerObservation:
     call: Callable[[LayerInputs], Outputs]
     eager: Callable[[LayerInputs], Outputs] | None = None
     budget: dict[str, float] = field(default_factory=dict)
+    brief: bool = False  # nobody reads the violations: what went wrong need not be found out
 
     def with_outputs(self, outputs: Outputs) -> LayerObservation:
         """The same inputs and another answer; what depends on the inputs alone is not computed again."""
-        other = replace(self, outputs=outputs, budget={})
+        other = replace(self, outputs=outputs, budget={}, brief=True)
         for name in _OF_INPUTS:
             other.__dict__[name] = getattr(self, name)
         return other
@@ -156,6 +158,17 @@ class LayerObservation:
         labels = [self.inputs.rows[row] for row in positions.tolist()]
         hidden[positions] = fresh_rows(self.case, labels, BENIGN, hidden.device)
         return self.inputs.replace(hidden=hidden)
+
+    @cached_property
+    def neighbours(self) -> tuple[torch.Tensor, LayerInputs] | None:
+        """The other ones, int64 [R], and the same inputs with huge numbers in every second defined row; None: a case
+        has them by its seed, and where there are two rows."""
+        rows = self.defined.nonzero().flatten()
+        if len(rows) < 2 or not has_huge_neighbours(self):
+            return None
+        hidden = self.hidden.clone()
+        hidden[rows[::2]] = huge(hidden[rows[::2]])
+        return rows[1::2], self.inputs.replace(hidden=hidden)
 
     # ---- outputs ----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 
 from moe_fuzz.checks import check
 from moe_fuzz.checks.coordinates import first, row_text
+from moe_fuzz.checks.layer.explain import explain
 from moe_fuzz.checks.layer.observation import LayerObservation
 from moe_fuzz.checks.layer.structural import decided
 from moe_fuzz.checks.routing import parity as router
@@ -62,7 +63,8 @@ def bound(seen: LayerObservation) -> list[Violation]:
         zero = not bool(got[at[0]].any())
         what = "is NaN" if symptom == "nan" else "is infinite" if symptom == "infinite" else (
             "is all zero" if zero else f"is off by {worst:.3g} bounds")  # fmt: skip
-        message = f"row {row}: the router chose {decided(seen, row)}; the experts' sum for that {what}"
+        hint = explain(seen, at[0]) if symptom == "off" and not zero else ""
+        message = f"row {row}: the router chose {decided(seen, row)}; the experts' sum for that {what}{hint}"
         return [Violation("bound", "zero" if zero else symptom, message, "y", (row, column),
                           f"{float(expected[at]):.6g} within {float(limit[at]):.3g}", f"{value:.6g}",
                           float(used[at].nan_to_num(nan=torch.inf)))]  # fmt: skip
@@ -84,5 +86,6 @@ def exact(seen: LayerObservation) -> list[Violation]:
     at = first(wrong)
     row, column = int(seen.rows[at[0]]), at[1]
     message = f"row {row}: the router chose {decided(seen, row)}; the experts' sum for that is not the exact one"
+    message += explain(seen, at[0])
     return [Violation("exact", "bits", message, "y", (row, column), f"{float(expected[at]):.9g}",
                       f"{float(got[at]):.9g}")]  # fmt: skip

@@ -13,6 +13,7 @@ MAX_ELEMENTS = 1 << 27
 #: into fences, and judged in float64: of four times as many 54 planted bugs took as many cases, and 1.6 times as long.
 BUDGET = 1 << 19
 SHARES = (1.0, 1 / 8)  # of it, for one case in two each: most flaws show in sizes that cost less than their judgement
+CROWD = 3 * 32 * 32  # of an expert, where it is slots that a case has many of
 WIDE, OF_WIDE = 2048, 4  # a side that long is a model's own, and may take so many times the budget
 FP4_BUDGET = 1 << 18  # in the interpreter, a number that has to be decoded costs ten times as much
 #: Seconds that an interpreted case may take; most take a third of it. A block of slots takes 7 ms in the two products

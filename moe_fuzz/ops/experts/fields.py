@@ -16,12 +16,22 @@ SIZES = ("hidden", "intermediate")
 MAX_SIZE = 1 << 16
 RECIPES = ("dense", "integer", "one_hot", "ladder", "fine", "curve")
 
+#: What b13 is and what b2 is, or both of them: a checkpoint may have either without the other.
+BIASES = ("none", "dtype/none", "none/dtype", "dtype", "float32/none", "none/float32", "float32", "dtype/float32",
+          "float32/dtype")  # fmt: skip
+TOGETHER = ("none", "dtype", "float32")  # both, or none: what most models have
+#: Values that are drawn once more for each mention, as in `Axis`.
+OFTEN: Mapping[str, tuple[Scalar, ...]] = {
+    "bias": ("none", *TOGETHER, "none"),  # else few cases would be without
+    "recipe": ("curve",),  # no other shows an activation, of which there are several
+}
+
 #: The simplest value first. experts is a labels string, top_k and the sizes are numbers; they stand apart.
 FIELDS: Mapping[str, tuple[Scalar, ...]] = {
     "dtype": ("bfloat16", "float16"),
     "activation": ("silu", "gelu", "relu2", "swiglu_oai"),
     "gate_layout": ("first", "up_first", "interleaved"),
-    "bias": ("none", "dtype", "float32"),
+    "bias": BIASES,
     "weight_on_input": (False, True),
     "expert_map": ("none", "permuted", "shard"),
     "recipe": RECIPES,
@@ -36,10 +46,10 @@ FIELDS: Mapping[str, tuple[Scalar, ...]] = {
 def limits_of(info: TargetInfo) -> dict[str, tuple[Scalar, ...]]:
     """Of each of `FIELDS`, the values that the target takes."""
     can = info.capabilities
-    taken: dict[str, bool] = {"bias": can.biases, "weight_on_input": can.weight_on_input, "expert_map": can.expert_map,
-                              "out": can.out}  # fmt: skip
+    taken: dict[str, bool] = {"weight_on_input": can.weight_on_input, "expert_map": can.expert_map, "out": can.out}
     limits = {name: values if taken.get(name, True) else values[:1] for name, values in FIELDS.items()}
     limits |= {
+        "bias": biases_of(info),
         "dtype": tuple(v for v in FIELDS["dtype"] if v in can.dtypes),
         "activation": tuple(v for v in FIELDS["activation"] if v in can.activations),
         "gate_layout": tuple(v for v in FIELDS["gate_layout"] if v in can.gate_layouts),
@@ -49,6 +59,18 @@ def limits_of(info: TargetInfo) -> dict[str, tuple[Scalar, ...]]:
         "dialect": tuple(v for v in FIELDS["dialect"] if v in info.contract.accepts),
     }
     return limits
+
+
+def biases_of(info: TargetInfo) -> tuple[Scalar, ...]:
+    """Of `BIASES` those that the target takes."""
+    can = info.capabilities
+    return BIASES[:1] if not can.biases else BIASES if can.separate_biases else TOGETHER
+
+
+def bias_dtypes(bias: Scalar) -> tuple[str, str]:
+    """Of b13 and of b2: "none", "dtype" or "float32"."""
+    b13, _, b2 = str(bias).partition("/")
+    return b13, b2 or b13
 
 
 def config_of(case: Case, fields: Mapping[str, tuple[Scalar, ...]], most_experts: int, most_k: int) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 
 from moe_fuzz.case import MODES, Case, Fault, Scalar
 from moe_fuzz.labels import Labels
-from moe_fuzz.ops.experts.fields import FIELDS
+from moe_fuzz.ops.experts.fields import FIELDS, bias_dtypes
 from moe_fuzz.ops.moves import plainer_faults, simpler_runs, with_fitting_faults
 
 Fields = Mapping[str, tuple[Scalar, ...]]
@@ -33,8 +33,9 @@ def mended(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 def has_tensor(config: Mapping[str, Scalar], tensor: str) -> bool:
     """Whether a case of this config has the tensor: biases and a map it need not have."""
-    field = {"b13": "bias", "b2": "bias", "expert_map": "expert_map"}.get(tensor)
-    return field is None or config[field] != "none"
+    if tensor in ("b13", "b2"):
+        return bias_dtypes(config["bias"])[tensor == "b2"] != "none"
+    return tensor != "expert_map" or config["expert_map"] != "none"
 
 
 def _has_room_for(config: Mapping[str, Scalar], fault: Fault) -> bool:

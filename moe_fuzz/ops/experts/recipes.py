@@ -4,7 +4,7 @@ dense: iid, the density of a tent. ladder: a geometric ladder of magnitudes of b
 lost beside it. integer: every partial sum is an integer times a power of two, far below 2^24 of them, so any order of
 summation gives the same bits. one_hot: each row of a projection reads one column, so each result names its source.
 
-fine: integer, but with routing weights of 13 bits, or where biases are float32 with biases of as many: what loses bits
+fine: integer, but with routing weights of 13 bits, or where a bias is float32 with that of as many: what loses bits
 of them on the way is off by less than a step of the result, and shows where that is rounded.
 curve: one_hot, but with gates from -15 to 15, where an activation is a curve. A gate is that of all experts, and each
 column of y reads the same one of all: so no sum hides what is off by parts of a small result.
@@ -28,6 +28,7 @@ from moe_fuzz import generator
 from moe_fuzz.case import Case
 from moe_fuzz.mirror import uploaded
 from moe_fuzz.ops.experts import draw
+from moe_fuzz.ops.experts.fields import bias_dtypes
 
 Device = torch.device | str
 Tensors = dict[str, torch.Tensor]
@@ -203,10 +204,12 @@ def projections(case: Case, labels: Sequence[int], device: Device) -> Tensors:
 
 def biases(maker: Maker) -> Tensors:
     """b13 and b2, where the case has them."""
-    if maker.case.config["bias"] == "none":
-        return {}
-    gate, up, down = maker.biases()
-    return {"b13": maker.arranged(gate, up) if maker.case.config["activation"] != "relu2" else up, "b2": down}
+    gate, up, down = (maker.bias(name) for name in ("b13/gate", "b13/up", "b2"))
+    found: Tensors = {}
+    if up is not None:
+        assert gate is not None
+        found["b13"] = maker.arranged(gate, up) if maker.case.config["activation"] != "relu2" else up
+    return found | ({"b2": down} if down is not None else {})
 
 
 class Maker:
@@ -236,12 +239,16 @@ class Maker:
         if self.recipe == "curve":  # what all experts have in common
             found += [(f"{name}/common", [0], range(rows), [0], 0)
                       for name, (rows, _) in sides.items() if name != "w13/up"]  # fmt: skip
-        if "w13/up" in names and self.case.config["bias"] != "none":
-            found += [(name, self.labels, [0], range(size), 0) for name, size in self._biases().items()]
+        if "w13/up" in names:
+            lengths = {"b13/gate": self.inter, "b13/up": self.inter, "b2": self.hidden}
+            found += [(name, self.labels, [0], range(length), 0) for name, length in lengths.items()
+                      if self._bias_dtype(name) is not None]  # fmt: skip
         return found
 
-    def _biases(self) -> dict[str, int]:
-        return {"b13/gate": self.inter, "b13/up": self.inter, "b2": self.hidden}
+    def _bias_dtype(self, name: str) -> torch.dtype | None:
+        """None: the case has no such bias."""
+        said = bias_dtypes(self.case.config["bias"])[name == "b2"]
+        return None if said == "none" else torch.float32 if said == "float32" else self.dtype
 
     def gate(self) -> torch.Tensor:  # [E, I, H]
         if self.recipe not in WRITTEN:
@@ -276,19 +283,19 @@ class Maker:
         """float32 [E]: one of four powers of two for each expert."""
         return uploaded(torch.tensor([2.0 ** (label * 5 % 4 - 1) for label in self.labels]), self.device)
 
-    def biases(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # gate and up [E, I], down [E, H]
+    def bias(self, name: str) -> torch.Tensor | None:  # gate and up [E, I], down [E, H]
+        dtype = self._bias_dtype(name)
+        if dtype is None:
+            return None
         kinds = {"integer": ("gate", "small", "eights"), "one_hot": ("gate", "halves", "halves"),
                  "curve": ("bent_bias", "halves", "tiny")}  # a larger one would hide a small result
         kinds["fine"] = kinds["integer"]
-        if _fine_biases(self.case):  # h in float16 has so many bits that some would be half way; a square has too many
+        if dtype == torch.float32:  # h in float16 has so many bits that some would be half way; a square has too many
             plain = self.dtype == torch.float16 or self.case.config["activation"] == "relu2"
             kinds["fine"] = ("gate", "small" if plain else "fine_small", "fine_large")
-        dtype = torch.float32 if self.case.config["bias"] == "float32" else self.dtype
-        found = []
-        for name, kind in zip(self._biases(), kinds.get(self.recipe, ("tent",) * 3), strict=True):
-            exponent = self._bias_exponent(name) if self.recipe == "dense" else 0
-            found.append(_look_up(kind, exponent, dtype, *self.drawn.lines(name, self.device)))
-        return found[0], found[1], found[2]
+        kind = dict(zip(("b13/gate", "b13/up", "b2"), kinds.get(self.recipe, ("tent",) * 3), strict=True))[name]
+        exponent = self._bias_exponent(name) if self.recipe == "dense" else 0
+        return _look_up(kind, exponent, dtype, *self.drawn.lines(name, self.device))
 
     def _bias_exponent(self, name: str) -> int:
         """Of the size of what they are added to, or so. Lost beside it, no check would see a bias; and where it is all
@@ -334,7 +341,7 @@ class Maker:
 
 def _fine_biases(case: Case) -> bool:
     """Whether it is the biases of a `fine` case that have many bits: those of both, multiplied, float32 has not."""
-    return case.config["bias"] == "float32"
+    return "float32" in bias_dtypes(case.config["bias"])
 
 
 def _dtype(case: Case) -> torch.dtype:

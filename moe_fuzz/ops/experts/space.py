@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts import cost, moves, text
-from moe_fuzz.ops.experts.fields import FIELDS, SIZES, config_of, limits_of
+from moe_fuzz.ops.experts.fields import FIELDS, OFTEN, SIZES, config_of, limits_of
 from moe_fuzz.ops.experts.presets import MODELS
 from moe_fuzz.ops.moves import flush_left
 from moe_fuzz.ops.space import Axis, FaultPlace, Means
@@ -35,7 +36,8 @@ _SHARE = "share of the budget"  # is drawn, and is no field of a config
 #: What may break one row. On x, the plainest first.
 X_FAULTS = ("zero_rows", "nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "huge_rows", "ladder",
             "stale_rows")  # fmt: skip
-IDS_FAULTS = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts", "sentinel_ids", "wide_ids")
+IDS_FAULTS = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts", "last_experts", "sentinel_ids",
+              "wide_ids")  # fmt: skip
 _EAGER_IDS = ("wide_ids",)  # they are int64, and a graph's buffer has one dtype for all its steps
 _DUPLICATES = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
@@ -89,9 +91,13 @@ class ExpertsSpace:
             Axis("top_k", [k for k in self.top_ks if k <= can.max_top_k], between=any_number),
             self._sizes("hidden", HIDDEN, can.max_hidden, can.min_multiple_h),
             self._sizes("intermediate", INTERMEDIATE, can.max_intermediate, can.min_multiple_i),
-            *(Axis(name, values) for name, values in self.limits(info).items()),
+            *(Axis(name, values, self._often(name, values)) for name, values in self.limits(info).items()),
             Axis(_SHARE, cost.SHARES),
         )
+
+    @staticmethod
+    def _often(name: str, values: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
+        return tuple(value for value in OFTEN.get(name, ()) if len(values) > 1 and value in values)
 
     def _sizes(self, name: str, values: tuple[int, ...], most: int, multiple: int) -> Axis:
         """Those of the sizes that a target takes; the least that it takes, where it takes none of them."""
@@ -112,6 +118,21 @@ class ExpertsSpace:
         whole = moves.mended({**drawn, "experts": str(Labels.range(int(config["experts"])))})
         allowed = {axis.name: axis.values for axis in self.axes(info)}
         return cost.afforded(whole, {name: [int(value) for value in allowed[name]] for name in SIZES}, budget)
+
+    def crowded(
+        self, config: dict[str, Scalar], allowed: Mapping[str, Sequence[Scalar]], info: TargetInfo, means: Means,
+        chosen: random.Random,
+    ) -> dict[str, Scalar]:  # fmt: skip
+        """The config with small projections of an expert or two, which then have hundreds of slots each: among many, an
+        expert has as many only where far more can be afforded. There: more experts than 8 bits count, as many slots.
+        allowed: of each axis, the values that may be drawn."""
+        dear = means.interpreted or "activations" in config  # each expert with a slot
+        counts = [int(n) for n in allowed["experts"] if (int(n) <= 2 if dear else int(n) > 256)]
+        if not counts:
+            return config
+        whole = self.complete({**config, "experts": chosen.choice(counts)}, info)
+        sizes = {name: [int(value) for value in allowed[name]] for name in SIZES if name in allowed}
+        return cost.shrunk(whole, sizes, cost.CROWD * len(Labels.parse(str(whole["experts"]))))
 
     def tokens(self, config: Mapping[str, Scalar], means: Means) -> tuple[int, ...]:
         found = tuple(t for t in TOKENS if cost.affordable_tokens(t, config, means))

@@ -20,6 +20,7 @@ from moe_fuzz.case import Case, Scalar
 from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts import recipes
+from moe_fuzz.ops.experts.fields import bias_dtypes
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 
 #: Of a config, what the target is given as plain arguments.
@@ -58,6 +59,12 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     if config["bias"]:
         bias = generator.triangular(case.seed, "bias", [0], experts, device=device) * _BIAS_MAGNITUDE
         canvases["bias"] = Canvas("bias", bias, [0], experts, case.seed)
+    weights = _weights(case.seed, tuple(sorted(case.config.items())), str(device))
+    canvases["gate"] = Canvas("gate", weights["gate"], experts, columns, case.seed)  # only its layout can be a fault
+    if config["is_padding"]:
+        flags = torch.zeros((1, len(rows)), dtype=torch.bool, device=device)
+        flags[0, step.padding.positions(step.rows)] = True
+        canvases["is_padding"] = Canvas("is_padding", flags, [0], rows, case.seed)
     for fault in step.faults:
         canvas = canvases[fault.tensor]
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(canvas.rows)))
@@ -67,15 +74,22 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
             FAULTS[fault.name].lay(canvas, positions)
 
     inputs = LayerInputs(options, {"hidden": canvases["hidden"].values}, rows=rows)
-    inputs.lies["hidden"] = Lie(canvases["hidden"].stride_gap, canvases["hidden"].offset)
-    inputs.plain |= _weights(case.seed, tuple(sorted(case.config.items())), str(device))
-    if config["bias"]:
-        inputs.plain["bias"] = canvases["bias"].values[0]
-    if config["is_padding"]:
-        flags = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        flags[step.padding.positions(step.rows)] = True
-        inputs.plain["is_padding"] = flags
+    inputs.plain |= weights
+    for name, canvas in canvases.items():
+        if name in ("bias", "is_padding"):
+            inputs.plain[name] = canvas.values[0]
+        if canvas.stride_gap or canvas.transposed or canvas.offset:
+            inputs.lies[name] = _lie(name, canvas)
     return inputs
+
+
+def _lie(name: str, canvas: Canvas) -> Lie:
+    """The stride is that of the whole step, also where a check takes fewer rows: they are rows of the same view."""
+    if name in ("bias", "is_padding"):  # what stands between rows is what stands between a vector's elements
+        return Lie(0, canvas.offset, 1 + canvas.stride_gap)
+    if canvas.transposed:
+        return Lie(0, canvas.offset, max(1, len(canvas.rows) + canvas.stride_gap))
+    return Lie(canvas.stride_gap, canvas.offset)
 
 
 def fresh_rows(case: Case, rows: Sequence[int], stream: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -109,10 +123,10 @@ def _weights(seed: int, items: tuple[tuple[str, Scalar], ...], device: str) -> d
     found = {"gate": draw("gate", 1, hidden, _size(8, hidden), gate_dtype).view(len(experts), hidden),
              "w13": draw("w13", rows, hidden, _size(4, hidden)),
              "w2": draw("w2", hidden, inter, _size(4, inter))}  # fmt: skip
-    if config["expert_bias"] != "none":
-        kind = torch.float32 if config["expert_bias"] == "float32" else dtype
-        found["b13"] = draw("b13", rows, 1, 0.5, kind).view(len(experts), rows)
-        found["b2"] = draw("b2", hidden, 1, 0.5, kind).view(len(experts), hidden)
+    for name, length, said in zip(("b13", "b2"), (rows, hidden), bias_dtypes(config["expert_bias"]), strict=True):
+        if said != "none":
+            kind = torch.float32 if said == "float32" else dtype
+            found[name] = draw(name, length, 1, 0.5, kind).view(len(experts), length)
     return found
 
 

@@ -19,5 +19,6 @@ MODELS: Mapping[str, Mapping[str, Scalar]] = {
                      "expert_bias": "dtype"},
     "nemotron-3-nano": {"experts": 128, "top_k": 6, **_SIGMOID, "activation": "relu2", "scale": 2.5},
     "glm-4.5": {"experts": 160, "top_k": 8, **_SIGMOID, "scale": 2.5},
+    "kimi-k2": {"experts": 384, "top_k": 8, **_SIGMOID, "scale": 2.827},
     "llama-4-scout": {"experts": 16, "top_k": 1, **_SIGMOID, "bias": False, "renormalize": False},
 }  # fmt: skip

@@ -11,6 +11,7 @@ from moe_fuzz.case import ALL_MODES, MODES, RANKS, Case, Scalar, Step, in_mode
 from moe_fuzz.contract import PADDING_DIALECTS, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops.experts.fields import BIASES, OFTEN, bias_dtypes, biases_of
 from moe_fuzz.ops.layer import text
 from moe_fuzz.ops.layer.presets import MODELS
 from moe_fuzz.ops.routing import space as routing
@@ -18,7 +19,7 @@ from moe_fuzz.ops.space import Axis, FaultPlace, Means
 from moe_fuzz.sizes import any_number
 
 EXPERTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16, 17, 32, 33, 60, 64, 67, 72, 96, 128, 129, 160, 256, 257, 384, 512)
-TOP_K = (1, 2, 3, 4, 5, 6, 8, 10)
+TOP_K = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 17, 22, 32)
 HIDDEN = (16, 1, 7, 8, 24, 32, 33, 40, 64, 72, 96, 100, 128, 129, 192, 256, 320, 448, 512)
 INTERMEDIATE = (16, 1, 8, 12, 24, 32, 33, 40, 48, 64, 65, 96, 128, 130, 176, 256)
 DP = (1, 2, 3, 4, 8)
@@ -39,12 +40,12 @@ FIELDS: dict[str, tuple[Scalar, ...]] = {
     "scoring": ("softmax", "sigmoid"),
     "renormalize": (False, True),
     "bias": (False, True),
-    "scale": (1.0, 2.5, 0.5),
+    "scale": (1.0, 2.5, 0.5, 2.827),  # Kimi K2's last: no bfloat16, and no float32 either
     "is_padding": (False, True),
     "dialect": PADDING_DIALECTS,
     "activation": ("silu", "gelu", "relu2", "swiglu_oai"),
     "gate_layout": ("first", "up_first", "interleaved"),
-    "expert_bias": ("none", "dtype", "float32"),
+    "expert_bias": BIASES,  # of b13 and of b2
     "recipe": ("dense", "integer", "fine"),  # numbers of order 1; whole ones; those with biases of 13 bits
     "edge": ("right", "left"),
     "out": (False, True),
@@ -59,7 +60,11 @@ PLACES = (
     FaultPlace("extreme_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("negative_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("noncontiguous", "hidden", on_rows=False),
+    FaultPlace("transposed", "hidden", on_rows=False),
     FaultPlace("misaligned", "hidden", on_rows=False),
+    FaultPlace("noncontiguous", "gate", on_rows=False),
+    FaultPlace("transposed", "gate", on_rows=False),
+    *(FaultPlace("noncontiguous", name, on_rows=False, needs=name) for name in ("bias", "is_padding")),
 )
 
 
@@ -99,14 +104,15 @@ class LayerSpace(routing.RoutingSpace):
             "dialect": contract.padding,
             "activation": can.activations,
             "gate_layout": can.gate_layouts,
-            "expert_bias": FIELDS["expert_bias"] if can.biases else ("none",),
+            "expert_bias": biases_of(info),
             "recipe": tuple(r for r in FIELDS["recipe"] if r in can.recipes),
             "out": (False, True) if can.out else (False,),
         }
         return (
             Axis("experts", can.numbers_of_experts(EXPERTS), between=can.takes_experts),
             Axis("top_k", [k for k in TOP_K if k <= can.max_top_k], between=any_number),
-            *(Axis(name, limited.get(name, values)) for name, values in FIELDS.items()),
+            *(Axis(name, limited.get(name, values), OFTEN["bias"] if name == "expert_bias" and can.biases else ())
+              for name, values in FIELDS.items()),
         )
 
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
@@ -167,7 +173,7 @@ class LayerSpace(routing.RoutingSpace):
         yield config["scoring"] not in can.scorings, f"scoring={config['scoring']}"
         yield config["activation"] not in can.activations, f"activation={config['activation']}"
         yield config["gate_layout"] not in can.gate_layouts, f"gate_layout={config['gate_layout']}"
-        yield config["expert_bias"] != "none" and not can.biases, "biases of experts"
+        yield config["expert_bias"] not in biases_of(info), f"expert_bias={config['expert_bias']}"
         yield config["recipe"] not in can.recipes, f"recipe={config['recipe']}"
         yield int(config["dp"]) > can.max_ranks, f"{config['dp']} ranks"
         yield int(config["ep"]) > can.max_shards, f"{config['ep']} shards"
@@ -226,8 +232,8 @@ class LayerSpace(routing.RoutingSpace):
         whole = {**super().mended(config), "ep": max(fitting)}
         if whole["activation"] == "swiglu_oai":
             whole["recipe"] = "dense"
-        elif whole["recipe"] == "fine" and whole["expert_bias"] != "float32":  # nothing else of it is fine
-            whole["recipe"] = "integer"
+        elif whole["recipe"] == "fine" and "float32" not in bias_dtypes(whole["expert_bias"]):
+            whole["recipe"] = "integer"  # nothing else of it is fine
         return whole | ({"magnitude": 0} if whole["recipe"] != "dense" else {})
 
     def cpu_seconds(self, tokens: int, config: Mapping[str, Scalar], means: Means) -> float:

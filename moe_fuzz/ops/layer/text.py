@@ -19,13 +19,14 @@ CHECKS = {
     "exact": "the experts' half: where every sum is exact, y has the known bits, for the router's own ids and weights",
     "fence": "no read or write outside a tensor, no write into an input",
     "canary": "the slack bytes beside a tensor keep their pattern",
-    "isolation": "what stands in padding and undefined rows does not change a real row, bit for bit, where declared",
+    "isolation": "what stands in padding and other rows does not change a real row, bit for bit, where declared",
     "replay": "a graph's replay gives what an eager call gives, bit for bit where deterministic",
     "determinism": "the same input gives the same bits, where declared; a graph is replayed",
 }
 
 _HIDDEN = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "huge_rows", "ladder", "ties",
-           "zero_rows", "stale_rows", "extreme_bias", "negative_bias", "noncontiguous", "misaligned")  # fmt: skip
+           "zero_rows", "stale_rows", "extreme_bias", "negative_bias", "noncontiguous", "transposed",
+           "misaligned")  # fmt: skip
 FAULTS = {name: text.FAULTS[name] for name in _HIDDEN}
 
 

@@ -83,7 +83,7 @@ PLACES = (
 def _odd_strides(laid: FaultPlace | Fault) -> bool:
     """Whether it takes a target with `any_strides`."""
     name = laid.fault if isinstance(laid, FaultPlace) else laid.name
-    return name == "far_columns" or (name == "noncontiguous" and laid.tensor != "logits")
+    return name == "far_columns" or (name in ("noncontiguous", "transposed") and laid.tensor != "logits")
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class RoutingSpace:
         odd = any(_odd_strides(fault) for fault in laid)
         strided = any(fault.name in _STRIDED and not _odd_strides(fault) for fault in laid)
         yield strided and not can.strided, "strided logits"
-        yield odd and not can.any_strides, "strided vectors, or columns of logits far apart"
+        yield odd and not can.any_strides, "strided vectors or weights, or columns that stand apart"
         yield "misaligned" in case.fault_names and can.alignment > 1, "misaligned logits"
 
     # ---- what it is like --------------------------------------------------------------------------------------------
