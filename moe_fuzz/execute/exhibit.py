@@ -2,7 +2,7 @@
 
 An exhibit is a JSON value, made by the worker, which has torch; the parent renders it into `repro.py` and tables.
 
-    {"op": "topk_softmax", "device": "cpu", "edge": "right", "memory_limit": null, "contract": {…},
+    {"op": "topk_softmax", "device": "cpu", "edge": "right", "memory_limit": null, "contract": {…}, "interpreter": "…",
      "load": {"kind": "file", "path": "/…/routing.py", "attribute": "topk_softmax", "factory": false, …},
      "steps": [{"top_k": 2, "tokens": 3, "experts": 8, "scale": 1.0, "renormalize": false, "padding": "distinct",
                 "width": 2, "scoring": "softmax", "n_group": 1, "topk_group": 1, "group_score": "max", "n_shared": 0,
@@ -44,6 +44,7 @@ import torch
 from moe_fuzz.case import Case
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 from moe_fuzz.errors import CaseError
+from moe_fuzz.execute import interpreter_values
 from moe_fuzz.execute.barecall import BareCall, bare_call
 from moe_fuzz.execute.exhibit_general import general_step
 from moe_fuzz.execute.exhibit_tensor import tensor
@@ -72,6 +73,7 @@ def exhibit(case: Case, target: Target, device: str = "cpu") -> dict[str, Any]:
         "memory_limit": None if limit == resource.RLIM_INFINITY else limit,
         "contract": asdict(target.info.contract),
         "load": _load(target),
+        "interpreter": _interpreter(target) if device == "cpu" else "",
         "steps": steps,
     }
 
@@ -126,6 +128,15 @@ def _placed(name: str, plain: torch.Tensor, inputs: Inputs, alignment: int) -> d
 def _out(tokens: int, width: int, alignment: int) -> dict[str, Any]:
     dtypes = {"weights": "float32", "ids": "int32"}
     return {name: {"dtype": dtype, "shape": [tokens, width], "alignment": alignment} for name, dtype in dtypes.items()}
+
+
+def _interpreter(target: Target) -> str:
+    """What a script must do to Triton's interpreter, so that it gives what the worker's gives; empty where it is not
+    needed."""
+    if not target.info.triton:
+        return ""
+    _, _, text = Path(str(interpreter_values.__file__)).read_text(encoding="utf-8").partition("import torch\n")
+    return text.strip()
 
 
 # ---- where the target lives -----------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 An operation of a small kernel costs what its types cost, not its arithmetic. `remember_types` keeps what follows from a
 shape or a dtype alone: 1.5 times the speed. `skip_unread_overflow` drops what nobody reads: outside debug mode, a sum
 or product of integers is computed once more in 64 bits, for an assertion that is then not made; 1.5 times again.
-`shift_bfloat16` widens and narrows bfloat16 by a shift: three times where tiles are large.
 
 At each call of a jit function from inside a kernel (`tl.max` is one) the interpreter patches the whole language again,
 1.6 ms each time, although during a launch every such patch after the first finds nothing left to do. Here it is done
@@ -20,7 +19,7 @@ from moe_fuzz.execute import clock
 
 def hasten() -> bool:
     """Installs all of them. Whether each could be."""
-    return all([patch_language_once(), remember_types(), skip_unread_overflow(), shift_bfloat16()])
+    return all([patch_language_once(), remember_types(), skip_unread_overflow()])
 
 
 def tell_of_programs() -> bool:
@@ -159,37 +158,6 @@ def skip_unread_overflow() -> bool:
 
     sanitize.moe_fuzz_original = original  # type: ignore[attr-defined]
     TritonSemantic.binary_op_sanitize_overflow_impl = sanitize
-    return True
-
-
-def shift_bfloat16() -> bool:
-    """Installs it; False (and nothing is changed) where this Triton converts elsewhere. Arrays with a subnormal number,
-    which the interpreter gets wrong, are left to it; so are float32 numbers that bfloat16 does not have, which it cuts.
-    What a masked load puts in place of the rest is converted for every element of a block: mostly that is zero."""
-    import numpy as np
-    from triton.language import core
-    from triton.runtime import interpreter
-
-    original = getattr(interpreter, "_convert_float", None)
-    if original is None:
-        return False
-    if hasattr(original, "moe_fuzz_original"):
-        return True
-
-    def convert(input: Any, input_dtype: Any, output_dtype: Any, rounding_mode: Any) -> Any:
-        if input_dtype == core.bfloat16 and output_dtype == core.float32 and input.dtype == np.uint16:
-            magnitude = input & 0x7FFF
-            if not ((magnitude != 0) & (magnitude < 0x80)).any():
-                return input.astype(np.uint32) << 16
-        if input_dtype == core.float32 and output_dtype == core.bfloat16 and input.dtype == np.float32:
-            bits = input.view(np.uint32)
-            magnitude = bits & 0x7FFFFFFF
-            if not (bits & 0xFFFF).any() and not ((magnitude != 0) & (magnitude < 0x00800000)).any():
-                return (bits >> 16).astype(np.uint16)
-        return original(input, input_dtype, output_dtype, rounding_mode)
-
-    convert.moe_fuzz_original = original  # type: ignore[attr-defined]
-    interpreter._convert_float = convert
     return True
 
 

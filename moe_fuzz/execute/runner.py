@@ -22,6 +22,7 @@ from moe_fuzz.execute.exhibit import exhibit
 from moe_fuzz.execute.graph import GraphSteps
 from moe_fuzz.execute.heap import keep_freed_memory
 from moe_fuzz.execute.interpreter import hasten, tell_of_programs
+from moe_fuzz.execute.interpreter_values import correct
 from moe_fuzz.execute.ranks import RankSteps
 from moe_fuzz.execute.steps import Steps
 from moe_fuzz.fence import allocator, cuda_driver
@@ -44,6 +45,7 @@ class Runner:
         watch_compilers()
         if device == "cpu":
             hasten()
+            correct()
             tell_of_programs()
         else:
             _start_cuda()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +22,10 @@ _VLLM = ("vllm.model_executor.layers.fused_moe.fused_moe:fused_experts",
          "vllm.model_executor.layers.fused_moe:fused_experts")  # fmt: skip
 _SGLANG = ("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts",
            "sglang.srt.layers.moe.fused_moe_triton.fused_moe:fused_experts")  # fmt: skip
-#: The product with w13 is rounded to the dtype of x before the activation; the kernels check no id.
-_CONTRACT = Contract(gate_up="dtype", reduce="dtype")  # the first product goes through a cache in the dtype of x
+#: The product with w13 goes through a cache in the dtype of x, and the activation is another kernel; no id is checked.
+_CONTRACT = Contract(gate_up="dtype", reduce="dtype")
+#: `silu_and_mul` of csrc/activation_kernels.cu rounds the sigmoid's product before it meets the other half.
+_VLLM_CONTRACT = replace(_CONTRACT, activation="dtype")
 _CAPABILITIES = Capabilities(
     dtypes=("bfloat16", "float16"), activations=("silu",), gate_layouts=("first",), biases=False, devices=("cuda",)
 )
@@ -48,7 +51,7 @@ def vllm() -> Experts:
         return found
 
     origin = f"vllm {version}, {function.__module__}.{function.__name__}"
-    return declares(contract=_CONTRACT, capabilities=_CAPABILITIES, origin=origin)(experts)
+    return declares(contract=_VLLM_CONTRACT, capabilities=_CAPABILITIES, origin=origin)(experts)
 
 
 def sglang() -> Experts:

@@ -134,6 +134,7 @@ def render(
         "judge_doc": _sentence(_rule(finding) or "the calls come back"),
         "device": device,
         "load": load,
+        "interpreter": exhibit["interpreter"],
         "target": _target(load),
         "contract": exhibit["contract"],
         "edge": exhibit["edge"],
