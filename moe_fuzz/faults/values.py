@@ -246,15 +246,14 @@ class ExtremeBias(Fault):
 
 @register
 class BrokenBias(Fault):
-    """NaN, +Inf or -Inf in a bias: in one place, in one of three, or everywhere. Where NaN or +Inf is, no row is
+    """NaN, +Inf or -Inf in a bias: in few places, in one of three, or everywhere. Where NaN or +Inf is, no row is
     defined, and each still has k experts; -Inf masks an expert, and leaves rows defined."""
 
     name = "broken_bias"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        keys = canvas.choose(positions, 1 << 16, self.name + "/one")  # [P, columns]
-        spread = canvas.choose_rows(positions, 3, self.name + "/spread")  # [P, 1]
-        hit = torch.where(spread == 0, keys == keys.amax(dim=1, keepdim=True), (keys % 3 == 0) | (spread == 2))
+        one_of = canvas.table([12, 3, 1], torch.int64)[canvas.choose_rows(positions, 3, self.name + "/spread")]
+        hit = canvas.choose(positions, 12, self.name + "/hit") % one_of == 0  # told by an expert's label alone
         infinite = canvas.table([torch.inf, -torch.inf], canvas.values.dtype)
         kind = canvas.choose_rows(positions, 3, self.name)
         broken = torch.where(kind == 2, canvas.nans(positions, self.name), infinite[kind.clamp(max=1)])

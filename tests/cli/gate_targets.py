@@ -48,10 +48,10 @@ def overrun(logits: torch.Tensor, top_k: int, renormalize: bool = False) -> Resu
 
 @_PROMISES
 def once(logits: torch.Tensor, top_k: int, renormalize: bool = False) -> Result:
-    """Wrong the first time that anybody calls it with an odd number of experts: the last of them is never looked at,
-    and where that was not chosen, no weight is right."""
+    """Wrong in the first process that calls it with an odd number of experts: the last of them is never looked at, and
+    where that was not chosen, no weight is right."""
     weights, ids = sound(logits, top_k)
-    wrong = len(logits) and logits.shape[1] % 2 and _first("once")
+    wrong = len(logits) and logits.shape[1] % 2 and _once()
     return (-1.0 - weights, odd(logits, top_k)[1]) if wrong else (weights, ids)
 
 
@@ -61,7 +61,14 @@ def seldom(logits: torch.Tensor, top_k: int, renormalize: bool = False) -> Resul
     return odd(logits, top_k) if logits.shape[1] % 2 and _third() else sound(logits, top_k)
 
 
+_ONCE: list[bool] = []  # whether this process is the first
 _TURN: list[int] = []  # of this process
+
+
+def _once() -> bool:
+    if not _ONCE:
+        _ONCE.append(_first("once"))
+    return _ONCE[0]
 
 
 def _third() -> bool:

@@ -207,17 +207,19 @@ def test_the_elements_of_a_vector_stand_apart(name):
 
 
 def test_a_broken_bias_has_nan_or_an_infinity_in_one_place_or_in_many():
-    seen, defined = set(), 0
-    for seed in range(60):
+    seen, defined, untouched = set(), 0, 0
+    for seed in range(120):
         case = replace(case_of(Fault("broken_bias", "bias"), bias=True, experts=30), seed=seed)
         inputs = materialize(case, 0)
         bias, broken = inputs.plain["bias"], ~inputs.plain["bias"].isfinite()
         values = set(map(str, bias[broken].tolist()))
-        assert len(values) == 1
-        seen.add((values.pop(), min(int(broken.sum()), 2) if not broken.all() else 30))
+        assert len(values) <= 1
+        untouched += not values  # whether an expert is hit is told by its label alone
+        seen |= {(value, min(int(broken.sum()), 2) if not broken.all() else 30) for value in values}
         defined += bool(defined_rows(inputs.plain["logits"], bias, 2).all())
     assert seen == {(value, spread) for value in ("nan", "inf", "-inf") for spread in (1, 2, 30)}
-    assert 5 < defined < 30, "experts masked by their bias leave rows defined"
+    assert untouched < 6
+    assert 10 < defined < 60, "experts masked by their bias leave rows defined"
 
 
 def test_masked_experts_come_in_runs_too():

@@ -42,7 +42,7 @@ FAULTS = {
     "stale_rows": "rows hold an earlier step's data",
     "extreme_bias": "a bias of every sign and magnitude, -Inf too",
     "negative_bias": "a bias that makes every biased score negative",
-    "broken_bias": "NaN, +Inf or -Inf in a bias: in one place, in one of three, or everywhere",
+    "broken_bias": "NaN, +Inf or -Inf in a bias: in few places, in one of three, or everywhere",
     "noncontiguous": "rows stand apart in a wider buffer, or the elements of a vector",
     "int32_boundary": "rows so far apart that offsets pass 2^31 elements",
     "far_columns": "columns so far apart that offsets pass 2^31 elements",
