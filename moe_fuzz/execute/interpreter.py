@@ -7,19 +7,26 @@ or product of integers is computed once more in 64 bits, for an assertion that i
 At each call of a jit function from inside a kernel (`tl.max` is one) the interpreter patches the whole language again,
 1.6 ms each time, although during a launch every such patch after the first finds nothing left to do. Here it is done
 once a launch for each set of language modules that a function sees: 1.5 times the speed of a routing kernel.
+
+A reduction by a function that the interpreter does not know calls it for each element. `tl.sort` and `tl.topk` are made
+of such: a row of 256 experts took ten seconds, which is a hang to who waits for it. `combine_whole_slices` calls it for
+all that stands at one place of the axis.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from moe_fuzz.execute import clock
 
 
 def hasten() -> bool:
     """Installs all of them. Whether each could be."""
-    return all([patch_language_once(), remember_types(), skip_unread_overflow()])
+    return all([patch_language_once(), remember_types(), skip_unread_overflow(), combine_whole_slices()])
 
 
 def tell_of_programs() -> bool:
@@ -158,6 +165,81 @@ def skip_unread_overflow() -> bool:
 
     sanitize.moe_fuzz_original = original  # type: ignore[attr-defined]
     TritonSemantic.binary_op_sanitize_overflow_impl = sanitize
+    return True
+
+
+class _Branches(Exception):
+    """A function asks for the truth of a whole slice: it has to be called for each element."""
+
+
+def combine_whole_slices() -> bool:
+    """Installs it; False (and nothing is changed) where this Triton's interpreter is built differently. The order in
+    which elements are combined stays as it is, and so do the bits. A function that branches is called as before."""
+    from triton.runtime import interpreter
+
+    reducer, scanner = getattr(interpreter, "ReduceOps", None), getattr(interpreter, "ScanOps", None)
+    patch_tensor = getattr(interpreter, "_patch_lang_tensor", None)
+    reduce, scan = getattr(reducer, "generic_reduce", None), getattr(scanner, "generic_scan", None)
+    if reducer is None or scanner is None or patch_tensor is None or reduce is None or scan is None:
+        return False
+    if hasattr(reduce, "moe_fuzz_original"):
+        return True
+    in_slices = False
+
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        truth = tensor.__bool__
+
+        def is_true(self: Any) -> bool:
+            if in_slices and self.handle.data.size > 1:
+                raise _Branches
+            return bool(truth(self))
+
+        (scope[0].set_attr if scope else setattr)(tensor, "__bool__", is_true)
+
+    def combined(self: Any, given: Any, data: list[Any]) -> Iterator[list[Any]]:
+        """data: of each input, its axis in front. What all until each place of it are combined to."""
+        nonlocal in_slices
+        so_far = [one[0] for one in data]
+        yield so_far
+        for place in range(1, len(data[0])):
+            arguments = [self.to_tensor(one, of.dtype) for one, of in zip(so_far, given, strict=True)]
+            arguments += [self.to_tensor(one[place], of.dtype) for one, of in zip(data, given, strict=True)]
+            in_slices = True
+            try:
+                found = self.combine_fn.fn(*arguments)
+            finally:
+                in_slices = False
+            results = found if isinstance(found, tuple) else (found,)
+            values = [one.handle.data if hasattr(one, "handle") else one for one in results]
+            so_far = [np.broadcast_to(np.asarray(value), like.size if not like.shape else like.shape)
+                      .astype(like.dtype).reshape(like.shape) for value, like in zip(values, so_far, strict=True)]
+            yield so_far
+
+    def generic_reduce(self: Any, given: Any) -> Any:
+        data = [one.handle.data for one in given]
+        shape, axis = data[0].shape, self.axis
+        flat = [one.reshape(-1) if axis is None else np.moveaxis(one, axis, 0) for one in data]
+        try:
+            *_, last = combined(self, given, flat)
+        except _Branches:
+            return reduce(self, given)
+        if self.keep_dims:
+            last = [np.reshape(one, [1] * len(shape)) if axis is None else np.expand_dims(one, axis) for one in last]
+        return [self.to_tensor(one, of.dtype) for one, of in zip(last, given, strict=True)]
+
+    def generic_scan(self: Any, given: Any) -> Any:
+        flat = [np.moveaxis(one.handle.data, self.axis, 0) for one in given]
+        try:
+            places = list(combined(self, given, flat))
+        except _Branches:
+            return scan(self, given)
+        return [self.to_tensor(np.stack(one, self.axis), of.dtype)
+                for one, of in zip(zip(*places, strict=True), given, strict=True)]  # fmt: skip
+
+    generic_reduce.moe_fuzz_original = reduce  # type: ignore[attr-defined]
+    reducer.generic_reduce, scanner.generic_scan = generic_reduce, generic_scan
+    interpreter._patch_lang_tensor = patch_lang_tensor
     return True
 
 

@@ -4,6 +4,8 @@ By itself the interpreter
 * cuts float32 off to bfloat16, garbles subnormals, and rounds to 8 bits without a carry and without NaN;
 * adds, compares, multiplies and reduces bfloat16, in `tl.dot` too, as the integers that its bits are;
 * gives NaN for `tl.maximum`, `tl.minimum` and `tl.clamp` of NaN and a number, where a GPU gives the number;
+* keeps the sign of NaN, and makes a negative one of inf - inf, where arithmetic on a GPU gives 0x7FFFFFFF of any: who
+  sorts by bits finds the one below -inf, and the other above inf;
 * finds NaN with `tl.argmax`. On a GPU one of two is taken by a comparison, which with NaN is false: the other one is.
 
 What is summed up in bfloat16 is rounded once here, on a GPU after each addition: `tl.sum` of it is closer than there.
@@ -26,7 +28,7 @@ def correct() -> bool:
     from triton.runtime import interpreter
 
     builder = getattr(interpreter, "InterpreterBuilder", None)
-    needed = ("binary_op", "ternary_op", "cast_impl", "create_fma", "create_dot")
+    needed = ("binary_op", "unary_op", "ternary_op", "cast_impl", "create_fma", "create_dot")
     if builder is None or not all(hasattr(builder, name) for name in needed):
         return False
     if not all(hasattr(interpreter, name) for name in ("_convert_float", "ReduceOps", "ScanOps", "TensorHandle")):
@@ -34,6 +36,7 @@ def correct() -> bool:
     if not hasattr(builder, _ORIGINALS):
         setattr(builder, _ORIGINALS, True)
         _convert(interpreter)
+        _make_nan_canonical(interpreter, builder)
         _compute(interpreter, builder)
         _drop_nan(interpreter, builder)
         for kind in (interpreter.ReduceOps, interpreter.ScanOps):
@@ -82,6 +85,41 @@ def _convert(interpreter: Any) -> None:
         return found.view(f"uint{wanted.primitive_bitwidth}")
 
     interpreter._convert_float = convert
+
+
+#: What arithmetic gives for NaN, in the bits of its result. Double keeps what it is given.
+_CANONICAL = {"f4": np.array([0x7FFFFFFF], np.uint32).view(np.float32)[0],
+              "f2": np.array([0x7FFF], np.uint16).view(np.float16)[0]}  # fmt: skip
+
+
+def canonical(data: Any) -> Any:
+    """A result of arithmetic, as it is on a GPU: PTX ISA, "Floating Point Instructions"."""
+    nan = _CANONICAL.get(data.dtype.str[1:])
+    if nan is None or not (found := data != data).any():
+        return data
+    return np.where(found, nan, data)
+
+
+def _make_nan_canonical(interpreter: Any, builder: Any) -> None:
+    """bfloat16 has it of `narrow`. Sums are arithmetic, too; what picks one of two values is not."""
+
+    def wrap(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def computed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            found = original(self, *args, **kwargs)
+            for one in found if isinstance(found, list) else (found,):
+                handle: Any = getattr(one, "handle", one)
+                handle.data = canonical(handle.data)
+            return found
+
+        setattr(owner, name, computed)
+
+    for name in ("binary_op", "unary_op", "create_fma", "create_dot"):
+        wrap(builder, name)
+    for owner, name in ((interpreter.ReduceOps, "sum"), (interpreter.ScanOps, "cumsum"),
+                        (interpreter.ScanOps, "cumprod")):  # fmt: skip
+        wrap(owner, name)
 
 
 def _compute(interpreter: Any, builder: Any) -> None:

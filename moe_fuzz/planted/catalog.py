@@ -150,6 +150,8 @@ _ROUTERS: tuple[Planted, ...] = (
              "experts of the groups that are out get 0, and beat negative biased scores", only=True),
     _grouped("top2_for_every_rule", "selection", "vllm#34673",
              "ranks groups by their two best experts where one is asked for", only=True),
+    _grouped("tied_best_counted_once", "selection", "sglang#29771",
+             "seeks the second best of a group below the best: of all that tie for it one counts", only=True),
     _grouped("groups_before_bias", "selection", "vllm#34673", "ranks groups before the bias is added", only=True),
     _grouped("group_of_one", "error", "vllm#29439", "takes the two best of a group of one", only=True),
     _grouped("padded_group_lanes", "selection", "sglang#23874",

@@ -50,6 +50,24 @@ def top2_for_every_rule(
     return _weights(logits, ids, scoring, renormalize), ids.int()
 
 
+def tied_best_counted_once(
+    logits: Tensor, top_k: int, *, renormalize: bool = False, n_group: int = 1, topk_group: int = 1,
+    scoring: str = "softmax", group_score: str = "max", bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """sglang#29771: the second best of a group is sought below the best, so that of all that tie for it one counts.
+
+    Of a group of two that tie nothing is left. Random logits of float32 do not tie.
+    """
+    members = _members(_scored(logits, scoring, bias), n_group)
+    best = members.amax(dim=2)
+    if group_score == "top2_sum":
+        best = best + members.masked_fill(members >= best[:, :, None], -torch.inf).amax(dim=2)
+    choice = _choice(logits, scoring, bias)
+    kept = _spread(_mask(best, topk_group), choice)
+    ids = _best(choice.masked_fill(~kept, -torch.inf), top_k, kept)
+    return _weights(logits, ids, scoring, renormalize), ids.int()
+
+
 def groups_before_bias(
     logits: Tensor, top_k: int, *, renormalize: bool = False, n_group: int = 1, topk_group: int = 1,
     scoring: str = "softmax", group_score: str = "max", bias: Tensor | None = None,

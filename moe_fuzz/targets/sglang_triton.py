@@ -6,6 +6,7 @@ is promised was read in SGLang's public repository; docs/targets.md has the tabl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,15 +31,18 @@ _NAMES: Names = {
     "topk_group": "topk_group",
 }
 
-#: A program takes up to 4 rows, each reduced along its own axis; logits become float32 on load.
-_CONTRACT = Contract(deterministic=True, batch_invariant=True, ordered=True)
+#: A program takes up to 4 rows, each reduced along its own axis; logits become float32 on load; of those equal to the
+#: maximum the lowest index is taken, of groups too.
+_CONTRACT = Contract(deterministic=True, batch_invariant=True, ordered=True, ties="lowest_index_first")
+#: Sigmoids of 896 experts, 16 of them chosen, are another kernel's on a GPU, which orders slots by expert
+#: (moe_route_radix.py).
+_SIGMOID = replace(_CONTRACT, ordered=False)
 #: It is given strides and checks dtypes. num_token_non_padded counts tokens from the front; flags it does not take.
 _CAPABILITIES = Capabilities(is_padding=False, strided=True, alignment=1)
 #: A group's score is the sum of its two best experts, so that a group needs two. N_GROUP unrolls a loop.
 _GROUPED = Capabilities(
     is_padding=False, strided=True, alignment=1, min_experts=2, min_n_group=2, max_n_group=32, min_group_size=2,
     scorings=("sigmoid",), group_scores=("top2_sum",), expert_map=False, n_shared=2,
-    zero_scale=False,  # a shared expert's weight is the sum of the others divided by it, before it is multiplied
 )  # fmt: skip
 _RANGE = "sglang#30079: NaN is mapped to a finite floor so that ids are in range: moe_align indexes by them"
 _CLAUSES = {
@@ -47,7 +51,12 @@ _CLAUSES = {
     "fence": "no caller survives an access outside the tensors it passed (sglang#30079)",
     "canary": "no caller survives a write outside the tensors it passed (sglang#30079)",
     "written": "moe_align_block_size indexes with every id; none may be left as it was",
-    "ties": "its docstring: the lowest expert id wins a tie",
+    "ties": "the comments of its kernel: the lowest expert id wins a tie, and the lowest group",
+    "selection": "test_moe_fused_gate.py: the ids of biased_grouped_topk_impl, whose group scores are torch.topk's "
+                 "(sglang#29771)",
+}
+_UNPROMISED = {
+    "* @ fault:int32_boundary": "a row is found by a product of 32 bits: no server has logits of 2^31 elements",
 }
 
 
@@ -58,7 +67,7 @@ def topk_softmax() -> Router:
 
 def topk_sigmoid() -> Router:
     """sigmoid, where SGLang's fused_topk gives zeros for a bias that there is not. Raises EnvironmentProblem."""
-    return _router("sigmoid", ("renormalize", "scale", "bias"), _CAPABILITIES)
+    return _router("sigmoid", ("renormalize", "scale", "bias"), _CAPABILITIES, _SIGMOID)
 
 
 def grouped_topk() -> Router:
@@ -67,7 +76,9 @@ def grouped_topk() -> Router:
     return _router("sigmoid", taken, _GROUPED)
 
 
-def _router(scoring: str, taken: tuple[str, ...], capabilities: Capabilities) -> Router:
+def _router(
+    scoring: str, taken: tuple[str, ...], capabilities: Capabilities, contract: Contract = _CONTRACT
+) -> Router:
     function, version = extension.function("sglang", (_PLACE,))
     call: BoundCall = bind_function(function, _NAMES, ("logits", "slots", "scoring", "renormalize", "scale"))
 
@@ -100,4 +111,4 @@ def _router(scoring: str, taken: tuple[str, ...], capabilities: Capabilities) ->
     }
     shown = looks_like(bare(call, spelled))
     origin = f"sglang {version}, {function.__module__}.{call.text}"
-    return declares(_CONTRACT, capabilities, _CLAUSES, {}, origin)(signed(shown(route), taken))
+    return declares(contract, capabilities, _CLAUSES, _UNPROMISED, origin)(signed(shown(route), taken))

@@ -127,9 +127,36 @@ for left in (True, False):
             assert ids[0] == ids[1]
 """
 
+BITS_OF_NAN = """
+@triton.jit
+def kernel(x_ptr, out_ptr, N: tl.constexpr, BIAS: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(x_ptr + at)
+    bits = x.to(tl.int32, bitcast=True)
+    tl.store(out_ptr + at, bits)  # what was only moved, and what was picked
+    tl.store(out_ptr + N + at, tl.where(at < N, x, 0.0).to(tl.int32, bitcast=True))
+    tl.store(out_ptr + 2 * N + at, (x + BIAS).to(tl.int32, bitcast=True))
+    tl.store(out_ptr + 3 * N + at, tl.sigmoid(x).to(tl.int32, bitcast=True))
+    tl.store(out_ptr + 4 * N + at, (x - x).to(tl.int32, bitcast=True))
+    tl.store(out_ptr + 5 * N + at, tl.fma(x, 0.0, x).to(tl.int32, bitcast=True))
+    tl.store(out_ptr + 6 * N + at, tl.sqrt(x).to(tl.int32, bitcast=True))
+    tl.store(out_ptr + 7 * N + at, tl.cumsum(x, 0).to(tl.int32, bitcast=True))
+    tl.store(out_ptr + 8 * N + at, (tl.zeros((N,), tl.float32) + tl.sum(x, 0)).to(tl.int32, bitcast=True))
+
+given = torch.tensor([-1, -4194304, 0x7FC00001, 0x7F800000, -8388608, 0x3F800000, 0, -2**31], dtype=torch.int32)
+x, out = given.view(torch.float32), torch.zeros(9, 8, dtype=torch.int32)
+kernel[(1,)](x, out, 8, 0.0)
+assert torch.equal(out[0], given) and torch.equal(out[1], given)
+for number, found in enumerate(out[2:], 2):
+    nan = found.view(torch.float32).isnan()
+    assert nan[:3].all() and (found[nan] == 0x7FFFFFFF).all(), (number, found)
+assert out[2][3:].view(torch.float32).tolist() == (x[3:] + 0.0).tolist()
+"""
+
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("program", [CONVERSIONS, ARITHMETIC, NAN], ids=["conversions", "bfloat16", "nan"])
+@pytest.mark.parametrize("program", [CONVERSIONS, ARITHMETIC, NAN, BITS_OF_NAN],
+                         ids=["conversions", "bfloat16", "nan", "bits_of_nan"])  # fmt: skip
 def test_it_gives_what_a_gpu_gives(program, tmp_path):
     (tmp_path / "program.py").write_text(START + program)
     environment = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}

@@ -103,6 +103,8 @@ def test_groups_of_nan_are_group_0_and_its_expert_0():
     [
         ("masked_groups_zero", [1.0, 1.0, 1.0, 0.0, 0.0, 0.0], 2, {**TWO, "bias": LOW}),
         ("top2_for_every_rule", [4.0, -9.0, -9.0, 3.9, 3.9, 3.9], 2, {**TWO, "scoring": "sigmoid"}),
+        ("tied_best_counted_once", [2.0, 2.0, -9.0, 2.0, 0.0, -9.0], 2,
+         {**TWO, "scoring": "sigmoid", "group_score": "top2_sum"}),
         ("groups_before_bias", [2.0, 0.0, 0.0, 0.0, 0.0, 0.0], 1, {**TWO, "bias": torch.tensor([0, 0, 0, 5.0, 0, 0])}),
         ("padded_group_lanes", [0.0, 0.0, 0.0, 1.0, 1.0, 1.0], 2, {**TWO, "bias": LOW}),
         ("last_of_tied_groups", [1.0, 0.0, 0.0, 1.0, 0.0, 0.0], 1, TWO),

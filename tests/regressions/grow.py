@@ -25,6 +25,7 @@ from moe_fuzz.campaign.locate import is_memory_fault, locate
 from moe_fuzz.campaign.minimize import Reducer
 from moe_fuzz.campaign.selftest import OOM, draw, options_of, violations_of
 from moe_fuzz.case import Case
+from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.planted.catalog import PLANTED
 from moe_fuzz.planted.entry import Planted
@@ -38,6 +39,7 @@ TRIGGERS: Mapping[str, Callable[[Case], bool]] = {
     "four_a_lane": lambda case: "clustered_top" in case.fault_names,
     "whole_tiles_need_one_more": lambda case: "exact_count" in case.fault_names,
     "saturated_ties": lambda case: finite(case),
+    "tied_best_counted_once": lambda case: finite(case) and group_size(case) > 2,
     "amax_of_the_batch": lambda case: "huge_rows" in case.fault_names,
     "amax_of_all_ranks": lambda case: "inf_rows" in case.fault_names,
     "amax_of_the_layer": lambda case: "inf_rows" in case.fault_names,
@@ -95,6 +97,10 @@ def first(
 def finite(case: Case) -> bool:
     infinite = {"nan_rows", "partial_nan", "inf_rows", "neg_inf_rows", "partial_inf", "broken_bias"}
     return not infinite & set(case.fault_names)
+
+
+def group_size(case: Case) -> int:
+    return len(Labels.parse(str(case.config["experts"]))) // int(case.config["n_group"])
 
 
 def shown(bug: Planted, pool: Pool, case: Case) -> tuple[Key, Verdict] | None:
