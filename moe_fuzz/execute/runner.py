@@ -22,6 +22,7 @@ from moe_fuzz.execute.exhibit import exhibit
 from moe_fuzz.execute.graph import GraphSteps
 from moe_fuzz.execute.heap import keep_freed_memory
 from moe_fuzz.execute.interpreter import hasten, tell_of_programs
+from moe_fuzz.execute.interpreter_language import complete
 from moe_fuzz.execute.interpreter_values import correct
 from moe_fuzz.execute.ranks import RankSteps
 from moe_fuzz.execute.steps import Steps
@@ -46,6 +47,7 @@ class Runner:
         if device == "cpu":
             hasten()
             correct()
+            complete()
             tell_of_programs()
         else:
             _start_cuda()
@@ -143,7 +145,7 @@ def _verdict(steps: Steps) -> Verdict:
             first = (Violation("crash", lost.symptom, str(lost), site=_launch(lost), after=trail.told()),)
             kind, detail = CRASH, "".join(said)
     except TargetError as error:  # all others are violations already
-        kind, detail = OOM, error.text
+        kind, detail = (REJECTED, _refusal(error)) if error.uninterpreted else (OOM, error.text)
     except CaptureFailed as failed:
         kind, detail, spent = PASS, failed.error.text, True
         if failed.error.out_of_memory:  # no word on whether it can be captured
@@ -163,6 +165,10 @@ def _verdict(steps: Steps) -> Verdict:
         stats=dict(steps.stats),
         spent=spent,
     )
+
+
+def _refusal(error: TargetError) -> str:
+    return f"Triton's interpreter has not {error.uninterpreted}: such a kernel runs on a GPU alone"
 
 
 def _cannot_be_captured(raised: Violation) -> Violation:
