@@ -113,12 +113,13 @@ def _speak(interpreter: Any) -> None:
         def visit_For(self, node: ast.For) -> ast.For:
             self.generic_visit(node)
             count = node.iter
-            function = count.func if isinstance(count, ast.Call) else None
-            if "range" in (getattr(function, "id", ""), getattr(function, "attr", "")):  # and not `tl.static_range`
-                node.iter = ast.copy_location(
-                    ast.Call(said("counted", node).func, [count.func, *count.args], count.keywords), node
-                )
+            if isinstance(count, ast.Call) and named(count) == "range":  # of Python's or of tl's; not `static_range`
+                count.args = [count.func, *count.args]
+                count.func = said("counted", node).func
             return node
+
+    def named(node: ast.Call) -> str:
+        return getattr(node.func, "id", "") or getattr(node.func, "attr", "")
 
     def said(word: str, node: ast.AST, *given: ast.expr) -> ast.Call:
         """Through the one name of the interpreter's that it puts beside each kernel."""

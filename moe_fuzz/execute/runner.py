@@ -31,7 +31,7 @@ from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target, bind
-from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
+from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, UNINTERPRETED, VIOLATION, Verdict, Violation
 
 ALLOCATOR, MEMORY = "MOE_FUZZ_ALLOCATOR", "MOE_FUZZ_GPU_MEMORY"  # variables, see worker/protocol.py
 
@@ -145,7 +145,10 @@ def _verdict(steps: Steps) -> Verdict:
             first = (Violation("crash", lost.symptom, str(lost), site=_launch(lost), after=trail.told()),)
             kind, detail = CRASH, "".join(said)
     except TargetError as error:  # all others are violations already
-        kind, detail = (REJECTED, _refusal(error)) if error.uninterpreted else (OOM, error.text)
+        kind, detail = OOM, error.text
+        if error.uninterpreted:
+            kind, detail = REJECTED, f"Triton's interpreter has not {error.uninterpreted}: it runs on a GPU alone"
+            steps.stats[f"{UNINTERPRETED}/{error.uninterpreted}"] += 1
     except CaptureFailed as failed:
         kind, detail, spent = PASS, failed.error.text, True
         if failed.error.out_of_memory:  # no word on whether it can be captured
@@ -165,10 +168,6 @@ def _verdict(steps: Steps) -> Verdict:
         stats=dict(steps.stats),
         spent=spent,
     )
-
-
-def _refusal(error: TargetError) -> str:
-    return f"Triton's interpreter has not {error.uninterpreted}: such a kernel runs on a GPU alone"
 
 
 def _cannot_be_captured(raised: Violation) -> Violation:

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.execute.runner import Runner
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
+from moe_fuzz.report.text import target_row
 from moe_fuzz.strategies import grid
 from moe_fuzz.verdict import PASS, REJECTED
 
@@ -173,3 +175,8 @@ def test_what_the_interpreter_has_not_is_no_fault_of_the_kernel(tmp_path):
     verdicts = [runner.run(case, target, RunOptions()) for case in ran]
     assert {verdict.kind for verdict in verdicts} <= {PASS, REJECTED}  # a batch of no tokens launches nothing
     assert any("has not inline assembly" in verdict.detail for verdict in verdicts)
+    tally = Tally()
+    for verdict in verdicts:
+        tally.count(target, verdict)
+    told = target_row(tally.row(target, (), (), ""))
+    assert "of them need inline assembly, which Triton's interpreter has not: they run on a GPU alone" in told
