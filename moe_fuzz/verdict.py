@@ -11,7 +11,7 @@ VIOLATION = "violation"  # a check says no
 CRASH = "crash"  # the worker died: a signal, an abort, an exit
 HANG = "hang"  # the worker was killed at its deadline
 OOM = "out-of-memory"
-REJECTED = "rejected"  # outside the target's declared capabilities, refused with a clear error; or UNJUDGED
+REJECTED = "rejected"  # outside the declared capabilities, refused with a clear error; UNJUDGED, UNINTERPRETED
 FLAKY = "flaky"  # seen once, not seen again in fresh workers
 KINDS = (PASS, VIOLATION, CRASH, HANG, OOM, REJECTED, FLAKY)
 BAD = (VIOLATION, CRASH, HANG, OOM)
@@ -23,6 +23,9 @@ PADDING_COUNTS = ("steps", "nan", "inf", "tokens")  # with padding; with NaN in 
 
 #: Where `Verdict.stats` counts a case that is rejected for another reason: its answer was not judged in time.
 UNJUDGED = "unjudged"
+
+#: Where it counts one that is rejected for what Triton's interpreter has not: UNINTERPRETED/what.
+UNINTERPRETED = "uninterpreted"
 
 
 @dataclass(frozen=True)

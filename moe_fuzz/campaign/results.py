@@ -42,6 +42,7 @@ class TargetRow:
     budgets: tuple[int, ...] = ()  # passed cases by the share of the bound that their largest error used, BUDGET_BINS
     #: of ops whose batches are padded: kind of run -> what of verdict.PADDING_COUNTS -> steps, or rows
     padding: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    uninterpreted: Mapping[str, int] = field(default_factory=dict)  # what the interpreter has not -> cases rejected
     unjudged: int = 0  # of those rejected: answers that were not judged in time, which is not the target's fault
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_fuzz.campaign.events import BUDGET_BINS, TargetRow
-from moe_fuzz.verdict import PADDING, PADDING_COUNTS, PASS, UNJUDGED, Verdict
+from moe_fuzz.verdict import PADDING, PADDING_COUNTS, PASS, UNINTERPRETED, UNJUDGED, Verdict
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Tally:
                 target, row.verdicts.total(), dict(row.verdicts), row.parity, row.budget, row.seconds,
                 row.fence_seconds, list(new).count(target), list(known).count(target), row.flaky, unavailable,
                 tuple(row.budgets[at] for at in range(BUDGET_BINS)) if row.budgets else (), _padding(row.stats),
-                int(row.stats[UNJUDGED]),
+                _uninterpreted(row.stats), int(row.stats[UNJUDGED]),
             )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
@@ -107,6 +107,11 @@ class Tally:
             numbers = {name: value + 0 for name, value in fields.items() if name not in apart}
             tally._add(target, _Row(verdicts, budgets=budgets, stats=stats, **numbers))
         return tally
+
+
+def _uninterpreted(stats: Mapping[str, float]) -> dict[str, int]:
+    found = ((name.partition("/"), int(number)) for name, number in sorted(stats.items()))
+    return {what: number for (kind, _, what), number in found if kind == UNINTERPRETED}
 
 
 def _padding(stats: Mapping[str, float]) -> dict[str, dict[str, int]]:

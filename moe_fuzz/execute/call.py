@@ -21,6 +21,13 @@ from moe_fuzz.verdict import Violation
 _T = TypeVar("_T")
 _MACHINERY = ("moe_fuzz/execute", "moe_fuzz/targets/bind.py", "moe_fuzz/fence", "site-packages/torch",
               "site-packages/triton",               "site-packages/numpy")  # fmt: skip
+#: What Triton's interpreter raises -> what it has not.
+_UNINTERPRETED = {
+    "inline_asm not supported in interpreter mode": "inline assembly",
+    "'InterpreterBuilder' object has no attribute 'create_dot_scaled'": "tl.dot_scaled",
+    "'InterpreterBuilder' object has no attribute": "an operation of this kernel",
+    "not supported in interpreter mode": "a function of libdevice",
+}
 
 
 class TargetError(Exception):
@@ -34,6 +41,8 @@ class TargetError(Exception):
         self.out_of_memory = (
             isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message
         )
+        #: What the target needs and Triton's interpreter has not: no word on the target.
+        self.uninterpreted = next((has_not for told, has_not in _UNINTERPRETED.items() if told in str(error)), "")
         unwritten = f"; {poison} was never written: it is uninitialised memory" if (poison := spelled(message)) else ""
         self.violation = Violation(
             "error",

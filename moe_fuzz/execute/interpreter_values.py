@@ -4,6 +4,8 @@ By itself the interpreter
 * cuts float32 off to bfloat16, garbles subnormals, and rounds to 8 bits without a carry and without NaN;
 * adds, compares, multiplies and reduces bfloat16, in `tl.dot` too, as the integers that its bits are;
 * gives NaN for `tl.maximum`, `tl.minimum` and `tl.clamp` of NaN and a number, where a GPU gives the number;
+* makes the least integer of a float that is too large for it, and of NaN, in 32 bits: there a GPU gives the nearest,
+  and 0;
 * keeps the sign of NaN, and makes a negative one of inf - inf, where arithmetic on a GPU gives 0x7FFFFFFF of any: who
   sorts by bits finds the one below -inf, and the other above inf;
 * finds NaN with `tl.argmax`. On a GPU one of two is taken by a comparison, which with NaN is false: the other one is.
@@ -36,6 +38,7 @@ def correct() -> bool:
     if not hasattr(builder, _ORIGINALS):
         setattr(builder, _ORIGINALS, True)
         _convert(interpreter)
+        _saturate(interpreter, builder)
         _make_nan_canonical(interpreter, builder)
         _compute(interpreter, builder)
         _drop_nan(interpreter, builder)
@@ -126,7 +129,7 @@ def _compute(interpreter: Any, builder: Any) -> None:
     """bfloat16 is computed in float32, and rounded."""
     import triton.language as tl
 
-    handle, type_of = interpreter.TensorHandle, interpreter._get_np_dtype
+    handle = interpreter.TensorHandle
     binary, cast, fma, dot = builder.binary_op, builder.cast_impl, builder.create_fma, builder.create_dot
 
     def is_short(one: Any) -> bool:
@@ -158,12 +161,34 @@ def _compute(interpreter: Any, builder: Any) -> None:
         of, to = source.dtype.scalar, wanted.scalar
         if tl.bfloat16 not in (of, to) or of == to or (of == tl.bfloat16 and not is_short(source)):
             return cast(self, source, wanted)
-        value = widen(source.data) if of == tl.bfloat16 else source.data.astype(np.float32)
-        return handle(narrow(value) if to == tl.bfloat16 else value.astype(type_of(wanted)), to)
+        if of == tl.bfloat16:
+            return cast(self, wide(source), wanted)
+        return handle(narrow(source.data.astype(np.float32)), to)
 
     builder.binary_op, builder.cast_impl = binary_op, cast_impl
     builder.create_fma, builder.create_dot = create_fma, create_dot
     builder.get_bf16 = lambda self, value: handle(narrow(np.array([value], dtype=np.float32)), tl.bfloat16)
+
+
+def _saturate(interpreter: Any, builder: Any) -> None:
+    """Floats in integers as PTX has it: toward zero, at most the least and the largest; NaN 0, the least of 64 bits."""
+    cast = builder.cast_impl
+
+    def cast_impl(self: Any, source: Any, wanted: Any) -> Any:
+        to = wanted.scalar
+        if source.data.dtype.kind != "f" or not to.is_int() or to.is_bool():
+            return cast(self, source, wanted)
+        signed = to.is_int_signed()
+        limits = np.iinfo(f"{'int' if signed else 'uint'}{max(to.primitive_bitwidth, 16)}")  # 8 bits of 16, wrapped
+        value = np.trunc(source.data.astype(np.float64))
+        low, high, nan = value <= limits.min, value >= limits.max, np.isnan(value)
+        found = np.where(low | high | nan, 0.0, value).astype(limits.dtype)
+        found = np.where(low, limits.min, np.where(high, limits.max, found)).astype(limits.dtype)
+        if to.primitive_bitwidth == 64:
+            found = np.where(nan, limits.dtype.type(limits.min if signed else 1 << 63), found)
+        return interpreter.TensorHandle(found.astype(interpreter._get_np_dtype(wanted)), to)
+
+    builder.cast_impl = cast_impl
 
 
 def _drop_nan(interpreter: Any, builder: Any) -> None:
@@ -221,8 +246,8 @@ def _compare_with_nan(interpreter: Any, kind: Any) -> None:
         if way is None or len(given) != 2 or (leftmost and not (value.dtype.kind == "f" and np.isnan(value).any())):
             return apply(self, given)
         index = given[1].handle.data
-        axis = 0 if self.axis is None else self.axis
         shape = value.shape
+        axis = 0 if self.axis is None else self.axis % len(shape)
         if self.axis is None:
             value, index = value.reshape(-1), index.reshape(-1)
         value, index = np.moveaxis(value, axis, 0), np.moveaxis(index, axis, 0)

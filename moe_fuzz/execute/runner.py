@@ -22,6 +22,7 @@ from moe_fuzz.execute.exhibit import exhibit
 from moe_fuzz.execute.graph import GraphSteps
 from moe_fuzz.execute.heap import keep_freed_memory
 from moe_fuzz.execute.interpreter import hasten, tell_of_programs
+from moe_fuzz.execute.interpreter_language import complete
 from moe_fuzz.execute.interpreter_values import correct
 from moe_fuzz.execute.ranks import RankSteps
 from moe_fuzz.execute.steps import Steps
@@ -30,7 +31,7 @@ from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target, bind
-from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
+from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, UNINTERPRETED, VIOLATION, Verdict, Violation
 
 ALLOCATOR, MEMORY = "MOE_FUZZ_ALLOCATOR", "MOE_FUZZ_GPU_MEMORY"  # variables, see worker/protocol.py
 
@@ -46,6 +47,7 @@ class Runner:
         if device == "cpu":
             hasten()
             correct()
+            complete()
             tell_of_programs()
         else:
             _start_cuda()
@@ -144,6 +146,9 @@ def _verdict(steps: Steps) -> Verdict:
             kind, detail = CRASH, "".join(said)
     except TargetError as error:  # all others are violations already
         kind, detail = OOM, error.text
+        if error.uninterpreted:
+            kind, detail = REJECTED, f"Triton's interpreter has not {error.uninterpreted}: it runs on a GPU alone"
+            steps.stats[f"{UNINTERPRETED}/{error.uninterpreted}"] += 1
     except CaptureFailed as failed:
         kind, detail, spent = PASS, failed.error.text, True
         if failed.error.out_of_memory:  # no word on whether it can be captured

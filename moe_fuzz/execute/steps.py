@@ -121,7 +121,7 @@ class Steps(ABC):
         try:
             doing()
         except TargetError as error:
-            if error.out_of_memory:
+            if error.out_of_memory or error.uninterpreted:
                 raise
             self.detail = error.text
             self.add("error", replace(error.violation, message=error.violation.message + when()))

@@ -156,6 +156,9 @@ def target_row(row: TargetRow) -> str:
     if row.cases and not row.ran:
         refused = "was refused" + " or not judged in time" * bool(row.unjudged)
         parts.append(f"every one of them {refused}: nothing was tested")
+    if row.uninterpreted:
+        needs, number = " and ".join(row.uninterpreted), sum(row.uninterpreted.values())
+        parts.append(f"{number:,} of them need {needs}, which Triton's interpreter has not: they run on a GPU alone")
     if row.unjudged:
         parts.append(f"{row.unjudged:,} of them took too long to judge, which says nothing of the target: "
                      "is the machine overloaded, or are they slow to interpret?")  # fmt: skip
