@@ -41,7 +41,7 @@ class Contract:
     intermediate: str = "dtype"  # in which the activation's result is stored: "dtype" | "float32"
     slot: str = "dtype"  # in which each weighted slot is stored: "dtype" | "float32" | "none": summed up in float32
     weight_dtype: str = "float32"  # "dtype": the router's weights are rounded to that of x first
-    reduce: str = "float32"  # dtype in which the slots of a token are added up
+    reduce: str = "float32"  # dtype in which the slots of a token are added up; of allreduce_rmsnorm too: the ranks' x
     truncates: bool = False  # stores cut off instead of rounding
     logits: str = "float32"  # of a layer: "dtype": its logits are rounded to that of hidden
     combine: str = "float32"  # of a layer: in which the shards' results are added up: "float32" | "dtype"

@@ -22,7 +22,8 @@ def allreduce_rmsnorm(
 ) -> tuple[Tensor, Tensor]:  # normed [T, H], residual_out [T, H], dtype of x
     """The sum over ranks, the residual added to it, and RMSNorm of that: what every rank gets, the same bits on each.
 
-    s[t]            = x[0][t] + x[1][t] + … + x[R-1][t], in this order, sums in float32 or better
+    s[t]            = x[0][t] + x[1][t] + … + x[R-1][t], in this order, sums in float32 or better; a target may round
+                      each of them to the dtype of x, as NCCL does, and declares it
     residual_out[t] = s[t] + residual[t], rounded to the dtype of x; s[t] where there is no residual
     normed[t]       = residual_out[t] / sqrt(mean(residual_out[t]^2) + eps) * gamma
 

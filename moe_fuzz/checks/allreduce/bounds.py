@@ -30,12 +30,18 @@ def bounded_sum(x: Tensor, residual: Tensor | None, contract: Contract) -> tuple
 
     Before: float32 sums in any order, through R - 1 operations and one more for the residual. Where no order is
     promised and the sum is not stored before, the residual is a part like those of the ranks: it may be the first.
+    With `reduce: dtype` each addition rounds to the dtype of x, as those of NCCL do.
     """
     parts, anywhere = x.double(), contract.sum_order != "rank" and "sum" not in contract.rounds
     if residual is not None and anywhere:
         parts, residual = torch.cat([parts, residual.double()[None]]), None
     value, size = parts.sum(dim=0), parts.abs().sum(dim=0)
-    error = gamma(len(parts)) * size + TINY
+    if contract.reduce == "dtype":  # each addition is stored
+        error = gamma(len(parts), unit(x.dtype, contract.truncates)) * size
+        error = error + len(parts) * floor(x.dtype, contract.truncates)
+        error = error.masked_fill(~(size + error < torch.finfo(x.dtype).max), torch.inf)
+    else:
+        error = gamma(len(parts)) * size + TINY
     if "sum" in contract.rounds:
         error = stored(value, error, x.dtype, contract.truncates)
     if residual is not None:
