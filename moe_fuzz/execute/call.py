@@ -20,7 +20,7 @@ from moe_fuzz.verdict import Violation
 
 _T = TypeVar("_T")
 _MACHINERY = ("moe_fuzz/execute", "moe_fuzz/targets/bind.py", "moe_fuzz/fence", "site-packages/torch",
-              "site-packages/triton",               "site-packages/numpy")  # fmt: skip
+              "site-packages/triton", "site-packages/numpy")  # fmt: skip
 #: What Triton's interpreter raises -> what it has not.
 _UNINTERPRETED = {
     "inline_asm not supported in interpreter mode": "inline assembly",
@@ -36,6 +36,9 @@ class TargetError(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
         self.text = "".join(traceback.format_exception(error))
+        # In Triton's interpreter a kernel's error comes as the text of one, once more for each function it passes.
+        while type(error).__name__ == "InterpreterError" and error.__cause__ is not None:
+            error = error.__cause__
         message = (str(error).strip().splitlines() or [""])[0][:300]
         name = type(error).__name__
         self.out_of_memory = (

@@ -167,6 +167,20 @@ def router(logits, top_k):
 
 
 @pytest.mark.interpreter
+def test_an_error_inside_a_kernel_is_told_as_it_is(tmp_path):
+    source = ROUTER.replace("    once = tl.inline_asm", "    refuse(x)\n    once = tl.inline_asm")
+    source = source.replace("def router", "@triton.jit\ndef refuse(x):\n    tl.reshape(x, (3, 5))\n\ndef router")
+    (tmp_path / "router.py").write_text(source)
+    target, runner = f"topk_softmax@{tmp_path / 'router.py'}:router", Runner("cpu")
+    case = next(grid(get_space("topk_softmax"), runner.describe(target), "cpu", seed=5))
+    [violation] = runner.run(case, target, RunOptions()).violations
+    assert (violation.check, violation.symptom) == ("error", "ValueError")
+    assert violation.message.count("Error") == 1
+    assert violation.site.startswith("router.py:")
+    assert violation.site.endswith(" in refuse")
+
+
+@pytest.mark.interpreter
 def test_what_the_interpreter_has_not_is_no_fault_of_the_kernel(tmp_path):
     (tmp_path / "router.py").write_text(ROUTER)
     target, runner = f"topk_softmax@{tmp_path / 'router.py'}:router", Runner("cpu")
