@@ -115,7 +115,8 @@ SGLANG = "(hidden_states, w1, w2, topk_output, moe_runner_config, b1=None, b2=No
         ("vllm", "vllm.model_executor.layers.fused_moe.fused_moe", VLLM_NEW,
          "return reference(hidden_states, w1, w2, topk_weights, topk_ids, expert_map=expert_map)"),
         ("sglang", "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe", SGLANG,
-         "assert not moe_runner_config.inplace; return reference(hidden_states, w1, w2, *topk_output[:2])"),
+         "assert not moe_runner_config.inplace; "
+         "return reference(hidden_states, w1, w2, *topk_output[:2], b13=b1, b2=b2)"),
     ],
 )  # fmt: skip
 def test_releases_of_libraries(label: str, module: str, signature: str, body: str, monkeypatch) -> None:
@@ -141,7 +142,15 @@ def test_releases_of_libraries(label: str, module: str, signature: str, body: st
         assert verify(target, arguments) == 0.0
     assert "silu" not in refuses(target, small(1))
     assert "swiglu_oai" in refuses(target, small(1, "gpt-oss-120b"))
-    assert refuses(target, small(1, bias=True)) == "it takes no biases"
+    biased = small(3, bias=True)
+    if label == "sglang":
+        assert not refuses(target, biased)
+        (arguments, *_) = make_sets(biased, make_weights(biased, "cpu"))
+        assert arguments["b13"] is not None
+        assert arguments["b2"] is not None
+        assert verify(target, arguments) == 0.0
+    else:
+        assert refuses(target, biased) == "it takes no biases"
 
 
 def test_a_library_that_is_not_there() -> None:

@@ -47,8 +47,8 @@ _WIDTH = 117  # three quotes stand before the first line
 _FAR = {"int32_boundary", "far_columns"}  # layouts of gigabytes of addresses
 _NOTHING: Mapping[str, Any] = {"libraries": [], "environment": {}, "imports": [], "calls": ""}
 #: what a script may need of the standard library
-_MODULES = ("base64", "ctypes", "faulthandler", "functools", "glob", "importlib", "importlib.util", "inspect", "json",
-            "math", "mmap", "os", "re", "resource", "runpy", "select", "signal", "sys", "time", "traceback",
+_MODULES = ("ast", "base64", "ctypes", "faulthandler", "functools", "glob", "importlib", "importlib.util", "inspect",
+            "json", "math", "mmap", "os", "re", "resource", "runpy", "select", "signal", "sys", "time", "traceback",
             "zlib")  # fmt: skip
 
 
