@@ -119,7 +119,7 @@ def compile_all(pool: Pool, wanted: list[tuple[Point, Plan]]) -> None:
         slots = _slots(point)
         even = [int(c[name]) % b.d == 0 for name, b in (("hidden", plan.gate_up), ("inter", plan.down))]
         flavour = (c["activation"], c["gate_layout"], c["bias"], int(c["local"]) < int(c["experts"]), *even,
-                   (slots > 16) + (slots > plan.inline_slots))  # fmt: skip
+                   slots > 16)  # fmt: skip
         jobs.setdefault((flavour, replace(plan, up_to=0)), (point, plan))
     problems = [said for said in pool.imap_unordered(_compile, jobs.values()) if said]
     print(f"compiled {len(jobs)} plans after {time.monotonic() - STARTED:.0f} s", *problems, sep="\n", flush=True)
@@ -214,8 +214,7 @@ def _name(point: Point) -> str:
 
 
 def _text(plan: Plan) -> str:
-    more = f" inline {plan.inline_slots}{' overlapping' if plan.overlaps else ''}"
-    return f"{_short(plan.gate_up)} {_short(plan.down)}{more}"
+    return f"{_short(plan.gate_up)} {_short(plan.down)}{' overlapping' if plan.overlaps else ''}"
 
 
 def _short(b: Blocks) -> str:
@@ -231,8 +230,7 @@ def _line(plan: Plan) -> str:
         return f"Blocks({b.m}, {b.n}, {b.d}, {b.group}, {b.warps}, {b.stages})"
 
     up_to = 'float("inf")' if math.isinf(plan.up_to) else str(plan.up_to)
-    more = f", inline_slots={plan.inline_slots}" if plan.inline_slots != Plan.inline_slots else ""
-    more += ", overlaps=True" if plan.overlaps else ""
+    more = ", overlaps=True" if plan.overlaps else ""
     return f"Plan({up_to}, {shape(plan.gate_up)}, {shape(plan.down)}{more})"
 
 
@@ -284,11 +282,9 @@ def tune(pool: Pool, wanted: Sequence[Point], result: Path | None, rewrite: bool
         if shapes:
             plans[nth] = replace(old, gate_up=_blocks(shapes[0]), down=_blocks(shapes[1]), overlaps=False)
     variants = {
-        nth: {_text(v): v for v in (replace(plan, overlaps=overlaps, inline_slots=inline_slots)
-                                    for overlaps in (False, True) for inline_slots in inlines)}
+        nth: {_text(v): v for v in (replace(plan, overlaps=overlaps) for overlaps in (False, True))}
         for nth, plan in plans.items()
-        for inlines in [(128, 16) if any(16 < _slots(p) <= 128 and _served_by(p) == nth for p in wanted) else (128,)]
-    }  # fmt: skip
+    }
     compile_all(pool, [(point, v) for point in wanted for v in variants[_served_by(point)].values()])
     for work, row in zip(works(wanted, bandwidth, rate), rows, strict=True):
         row["alone"] = best_alone(row)

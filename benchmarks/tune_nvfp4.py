@@ -105,11 +105,10 @@ def plans_of(point: Point) -> dict[str, Plan]:
     """What is timed: each candidate as either product, beside the first of its m."""
     slots = point.tokens * int(point.config["top_k"]) / int(point.config["experts"])
     nth = band(slots)
-    inline = PLANS[nth - 1].inline_slots if nth else 16 if slots <= 1 else 128
     found: dict[str, Plan] = {}
     for _, of_m in itertools.groupby(CANDIDATES[nth], key=lambda tile: tile.m):
         first, *others = of_m
-        base = Plan(0, first, first, inline_slots=inline)
+        base = Plan(0, first, first)
         pairs = [(first, first), *((tile, first) for tile in others), *((first, tile) for tile in others)]
         found |= {f"{_short(up)} {_short(down)}": replace(base, gate_up=up, down=down) for up, down in pairs}
     return found
@@ -160,8 +159,7 @@ def line(plan: Plan) -> str:
         return f"Tile({', '.join(map(str, numbers))})"
 
     up_to = 'float("inf")' if math.isinf(plan.up_to) else str(plan.up_to)
-    more = f", inline_slots={plan.inline_slots}" if plan.inline_slots != Plan.inline_slots else ""
-    return f"Plan({up_to}, {shape(plan.gate_up)}, {shape(plan.down)}{more})"
+    return f"Plan({up_to}, {shape(plan.gate_up)}, {shape(plan.down)})"
 
 
 def write(plans: list[Plan], limit: int, file: Path | None = None) -> None:

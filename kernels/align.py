@@ -14,6 +14,7 @@ _INTERPRETED = triton.knobs.runtime.interpret
 _NUMBERS = ["slots", "top_k", "num_experts", "num_ids", "block_size", "blocks", "chunks",
             "stride_t", "stride_k", "map_stride"]  # fmt: skip
 _SCALARS = ["ids_ptr", "map_ptr", "expert_ids_ptr", "padded_ptr", "inverse_ptr"]  # no vector is loaded or stored there
+_CHUNKS = ((16, 16), (128, 1 << 14), (512, 1 << 16))  # slots of a program, up to so many in all
 
 
 def align(
@@ -63,7 +64,7 @@ class Sorting:
     """`align` of checked arguments, with at least one slot, in its two launches: so that the first may be a part of a
     kernel that its caller launches anyway, by `count_slots` with these operands, numbers and constants.
 
-    Up to 256 slots are done after the first.
+    Up to 128 slots are done after the first.
     """
 
     def __init__(
@@ -82,10 +83,10 @@ class Sorting:
         )  # fmt: skip
         self.constants = {
             "HAS_MAP": expert_map is not None, "CHUNK": chunk, "EXPERT_PAD": expert_pad,
-            "COLUMNS": chunk if _INTERPRETED else min(chunk, 32),  # [COLUMNS, CHUNK] comparisons at once
+            "PART": _part(slots, chunk),
             "ONE": self.chunks == 1,
         }  # fmt: skip
-        self.warps = 8 if chunk > 128 or expert_pad > 1024 else 4
+        self.warps = 8 if expert_pad > 1024 else 4
 
     def count(self) -> None:
         _count_kernel[(self.chunks,)](*self.operands, *self.numbers, **self.constants, num_warps=self.warps)
@@ -111,15 +112,25 @@ def align_shapes(ids_shape: torch.Size, block_size: int, num_experts: int) -> li
 
 
 def _chunk(slots: int) -> int:
-    """Slots of a program. A slot's rank comes from comparing it with every slot of its chunk: CHUNK^2 comparisons.
+    """Slots of a program. Up to 128 need one launch only. Beyond 128 chunks the table of counts, which every program of
+    the second launch reads, costs more than larger chunks do.
 
-    256^2 are a microsecond's work, and up to 256 slots need one launch only. Beyond 64 chunks the table of counts,
-    which every program of the second launch reads, costs more than larger chunks do.
     In the interpreter a program costs the same whatever its chunk.
     """
     if _INTERPRETED:
         return min(max(triton.next_power_of_2(slots), 16), 1024)
-    return next((chunk for chunk in (16, 64, 256) if slots <= chunk), 256 if slots <= 1 << 14 else 512)
+    return next((chunk for chunk, up_to in _CHUNKS if slots <= up_to), 1024)
+
+
+def _part(slots: int, chunk: int) -> int:
+    """Slots of a chunk that are ranked at once, each compared with every other: 128^2 comparisons are half a
+    microsecond's work, and take few registers.
+
+    In the interpreter all at once, but for one number of slots in three: the seams are to be run as well.
+    """
+    if _INTERPRETED:
+        return chunk // 2 if slots > 1024 and slots % 3 == 0 else chunk
+    return min(chunk, 128)
 
 
 def _expert_pad(num_experts: int) -> int:
@@ -161,12 +172,12 @@ def _count_kernel(
     counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,  # [P, E'], [M], [M/B], [1], [T, k]
     slots, top_k, num_experts, num_ids, block_size, blocks, chunks,
     stride_t, stride_k, map_stride,
-    HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, EXPERT_PAD: tl.constexpr, ONE: tl.constexpr,
+    HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr, EXPERT_PAD: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     count_slots(
         ids_ptr, map_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,
         slots, top_k, num_experts, num_ids, block_size, blocks, chunks, stride_t, stride_k, map_stride,
-        HAS_MAP, CHUNK, COLUMNS, EXPERT_PAD, ONE,
+        HAS_MAP, CHUNK, PART, EXPERT_PAD, ONE,
     )  # fmt: skip
 
 
@@ -174,28 +185,20 @@ def _count_kernel(
 def count_slots(
     ids_ptr, map_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,
     slots, top_k, num_experts, num_ids, block_size, blocks, chunks, stride_t, stride_k, map_stride,
-    HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, EXPERT_PAD: tl.constexpr, ONE: tl.constexpr,
+    HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr, EXPERT_PAD: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """Counts a chunk's experts, ranks its slots among those of the same expert, and fills `sorted_ptr` with N; where
     there is one chunk alone, does all. For the first `chunks` programs of a launch."""
-    begin = tl.program_id(0) * CHUNK
-    slot, expert = _experts_from(
-        begin, ids_ptr, map_ptr, slots, top_k, num_experts, num_ids, stride_t, stride_k, map_stride, HAS_MAP, CHUNK
-    )
-    rank = tl.zeros((CHUNK,), tl.int32)
-    for first in range(begin, begin + CHUNK, COLUMNS):  # in steps: CHUNK^2 flags at once do not fit the registers
-        other, its = _experts_from(
-            first,
-            ids_ptr, map_ptr, slots, top_k, num_experts, num_ids, stride_t, stride_k, map_stride, HAS_MAP, COLUMNS,
-        )  # fmt: skip
-        earlier = (its[:, None] == expert[None, :]) & (other[:, None] < slot[None, :])  # [COLUMNS, C]
-        rank += tl.sum(earlier.to(tl.int32), axis=0)
-    count = tl.histogram(expert, EXPERT_PAD, mask=expert >= 0)  # [E']
-
     for first in range(tl.program_id(0) * 1024, blocks * block_size, chunks * 1024):
         where = first + tl.arange(0, 1024)
         tl.store(sorted_ptr + where, slots, mask=where < blocks * block_size)
+    begin = tl.program_id(0) * CHUNK
+    count = tl.zeros((EXPERT_PAD,), tl.int32)
     if ONE:
+        slot, expert, rank, count = _ranked(
+            begin, count,
+            ids_ptr, map_ptr, slots, top_k, num_experts, num_ids, stride_t, stride_k, map_stride, HAS_MAP, PART,
+        )  # fmt: skip
         tl.debug_barrier()  # other threads have filled the places that these slots go to
         _place(
             slot, expert, rank, count, tl.zeros_like(count),
@@ -203,9 +206,30 @@ def count_slots(
             EXPERT_PAD,
         )  # fmt: skip
     else:
+        for first in range(begin, begin + CHUNK, PART):
+            slot, expert, rank, count = _ranked(
+                first, count,
+                ids_ptr, map_ptr, slots, top_k, num_experts, num_ids, stride_t, stride_k, map_stride, HAS_MAP, PART,
+            )  # fmt: skip
+            tl.store(inverse_ptr + slot, rank, mask=slot < slots)  # for the second launch, which overwrites it
         column = tl.arange(0, EXPERT_PAD)
         tl.store(counts_ptr + tl.program_id(0).to(tl.int64) * EXPERT_PAD + column, count)
-        tl.store(inverse_ptr + slot, rank, mask=slot < slots)  # for the second launch, which overwrites it
+
+
+@triton.jit
+def _ranked(
+    first, before,  # before: [E'], of each expert how many of the chunk's slots before `first` have it
+    ids_ptr, map_ptr, slots, top_k, num_experts, num_ids, stride_t, stride_k, map_stride,
+    HAS_MAP: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """The slots of a part [P] and their experts; how many slots of the chunk before each have the same expert; and
+    `before` for the next part."""
+    slot, expert = _experts_from(
+        first, ids_ptr, map_ptr, slots, top_k, num_experts, num_ids, stride_t, stride_k, map_stride, HAS_MAP, PART
+    )
+    earlier = (expert[:, None] == expert[None, :]) & (slot[:, None] < slot[None, :])
+    rank = tl.sum(earlier.to(tl.int32), axis=0) + tl.gather(before, tl.maximum(expert, 0), axis=0)
+    return slot, expert, rank, before + tl.histogram(expert, before.shape[0], mask=expert >= 0)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_SCALARS)
@@ -214,7 +238,7 @@ def _place_kernel(
     sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,
     slots, top_k, num_experts, num_ids, block_size, blocks, chunks,
     stride_t, stride_k, map_stride,
-    HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, EXPERT_PAD: tl.constexpr, ONE: tl.constexpr,
+    HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr, EXPERT_PAD: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """Adds up the counts of all chunks, each program for itself, and writes every slot to its place."""
     slot, expert = _experts_from(

@@ -24,22 +24,23 @@ class Plan:
     up_to: float  # slots an expert has on average
     gate_up: Blocks
     down: Blocks  # the same m
-    inline_slots: int = 128  # up to so many slots, 128 at most, each program groups them itself: a launch less
+    inline_slots: int = 16  # up to so many slots, 16 at most, each program groups them itself: a launch less
     overlaps: bool = False  # the second product and the sum are launched while the kernel before them still runs
 
     def __post_init__(self) -> None:
-        if self.gate_up.m != self.down.m or self.inline_slots > 128:
-            raise ValueError(f"both products need the same m, as `align` runs once, and inline_slots <= 128: {self}")
+        if self.gate_up.m != self.down.m or not self.inline_slots <= 16 <= self.gate_up.m:
+            raise ValueError("both products need the same m, as `align` runs once, and inline_slots <= 16 <= m: "
+                             f"{self}")  # fmt: skip
 
 #: By the slots that an expert has on average. bfloat16 and float16 are moved and multiplied at the same rate, so they
 #: share the table.
 PLANS = (
     # Memory bound: every tile of the weights is read once, whatever m is, so m is the least that tl.dot takes. Few
     # experts have a token, so tiles are small: there must be enough of them for every multiprocessor.
-    Plan(1, Blocks(16, 64, 128, 1, 4, 4), Blocks(16, 128, 128, 1, 4, 3), inline_slots=16, overlaps=True),
+    Plan(1, Blocks(16, 64, 128, 1, 4, 4), Blocks(16, 128, 128, 1, 4, 3), overlaps=True),
     Plan(8, Blocks(16, 64, 256, 1, 4, 3), Blocks(16, 128, 128, 1, 4, 3), overlaps=True),
     # Two blocks of an expert stand side by side (group), so that the second finds the weights in the L2.
-    Plan(24, Blocks(32, 128, 128, 4, 4, 3), Blocks(32, 128, 128, 4, 4, 3), inline_slots=16, overlaps=True),
+    Plan(24, Blocks(32, 128, 128, 4, 4, 3), Blocks(32, 128, 128, 4, 4, 3), overlaps=True),
     # Still memory bound. From 64 rows on Hopper's wgmma is used.
     Plan(96, Blocks(64, 128, 64, 4, 4, 3), Blocks(64, 128, 64, 4, 4, 4), overlaps=True),
     # Bound by the tensor cores, and by what a block's padding wastes of them.

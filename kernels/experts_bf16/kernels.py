@@ -33,7 +33,7 @@ def grouped_product_kernel(
     ACTIVATION: tl.constexpr,  # of a gate and an up-projection in neighbouring columns; relu2 and none have no gate
     WEIGHT: tl.constexpr,  # "none" | "input": on the product, before the bias | "output": on the result
     HAS_ALPHA: tl.constexpr, ALPHA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MAP: tl.constexpr,
-    GROUPED: tl.constexpr, SLOT_PAD: tl.constexpr,  # whether `align` has run; else the slots, padded
+    GROUPED: tl.constexpr,  # whether `align` has run
     EVEN: tl.constexpr,  # D is a multiple of BLOCK_D
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     OVERLAPS: tl.constexpr,  # launched while the kernel before it still runs, and lets the next one be
@@ -55,7 +55,7 @@ def grouped_product_kernel(
         block, tile_n = tile_at(tile, blocks, tiles_n, GROUP)
         expert, slot = slots_of(
             block, sorted_ptr, expert_ids_ptr, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts,
-            ids_stride_t, ids_stride_k, map_stride, HAS_MAP, SLOT_PAD, BLOCK_M, GROUPED,
+            ids_stride_t, ids_stride_k, map_stride, HAS_MAP, BLOCK_M, GROUPED,
         )  # fmt: skip
         if expert >= 0:
             ok = slot < slots  # [M]

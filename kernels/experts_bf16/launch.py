@@ -40,7 +40,7 @@ def experts_bf16(
     workspace: Tensor | None = None,  # [>= workspace_bytes(...)] uint8, contiguous, aligned to 16 bytes
     plan: Plan | None = None,  # block shapes other than the table's
 ) -> Tensor:  # [T, H], dtype of x: `out` where it was given
-    """A layer of experts in three launches, with more than 128 slots in four or five. E up to 8192.
+    """A layer of experts in three launches, four with more than 16 slots, five with more than 128. E up to 8192.
 
     The contract is that of `reference/experts_bf16.py::experts_bf16`. Beyond it: sums are float32; the slots of a
     token are added in ascending order, without atomics; deterministic. Not batch-invariant: block shapes follow
@@ -107,9 +107,8 @@ def run(
             ACTIVATION=activation, WEIGHT=weight,
             HAS_ALPHA=factor is not None, ALPHA=alpha, HAS_BIAS=bias is not None,
             HAS_MAP=expert_map is not None and not grouped,
-            # not the power of two above: two sizes are enough, and each is a binary
-            GROUPED=grouped, SLOT_PAD=16 if grouped or slots <= 16 else 128,
-            EVEN=depth % blocks.d == 0, BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_D=blocks.d, GROUP=blocks.group,
+            GROUPED=grouped, EVEN=depth % blocks.d == 0,
+            BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_D=blocks.d, GROUP=blocks.group,
             OVERLAPS=plan.overlaps, INTERPRETED=_INTERPRETED,
             num_warps=blocks.warps, num_stages=blocks.stages, **_EARLY[early],
         )  # fmt: skip

@@ -22,7 +22,7 @@ def tile_at(tile, blocks, tiles_n, GROUP: tl.constexpr):
 @triton.jit
 def slots_of(
     block, sorted_ptr, expert_ids_ptr, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k,
-    map_stride, HAS_MAP: tl.constexpr, SLOT_PAD: tl.constexpr, BLOCK_M: tl.constexpr, GROUPED: tl.constexpr,
+    map_stride, HAS_MAP: tl.constexpr, BLOCK_M: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """The expert of a block, -1 where there is none, and its slots [M]: `slots` or more where there is none."""
     if GROUPED:
@@ -31,7 +31,7 @@ def slots_of(
     else:
         expert, slot = _group(
             block, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
-            HAS_MAP, SLOT_PAD, BLOCK_M,
+            HAS_MAP, BLOCK_M,
         )  # fmt: skip
     return expert, slot
 
@@ -46,41 +46,22 @@ def weights_of(weights_ptr, slot, ok, top_k, stride_t, stride_k):
 @triton.jit
 def _group(
     block, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
-    HAS_MAP: tl.constexpr, SLOT_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_MAP: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The expert of a block and the slots in it, as `align` would have it but for the order of blocks; (-1, …) past
     the last block.
 
-    For a few slots it costs less than a launch of `align`, and every program can do it alone. Of an expert's slots,
-    ranked by number, every BLOCK_M-th leads a block.
+    For so few slots it costs less than a launch of `align`, and every program can do it alone. They are no more than a
+    block holds, so each expert has one, led by its first slot.
     """
-    slot, experts = _slots_from(
-        0, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
-        HAS_MAP, SLOT_PAD,
-    )  # fmt: skip
-    rank = tl.zeros((SLOT_PAD,), tl.int32)  # among the slots of its expert
-    for begin in tl.static_range(0, SLOT_PAD, 16):  # in steps: S^2 flags at once take the registers of a whole tile
-        other, its = _slots_from(
-            begin, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
-            HAS_MAP, 16,
-        )  # fmt: skip
-        earlier = (its[None, :] == experts[:, None]) & (other[None, :] < slot[:, None])  # [S, 16]
-        rank += tl.sum(earlier.to(tl.int32), axis=1)
-    leads = (experts >= 0) & (rank % BLOCK_M == 0)
-    leader = leads & (tl.cumsum(leads.to(tl.int32)) - 1 == block)  # [S], one at most
-    expert = tl.sum(tl.where(leader, experts + 1, 0)) - 1
-    first = tl.sum(tl.where(leader, rank, 0))
-    member = tl.arange(0, BLOCK_M)
-    here = (experts == expert)[None, :] & (rank[None, :] == first + member[:, None])  # [M, S], at most one in a row
-    return expert, slots - tl.sum(tl.where(here, slots - slot[None, :], 0), axis=1)
-
-
-@triton.jit
-def _slots_from(
-    begin, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts, ids_stride_t, ids_stride_k, map_stride,
-    HAS_MAP: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    slot = begin + tl.arange(0, COUNT)
+    slot = tl.arange(0, 16)
     at = (slot // top_k).to(tl.int64) * ids_stride_t + (slot % top_k).to(tl.int64) * ids_stride_k
     ids = tl.load(ids_ptr + at, mask=slot < slots, other=-1)
-    return slot, local_experts(ids, map_ptr, map_stride, num_ids, num_experts, slot < slots, HAS_MAP)
+    experts = local_experts(ids, map_ptr, map_stride, num_ids, num_experts, slot < slots, HAS_MAP)
+    earlier = (experts[:, None] == experts[None, :]) & (slot[:, None] < slot[None, :])
+    rank = tl.sum(earlier.to(tl.int32), axis=0)  # among the slots of its expert
+    leads = (experts >= 0) & (rank == 0)
+    leader = leads & (tl.cumsum(leads.to(tl.int32)) - 1 == block)  # one at most
+    expert = tl.sum(tl.where(leader, experts + 1, 0)) - 1
+    here = (experts == expert)[None, :] & (rank[None, :] == tl.arange(0, BLOCK_M)[:, None])  # at most one in a row
+    return expert, slots - tl.sum(tl.where(here, slots - slot[None, :], 0), axis=1)

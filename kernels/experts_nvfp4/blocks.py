@@ -19,7 +19,7 @@ BACKENDS = ("small", "large")
 SCALED = "scaled"
 VARIABLE = EXPERTS_NVFP4_BACKEND
 #: Slots that an expert has on average, from which on the products take longer than writing and reading those weights.
-LARGE_FROM = 512
+LARGE_FROM = 256
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Plan:
     up_to: float  # slots an expert has on average
     gate_up: Tile
     down: Tile  # the same m
-    inline_slots: int = 128  # up to so many slots, 128 at most, each program groups them itself: a launch less
+    inline_slots: int = 16  # up to so many slots, 16 at most, each program groups them itself: a launch less
 
     def __post_init__(self) -> None:
-        if self.gate_up.m != self.down.m or self.inline_slots > 128:
-            raise ValueError(f"both products need the same m, as `align` runs once, and inline_slots <= 128: {self}")
+        if self.gate_up.m != self.down.m or not self.inline_slots <= 16 <= self.gate_up.m:
+            raise ValueError("both products need the same m, as `align` runs once, and inline_slots <= 16 <= m: "
+                             f"{self}")  # fmt: skip
         if any(blocks.d % 128 or blocks.n < 16 for blocks in (self.gate_up, self.down)):
             raise ValueError(f"d must be a multiple of 128, whose columns are reordered, and n at least 16: {self}")
 
@@ -51,7 +52,7 @@ WIDE = Tile(16, 128, 128, 1, 4, 3, 128)
 
 #: Of more, by the slots that an expert has on average.
 PLANS = (
-    Plan(36, Tile(32, 128, 128, 1, 4, 3, 168), Tile(32, 128, 128, 4, 4, 3, 152), inline_slots=16),
+    Plan(36, Tile(32, 128, 128, 1, 4, 3, 168), Tile(32, 128, 128, 4, 4, 3, 152)),
     # Bound by decoding: every decoded weight is multiplied with as many slots as registers allow to four warps, which
     # wait for each other less than eight do.
     Plan(float("inf"), Tile(64, 128, 128, 8, 4, 3), Tile(64, 128, 128, 8, 4, 3)),
@@ -83,7 +84,7 @@ def choose(
         return next(plan for plan in PLANS if each <= plan.up_to)
     busy = experts * -math.expm1(-each)  # as many have a slot, where tokens choose at random
     up, last = (tile_of(*sizes, busy, multiprocessors) for sizes in (gate_up, down))
-    return Plan(FEW, up, last, inline_slots=16 if each <= 1 else 128)
+    return Plan(FEW, up, last)
 
 
 def interpreted(hidden: int, inter: int) -> Plan:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from moe_fuzz.kernels.align import Sorting
 
 _OPERANDS, _NUMBERS = 7, 10
-_NO_CONSTANTS = {"HAS_MAP": False, "CHUNK": 16, "EXPERT_PAD": 16, "COLUMNS": 16, "ONE": True}
+_NO_CONSTANTS = {"HAS_MAP": False, "CHUNK": 16, "EXPERT_PAD": 16, "PART": 16, "ONE": True}
 
 
 class Counting(NamedTuple):

@@ -65,6 +65,15 @@ def place(column):
 
 
 @triton.jit
+def in_place(x):
+    """[R, 128 G]: the columns where `place` has them."""
+    rows: tl.constexpr = x.shape[0]
+    groups: tl.constexpr = x.shape[1] // 128
+    column = tl.reshape(x, (rows, groups, 8, 2, 2, 4))  # 128, 16, n // 8, n // 4 % 2, n % 4
+    return tl.reshape(tl.permute(column, (0, 1, 3, 5, 2, 4)), x.shape)
+
+
+@triton.jit
 def shift_back(DTYPE: tl.constexpr):
     """What the decoded values must be multiplied by."""
     if DTYPE.is_bf16():

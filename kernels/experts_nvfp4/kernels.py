@@ -32,7 +32,7 @@ def fp4_product_kernel(
     HAS_BIAS: tl.constexpr, HAS_MAP: tl.constexpr, HAS_GLOBAL: tl.constexpr, SWIZZLED: tl.constexpr,
     SCALED: tl.constexpr,  # the tensor cores take codes and scales
     REORDERS: tl.constexpr,  # `out` is the next product's `a`: in its order, and 0 beyond the width
-    GROUPED: tl.constexpr, SLOT_PAD: tl.constexpr,  # whether `align` has run; else the slots, padded
+    GROUPED: tl.constexpr,  # whether `align` has run
     EVEN: tl.constexpr, UNIT: tl.constexpr,  # D is a multiple of BLOCK_D; its blocks of 16 are multiples of UNIT
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
     SORTED_LATE: tl.constexpr,  # the kernel before it, or the one before that, did the grouping
@@ -58,7 +58,7 @@ def fp4_product_kernel(
         block, tile_n = tile_at(tile, blocks, tiles_n, GROUP_M)
         expert, slot = slots_of(
             block, sorted_ptr, expert_ids_ptr, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts,
-            ids_stride_t, ids_stride_k, map_stride, HAS_MAP, SLOT_PAD, BLOCK_M, GROUPED,
+            ids_stride_t, ids_stride_k, map_stride, HAS_MAP, BLOCK_M, GROUPED,
         )  # fmt: skip
         if expert >= 0:
             ok = slot < slots  # [M]

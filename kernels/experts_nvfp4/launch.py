@@ -60,8 +60,8 @@ def experts_nvfp4(
     backend: str | None = None,  # "small" | "large" | "scaled"; else by the environment; else as `choose_backend` says
     plan: Plan | None = None,  # block shapes of `small` other than the table's
 ) -> Tensor:  # [T, H], dtype of x: `out` where it was given
-    """A layer of experts in NVFP4. `small`: four launches; `large`: four; one more with quantized activations, and one
-    more, which groups the slots, with more than 256 of them. Nothing is filled. E up to 8192.
+    """A layer of experts in NVFP4. `small`: four launches, one more with quantized activations and one more with more
+    than 128 slots; `large`: four, five with more than 16 slots, six with more than 128. Nothing is filled. E <= 8192.
 
     The contract is that of `reference/experts_nvfp4.py::experts_nvfp4`. Beyond it, that of the kernel `experts_bf16`:
     float32 sums without atomics, deterministic, not batch-invariant. Products of codes and scales are exact.
@@ -152,7 +152,7 @@ def experts_nvfp4(
             expert_map.stride(0) if expert_map is not None else 0,  # strides, in elements
             ACTIVATION=activation, WEIGHT=weight, HAS_BIAS=bias is not None,
             HAS_MAP=expert_map is not None and not grouped, HAS_GLOBAL=quantizes, SWIZZLED=scale_layout == "swizzled",
-            REORDERS=reorders, GROUPED=grouped, SLOT_PAD=16 if grouped or slots <= 16 else 128,
+            REORDERS=reorders, GROUPED=grouped,
             SCALED=scaled, EVEN=16 * depth % blocks.d == 0, UNIT=unit,
             BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_D=blocks.d, GROUP_M=blocks.group,
             SORTED_LATE=grouped and a is x_ordered, OVERLAPS=overlaps, INTERPRETED=_INTERPRETED,

@@ -1,5 +1,5 @@
-"""What runs before the products: activations are quantized, if asked for, and reordered; or all weights decoded. The
-first programs of either may count slots for `align`."""
+"""What runs before the products: activations are quantized, if asked for, and reordered, and the first programs may
+count slots for `align`; or all weights are decoded."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from moe_fuzz.kernels.align import _NUMBERS, _SCALARS, count_slots
 from moe_fuzz.kernels.experts_bf16.epilogue import rounded
-from moe_fuzz.kernels.experts_nvfp4.decode import decode_in_order, place, plain_code
+from moe_fuzz.kernels.experts_nvfp4.decode import decode_in_order, in_place, plain_code
 from moe_fuzz.kernels.nvfp4 import _e2m1_codes, _e4m3_bytes, _e4m3_values
 
 
@@ -22,7 +22,7 @@ def reorder_kernel(
     slots, top_k, num_experts, num_ids, block_size, blocks, chunks, stride_t, stride_k, map_stride,
     QUANTIZE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    COUNTS: tl.constexpr, HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, EXPERT_PAD: tl.constexpr,
+    COUNTS: tl.constexpr, HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr, EXPERT_PAD: tl.constexpr,
     ONE: tl.constexpr,
 ):  # fmt: skip
     """out[t, place(d)] = x[t, d], and 0 beyond D; with `QUANTIZE` what NVFP4 leaves of it, times the global scale."""
@@ -35,7 +35,7 @@ def reorder_kernel(
             count_slots(
                 ids_ptr, map_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,
                 slots, top_k, num_experts, num_ids, block_size, blocks, chunks, stride_t, stride_k, map_stride,
-                HAS_MAP, CHUNK, COLUMNS, EXPERT_PAD, ONE,
+                HAS_MAP, CHUNK, PART, EXPERT_PAD, ONE,
             )  # fmt: skip
         nth -= chunks
     if nth >= 0:
@@ -58,7 +58,8 @@ def _reorder_tile(
         blocks = tl.reshape(x, (ROWS, COLUMNS // 16, 16))
         x = tl.reshape(_quantized(blocks, tl.load(global_ptr)), (ROWS, COLUMNS))
     tl.store(
-        out_ptr + row[:, None] * pitch + place(column)[None, :], rounded(x, out_ptr.dtype.element_ty, INTERPRETED),
+        out_ptr + row[:, None] * pitch + column[None, :],
+        rounded(in_place(x), out_ptr.dtype.element_ty, INTERPRETED),
         mask=(row < rows)[:, None] & (column < pitch)[None, :],
     )  # fmt: skip
 
@@ -86,32 +87,18 @@ def _quantized(blocks, global_scale):
     return plain_code(code) * of_block[:, :, None]
 
 
-@triton.jit(
-    do_not_specialize=["rows_13", "rows_2", "tiles_13", "experts", *_NUMBERS], do_not_specialize_on_alignment=_SCALARS
-)
+@triton.jit(do_not_specialize=["rows_13", "rows_2", "tiles_13", "experts"])
 def decode_weights_kernel(
     w13_ptr, scales13_ptr, out13_ptr, w2_ptr, scales2_ptr, out2_ptr,  # [E, R, D/16] int64, scales, [E, R, D]
-    ids_ptr, map_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,  # of the sorting
     rows_13, blocks_13, rows_2, blocks_2, tiles_13, experts,  # rows of an expert, blocks of a row, programs of w13
-    slots, top_k, num_experts, num_ids, block_size, blocks, chunks, stride_t, stride_k, map_stride,
     SWIZZLED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
-    COUNTS: tl.constexpr, HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, EXPERT_PAD: tl.constexpr,
-    ONE: tl.constexpr,
 ):  # fmt: skip
     """Both weights over `shift_back`, in the dtype of the outputs, their columns in order."""
     nth = tl.program_id(0)
-    if COUNTS:
-        if nth < chunks:
-            count_slots(
-                ids_ptr, map_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,
-                slots, top_k, num_experts, num_ids, block_size, blocks, chunks, stride_t, stride_k, map_stride,
-                HAS_MAP, CHUNK, COLUMNS, EXPERT_PAD, ONE,
-            )  # fmt: skip
-        nth -= chunks
-    if (nth >= 0) & (nth < tiles_13):
+    if nth < tiles_13:
         _decode_tile(nth, w13_ptr, scales13_ptr, out13_ptr, rows_13, blocks_13, experts,
                      SWIZZLED, ROWS, BLOCKS, INTERPRETED)  # fmt: skip
-    if nth >= tiles_13:
+    else:
         _decode_tile(nth - tiles_13, w2_ptr, scales2_ptr, out2_ptr, rows_2, blocks_2, experts,
                      SWIZZLED, ROWS, BLOCKS, INTERPRETED)  # fmt: skip
 

@@ -134,7 +134,7 @@ def test_any_strides(sort):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("slots", [1024, 1025, 2500])
+@pytest.mark.parametrize("slots", [1024, 1025, 1026, 2500])
 def test_the_kernel_ranks_across_chunks(slots):
     """More slots than a program takes: counts go through memory, and ranks add up."""
     for experts in (3, 70):
