@@ -32,12 +32,11 @@ class Plan:
     up_to: float  # slots an expert has on average
     gate_up: Tile
     down: Tile  # the same m
-    inline_slots: int = 16  # up to so many slots, 16 at most, each program groups them itself: a launch less
+    inline_slots: int = 32  # up to so many slots, 32 at most, each program groups them itself: a launch less
 
     def __post_init__(self) -> None:
-        if self.gate_up.m != self.down.m or not self.inline_slots <= 16 <= self.gate_up.m:
-            raise ValueError("both products need the same m, as `align` runs once, and inline_slots <= 16 <= m: "
-                             f"{self}")  # fmt: skip
+        if self.gate_up.m != self.down.m or self.inline_slots > 32:
+            raise ValueError(f"both products need the same m, as `align` runs once, and inline_slots <= 32: {self}")
         if any(blocks.d % 128 or blocks.n < 16 for blocks in (self.gate_up, self.down)):
             raise ValueError(f"d must be a multiple of 128, whose columns are reordered, and n at least 16: {self}")
 
@@ -65,12 +64,14 @@ def tile_of(rows: int, depth: int, busy: float, multiprocessors: int) -> Tile:
     """The tile of a product of few slots an expert, with `busy` experts of so many rows of weights.
 
     WIDE has half as many tiles, which cost a step and a wait less each. There must be tiles enough, or multiprocessors
-    idle at the end: about ten for each, and three where rows are short and soon done. Very long rows take longer steps.
+    idle at the end: about ten for each, and five where rows are short and soon done. Steps are longer where rows are
+    very long, and where all tiles run at once: then what takes the time is one row.
     """
-    if depth >= 4096 and depth % DEEP.d == 0:
+    at_once = 3 * multiprocessors >= busy * triton.cdiv(rows, DEEP.n)  # DEEP's registers are enough for three
+    if (depth >= 4096 and depth % DEEP.d == 0) or (depth >= 512 and at_once):
         return DEEP
     tiles = busy * triton.cdiv(rows, WIDE.n)
-    return WIDE if tiles >= (3 if depth <= 1024 else 10) * multiprocessors else NARROW
+    return WIDE if tiles >= (5 if depth <= 1024 else 10) * multiprocessors else NARROW
 
 
 @functools.lru_cache(maxsize=4096)

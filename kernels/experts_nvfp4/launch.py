@@ -61,7 +61,7 @@ def experts_nvfp4(
     plan: Plan | None = None,  # block shapes of `small` other than the table's
 ) -> Tensor:  # [T, H], dtype of x: `out` where it was given
     """A layer of experts in NVFP4. `small`: four launches, one more with quantized activations and one more with more
-    than 128 slots; `large`: four, five with more than 16 slots, six with more than 128. Nothing is filled. E <= 8192.
+    than 128 slots; `large`: four, five with more than 32 slots, six with more than 128. Nothing is filled. E <= 8192.
 
     The contract is that of `reference/experts_nvfp4.py::experts_nvfp4`. Beyond it, that of the kernel `experts_bf16`:
     float32 sums without atomics, deterministic, not batch-invariant. Products of codes and scales are exact.

@@ -99,12 +99,12 @@ def test_exact_on_integers(activation, gate_layout, biased, dtype, backend):
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "hidden", "inter", "inline_slots"),
-    [(1, 1, 1, 16, 16, 0), (1, 4, 8, 32, 48, 16), (5, 2, 3, 272, 80, 16), (3, 7, 1, 48, 144, 0),
+    [(1, 1, 1, 16, 16, 0), (1, 4, 8, 32, 48, 32), (5, 2, 3, 272, 80, 0), (3, 7, 1, 48, 144, 32),
      (23, 2, 1, 128, 16, 0)],
 )
 def test_exact_in_small_tiles(tokens, top_k, experts, hidden, inter, inline_slots):
     """Sizes that are no multiple of a block, several blocks of one expert, several tiles and steps; slots grouped by
-    `align` (0), and by the programs (16)."""
+    `align` (0), and by the programs (32)."""
     layer = integers(tokens, top_k, experts, hidden, inter, biased=True, seed=tokens)
     if experts == 1:
         layer.ids[:] = 0  # more slots than a block holds: 2 of them, and 3
@@ -269,6 +269,8 @@ def test_tiles_of_few_slots_an_expert():
     assert tile_of(1536, 2048, 125, 132) == WIDE  # 1,500 tiles
     assert tile_of(1536, 2048, 50, 132) == NARROW  # 600
     assert tile_of(768, 4096, 50, 132) == DEEP
+    assert tile_of(1024, 2688, 22, 132) == DEEP  # 352 tiles of 64 rows: all run at once
+    assert tile_of(2688, 1024, 22, 132) == NARROW  # 924
     assert tile_of(768, 4096 + 128, 50, 132) == NARROW  # its last step would be half empty
     few = choose(64, 128, 128, (1536, 2048), (2048, 768), 132)
     assert (few.gate_up, few.down) == (NARROW, WIDE)
