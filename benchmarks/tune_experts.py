@@ -119,7 +119,7 @@ def compile_all(pool: Pool, wanted: list[tuple[Point, Plan]]) -> None:
         slots = _slots(point)
         even = [int(c[name]) % b.d == 0 for name, b in (("hidden", plan.gate_up), ("inter", plan.down))]
         flavour = (c["activation"], c["gate_layout"], c["bias"], int(c["local"]) < int(c["experts"]), *even,
-                   slots > 32)  # fmt: skip
+                   slots > 16)  # fmt: skip
         jobs.setdefault((flavour, replace(plan, up_to=0)), (point, plan))
     problems = [said for said in pool.imap_unordered(_compile, jobs.values()) if said]
     print(f"compiled {len(jobs)} plans after {time.monotonic() - STARTED:.0f} s", *problems, sep="\n", flush=True)

@@ -196,7 +196,7 @@ def main() -> int:
             flavour = [int(point.config[name]) % 256 == 0 for name in ("hidden", "inter")]
             slots = point.tokens * int(point.config["top_k"])
             jobs.setdefault(str((point.config["activation"], point.config["local"] == point.config["experts"], flavour,
-                                 (slots > 32) + (slots > 128), plan)), (point, plan))  # fmt: skip
+                                 (slots > 16) + (slots > 128), plan)), (point, plan))  # fmt: skip
     # The processes are forked before this one touches the GPU: later they could not use it.
     with multiprocessing.get_context("fork").Pool(min(len(os.sched_getaffinity(0)), 16)) as pool:
         problems = [said for said in pool.imap_unordered(compile_one, jobs.values()) if said]

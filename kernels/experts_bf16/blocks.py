@@ -24,12 +24,13 @@ class Plan:
     up_to: float  # slots an expert has on average
     gate_up: Blocks
     down: Blocks  # the same m
-    inline_slots: int = 32  # up to so many slots, 32 at most, each program groups them itself: a launch less
+    inline_slots: int = 16  # up to so many slots, 16 at most, each program groups them itself: a launch less
     overlaps: bool = False  # the second product and the sum are launched while the kernel before them still runs
 
     def __post_init__(self) -> None:
-        if self.gate_up.m != self.down.m or self.inline_slots > 32:
-            raise ValueError(f"both products need the same m, as `align` runs once, and inline_slots <= 32: {self}")
+        if self.gate_up.m != self.down.m or not self.inline_slots <= 16 <= self.gate_up.m:
+            raise ValueError("both products need the same m, as `align` runs once, and inline_slots <= 16 <= m: "
+                             f"{self}")  # fmt: skip
 
 #: By the slots that an expert has on average. bfloat16 and float16 are moved and multiplied at the same rate, so they
 #: share the table.

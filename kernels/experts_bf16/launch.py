@@ -40,7 +40,7 @@ def experts_bf16(
     workspace: Tensor | None = None,  # [>= workspace_bytes(...)] uint8, contiguous, aligned to 16 bytes
     plan: Plan | None = None,  # block shapes other than the table's
 ) -> Tensor:  # [T, H], dtype of x: `out` where it was given
-    """A layer of experts in three launches, four with more than 32 slots, five with more than 128. E up to 8192.
+    """A layer of experts in three launches, four with more than 16 slots, five with more than 128. E up to 8192.
 
     The contract is that of `reference/experts_bf16.py::experts_bf16`. Beyond it: sums are float32; the slots of a
     token are added in ascending order, without atomics; deterministic. Not batch-invariant: block shapes follow

@@ -51,19 +51,17 @@ def _group(
     """The expert of a block and the slots in it, as `align` would have it but for the order of blocks; (-1, …) past
     the last block.
 
-    For so few slots it costs less than a launch of `align`, and every program can do it alone. Of an expert's slots,
-    ranked by number, every BLOCK_M-th leads a block.
+    For so few slots it costs less than a launch of `align`, and every program can do it alone. They are no more than a
+    block holds, so each expert has one, led by its first slot.
     """
-    slot = tl.arange(0, 32)
+    slot = tl.arange(0, 16)
     at = (slot // top_k).to(tl.int64) * ids_stride_t + (slot % top_k).to(tl.int64) * ids_stride_k
     ids = tl.load(ids_ptr + at, mask=slot < slots, other=-1)
     experts = local_experts(ids, map_ptr, map_stride, num_ids, num_experts, slot < slots, HAS_MAP)
     earlier = (experts[:, None] == experts[None, :]) & (slot[:, None] < slot[None, :])
     rank = tl.sum(earlier.to(tl.int32), axis=0)  # among the slots of its expert
-    leads = (experts >= 0) & (rank % BLOCK_M == 0)
+    leads = (experts >= 0) & (rank == 0)
     leader = leads & (tl.cumsum(leads.to(tl.int32)) - 1 == block)  # one at most
     expert = tl.sum(tl.where(leader, experts + 1, 0)) - 1
-    first = tl.sum(tl.where(leader, rank, 0))
-    member = tl.arange(0, BLOCK_M)
-    here = (experts == expert)[None, :] & (rank[None, :] == first + member[:, None])  # [M, S], at most one in a row
+    here = (experts == expert)[None, :] & (rank[None, :] == tl.arange(0, BLOCK_M)[:, None])  # at most one in a row
     return expert, slots - tl.sum(tl.where(here, slots - slot[None, :], 0), axis=1)

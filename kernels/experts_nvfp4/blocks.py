@@ -32,11 +32,10 @@ class Plan:
     up_to: float  # slots an expert has on average
     gate_up: Tile
     down: Tile  # the same m
-    inline_slots: int = 32  # up to so many slots, 32 at most, each program groups them itself: a launch less
 
     def __post_init__(self) -> None:
-        if self.gate_up.m != self.down.m or self.inline_slots > 32:
-            raise ValueError(f"both products need the same m, as `align` runs once, and inline_slots <= 32: {self}")
+        if self.gate_up.m != self.down.m:
+            raise ValueError(f"both products need the same m, as `align` runs once: {self}")
         if any(blocks.d % 128 or blocks.n < 16 for blocks in (self.gate_up, self.down)):
             raise ValueError(f"d must be a multiple of 128, whose columns are reordered, and n at least 16: {self}")
 
@@ -101,8 +100,7 @@ def interpreted(hidden: int, inter: int) -> Plan:
         n = min(triton.next_power_of_2(rows), (1 << 18) // d)
         return Tile(16, max(n // 2 if cut else n, 16), max(d // 2, 128) if seam(depth) else d, 2, 4, 1)
 
-    return Plan(0, blocks(2 * (inter + -inter % 128), hidden, seam(inter)), blocks(hidden, inter, seam(hidden)),
-                inline_slots=4)  # fmt: skip
+    return Plan(0, blocks(2 * (inter + -inter % 128), hidden, seam(inter)), blocks(hidden, inter, seam(hidden)))
 
 
 def choose_backend(

@@ -8,31 +8,28 @@ import triton
 import triton.language as tl
 
 from moe_fuzz.kernels.experts_bf16.epilogue import biases_of, gated, relu2, rounded, weighted
-from moe_fuzz.kernels.experts_bf16.tiles import slots_of, tile_at, weights_of
+from moe_fuzz.kernels.experts_bf16.tiles import tile_at, weights_of
 from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, place, shift_back
 from moe_fuzz.kernels.experts_nvfp4.prepare import scale_offset, usable
 
 
 @triton.jit(
-    do_not_specialize=["slots", "most_blocks", "top_k", "per_row", "num_ids", "num_experts", "width", "rows",
-                       "row_even", "row_odd", "row_step"]
+    do_not_specialize=["slots", "top_k", "per_row", "width", "rows", "row_even", "row_odd", "row_step"]
 )  # fmt: skip
 def fp4_product_kernel(
     a_ptr, w_ptr, scale_ptr,  # [slots / per_row, pitch] in the order of `place`, [E, R, D/16] int64, scales
     a_scale_ptr,  # [slots / per_row, D/16], where SCALED; then a is [slots / per_row, D/2] codes, w [E, R, D/2] bytes
     alpha_ptr, global_ptr, bias_ptr, weights_ptr, out_ptr,  # [E], [1], [E, R], [T, k], [slots, out_pitch]
-    ids_ptr, map_ptr,  # [T, k], [G]: where the program groups the slots itself
-    sorted_ptr, expert_ids_ptr, padded_ptr,  # where `align` has done it
-    slots, most_blocks, top_k, per_row, num_ids, num_experts,
+    sorted_ptr, expert_ids_ptr, padded_ptr,  # what `align` has made
+    slots, top_k, per_row,
     rows, units, pitch, width, out_pitch,  # rows of an expert, D / 16 / UNIT, columns of the output and its rows
     row_even, row_odd, row_step,  # the row of w of a gate and of an up-projection: + row_step * output column
-    bias_stride_e, bias_stride_r, weights_stride_t, weights_stride_k, ids_stride_t, ids_stride_k, map_stride,
+    bias_stride_e, bias_stride_r, weights_stride_t, weights_stride_k,
     ACTIVATION: tl.constexpr,  # of gates and up-projections; relu2 and none have no gate
     WEIGHT: tl.constexpr,  # "none" | "input": on the product, before the bias | "output": on the result
-    HAS_BIAS: tl.constexpr, HAS_MAP: tl.constexpr, HAS_GLOBAL: tl.constexpr, SWIZZLED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GLOBAL: tl.constexpr, SWIZZLED: tl.constexpr,
     SCALED: tl.constexpr,  # the tensor cores take codes and scales
     REORDERS: tl.constexpr,  # `out` is the next product's `a`: in its order, and 0 beyond the width
-    GROUPED: tl.constexpr,  # whether `align` has run
     EVEN: tl.constexpr, UNIT: tl.constexpr,  # D is a multiple of BLOCK_D; its blocks of 16 are multiples of UNIT
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
     SORTED_LATE: tl.constexpr,  # the kernel before it, or the one before that, did the grouping
@@ -53,13 +50,11 @@ def fp4_product_kernel(
         if SORTED_LATE:  # and not before the next launch may start, which takes the grouping for done
             tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # they start once every program of this launch has
-    blocks = tl.load(padded_ptr) // BLOCK_M if GROUPED else most_blocks
+    blocks = tl.load(padded_ptr) // BLOCK_M
     for tile in range(tl.program_id(0), blocks * tiles_n, tl.num_programs(0)):
         block, tile_n = tile_at(tile, blocks, tiles_n, GROUP_M)
-        expert, slot = slots_of(
-            block, sorted_ptr, expert_ids_ptr, ids_ptr, map_ptr, slots, top_k, num_ids, num_experts,
-            ids_stride_t, ids_stride_k, map_stride, HAS_MAP, BLOCK_M, GROUPED,
-        )  # fmt: skip
+        expert = tl.load(expert_ids_ptr + block)
+        slot = tl.load(sorted_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
         if expert >= 0:
             ok = slot < slots  # [M]
             n = tl.arange(0, BLOCK_N)

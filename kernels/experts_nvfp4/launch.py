@@ -100,13 +100,11 @@ def experts_nvfp4(
             plan = interpreted(hidden, inter)
         else:
             plan = choose(slots, num_ids, experts, (w13.shape[1], hidden), (hidden, inter), _multiprocessors(x.device))
-    grouped, overlaps = slots > plan.inline_slots, not _INTERPRETED
-    parts = take(_parts(x, slots, inter, ids.shape, experts, plan, quantizes, grouped, scaled), x.device, workspace)
+    overlaps = not _INTERPRETED
+    parts = take(_parts(x, slots, inter, ids.shape, experts, plan, quantizes, scaled), x.device, workspace)
     x_ordered, h, y = parts["x"], parts["h"], parts["y"]  # [T, H'], [N, I'], [N, H]
-    sorted_ids, expert_ids, padded, _ = (parts.get(name) for name in _SORTED)
-    sorting = None
-    if grouped:
-        sorting = Sorting(ids, plan.gate_up.m, experts, expert_map, [parts[name] for name in _SORTED], parts["counts"])
+    sorted_ids, expert_ids, padded, _ = plan_of_slots = [parts[name] for name in _SORTED]
+    sorting = Sorting(ids, plan.gate_up.m, experts, expert_map, plan_of_slots, parts["counts"])
 
     # Worst case, as `align` has it: each of these experts has one slot, and one of them all the rest.
     alone = min(slots, experts)
@@ -144,18 +142,16 @@ def experts_nvfp4(
         fp4_product_kernel[(min(most_blocks * tiles_n, programs),)](
             a, w, scales, parts["x_scales" if a is x_ordered else "h_scales"] if scaled else None,
             alpha, global_scale, bias, weights, result,  # operands
-            ids, expert_map, sorted_ids, expert_ids, padded,  # grouping
-            slots, most_blocks, top_k, per_row, num_ids, experts,
+            sorted_ids, expert_ids, padded,  # grouping
+            slots, top_k, per_row,
             w.shape[1], depth // unit, a.shape[1], width, result.shape[1],  # sizes
             *rows,
-            *(bias.stride() if bias is not None else (0, 0)), *weights.stride(), *ids.stride(),
-            expert_map.stride(0) if expert_map is not None else 0,  # strides, in elements
+            *(bias.stride() if bias is not None else (0, 0)), *weights.stride(),  # strides, in elements
             ACTIVATION=activation, WEIGHT=weight, HAS_BIAS=bias is not None,
-            HAS_MAP=expert_map is not None and not grouped, HAS_GLOBAL=quantizes, SWIZZLED=scale_layout == "swizzled",
-            REORDERS=reorders, GROUPED=grouped,
+            HAS_GLOBAL=quantizes, SWIZZLED=scale_layout == "swizzled", REORDERS=reorders,
             SCALED=scaled, EVEN=16 * depth % blocks.d == 0, UNIT=unit,
             BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_D=blocks.d, GROUP_M=blocks.group,
-            SORTED_LATE=grouped and a is x_ordered, OVERLAPS=overlaps, INTERPRETED=_INTERPRETED,
+            SORTED_LATE=a is x_ordered, OVERLAPS=overlaps, INTERPRETED=_INTERPRETED,
             num_warps=blocks.warps, num_stages=blocks.stages, **_EARLY[overlaps],
             **({"maxnreg": blocks.registers} if blocks.registers else {}),
         )  # fmt: skip
@@ -163,8 +159,7 @@ def experts_nvfp4(
     # the first row of the gate, that of the up-projection, and the step to the next of either
     rows = {"first": (0, inter, 1), "up_first": (inter, 0, 1), "interleaved": (0, 1, 2)}[gate_layout]
     reorder(x, x_global, x_ordered, sorting, False)
-    if sorting is not None:
-        sorting.place()
+    sorting.place()
     product(x_ordered, top_k, w13 if scaled else blocks13, scales13, w13_alpha, x_global, b13,
             parts["h_plain"] if quantizes else h, inter, plan.gate_up,
             (0, 0, 1) if activation == "relu2" else rows, activation,
@@ -195,7 +190,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _parts(
-    x: Tensor, slots: int, inter: int, ids_shape: torch.Size, experts: int, plan: Plan, quantizes: bool, grouped: bool,
+    x: Tensor, slots: int, inter: int, ids_shape: torch.Size, experts: int, plan: Plan, quantizes: bool,
     scaled: bool = False,
 ) -> Parts:  # fmt: skip
     """What `small` and `scaled` keep between their launches."""
@@ -210,10 +205,8 @@ def _parts(
             parts[f"{name}_scales"] = (rows, columns // 16), torch.uint8
     if quantizes:
         parts["h_plain"] = (slots, inter), x.dtype
-    if grouped:
-        shapes = [*align_shapes(ids_shape, plan.gate_up.m, experts), counts_shape(slots, experts)]
-        parts |= {name: (shape, torch.int32) for name, shape in zip((*_SORTED, "counts"), shapes, strict=True)}
-    return parts
+    shapes = [*align_shapes(ids_shape, plan.gate_up.m, experts), counts_shape(slots, experts)]
+    return parts | {name: (shape, torch.int32) for name, shape in zip((*_SORTED, "counts"), shapes, strict=True)}
 
 
 def workspace_bytes(
@@ -233,5 +226,5 @@ def workspace_bytes(
         return large_bytes(tokens, top_k, hidden, inter, rows, experts)
     shape = torch.Size((tokens, top_k))
     return max(
-        bytes_of(_parts(x, tokens * top_k, inter, shape, experts, plan, quantizes, True)) for plan in EVERY_PLAN
+        bytes_of(_parts(x, tokens * top_k, inter, shape, experts, plan, quantizes)) for plan in EVERY_PLAN
     )  # fmt: skip

@@ -125,7 +125,7 @@ def test_exact_on_integers(activation, gate_layout, biased, dtype):
     ("tokens", "top_k", "experts", "hidden", "inter"),
     [(1, 1, 1, 1, 1), (1, 4, 8, 40, 3), (5, 2, 3, 48, 33), (3, 7, 1, 17, 50), (23, 2, 1, 33, 16)],
 )
-@pytest.mark.parametrize("inline_slots", [0, 32])  # slots grouped by `align`, and by the programs
+@pytest.mark.parametrize("inline_slots", [0, 16])  # slots grouped by `align`, and by the programs
 def test_exact_in_small_tiles(tokens, top_k, experts, hidden, inter, inline_slots):
     """Sizes that are no multiple of a block, several blocks of one expert, several tiles and steps."""
     layer = integers(tokens, top_k, experts, hidden, inter, biased=True, seed=tokens)

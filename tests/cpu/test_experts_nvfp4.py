@@ -98,23 +98,20 @@ def test_exact_on_integers(activation, gate_layout, biased, dtype, backend):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "experts", "hidden", "inter", "inline_slots"),
-    [(1, 1, 1, 16, 16, 0), (1, 4, 8, 32, 48, 32), (5, 2, 3, 272, 80, 0), (3, 7, 1, 48, 144, 32),
-     (23, 2, 1, 128, 16, 0)],
+    ("tokens", "top_k", "experts", "hidden", "inter"),
+    [(1, 1, 1, 16, 16), (1, 4, 8, 32, 48), (5, 2, 3, 272, 80), (3, 7, 1, 48, 144), (23, 2, 1, 128, 16)],
 )
-def test_exact_in_small_tiles(tokens, top_k, experts, hidden, inter, inline_slots):
-    """Sizes that are no multiple of a block, several blocks of one expert, several tiles and steps; slots grouped by
-    `align` (0), and by the programs (32)."""
+def test_exact_in_small_tiles(tokens, top_k, experts, hidden, inter):
+    """Sizes that are no multiple of a block, several blocks of one expert, several tiles and steps."""
     layer = integers(tokens, top_k, experts, hidden, inter, biased=True, seed=tokens)
     if experts == 1:
         layer.ids[:] = 0  # more slots than a block holds: 2 of them, and 3
-    plan = replace(TILES, inline_slots=inline_slots)
     chosen = layer if tokens == 1 else layer.swizzled()
-    assert torch.equal(chosen.run("small", plan=plan), layer.run(None))
+    assert torch.equal(chosen.run("small", plan=TILES), layer.run(None))
 
 
 @ALL
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(4, 2, 3), (30, 3, 4)])  # grouped by the programs; by `align`
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(4, 2, 3), (30, 3, 4)])
 def test_every_value_comes_from_its_source(tokens, top_k, experts, backend):
     layer, expected = sources(tokens, top_k, experts, 32)
     got = layer.run(backend)
