@@ -188,7 +188,7 @@ def fused(x: Any, y: Any, z: Any, dtype: Any) -> Any:
 
 
 def _compute(interpreter: Any, builder: Any) -> None:
-    """bfloat16 is computed in float32, and rounded. And where others round: once in `tl.fma`, before a `tl.dot` in TF32."""
+    """bfloat16 is computed in float32, and rounded; `tl.fma` rounds once; `tl.dot` cuts off what TF32 has not."""
     import triton.language as tl
 
     handle, in_tf32 = interpreter.TensorHandle, interpreter._ir.INPUT_PRECISION.TF32

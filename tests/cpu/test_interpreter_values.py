@@ -158,6 +158,8 @@ assert out[2][3:].view(torch.float32).tolist() == (x[3:] + 0.0).tolist()
 
 #: What an H200 gives (Triton 3.6).
 CONVERTED_NAN = """
+from triton.language.extra import libdevice
+
 @triton.jit
 def kernel(x_ptr, out_ptr, wide_ptr, N: tl.constexpr):
     at = tl.arange(0, N)
@@ -190,10 +192,12 @@ def functions(x_ptr, out_ptr):
     x = tl.load(x_ptr + at)
     tl.store(out_ptr + at, tl.rsqrt(x))
     tl.store(out_ptr + 2 + at, tl.erf(x))
+    tl.store(out_ptr + 4 + at, libdevice.rint(libdevice.sqrt(x)))
+    tl.store(out_ptr + 6 + at, libdevice.abs(x))
 
-out = torch.zeros(4)
+out = torch.zeros(8)
 functions[(1,)](torch.tensor([-1, -0x400000], dtype=torch.int32).view(torch.float32), out)
-assert out.view(torch.int32).tolist() == [0x7FFFFFFF] * 4
+assert out.view(torch.int32).tolist() == [0x7FFFFFFF] * 6 + [0x7FFFFFFF, 0x7FC00000]  # the last two lose a sign alone
 """
 
 INTEGERS = """
