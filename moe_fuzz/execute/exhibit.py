@@ -44,7 +44,7 @@ import torch
 from moe_fuzz.case import Case
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 from moe_fuzz.errors import CaseError
-from moe_fuzz.execute import interpreter_language, interpreter_values
+from moe_fuzz.execute import interpreter_language, interpreter_nan, interpreter_values
 from moe_fuzz.execute.barecall import BareCall, bare_call
 from moe_fuzz.execute.exhibit_general import general_step
 from moe_fuzz.execute.exhibit_tensor import tensor
@@ -135,9 +135,13 @@ def _interpreter(target: Target) -> str:
     needed."""
     if not target.info.triton:
         return ""
-    files = (Path(str(module.__file__)) for module in (interpreter_values, interpreter_language))
-    texts = (file.read_text(encoding="utf-8").partition("import torch\n")[2] for file in files)
-    return "\n\n\n".join(text.strip() for text in texts)
+    files = (str(module.__file__) for module in (interpreter_values, interpreter_nan, interpreter_language))
+    return "\n\n\n".join(_below_imports(Path(file).read_text(encoding="utf-8")) for file in files)
+
+
+def _below_imports(text: str) -> str:
+    ends = [node.end_lineno or 0 for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return "\n".join(text.splitlines()[max(ends) :]).strip()
 
 
 # ---- where the target lives -----------------------------------------------------------------------------------------

@@ -202,7 +202,6 @@ _RENAMED = {
     "fadd_rn": torch.add, "fsub_rn": torch.sub, "fmul_rn": torch.mul, "float2int_rn": torch.round,
     "float2int_rz": torch.trunc, "float2int_rd": torch.floor, "float2int_ru": torch.ceil,
     "round": lambda x: torch.copysign((x.abs().double() + 0.5).floor(), x).to(x.dtype),
-    "fma": lambda x, y, z: (x.double() * y.double() + z.double()).to(z.dtype),
 }  # fmt: skip
 
 
@@ -217,11 +216,16 @@ def _know_libdevice(interpreter: Any, builder: Any) -> None:
         self: Any, library: str, path: str, symbol: str, given: Any, wanted: Any, pure: bool
     ) -> Any:
         name = symbol.removeprefix("__nv_")
+        if name in ("fma", "fmaf"):
+            return self.create_fma(*given)
         function = known.get(name) or known.get(name.removesuffix("f"))
         if function is None:
             raise NotImplementedError(f"libdevice's {symbol} not supported in interpreter mode")
         found = function(*(torch.from_numpy(np.array(one.data)) for one in given)).numpy()
         handle = interpreter.TensorHandle(found, given[0].dtype.scalar)
+        if found.dtype.kind == "f" and function not in (torch.abs, torch.copysign):
+            handle = self.unary_op(handle, lambda data: data)  # NaN is arithmetic's
+            found = handle.data
         if found.dtype == interpreter._get_np_dtype(wanted.scalar):
             return interpreter.TensorHandle(found, wanted.scalar)
         return self.cast_impl(handle, wanted)

@@ -3,14 +3,16 @@
 By itself the interpreter
 * cuts float32 off to bfloat16, garbles subnormals, and rounds to 8 bits without a carry and without NaN;
 * adds, compares, multiplies and reduces bfloat16, in `tl.dot` too, as the integers that its bits are;
-* gives NaN for `tl.maximum`, `tl.minimum` and `tl.clamp` of NaN and a number, where a GPU gives the number;
 * makes the least integer of a float that is too large for it, and of NaN, in 32 bits: there a GPU gives the nearest,
   and 0;
-* keeps the sign of NaN, and makes a negative one of inf - inf, where arithmetic on a GPU gives 0x7FFFFFFF of any: who
-  sorts by bits finds the one below -inf, and the other above inf;
-* finds NaN with `tl.argmax`. On a GPU one of two is taken by a comparison, which with NaN is false: the other one is.
+* keeps the sign of NaN, and makes a negative one of inf - inf, where arithmetic and conversions on a GPU give
+  0x7FFFFFFF of any: who sorts by bits finds the one below -inf, and the other above inf;
+* has an error where a sum of integers does not fit, which wraps around on a GPU, and takes signs into `tl.umulhi`;
+* rounds twice in `tl.fma`;
+* multiplies float32 as it is in `tl.dot`, whose default on a GPU is TF32: 10 bits behind the point, the others cut off.
 
 What is summed up in bfloat16 is rounded once here, on a GPU after each addition: `tl.sum` of it is closer than there.
+benchmarks/interpreter_against_gpu.py compares all this with a GPU, and tells what still differs.
 
 Nothing of moe_fuzz is imported: the file is copied into the scripts of findings (campaign/repro).
 """
@@ -30,7 +32,8 @@ def correct() -> bool:
     from triton.runtime import interpreter
 
     builder = getattr(interpreter, "InterpreterBuilder", None)
-    needed = ("binary_op", "unary_op", "ternary_op", "cast_impl", "create_fma", "create_dot")
+    needed = ("binary_op", "unary_op", "cast_impl", "create_fma", "create_dot", "create_umulhi",
+              "create_rsqrt", "create_erf")  # fmt: skip
     if builder is None or not all(hasattr(builder, name) for name in needed):
         return False
     if not all(hasattr(interpreter, name) for name in ("_convert_float", "ReduceOps", "ScanOps", "TensorHandle")):
@@ -38,13 +41,12 @@ def correct() -> bool:
     if not hasattr(builder, _ORIGINALS):
         setattr(builder, _ORIGINALS, True)
         _convert(interpreter)
+        _wrap_integers(interpreter, builder)
         _saturate(interpreter, builder)
         _make_nan_canonical(interpreter, builder)
         _compute(interpreter, builder)
-        _drop_nan(interpreter, builder)
         for kind in (interpreter.ReduceOps, interpreter.ScanOps):
             _reduce(interpreter, kind)
-        _compare_with_nan(interpreter, interpreter.ReduceOps)
     return True
 
 
@@ -85,9 +87,29 @@ def _convert(interpreter: Any) -> None:
             most = torch.finfo(known[wanted]).max
             value = value.float().clamp(-most, most)
         found = value.to(known[wanted]).view(getattr(torch, f"int{wanted.primitive_bitwidth}")).numpy()
-        return found.view(f"uint{wanted.primitive_bitwidth}")
+        found = found.view(f"uint{wanted.primitive_bitwidth}")
+        nan = np.isnan(value.float().numpy())
+        if wanted == tl.float64 or not nan.any():
+            return found
+        return np.where(nan, found.dtype.type(np.iinfo(found.dtype).max >> 1), found)  # as arithmetic gives it
 
     interpreter._convert_float = convert
+
+
+def _wrap_integers(interpreter: Any, builder: Any) -> None:
+    """A sum has the bits of what is summed up, and `tl.umulhi` takes bits for unsigned numbers."""
+    handle, upper_half = interpreter.TensorHandle, builder.create_umulhi
+
+    def total(self: Any, given: Any) -> Any:
+        data = given.handle.data
+        return self.to_tensor(np.sum(data, axis=self.axis, keepdims=self.keep_dims, dtype=data.dtype), given.dtype)
+
+    def create_umulhi(self: Any, lhs: Any, rhs: Any) -> Any:
+        dtype = lhs.data.dtype
+        unsigned = (handle(one.data.view(f"u{dtype.itemsize}"), one.dtype.scalar) for one in (lhs, rhs))
+        return handle(upper_half(self, *unsigned).data.view(dtype), lhs.dtype.scalar)
+
+    interpreter.ReduceOps.sum, builder.create_umulhi = total, create_umulhi
 
 
 #: What arithmetic gives for NaN, in the bits of its result. Double keeps what it is given.
@@ -118,18 +140,58 @@ def _make_nan_canonical(interpreter: Any, builder: Any) -> None:
 
         setattr(owner, name, computed)
 
-    for name in ("binary_op", "unary_op", "create_fma", "create_dot"):
+    for name in ("binary_op", "unary_op", "create_dot", "create_rsqrt", "create_erf"):
         wrap(builder, name)
     for owner, name in ((interpreter.ReduceOps, "sum"), (interpreter.ScanOps, "cumsum"),
                         (interpreter.ScanOps, "cumprod")):  # fmt: skip
         wrap(owner, name)
+    cast = builder.cast_impl
+
+    def cast_impl(self: Any, source: Any, wanted: Any) -> Any:
+        found = cast(self, source, wanted)
+        if source.data.dtype.kind == "f" and source.dtype.scalar != wanted.scalar:
+            found.data = canonical(found.data)
+        return found
+
+    builder.cast_impl = cast_impl
+
+
+def cut_to_tf32(value: Any) -> Any:
+    """float32 as tensor cores read it: the last 13 bits are none of theirs."""
+    found = (value.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+    nan = np.isnan(value)
+    return np.where(nan, value, found) if nan.any() else found
+
+
+def to_odd(value: Any, error: Any) -> Any:
+    """value + error in the type of value, which is that rounded to nearest: rounded to odd instead. Of the two numbers
+    beside it the one is taken whose last bit is set; to round that again, to a narrower type, is to round once."""
+    bits = value.view(f"i{value.itemsize}")
+    wrong = ((error > 0) | (error < 0)) & (bits & 1 == 0)
+    if not wrong.any():
+        return value
+    away = np.signbit(error) == np.signbit(value)
+    return np.where(wrong, bits + np.where(away, 1, -1).astype(bits.dtype), bits).view(value.dtype)
+
+
+def fused(x: Any, y: Any, z: Any, dtype: Any) -> Any:
+    """x * y + z of numbers of at most 32 bits, rounded once: to float32, float16, or to bfloat16, as uint16."""
+    with np.errstate(all="ignore"):
+        product, addend = x.astype(np.float64) * y, z.astype(np.float64)  # this is exact
+        total = product + addend
+        rest = total - product
+        total = to_odd(total, (product - (total - rest)) + (addend - rest))  # Knuth's error of a sum, exact as well
+        if dtype != np.uint16:
+            return canonical(total.astype(dtype))
+        single = total.astype(np.float32)
+        return narrow(to_odd(single, total - single))
 
 
 def _compute(interpreter: Any, builder: Any) -> None:
-    """bfloat16 is computed in float32, and rounded."""
+    """bfloat16 is computed in float32, and rounded; `tl.fma` rounds once; `tl.dot` cuts off what TF32 has not."""
     import triton.language as tl
 
-    handle = interpreter.TensorHandle
+    handle, in_tf32 = interpreter.TensorHandle, interpreter._ir.INPUT_PRECISION.TF32
     binary, cast, fma, dot = builder.binary_op, builder.cast_impl, builder.create_fma, builder.create_dot
 
     def is_short(one: Any) -> bool:
@@ -152,10 +214,14 @@ def _compute(interpreter: Any, builder: Any) -> None:
         return as_was(binary(self, wide(lhs), wide(rhs), op), lhs)
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-        return as_was(fma(self, wide(x), wide(y), wide(z)), z)
+        if z.data.dtype.str[1:] not in ("f2", "f4") and not is_short(z):
+            return fma(self, x, y, z)
+        return handle(fused(wide(x).data, wide(y).data, wide(z).data, z.data.dtype), z.dtype.scalar)
 
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *more: Any) -> Any:
-        return as_was(dot(self, wide(a), wide(b), wide(d), *more), d)
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *more: Any) -> Any:
+        if precision == in_tf32 and a.dtype.scalar == tl.float32:
+            a, b = (handle(cut_to_tf32(one.data), tl.float32) for one in (a, b))
+        return as_was(dot(self, wide(a), wide(b), wide(d), precision, *more), d)
 
     def cast_impl(self: Any, source: Any, wanted: Any) -> Any:
         of, to = source.dtype.scalar, wanted.scalar
@@ -191,20 +257,6 @@ def _saturate(interpreter: Any, builder: Any) -> None:
     builder.cast_impl = cast_impl
 
 
-def _drop_nan(interpreter: Any, builder: Any) -> None:
-    """What is to propagate NaN calls create_maximumf, create_minimumf."""
-    everywhere = interpreter._ir.PROPAGATE_NAN.ALL
-    builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
-    builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
-
-    def create_clampf(self: Any, value: Any, low: Any, high: Any, propagate: Any) -> Any:
-        if propagate == everywhere:
-            return self.ternary_op(value, low, high, np.clip)
-        return self.create_minnumf(self.create_maxnumf(value, low), high)
-
-    builder.create_clampf = create_clampf
-
-
 def _reduce(interpreter: Any, kind: Any) -> None:
     """A reduction, or a scan, of bfloat16 is one of float32, rounded."""
     import triton.language as tl
@@ -224,42 +276,5 @@ def _reduce(interpreter: Any, kind: Any) -> None:
         results = found if isinstance(found, (list, tuple)) else (found,)
         return [turned(one, narrow(one.handle.data), tl.bfloat16) if is_narrow else one
                 for one, is_narrow in zip(results, narrowed, strict=False)]  # fmt: skip
-
-    kind.apply_impl = apply_impl
-
-
-def _compare_with_nan(interpreter: Any, kind: Any) -> None:
-    """tl.argmax, tl.argmin, and tl.max and tl.min with indices: of two the first is taken if it is better, or as good
-    and to be preferred; so of a pair with NaN the second. Who that is depends on the order of pairs: on a GPU on the
-    layout of the tensor, and on anything else here."""
-    from triton.language import standard
-
-    better = {"_argmax_combine": np.greater, "_argmin_combine": np.less}
-    ways = {getattr(standard, f"{name}_tie_break_{side}"): (way, side == "left")
-            for name, way in better.items() for side in ("left", "fast")
-            if hasattr(standard, f"{name}_tie_break_{side}")}  # fmt: skip
-    apply = kind.apply_impl
-
-    def apply_impl(self: Any, given: Any) -> Any:
-        way, leftmost = next((found for combine, found in ways.items() if self.combine_fn == combine), (None, False))
-        value = given[0].handle.data
-        if way is None or len(given) != 2 or (leftmost and not (value.dtype.kind == "f" and np.isnan(value).any())):
-            return apply(self, given)
-        index = given[1].handle.data
-        shape = value.shape
-        axis = 0 if self.axis is None else self.axis % len(shape)
-        if self.axis is None:
-            value, index = value.reshape(-1), index.reshape(-1)
-        value, index = np.moveaxis(value, axis, 0), np.moveaxis(index, axis, 0)
-        while len(value) > 1:
-            half = len(value) // 2
-            first, second = (value[:half], index[:half]), (value[half:], index[half:])
-            taken = way(first[0], second[0]) | (leftmost & (first[0] == second[0]) & (first[1] < second[1]))
-            value, index = (np.where(taken, a, b) for a, b in zip(first, second, strict=True))
-        results = (value[0], index[0])
-        if self.keep_dims:
-            kept = [1] * len(shape) if self.axis is None else [*shape[:axis], 1, *shape[axis + 1 :]]
-            results = value.reshape(kept), index.reshape(kept)
-        return [self.to_tensor(one, of.dtype) for one, of in zip(results, given, strict=True)]
 
     kind.apply_impl = apply_impl

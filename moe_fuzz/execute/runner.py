@@ -23,6 +23,7 @@ from moe_fuzz.execute.graph import GraphSteps
 from moe_fuzz.execute.heap import keep_freed_memory
 from moe_fuzz.execute.interpreter import hasten, tell_of_programs
 from moe_fuzz.execute.interpreter_language import complete
+from moe_fuzz.execute.interpreter_nan import pick
 from moe_fuzz.execute.interpreter_values import correct
 from moe_fuzz.execute.ranks import RankSteps
 from moe_fuzz.execute.steps import Steps
@@ -47,6 +48,7 @@ class Runner:
         if device == "cpu":
             hasten()
             correct()
+            pick()
             complete()
             tell_of_programs()
         else:

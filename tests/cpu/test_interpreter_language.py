@@ -20,9 +20,10 @@ START = """
 import torch, triton, triton.language as tl
 from triton.language.extra import cuda, libdevice
 from moe_fuzz.execute.interpreter import hasten
-from moe_fuzz.execute.interpreter_values import correct
 from moe_fuzz.execute.interpreter_language import complete
-assert hasten() and correct() and complete() and complete()
+from moe_fuzz.execute.interpreter_nan import pick
+from moe_fuzz.execute.interpreter_values import correct
+assert hasten() and correct() and pick() and complete() and complete()
 torch.manual_seed(0)
 N = 16
 at = torch.arange(N)

@@ -19,8 +19,10 @@ START = """
 import numpy, torch, triton, triton.language as tl
 from triton.runtime import interpreter
 from moe_fuzz.execute.interpreter import hasten
+from moe_fuzz.execute.interpreter_language import complete
+from moe_fuzz.execute.interpreter_nan import pick
 from moe_fuzz.execute.interpreter_values import correct
-assert hasten() and correct() and correct()
+assert hasten() and correct() and pick() and complete() and correct() and pick()
 torch.manual_seed(0)
 N = 64
 """
@@ -154,10 +156,171 @@ for number, found in enumerate(out[2:], 2):
 assert out[2][3:].view(torch.float32).tolist() == (x[3:] + 0.0).tolist()
 """
 
+#: What an H200 gives (Triton 3.6).
+CONVERTED_NAN = """
+from triton.language.extra import libdevice
+
+@triton.jit
+def kernel(x_ptr, out_ptr, wide_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty))
+    tl.store(wide_ptr + at, x)
+
+bits = {torch.float32: (torch.int32, [0x7FC00000, 0x7F800001, -1]), torch.float16: (torch.int16, [0x7E00, 0x7C01, -1]),
+        torch.bfloat16: (torch.int16, [0x7FC0, 0x7F81, -1]), torch.float8_e4m3fn: (torch.int8, [0x7F, -1]),
+        torch.float8_e5m2: (torch.int8, [0x7D, 0x7F, -1])}
+for source, (kind, given) in bits.items():
+    x = torch.tensor((given * 8)[:8], dtype=kind).view(source)
+    for wanted, (to, _) in bits.items():
+        if source == wanted or (source, wanted) == (torch.bfloat16, torch.float32):
+            continue  # moved, or widened by its bits
+        if source.itemsize == wanted.itemsize == 1 or (source, wanted) == (torch.float8_e5m2, torch.bfloat16):
+            continue  # does not compile; is a number there
+        out, stored = torch.zeros(8, dtype=wanted), torch.zeros(8, dtype=wanted)
+        kernel[(1,)](x, out, stored, 8)
+        most = torch.iinfo(to).max  # all bits but the sign
+        assert (out.view(to) == most).all() and (stored.view(to) == most).all(), (source, wanted, out.view(to))
+wide = torch.zeros(8)
+x = torch.tensor([-1, 0x7F81] * 4, dtype=torch.int16).view(torch.bfloat16)
+kernel[(1,)](x, wide, torch.zeros(8), 8)
+assert wide.view(torch.int32).tolist() == [-65536, 0x7F810000] * 4
+
+@triton.jit
+def functions(x_ptr, out_ptr):
+    at = tl.arange(0, 2)
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, tl.rsqrt(x))
+    tl.store(out_ptr + 2 + at, tl.erf(x))
+    tl.store(out_ptr + 4 + at, libdevice.rint(libdevice.sqrt(x)))
+    tl.store(out_ptr + 6 + at, libdevice.abs(x))
+
+out = torch.zeros(8)
+functions[(1,)](torch.tensor([-1, -0x400000], dtype=torch.int32).view(torch.float32), out)
+assert out.view(torch.int32).tolist() == [0x7FFFFFFF] * 6 + [0x7FFFFFFF, 0x7FC00000]  # the last two lose a sign alone
+"""
+
+INTEGERS = """
+@triton.jit
+def kernel(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x, y = tl.load(x_ptr + at), tl.load(y_ptr + at)
+    tl.store(out_ptr + at, tl.sum(x, 0))
+    rows = tl.reshape(x, (2, N // 2))
+    tl.store(out_ptr + N + at, tl.sum(rows))
+    tl.store(out_ptr + 2 * N + at, tl.cumsum(x, 0))
+    tl.store(out_ptr + 3 * N + at, tl.umulhi(x, y))
+    tl.store(out_ptr + 4 * N + at, tl.umulhi(x, y) > 0)
+    tl.store(out_ptr + 5 * N + at, tl.sum(tl.sum(rows, 1), 0))
+
+for dtype in (torch.int32, torch.int64):
+    least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    x = torch.tensor([-1, least, -7, most, -3, most, 5, 9], dtype=dtype)
+    y = torch.tensor([3, 7, -3, 2, -2, most, 9, least], dtype=dtype)
+    out = torch.zeros(6, 8, dtype=dtype)
+    kernel[(1,)](x, y, out, 8)
+    size = 1 << 8 * dtype.itemsize
+    signed = lambda number: (number % size + size // 2) % size - size // 2
+    total = signed(sum(x.tolist()))
+    assert sum(x.tolist()) > most
+    assert all((out[row] == total).all() for row in (0, 1, 5))
+    assert out[2].tolist() == [signed(sum(x[: end + 1].tolist())) for end in range(8)]
+    right = [signed((a % size) * (b % size) // size) for a, b in zip(x.tolist(), y.tolist())]
+    assert out[3].tolist() == right and out[4].tolist() == [one > 0 for one in right]
+    assert right[:3] == [2, 3, signed(size - 10)]  # the first two as an H200 has them
+"""
+
+FMA = """
+from fractions import Fraction
+from triton.language.extra import libdevice
+
+@triton.jit
+def kernel(x_ptr, y_ptr, z_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, tl.fma(tl.load(x_ptr + at), tl.load(y_ptr + at), tl.load(z_ptr + at)))
+
+def once(x, dtype):  # of a fraction: the nearest there is, ties to even
+    near = torch.tensor(float(x), dtype=torch.float64).to(dtype)
+    ways = [near, *(torch.nextafter(near, torch.tensor(side, dtype=dtype)) for side in (-torch.inf, torch.inf))]
+    odd = lambda one: one.view(torch.int16 if dtype.itemsize == 2 else torch.int32).item() & 1
+    return min(ways, key=lambda one: (abs(Fraction(one.item()) - x), odd(one))).item()
+
+ties = {torch.float32: (1 + 2.0**-12, 1 + 2.0**-12, 2.0**-60), torch.float16: (1 + 2.0**-5, 1 + 2.0**-6, 2.0**-24),
+        torch.bfloat16: (1 + 2.0**-4, 1 + 2.0**-4, 2.0**-60)}  # products halfway, and less than float64 has room for
+for dtype, (a, b, tiny) in ties.items():
+    x, y = torch.randn(N).to(dtype), torch.randn(N).to(dtype)
+    z = -x * y  # what is left is what the product is rounded by
+    z[32:] += torch.randn(32).to(dtype) * 1e-3
+    x[:8] = torch.tensor([a, -a, a, a, torch.inf, torch.nan, 1e-3, 3.0]).to(dtype)
+    y[:8] = torch.tensor([b, b, b, b, 1.0, 1.0, 1e-3, torch.inf]).to(dtype)
+    z[:8] = torch.tensor([tiny, -tiny, -tiny, 0.0, -torch.inf, 1.0, 1e-3, 1.0]).to(dtype)
+    out = torch.zeros(N).to(dtype)
+    kernel[(1,)](x, y, z, out, N)
+    for number, (a, b, c, found) in enumerate(zip(x.tolist(), y.tolist(), z.tolist(), out.tolist())):
+        if number not in (4, 5, 7):
+            assert found == once(Fraction(a) * Fraction(b) + Fraction(c), dtype), (dtype, a, b, c, found)
+    assert out[4].isnan() and out[5].isnan() and out[7] == torch.inf
+    assert (out[4:6].view(torch.int16 if dtype.itemsize == 2 else torch.int32).bitwise_not() << 1 == 0).all()
+
+@triton.jit
+def of_libdevice(x_ptr, y_ptr, z_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, libdevice.fma(tl.load(x_ptr + at), tl.load(y_ptr + at), tl.load(z_ptr + at)))
+
+x, y, z = (torch.full((N,), one) for one in ties[torch.float32])
+of_libdevice[(1,)](x, y, z, out := torch.zeros(N), N)
+assert (out == 1 + 2.0**-11 + 2.0**-23).all()
+"""
+
+TF32 = """
+import os
+@triton.jit
+def kernel(a_ptr, b_ptr, out_ptr, N: tl.constexpr, WAY: tl.constexpr):
+    i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    a, b = tl.load(a_ptr + i * N + j), tl.load(b_ptr + i * N + j)
+    if WAY == "default":
+        y = tl.dot(a, b)
+    elif WAY == "allow_tf32":
+        y = tl.dot(a, b, allow_tf32=True)
+    elif WAY == "forbidden":
+        y = tl.dot(a, b, allow_tf32=False)
+    else:
+        y = tl.dot(a, b, input_precision=WAY)
+    tl.store(out_ptr + i * N + j, y)
+
+def product(a, b, way):
+    out = torch.zeros(16, 16)
+    kernel[(1,)](a, b, out, 16, way)
+    return out
+
+generator = torch.Generator().manual_seed(16)
+a, b = (torch.randn(256, generator=generator) for _ in range(2))
+a, b = a.reshape(16, 16), b.reshape(16, 16).T.contiguous()
+in_tf32 = torch.tensor([  # the first row, of an H200
+    3.22282362, -1.49366999, -5.20650911, 9.37884331, 2.48218727, -2.63909411, -4.62842941, -2.78704381, 0.212554455,
+    5.1453371, 4.05640459, -2.77184439, -2.77806044, -6.40171099, -4.35482454, -0.560889184])
+for way in ("default", "allow_tf32", "tf32"):
+    assert torch.allclose(product(a, b, way)[0], in_tf32, rtol=0, atol=2e-6), way
+for way in ("forbidden", "ieee", "tf32x3"):
+    assert torch.allclose(product(a, b, way), a @ b, rtol=0, atol=2e-6), way
+os.environ["TRITON_F32_DEFAULT"] = "ieee"
+assert torch.equal(product(a, b, "default"), product(a, b, "ieee"))
+del os.environ["TRITON_F32_DEFAULT"]
+for dtype in (torch.bfloat16, torch.float16):  # these lose nothing, neither as they are nor widened
+    short = a.to(dtype), b.to(dtype)
+    right = product(*(one.float() for one in short), "ieee")
+    assert torch.equal(product(*(one.float() for one in short), "tf32"), right)
+    assert torch.equal(product(*short, "tf32"), right)
+a[0, 0], a[1, 0] = torch.inf, torch.tensor(0x7F800001, dtype=torch.int32).view(torch.float32)
+found = product(a, b.abs(), "tf32")
+assert (found[0] == torch.inf).all() and found[1].isnan().all() and found[2:].isfinite().all()
+"""
+
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("program", [CONVERSIONS, ARITHMETIC, NAN, BITS_OF_NAN],
-                         ids=["conversions", "bfloat16", "nan", "bits_of_nan"])  # fmt: skip
+@pytest.mark.parametrize(
+    "program", [CONVERSIONS, ARITHMETIC, NAN, BITS_OF_NAN, CONVERTED_NAN, INTEGERS, FMA, TF32],
+    ids=["conversions", "bfloat16", "nan", "bits_of_nan", "converted_nan", "integers", "fma", "tf32"])  # fmt: skip
 def test_it_gives_what_a_gpu_gives(program, tmp_path):
     (tmp_path / "program.py").write_text(START + program)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
