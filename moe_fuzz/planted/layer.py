@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 if __package__:
-    from .layer_parts import experts_sum, finish, gate_logits, local_slots, route, shard_bounds, whole
+    from .layer_parts import experts_sum, finish, gate_logits, local_slots, route, route_by, shard_bounds, whole
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
     from layer_parts import (  # type: ignore[import-not-found, no-redef]
         experts_sum,
@@ -18,6 +18,7 @@ else:  # loaded by its path, as the script of a finding does: its neighbours are
         gate_logits,
         local_slots,
         route,
+        route_by,
         shard_bounds,
         whole,
     )
@@ -73,6 +74,27 @@ def shards_added_in_16_bits(hidden: Tensor, gate: Tensor, w13: Tensor, w2: Tenso
         local, stored = local_slots(ids, first, last), given | {"stored": hidden.dtype}
         y = y + experts_sum(hidden, w13[first:last], w2[first:last], weights, local, stored, first).to(hidden.dtype)
     return y, weights, ids
+
+
+def rounded_logits_of_few_rows(hidden: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, **given: Any) -> Any:
+    """sglang#33764: one product of several weights at once, taken up to a number of tokens, leaves its results in the
+    dtype of hidden, the router's logits too: few tokens choose by other logits than many."""
+    exact = gate_logits(hidden, gate)
+    return _by(exact.to(hidden.dtype).float() if len(hidden) < 8 else exact, hidden, w13, w2, top_k, given)
+
+
+def gate_in_tf32(hidden: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, **given: Any) -> Any:
+    """triton#8654: `tl.dot` of float32 multiplies in TF32 unless it is told otherwise. A gate that is float32, for the
+    router's sake, loses 13 of its 23 bits there."""
+    cut = (gate.float().view(torch.int32) & -(1 << 13)).view(torch.float32)
+    return _by(gate_logits(hidden, cut), hidden, w13, w2, top_k, given)
+
+
+def _by(logits: Tensor, hidden: Tensor, w13: Tensor, w2: Tensor, top_k: int, given: Any) -> Any:
+    """The layer with these logits, and nothing else wrong."""
+    weights, ids = route_by(logits, top_k, given)
+    finish(given, weights, ids)
+    return experts_sum(hidden, w13, w2, weights, ids, given).to(hidden.dtype), weights, ids
 
 
 def raw_sentinel(hidden: Tensor, gate: Tensor, w13: Tensor, w2: Tensor, top_k: int, **given: Any) -> Any:

@@ -21,7 +21,12 @@ def gate_logits(hidden: Tensor, gate: Tensor) -> Tensor:
 
 def route(hidden: Tensor, gate: Tensor, top_k: int, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """weights [T, k] float32, ids [T, k] int32, by the op's own arguments."""
-    x = gate_logits(hidden, gate).nan_to_num(nan=-MAX, posinf=MAX, neginf=-MAX)
+    return route_by(gate_logits(hidden, gate), top_k, given)
+
+
+def route_by(logits: Tensor, top_k: int, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """`route` with these logits [T, E], float32."""
+    x = logits.nan_to_num(nan=-MAX, posinf=MAX, neginf=-MAX)
     scores = x.sigmoid() if given["scoring"] == "sigmoid" else (x - x.amax(dim=1, keepdim=True)).softmax(dim=1)
     bias, padding, dialect = given.get("bias"), given.get("is_padding"), given["dialect"]
     key = x if bias is None and given["scoring"] == "softmax" else scores if bias is None else scores + bias
@@ -31,7 +36,7 @@ def route(hidden: Tensor, gate: Tensor, top_k: int, given: Mapping[str, Any]) ->
         weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-30)
     weights = weights * given["scale"]
     if padding is not None and dialect in ("minus_one", "num_experts", "zero_weight"):
-        sentinel = {"minus_one": -1, "num_experts": len(gate), "zero_weight": 0}[dialect]
+        sentinel = {"minus_one": -1, "num_experts": logits.shape[1], "zero_weight": 0}[dialect]
         weights, ids = weights.masked_fill(padding[:, None], 0.0), ids.masked_fill(padding[:, None], sentinel)
     return weights, ids.int()
 

@@ -101,6 +101,8 @@ def test_friendly_input_shows_nothing(planted):
     ("dense_combine", [{"steps": (step(4, "3", "nan_rows"),)}]),
     ("shards_added_in_16_bits", [{"steps": (step(64),), "ep": 3, "top_k": 4, "recipe": "fine", "hidden": 64,
                                   "expert_bias": "float32", "scoring": "sigmoid", "is_padding": False}]),
+    ("rounded_logits_of_few_rows", [{"steps": (step(4),), "recipe": "dense"}]),
+    ("gate_in_tf32", [{"steps": (step(4),), "recipe": "dense", "gate_dtype": "float32"}]),
     ("idle_rank_skipped", [{"steps": (step(8, "4-7"),), "mode": "ranks", "dp": 2, "ep": 2}]),
     ("rank_bucket_baked", [{"steps": (step(8, "1-3,5-7"), step(8, "6-7")), "mode": "ranks", "dp": 2}]),
     ("shifted_tail_block", [{"steps": (step(1),), "experts": "0-6"}, {"steps": (step(64),), "experts": "0-6"}]),
