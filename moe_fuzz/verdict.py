@@ -43,11 +43,16 @@ class Violation:
     site: str = ""  # file:line of the kernel or launcher, where it is known
     step: int | None = None  # of the case, where it has several
     after: str = ""  # what an earlier stage of the target had decided before a later one broke
+    allowed: tuple[float, float] | None = None  # the least and the greatest right value at `where`, if that is known
+    chosen: tuple[int, ...] = ()  # of a layer: the experts of row where[0], for which `allowed` holds
 
     @property
     def story(self) -> str:
         """The message, with what went before it."""
         return f"{self.after}: {self.message}" if self.after else self.message
+
+
+_TUPLES = ("where", "allowed", "chosen")
 
 
 @dataclass(frozen=True)
@@ -83,5 +88,6 @@ class Verdict:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Verdict:
-        violations = tuple(Violation(**{**v, "where": tuple(v["where"])}) for v in data["violations"])
+        violations = tuple(Violation(**v | {name: tuple(v[name]) for name in _TUPLES if v.get(name) is not None})
+                           for v in data["violations"])  # fmt: skip
         return cls(**{**data, "violations": violations})

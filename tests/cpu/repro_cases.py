@@ -72,7 +72,7 @@ FATAL: dict[str, tuple[dict[str, Any], str]] = {
 #: state from a call before.
 SCRIPTED = [
     bug for bug in PLANTED
-    if get_space(bug.op).family == "routing"  # no other family has scripts yet
+    if get_space(bug.op).family == "routing"  # the scripts of all others are general.py.j2's
     and bug.fence == "torch" and bug.name not in ("int32_row_offset", "int32_column_offset", "stale_row_max")
     and ("cpu" in bug.devices or bug.name in FATAL)
 ]  # fmt: skip

@@ -36,7 +36,7 @@ from moe_fuzz.verdict import CRASH, HANG, OOM
 _SHOWS = {CRASH: "died", "fence": "died", HANG: "hung", "oom": "memory", OOM: "memory", "error": "raised",
           "capture": "uncapturable"}  # fmt: skip
 #: checks that `general.py.j2` can judge for any op, beside what a child process shows
-_GENERAL = ("canary", "structure", "written")
+_GENERAL = ("canary", "determinism", "structure", "written")
 _UNFENCED = FenceOptions(hard=(), readonly=(), own="off")
 _ATTEMPTS = 20  # child processes, for a finding that shows sometimes
 _DEADLINE = 60  # seconds for what should not hang
@@ -123,12 +123,15 @@ def render(
     graphs = any(calls.graph for calls in (*earlier, case))
     poisons = graphs or bool(fence["own"]) or check == "written" or any(step["out"] for step in everywhere)
     general = get_space(finding.case.op).family != "routing"
-    if general and shows == "wrong" and check not in _GENERAL:
+    found = next(iter(finding.verdict.violations), None)
+    known = found is not None and (found.allowed is not None or (check == "ids" and found.tensor == "ids"))
+    if general and shows == "wrong" and check not in _GENERAL and not known:
         raise CaseError("", f"a script cannot judge {check} of {finding.case.op} yet", "use `moe-fuzz replay`")
     context = {
         "judge_template": "general.py.j2" if general else "judge.py.j2",
         "finding": finding,
         "check": check,
+        "found": found,
         "shows": shows,
         "doc": _docstring(_about(finding, load, device, case, sum(len(one.steps) for one in earlier))),
         "judge_doc": _sentence(_rule(finding) or "the calls come back"),

@@ -49,7 +49,8 @@ def count(seen: AlignObservation) -> list[Violation]:
     made = f"{seen.slots - dropped} kept and {dropped} dropped slots make {seen.blocks} blocks of {seen.block_size}"
     message = f"{made}: num_tokens_post_padded is {got}, not {seen.used}"
     symptom = "too many" if got > seen.used else "too few"
-    return [Violation("count", symptom, message, "num_tokens_post_padded", (0,), str(seen.used), str(got))]
+    return [Violation("count", symptom, message, "num_tokens_post_padded", (0,), str(seen.used), str(got),
+                      allowed=(seen.used, seen.used))]  # fmt: skip
 
 
 @check(_FAMILY, "slots", parity=True)
@@ -120,7 +121,8 @@ def fill(seen: AlignObservation) -> list[Violation]:
     inside = place < seen.used
     message = f"entry {place} of sorted_token_ids, " + ("the padding of a block" if inside else "past those in use")
     return [Violation("fill", "padding" if inside else "end", message + ", is not N", "sorted_token_ids", (place,),
-                      str(seen.slots), str(int(seen.sorted[place])))]  # fmt: skip
+                      str(seen.slots), str(int(seen.sorted[place])),
+                      allowed=(seen.slots, seen.slots))]  # fmt: skip
 
 
 @check(_FAMILY, "tail", parity=True)
@@ -135,7 +137,7 @@ def tail(seen: AlignObservation) -> list[Violation]:
     at = first(wrong)[0]
     block = seen.blocks + at
     message = f"block {block} is past the {seen.blocks} in use, and names an expert"
-    return [Violation("tail", "expert", message, "expert_ids", (block,), "-1", str(int(end[at])))]
+    return [Violation("tail", "expert", message, "expert_ids", (block,), "-1", str(int(end[at])), allowed=(-1, -1))]
 
 
 @check(_FAMILY, "inverse", parity=True)

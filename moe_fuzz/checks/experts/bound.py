@@ -21,5 +21,6 @@ def bound(seen: ExpertsObservation) -> list[Violation]:
     where, share = first(wrong(seen)["bound"]), shares(seen)
     text = f"token {where[0]}, column {where[1]}: y is off by {float(share[where]):.3g} bounds"
     text += explain(seen, where[0])
-    expected = f"{float(seen.numbers.value[where]):.9g} ± {float(seen.numbers.bound[where]):.3g}"
-    return [Violation("bound", "off", text, "y", where, expected, f"{float(seen.y[where]):.9g}", float(share[where]))]
+    value, limit = float(seen.numbers.value[where]), float(seen.numbers.bound[where])
+    return [Violation("bound", "off", text, "y", where, f"{value:.9g} ± {limit:.3g}", f"{float(seen.y[where]):.9g}",
+                      float(share[where]), allowed=(value - limit, value + limit))]  # fmt: skip

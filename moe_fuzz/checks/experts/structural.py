@@ -20,14 +20,15 @@ _NONFINITE = {
 
 
 def violation(seen: ExpertsObservation, check_name: str, symptom: str, there: torch.Tensor, message: str,
-              expected: str) -> list[Violation]:  # fmt: skip
+              expected: str, allowed: tuple[float, float] | None = None) -> list[Violation]:  # fmt: skip
     """Of the first wrong element, bool [T, H]."""
     if seen.brief:
         return [Violation(check_name, symptom, message)]
     where = first(there)
     rows = int(there.any(dim=1).sum())
     text = f"token {where[0]}: {message}" + (f" ({rows} tokens in all)" if rows > 1 else "")
-    return [Violation(check_name, symptom, text, "y", where, expected, f"{float(seen.outputs.y[where]):.9g}")]
+    got = f"{float(seen.outputs.y[where]):.9g}"
+    return [Violation(check_name, symptom, text, "y", where, expected, got, allowed=allowed)]
 
 
 @check("experts", "structure")
@@ -60,7 +61,9 @@ def finite(seen: ExpertsObservation) -> list[Violation]:
             message += "; those of slots without one, which touch nothing, are not"
     elif symptom == "infinite":
         expected = f"{float(seen.numbers.value[first(where)]):.9g}"
-    return violation(seen, "finite", symptom, where, message, expected)
+    most = torch.finfo(seen.outputs.y.dtype).max
+    return violation(seen, "finite", symptom, where, message, expected,
+                     (-most, most) if symptom in ("nan", "infinite") else None)  # fmt: skip
 
 
 @check("experts", "dropped")
@@ -69,4 +72,4 @@ def dropped(seen: ExpertsObservation) -> list[Violation]:
     if not seen.flags["dropped"]:
         return []
     message = "no slot of it has an expert here, and y is not 0"
-    return violation(seen, "dropped", "nonzero", wrong(seen)["dropped"], message, "0")
+    return violation(seen, "dropped", "nonzero", wrong(seen)["dropped"], message, "0", (0.0, 0.0))

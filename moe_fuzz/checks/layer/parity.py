@@ -42,7 +42,8 @@ def selection(seen: LayerObservation) -> list[Violation]:
 @check("layer", "weights", parity=True)
 def weights(seen: LayerObservation) -> list[Violation]:
     """The router's half: the weights of its own ids, for any logits within their rounding."""
-    return router.weights(seen.decision)
+    return [replace(one, chosen=_chosen(seen, one.where[0])) if one.where else one
+            for one in router.weights(seen.decision)]  # fmt: skip
 
 
 @check("layer", "bound", parity=True)
@@ -67,7 +68,9 @@ def bound(seen: LayerObservation) -> list[Violation]:
         message = f"row {row}: the router chose {decided(seen, row)}; the experts' sum for that {what}{hint}"
         return [Violation("bound", "zero" if zero else symptom, message, "y", (row, column),
                           f"{float(expected[at]):.6g} within {float(limit[at]):.3g}", f"{value:.6g}",
-                          float(used[at].nan_to_num(nan=torch.inf)))]  # fmt: skip
+                          float(used[at].nan_to_num(nan=torch.inf)),
+                          allowed=(float(expected[at] - limit[at]), float(expected[at] + limit[at])),
+                          chosen=_chosen(seen, row))]  # fmt: skip
     if used.numel():
         seen.budget["bound"] = float(used.max())
     return []
@@ -87,5 +90,10 @@ def exact(seen: LayerObservation) -> list[Violation]:
     row, column = int(seen.rows[at[0]]), at[1]
     message = f"row {row}: the router chose {decided(seen, row)}; the experts' sum for that is not the exact one"
     message += explain(seen, at[0])
-    return [Violation("exact", "bits", message, "y", (row, column), f"{float(expected[at]):.9g}",
-                      f"{float(got[at]):.9g}")]  # fmt: skip
+    right = float(expected[at])
+    return [Violation("exact", "bits", message, "y", (row, column), f"{right:.9g}", f"{float(got[at]):.9g}",
+                      allowed=(right, right), chosen=_chosen(seen, row))]  # fmt: skip
+
+
+def _chosen(seen: LayerObservation, row: int) -> tuple[int, ...]:
+    return tuple(seen.outputs.ids[row].tolist())

@@ -232,6 +232,8 @@ def weights(seen: RoutingObservation) -> list[Violation]:
         where = first(wrong)
         row, slot = where
         message = f"row {row}: the weight of expert {int(seen.ids[where])} is off by {float(used[where]):.3g} bounds"
+        right = float(expected[where])
+        limit = abs(float(seen.weights[where]) - right) / float(used[where])
         return [
             Violation(
                 "weights",
@@ -242,6 +244,7 @@ def weights(seen: RoutingObservation) -> list[Violation]:
                 f"{float(expected[where]):.9g}",
                 f"{float(seen.weights[where]):.9g}",
                 float(used[where]),
+                allowed=(right - limit, right + limit),
             )
         ]
     seen.budget["weights"] = float(torch.nan_to_num(used).max())
