@@ -1,4 +1,4 @@
-"""repro.py of the ops that have no script of their own: what shows without a reference, or by the answer of one place."""
+"""repro.py of ops without scripts of their own: what shows without a reference, or by the answer of one place."""
 
 from __future__ import annotations
 
