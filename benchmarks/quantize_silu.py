@@ -12,12 +12,14 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from moe_fuzz.bench import timing
+from moe_fuzz.bench.child import environment
 from moe_fuzz.kernels.nvfp4 import nvfp4_quantize
 from moe_fuzz.reference.nvfp4 import nvfp4_quantize as reference
 from moe_fuzz.targets.torch_nvfp4 import nvfp4_quantize as by_torch
@@ -61,7 +63,9 @@ def main() -> int:
             print(f"{name:24} rows {rows:6}  " + "  ".join(f"{label} {t:8.2f}" for label, t in us.items())
                   + f"  fused at {moved / rate / us['fused']:.0%} of a copy's rate", flush=True)
             if options.json:
-                options.json.write_text(json.dumps(found, indent=1))
+                record = {"command": "python benchmarks/quantize_silu.py", "date": time.strftime("%Y-%m-%d"),
+                          **environment(), "unit": "us", "points": found}  # fmt: skip
+                options.json.write_text(json.dumps(record, indent=1))
     return 0
 
 

@@ -32,7 +32,7 @@ from typing import Any
 from moe_fuzz.config_tables import GATE_KEYS, TABLE, read_gate, read_paths, read_providers
 from moe_fuzz.config_values import choice, count, did_you_mean, reports, text, texts
 from moe_fuzz.errors import UsageError
-from moe_fuzz.options import EXPERTS_NVFP4_BACKEND, LIB_VARIABLES, OWN, ProviderOptions
+from moe_fuzz.options import EXPERTS_NVFP4_BACKEND, EXPERTS_NVFP4_BACKENDS, LIB_VARIABLES, OWN, ProviderOptions
 from moe_fuzz.written import parse_duration, parse_report, parse_size
 
 __all__ = ["KEYS", "PROFILES", "Config", "Profile", "did_you_mean", "env_name", "load"]
@@ -120,7 +120,7 @@ def load(start: Path, environment: Mapping[str, str]) -> Config:
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Raises UsageError for a `MOE_FUZZ_*` variable that means nothing."""
+    """Raises UsageError for a `MOE_FUZZ_*` variable that means nothing, or names a backend that is none."""
     keys = (*KEYS, *(f"gate-{key}" for key in GATE_KEYS if key != "targets"))
     known = [*(env_name(key) for key in keys), *LIB_VARIABLES.values(), EXPERTS_NVFP4_BACKEND, ENV_PREFIX + "DEBUG"]
     for name in sorted(environment):
@@ -129,6 +129,12 @@ def check_environment(environment: Mapping[str, str]) -> None:
                 f"unknown environment variable {name}{did_you_mean(name, known)}",
                 f"unset it; the variables are {', '.join(known)}",
             )
+    backend = environment.get(EXPERTS_NVFP4_BACKEND)
+    if backend and backend not in EXPERTS_NVFP4_BACKENDS:
+        raise UsageError(
+            f"{EXPERTS_NVFP4_BACKEND} names no backend: {backend}{did_you_mean(backend, EXPERTS_NVFP4_BACKENDS)}",
+            f"unset it; the backends are {', '.join(EXPERTS_NVFP4_BACKENDS)}",
+        )
 
 
 def _read_table(path: Path) -> Mapping[str, Any] | None:

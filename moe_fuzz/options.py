@@ -17,8 +17,9 @@ OWN = ("torch", "all", "off")
 
 #: The variables that name a provider's extension libraries, joined with os.pathsep, where its package is not installed.
 LIB_VARIABLES: Mapping[str, str] = {"vllm": "MOE_FUZZ_VLLM_LIB", "sglang": "MOE_FUZZ_SGLANG_LIB"}
-#: Forces one of the backends of our `experts_nvfp4`.
+#: Forces one of the backends of our `experts_nvfp4`, by name.
 EXPERTS_NVFP4_BACKEND = "MOE_FUZZ_EXPERTS_NVFP4_BACKEND"
+EXPERTS_NVFP4_BACKENDS = ("small", "large", "scaled")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,13 @@ def biases_of(bias_ptr, expert, row, stride_e, stride_r):
 
 
 @triton.jit
+def scaled_back(sums, factor, shift):
+    """sums * factor * shift, a power of two: a large factor times that would be infinite, and times no sum a NaN."""
+    large = tl.abs(factor) >= 1.0
+    return sums * tl.where(large, shift, factor * shift) * tl.where(large, factor, 1.0)
+
+
+@triton.jit
 def weighted(value, weight):
     """A weight of 0 beats NaN and infinity."""
     return tl.where(weight == 0.0, 0.0, value * weight)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from moe_fuzz.kernels.align import local_experts
-from moe_fuzz.kernels.experts_bf16.epilogue import biases_of, gated, relu2, rounded, weighted
+from moe_fuzz.kernels.experts_bf16.epilogue import biases_of, gated, relu2, rounded, scaled_back, weighted
 from moe_fuzz.kernels.experts_bf16.tiles import slots_of, tile_at, weights_of
 
 
@@ -77,7 +77,7 @@ def grouped_product_kernel(
             if HAS_BIAS:
                 bias = biases_of(bias_ptr, expert, row, bias_stride_e, bias_stride_r)[None, :]  # [1, N]
             if HAS_ALPHA:
-                alpha = tl.load(alpha_ptr + expert) * ALPHA
+                alpha = tl.load(alpha_ptr + expert)
             if OVERLAPS:
                 tl.extra.cuda.gdc_wait()  # `a` is what the kernel before writes; all read so far is older
             sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -96,7 +96,7 @@ def grouped_product_kernel(
                 w += tl.cast(BLOCK_D, tl.int64) * w_stride_d
 
             if HAS_ALPHA:
-                sums *= alpha
+                sums = scaled_back(sums, alpha, ALPHA)
             if WEIGHT == "input":
                 sums = weighted(sums, weight)
             if HAS_BIAS:

@@ -4,7 +4,7 @@
 before, `blocks.py` the table of block shapes and the choice of a backend.
 """
 
-from moe_fuzz.kernels.experts_nvfp4.blocks import BACKENDS, choose_backend, formats, rule
+from moe_fuzz.kernels.experts_nvfp4.blocks import BACKENDS, choose_backend, devices, formats, rule
 from moe_fuzz.kernels.experts_nvfp4.launch import experts_nvfp4, workspace_bytes
 
-__all__ = ["BACKENDS", "choose_backend", "experts_nvfp4", "formats", "rule", "workspace_bytes"]
+__all__ = ["BACKENDS", "choose_backend", "devices", "experts_nvfp4", "formats", "rule", "workspace_bytes"]

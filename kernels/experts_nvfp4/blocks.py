@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 
+import torch
 import triton
 
 from moe_fuzz.kernels.experts_bf16.blocks import Blocks
@@ -133,11 +134,23 @@ def formats() -> tuple[str, ...]:
     return {"large": ("as_given",), SCALED: ("nvfp4",)}.get(os.environ.get(VARIABLE, ""), ("as_given", "nvfp4"))
 
 
+def scales() -> bool:
+    """Whether this machine has a GPU for `scaled`."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 10
+
+
+def devices() -> tuple[str, ...]:
+    """Where calls of this process run: a backend that is forced may need what this machine has not."""
+    return () if os.environ.get(VARIABLE) == SCALED and not scales() else ("cpu", "cuda")
+
+
 def rule() -> str:
     """How backends are chosen in this process, for a person."""
     forced = os.environ.get(VARIABLE)
     if forced:
         there = "" if forced in (*BACKENDS, SCALED) else f", which does not exist: {', '.join((*BACKENDS, SCALED))} do"
+        if forced == SCALED and not scales():
+            there = ", which needs sm_100"
         return f"backend {forced}, forced by {VARIABLE}{there}"
     return (f"backend large from {LARGE_FROM} slots an expert where activations are as given, else small; "
             f"{SCALED} only by {VARIABLE}")  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_fuzz.kernels.experts_bf16.epilogue import biases_of, gated, relu2, rounded, weighted
+from moe_fuzz.kernels.experts_bf16.epilogue import biases_of, gated, relu2, rounded, scaled_back, weighted
 from moe_fuzz.kernels.experts_bf16.tiles import tile_at, weights_of
 from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, place, shift_back
 from moe_fuzz.kernels.experts_nvfp4.prepare import scale_offset, usable
@@ -80,8 +80,6 @@ def fp4_product_kernel(
                 a = a_ptr + (slot // per_row).to(tl.int64)[None, :] * pitch + p[:, None]  # [D', M]
             # Of the epilogue, but read here, where nobody waits for it.
             factor = tl.load(alpha_ptr + expert)
-            if not SCALED:
-                factor *= shift_back(DTYPE)
             if HAS_GLOBAL:
                 given = usable(tl.load(global_ptr))
                 factor = tl.where(given > 0.0, factor / given, factor)
@@ -118,7 +116,7 @@ def fp4_product_kernel(
                     w += BLOCKS
                 s += BLOCKS * 128 if SWIZZLED else BLOCKS
 
-            sums *= factor
+            sums = scaled_back(sums, factor, 1.0 if SCALED else shift_back(DTYPE))
             if WEIGHT == "input":
                 sums = weighted(sums, weight)
             if HAS_BIAS:

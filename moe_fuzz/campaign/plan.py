@@ -101,6 +101,8 @@ class Unit:
 
 def not_here(space: Space, info: TargetInfo, device: str) -> EnvironmentProblem | None:
     """Why a target has no cases on this machine, whatever is asked for; None if it has some."""
+    if not info.capabilities.devices:
+        return EnvironmentProblem(f"it does not run on this machine: {info.origin}", "see `moe-fuzz doctor`")
     if device not in info.capabilities.devices:
         where = " or ".join(info.capabilities.devices)
         return EnvironmentProblem(f"it runs on {where}, and this is a campaign on {device}",

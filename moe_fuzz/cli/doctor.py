@@ -137,8 +137,8 @@ def judge_fence(answer: probes.Answer) -> Line:
 def judge_backends(answer: probes.Answer) -> Line:
     if answer.problem:
         return Line(FAIL, "backends", answer.problem, "reinstall moe-fuzz, torch and triton")
-    return Line(FAIL if "does not exist" in answer.said else OK, "backends", answer.said,
-                "unset the variable" if "does not exist" in answer.said else "")  # fmt: skip
+    in_vain = "does not exist" in answer.said or "which needs" in answer.said
+    return Line(FAIL if in_vain else OK, "backends", answer.said, "unset the variable" if in_vain else "")
 
 
 def judge_slots(gpus: tuple[machine.Gpu, ...]) -> Iterator[Line]:

@@ -23,7 +23,8 @@ _CAPABILITIES = Capabilities(
     nan_scales=True, backends=kernels.BACKENDS,
 )  # fmt: skip
 experts_nvfp4 = declares(
-    **_PROMISES, capabilities=replace(_CAPABILITIES, activation_formats=kernels.formats()),
+    **_PROMISES,
+    capabilities=replace(_CAPABILITIES, activation_formats=kernels.formats(), devices=kernels.devices()),
     origin=f"{kernels.__name__}, {kernels.rule()}",
 )(kernels.experts_nvfp4)
 

@@ -170,3 +170,5 @@ def test_environment_names() -> None:
     config.check_environment({"MOE_FUZZ_EXPERTS_NVFP4_BACKEND": "large"})
     with pytest.raises(UsageError, match=r"MOE_FUZZ_CASE \(did you mean MOE_FUZZ_CASES\?\)"):
         config.check_environment({"MOE_FUZZ_CASE": "3"})
+    with pytest.raises(UsageError, match=r"BACKEND names no backend: larg \(did you mean large\?\)"):
+        config.check_environment({"MOE_FUZZ_EXPERTS_NVFP4_BACKEND": "larg"})

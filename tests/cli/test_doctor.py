@@ -170,4 +170,8 @@ def test_the_rule_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     line = doctor.judge_backends(probes.backends())
     assert line.state == FAIL
     assert "forced by MOE_FUZZ_EXPERTS_NVFP4_BACKEND, which does not exist: small, large, scaled do" in line.text
+    monkeypatch.setenv("MOE_FUZZ_EXPERTS_NVFP4_BACKEND", "scaled")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    line = doctor.judge_backends(probes.backends())
+    assert (line.state, line.text.rpartition(", ")[2]) == (FAIL, "which needs sm_100")
     assert doctor.judge_backends(probes.backends(python="/nowhere")).state == FAIL

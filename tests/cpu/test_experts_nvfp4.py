@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 import pytest
 import torch
 
-from moe_fuzz.kernels.experts_nvfp4 import BACKENDS, choose_backend, formats, rule, workspace_bytes
+from moe_fuzz.kernels.experts_nvfp4 import BACKENDS, blocks, choose_backend, devices, formats, rule, workspace_bytes
 from moe_fuzz.kernels.experts_nvfp4.blocks import (
     DEEP,
     EVERY_PLAN,
@@ -78,6 +78,16 @@ def test_every_code_under_every_scale(backend, dtype):
     expected = (torch.cat([E2M1, -E2M1])[:, None] * scale[None, :]).to(dtype)
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+@ALL
+def test_a_large_alpha_is_no_infinity(backend):
+    """What decoded weights are short of is 256, which times such an alpha is more than float32 has."""
+    layer = integers(3, 1, 1, 32, 32, activation="relu2")
+    tiny = replace(layer, x=layer.x * 2.0**-126, w13_alpha=layer.w13_alpha * 2.0**124, w2_alpha=layer.w2_alpha / 8)
+    assert tiny.run(None).isfinite().all()
+    assert torch.equal(tiny.run(backend), tiny.run(None))
+    assert not replace(tiny, x=torch.zeros_like(layer.x)).run(backend).any()
 
 
 @pytest.mark.interpreter
@@ -241,6 +251,12 @@ def test_the_choice_of_a_backend(monkeypatch):
     monkeypatch.delenv(VARIABLE)
     assert formats() == ("as_given", "nvfp4")
     assert f"backend large from {LARGE_FROM} slots an expert" in rule()
+    assert devices() == ("cpu", "cuda")
+    monkeypatch.setenv(VARIABLE, SCALED)
+    monkeypatch.setattr(blocks, "scales", lambda: False)
+    assert devices() == ()
+    assert rule().endswith(", which needs sm_100")
+    monkeypatch.delenv(VARIABLE)
     assert choose_backend(8, 128, True, None, (10, 0)) == "small"  # never unasked
     assert choose_backend(8, 128, True, SCALED, (10, 0)) == SCALED
     with pytest.raises(ValueError, match="'scaled' needs sm_100; possible here: small"):
