@@ -53,7 +53,7 @@ def row_offset_of_32_bits(ids: Tensor, block_size: int, num_experts: int) -> Pla
 def counts_cleared_once(ids: Tensor, block_size: int, num_experts: int) -> Plan:
     """vllm#41444: the counts lie in a workspace that is zero when it is made, and that nobody clears again.
 
-    It belongs to the buffer of the ids. Each eager call has a new one; all replays of a graph have the same.
+    It belongs to the buffer of the ids: all replays of a graph have the same one.
     """
     plan = _empty(ids, block_size, num_experts)
     plan[0].fill_(ids.numel())

@@ -26,6 +26,7 @@ from moe_fuzz.ops.space import Means
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import PASS, VIOLATION, Verdict
 from tests.cpu.conftest import Batch
+from tests.cpu.experts_seen import case_of as experts_case
 from tests.cpu.repro_cases import HEALTHY, case_of, exhibit_of, finding_of, write
 
 ROUTERS = """
@@ -54,6 +55,11 @@ def by_address(logits, k, out=None):
     out[0].copy_(weights)
     out[1].copy_(ids)
     return out
+
+def experts_once(x, w13, w2, weights, ids):
+    if KEPT.setdefault(x.data_ptr(), ids.tolist()) != ids.tolist():
+        raise RuntimeError("other ids than before")
+    return torch.zeros_like(x)
 
 def by_version(logits, k):
     key = logits.data_ptr(), logits.shape, logits.stride(), logits._version
@@ -240,3 +246,13 @@ def test_a_script_fills_the_same_buffers(runner: Runner, routers: Path, tmp_path
     answers = batch([path], [path, HEALTHY])
     assert [code for code, _ in answers] == [1, 0], answers
     assert "HELD" not in render(finding_of(case, verdict), exhibit_of(runner, case.over_buffers(False)))
+
+
+def test_so_does_the_script_of_another_op(runner: Runner, routers: Path, tmp_path: Path, batch: Batch) -> None:
+    """Weights of three dimensions, of which a fold lies in memory, are among its buffers."""
+    case = replace(experts_case(), steps=steps(3, 3), target=f"experts_bf16@{routers}:experts_once")
+    verdict = runner.run(case, case.target, RunOptions(checks=("error",)))
+    assert [(one.check, one.step) for one in verdict.violations] == [("error", 1)]
+    path = write(tmp_path, "experts", render(finding_of(case, verdict), exhibit_of(runner, case)))
+    [(code, said)] = batch([path])
+    assert (code, "other ids than before" in said) == (1, True), said
