@@ -83,12 +83,16 @@ class Step:
 
     Its values are drawn from the generator's stream of that number; None stands for its place in the case. A step keeps
     its stream when those before it are taken away, so its values, and those that others took from it, stay the same.
+
+    refilled: of the mode eager. Its tensors are those of the last step before it with the same shapes, layout and
+    weights, filled anew, as a server has one set of buffers for each batch size. Where there is none they are new ones.
     """
 
     rows: Labels
     padding: Labels = field(default_factory=Labels)
     faults: tuple[Fault, ...] = ()
     stream: int | None = None
+    refilled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -102,13 +106,15 @@ class Step:
             data["faults"] = [fault.to_json() for fault in self.faults]
         if self.stream is not None:
             data["stream"] = self.stream
+        if self.refilled:
+            data["refilled"] = True
         return data
 
     def keep_rows(self, rows: Labels) -> Step:
         """The step with these rows only; a fault that named rows and has none left goes too."""
         faults = (replace(f, rows=f.rows & rows) if f.rows else f for f in self.faults)
         kept = tuple(new for new, old in zip(faults, self.faults, strict=True) if new.rows or not old.rows)
-        return Step(rows, self.padding & rows, kept, self.stream)
+        return replace(self, rows=rows, padding=self.padding & rows, faults=kept)
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,9 @@ class Case:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", dict(sorted(self.config.items())))
-        steps = (replace(step, stream=None) if step.stream == at else step for at, step in enumerate(self.steps))
+        steps = [replace(step, stream=None) if step.stream == at else step for at, step in enumerate(self.steps)]
+        if steps and steps[0].refilled:  # there is none before it
+            steps[0] = replace(steps[0], refilled=False)
         object.__setattr__(self, "steps", tuple(steps))
 
     def __hash__(self) -> int:
@@ -137,6 +145,16 @@ class Case:
     @property
     def fault_names(self) -> tuple[str, ...]:
         return tuple(sorted({fault.name for step in self.steps for fault in step.faults}))
+
+    @property
+    def refilled(self) -> bool:
+        """Whether a step is in the buffers of one before it, in the mode eager; in the others all are."""
+        return any(step.refilled for step in self.steps)
+
+    @property
+    def way(self) -> str:
+        """How the steps run, in a word; empty for calls each of which has memory of its own."""
+        return self.mode if self.mode != MODES[0] else "refilled" if self.refilled else ""
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -156,6 +174,10 @@ class Case:
     def keep_steps(self, kept: Iterable[int]) -> Case:
         """The case with the steps at these places only, their values unchanged."""
         return replace(self, steps=tuple(replace(self.steps[at], stream=self.stream(at)) for at in kept))
+
+    def over_buffers(self, refilled: bool) -> Case:
+        """The case with all of its steps in the same buffers as far as they fit, or each in new ones."""
+        return replace(self, steps=tuple(replace(step, refilled=refilled) for step in self.steps))
 
     def with_config(self, **changes: Scalar) -> Case:
         return replace(self, config={**self.config, **changes})
@@ -222,6 +244,8 @@ class Case:
         if not isinstance(steps, list) or not 1 <= len(steps) <= MAX_STEPS:
             raise CaseError("steps", f"must be a list of 1 to {MAX_STEPS} steps")
         case = cls(op, config, tuple(_step(s, f"steps[{i}]") for i, s in enumerate(steps)), seed, mode, target)
+        if mode != MODES[0] and case.refilled:
+            raise CaseError("steps", f"in mode {mode} every step has the buffers of its bucket", "leave out `refilled`")
         if "digest" in record and record["digest"] != case.digest:
             raise CaseError(
                 "digest",
@@ -267,7 +291,7 @@ def dumps_sequence(cases: Iterable[Case]) -> str:
 
 
 def _step(data: Any, where: str) -> Step:
-    record = record_of(data, where, {"rows", "padding", "faults", "stream"})
+    record = record_of(data, where, {"rows", "padding", "faults", "stream", "refilled"})
     if "rows" not in record:
         raise CaseError(f"{where}.rows", "is missing")
     rows, padding = labels_of(record, "rows", where), labels_of(record, "padding", where)
@@ -279,7 +303,10 @@ def _step(data: Any, where: str) -> Step:
     if not isinstance(faults, list) or len(faults) > 64:
         raise CaseError(f"{where}.faults", "must be a list of at most 64 faults")
     laid = tuple(_fault(f, f"{where}.faults[{i}]", rows) for i, f in enumerate(faults))
-    return Step(rows, padding, laid, _stream(record, where))
+    refilled = record.get("refilled", False)
+    if not isinstance(refilled, bool):
+        raise CaseError(f"{where}.refilled", f"must be true or false, not {refilled!r}")
+    return Step(rows, padding, laid, _stream(record, where), refilled)
 
 
 def _fault(data: Any, where: str, rows: Labels) -> Fault:

@@ -5,6 +5,9 @@ real rows in and leaves the rest as it is, so the tail holds what was there: an 
 NaN that a layer before left, or the zeros of a buffer that is new. Each step says this of itself, through faults that
 name the step a row is from (`stale_rows` with its stream). So a case stays a function of its own JSON, and when the
 reducer takes a step away, the tails of the others hold what they held.
+
+Of two sequences of eager calls, one has its steps in the same buffers, too, those of as many rows: what a target keeps
+of a call by its tensors' addresses is then there in the next.
 """
 
 from __future__ import annotations
@@ -144,12 +147,16 @@ def make(
     """The case of a plan; as many of its steps as can be afforded. places: the faults that may be in a tail, if
     not all of the space's."""
     chosen = random.Random(seed)  # positions only; the values come from the case's generator
+    refilled = run == SEQUENCE and seed % 2 == 1
     if run == SEQUENCE:
         steps = [make_step(_size(plan, move), move.padding, move.faults, chosen) for move in plan.moves]
+        if refilled:
+            whole = _whole(plan)
+            steps = [replace(step, faults=(*(fault for fault in step.faults if fault.rows), *whole)) for step in steps]
     else:
         known = {place.fault: place.tensor for place in reversed(space.places if places is None else places)}
         steps = _replays(plan, chosen, known, getattr(space, "tails", TAILS), _ranks(config))
-    case = Case(space.op, config, tuple(steps), seed, mode(run), target)
+    case = Case(space.op, config, tuple(steps), seed, mode(run), target).over_buffers(refilled)
     while len(case.steps) > 1 and not space.affordable(case, means):
         case = replace(case, steps=case.steps[:-1])
     return case
@@ -223,9 +230,7 @@ def _replays(
 ) -> list[Step]:  # fmt: skip
     """known: the faults that may be drawn, and the tensor that each lies on. What none of them can bring into a tail is
     not in it. tails: what may be there, as many as there are TAILS."""
-    whole = {place.fault: Fault(place.fault, place.tensor)  # a layout is the buffer's, a bias is a weight: they stay
-             for move in plan.moves for place, _ in move.faults
-             if not place.on_rows and (place.max_rows is None or max(plan.sizes) <= place.max_rows)}  # fmt: skip
+    whole = _whole(plan)
     buffers: dict[int, dict[int, _Content]] = {}
     steps = []
     for stream, move in enumerate(plan.moves):
@@ -245,8 +250,16 @@ def _replays(
                 for row in fault_rows(real, Labels(), where, chosen) & real:
                     buffer[row] = replace(buffer[row], faults=(*buffer[row].faults, place.fault))
         held = _faults(stream, buffer, known)
-        steps.append(Step(rows, padded, (*held, *whole.values())))
+        steps.append(Step(rows, padded, (*held, *whole)))
     return steps
+
+
+def _whole(plan: Plan) -> list[Fault]:
+    """What is the same in every step over the same buffers: a layout is the buffer's, a bias is a weight."""
+    found = {place.fault: Fault(place.fault, place.tensor)
+             for move in plan.moves for place, _ in move.faults
+             if not place.on_rows and (place.max_rows is None or max(plan.sizes) <= place.max_rows)}  # fmt: skip
+    return list(found.values())
 
 
 def _faults(stream: int, buffer: Mapping[int, _Content], known: Mapping[str, str]) -> list[Fault]:

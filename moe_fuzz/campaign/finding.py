@@ -132,7 +132,7 @@ def fingerprint(target: str, check: str, symptom: str, site: str, features: Iter
 def features_of(space: Space, case: Case) -> frozenset[str]:
     """All classes a case belongs to: its config's, its faults', its mode's."""
     faults = {f"fault:{name}" for name in case.fault_names}
-    mode = {f"mode={case.mode}"} if case.mode != "eager" else set()
+    mode = {f"mode={case.mode}"} if case.mode != "eager" else {"refilled buffers"} if case.refilled else set()
     return space.features(case) | faults | mode
 
 

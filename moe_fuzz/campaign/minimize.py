@@ -117,7 +117,7 @@ class Reducer:
         for index in range(len(now().steps)):  # before the config, under which another fault may fail in its place
             self._reduce_faults(partial(accept_step, index), partial(step_now, index))
         self._leap(accept, now())
-        if now().mode != "eager":  # together, as the steps of one bucket must
+        if now().way:  # together, as the steps of one bucket must
             ddmin(_every_row(now()), lambda rows: accept(_keep_rows(now(), Labels.of(rows))))
         for index in range(len(now().steps)):
             self._reduce_step(partial(accept_step, index), partial(step_now, index))
@@ -259,6 +259,7 @@ def explain(first: Case, last: Case, before: int, before_now: int) -> tuple[str,
     facts: list[tuple[str, object, object]] = [
         ("cases before it", before, before_now),
         ("steps", len(first.steps), len(last.steps)),
+        ("runs", first.way or "eager", last.way or "eager"),
         ("rows", sum(s.tokens for s in first.steps), sum(s.tokens for s in last.steps)),
         ("padding rows", sum(len(s.padding) for s in first.steps), sum(len(s.padding) for s in last.steps)),
         ("faults", ", ".join(first.fault_names) or "none", ", ".join(last.fault_names) or "none"),

@@ -76,7 +76,8 @@ def _step(case: Case, index: int, step: Step, faults: Mapping[str, str]) -> list
     rows = f"{step.tokens} tokens" + (f" (rows {step.rows})" if step.tokens else "")
     padding = f", of them {len(step.padding)} padding (rows {step.padding})" if step.padding else ""
     values = f", values of stream {step.stream}" if step.stream is not None else ""
-    lines = [f"step {index}   {rows}{padding}{values}"]
+    memory = ", in the buffers of an earlier step where they fit" if step.refilled else ""
+    lines = [f"step {index}   {rows}{padding}{values}{memory}"]
     streams = [case.stream(at) for at in range(len(case.steps))]
     for fault in step.faults:
         place = f" in {fault.tensor}" if fault.tensor else ""

@@ -1,7 +1,8 @@
 """One call of a target: its tensors laid into an arena, the call itself, and what came back.
 
-The eager mode makes a new call for each step and each relation. The graph modes keep one a bucket: its tensors are the
-static buffers, filled anew before each replay.
+The eager mode makes a new call for each relation, and for each step but those whose case says that they refill the
+tensors of one before. The graph modes keep one a bucket: its tensors are the static buffers, filled anew before each
+replay.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Call:
                 value = inputs.plain[name]
                 if self.plain[name] is not value or not self.arena.options.is_readonly(name):
                     self.arena.fill(tensor, value)
+                    # A target may keep what it knows of a tensor until that is written, and on CUDA another was.
+                    torch.autograd.graph.increment_version(tensor)
                     self.plain[name] = value
 
     def poison(self) -> None:

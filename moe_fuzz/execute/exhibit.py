@@ -9,7 +9,7 @@ An exhibit is a JSON value, made by the worker, which has torch; the parent rend
                 "tensors": {"logits": TENSOR, …}, "out": {"weights": …, "ids": …} or null,
                 "keywords": {"renormalize": {"value": false}, "bias": {"tensor": "bias"}, "out": {"out": true}},
                 "flagged": [2], "lawful": [0, 1], "defined": [0, 1], "healed": {"rows": [2], "values": TENSOR} or null,
-                "subset": [1] or null}]}
+                "subset": [1] or null, "refills": null or the number of the step whose tensors it fills anew}]}
 
 Those are the steps of routing; execute/exhibit_general.py has those of other families.
 
@@ -42,6 +42,7 @@ from typing import Any
 import torch
 
 from moe_fuzz.case import Case
+from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 from moe_fuzz.errors import CaseError
 from moe_fuzz.execute import interpreter_language, interpreter_nan, interpreter_values
@@ -65,6 +66,8 @@ def exhibit(case: Case, target: Target, device: str = "cpu") -> dict[str, Any]:
         raise CaseError("op", f"{target.info.name} implements {target.info.op}, not {case.op}")
     step = _step if get_space(case.op).family == "routing" else general_step
     steps = [step(case, index, target) for index in range(len(case.steps))]
+    for index, found in enumerate(steps):
+        found["refills"] = _refilled(case, index) if case.steps[index].refilled else None
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     return {
         "op": case.op,
@@ -104,6 +107,13 @@ def _step(case: Case, index: int, target: Target) -> dict[str, Any]:
         "healed": healed,
         "subset": defined.flip(0)[::2].tolist() if invariant else None,  # as the check batch_invariance takes them
     }
+
+
+def _refilled(case: Case, index: int) -> int | None:
+    """The step whose tensors this one fills anew, as EagerSteps finds it."""
+    materialize = FAMILIES[case.op].materialize
+    inputs = materialize(case, index, "cpu")
+    return next((at for at in reversed(range(index)) if inputs.refills(materialize(case, at, "cpu"))), None)
 
 
 def _keywords(case: Case, inputs: Inputs, target: Target) -> dict[str, dict[str, Any]]:

@@ -82,6 +82,15 @@ class Inputs(ABC):
         """The same call with other tensors."""
         return replace(self, plain={**self.plain, **tensors})
 
+    def refills(self, other: Inputs) -> bool:
+        """Whether these can be put into the tensors of another call, as a server fills its buffers anew: they have the
+        same shapes, lie alike, and differ in nothing but what changes from step to step. Weights stay as they are: a
+        target may keep what it has made of them."""
+        return (
+            self.options == other.options and self.lies == other.lies and list(self.plain) == list(other.plain)
+            and all(_alike(one, other.plain[name], name in self.fluid) for name, one in self.plain.items())
+        )  # fmt: skip
+
     def blank(self) -> Self:
         """What a server captures a graph on: zeros, and every row a token. The weights are there."""
         return self.replace(**{name: torch.zeros_like(self.plain[name]) for name in self.fluid if name in self.plain})
@@ -111,6 +120,12 @@ class Inputs(ABC):
             strides=lie.strides(plain.shape) if lie.gap or lie.column_stride else None,
             offset=lie.offset,
         )
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor, fluid: bool) -> bool:
+    if one is other or one.shape != other.shape or one.dtype != other.dtype:
+        return one is other
+    return fluid or torch.equal(element_bits(one), element_bits(other))
 
 
 def element_bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,22 @@ from moe_fuzz.case import ALL_MODES, Case, Fault
 
 
 def simpler_runs(case: Case, modes: Sequence[str] = ALL_MODES) -> Iterator[Case]:
-    """In each of the modes before its own, and with its steps numbered anew. modes: those of the op, the simplest
-    first."""
+    """In each of the modes before its own, each step in new memory, and with its steps numbered anew. modes: those of
+    the op, the simplest first."""
     for mode in modes[: modes.index(case.mode)]:
-        yield replace(case, mode=mode)
+        yield from in_simpler_mode(case, mode)
+    if case.refilled:
+        yield case.over_buffers(False)
     if any(step.stream is not None for step in case.steps):  # where nothing hangs on old values
         yield replace(case, steps=tuple(replace(step, stream=None) for step in case.steps))
+
+
+def in_simpler_mode(case: Case, mode: str) -> Iterator[Case]:
+    """In a mode before its own; of eager calls also over the same buffers, which is all that some need of a graph."""
+    simpler = replace(case, mode=mode)
+    yield simpler
+    if mode == ALL_MODES[0] and len(case.steps) > 1:
+        yield simpler.over_buffers(True)
 
 
 def plainer_faults(

@@ -61,6 +61,8 @@ ALIGN: tuple[Planted, ...] = (
            only=True, module="align_memory", capabilities={"out": True}),
     _align("row_offset_of_32_bits", "crash", "vllm#34279", "token times stride wraps in 32 bits",
            module="align_memory"),
+    _align("total_kept_by_address", "count", "flashinfer#3516", "reads the total once for each address and shape",
+           only=True, module="align_memory"),
     # graphs
     _align("counts_cleared_once", "count", "vllm#41444", "counts in a workspace that is never cleared again",
            module="align_memory", contract=_GRAPH),

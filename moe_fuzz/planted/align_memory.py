@@ -1,4 +1,4 @@
-"""Planted bugs of align: memory outside of what was given, and what a graph keeps from replay to replay."""
+"""Planted bugs of align: memory outside of what was given, and what is kept from call to call by a buffer's address."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def row_offset_of_32_bits(ids: Tensor, block_size: int, num_experts: int) -> Pla
 def counts_cleared_once(ids: Tensor, block_size: int, num_experts: int) -> Plan:
     """vllm#41444: the counts lie in a workspace that is zero when it is made, and that nobody clears again.
 
-    It belongs to the buffer of the ids. Each eager call has a new one; all replays of a graph have the same.
+    It belongs to the buffer of the ids: all replays of a graph have the same one.
     """
     plan = _empty(ids, block_size, num_experts)
     plan[0].fill_(ids.numel())
@@ -73,6 +73,16 @@ def filled_once(ids: Tensor, block_size: int, num_experts: int) -> Plan:
     key = _place("plan", ids, num_experts, block_size)
     made = (_KEPT.setdefault(key, made[0]), *made[1:])
     return _sort_into(made, ids, block_size, num_experts)
+
+
+def total_kept_by_address(ids: Tensor, block_size: int, num_experts: int) -> Plan:
+    """flashinfer#3516: a number that was read of a tensor is kept by the tensor's address and size. Here it is how many
+    entries are in use: a buffer that a server has filled anew has the number of what it held before."""
+    plan = _empty(ids, block_size, num_experts)
+    plan[0].fill_(ids.numel())
+    plan = _sort_into(plan, ids, block_size, num_experts)
+    plan[2].copy_(_KEPT.setdefault(_place("total", ids, num_experts, block_size), plan[2].clone()))
+    return plan
 
 
 def total_read_on_host(ids: Tensor, block_size: int, num_experts: int) -> Plan:

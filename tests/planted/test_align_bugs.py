@@ -196,6 +196,14 @@ def test_counts_are_cleared_once():
     assert (first[2].tolist(), second[2].tolist()) == ([2], [4])
 
 
+def test_the_total_is_that_of_what_the_buffer_held():
+    align, ids = load("total_kept_by_address"), ids_of([0], [1])
+    assert align(ids, 2, 2)[2].tolist() == [4]
+    ids[1] = 0
+    assert align(ids, 2, 2)[2].tolist() == [4]
+    assert align(ids.clone(), 2, 2)[2].tolist() == [2]
+
+
 def test_the_plan_is_filled_once():
     align, ids = load("filled_once"), ids_of([0], [1])
     align(ids, 2, 2)

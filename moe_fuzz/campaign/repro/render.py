@@ -121,6 +121,7 @@ def render(
     shows, fence = _SHOWS.get(check, "wrong"), _fence(finding, bare)
     everywhere = [step for calls in (*earlier, case) for _, step in calls.steps]
     graphs = any(calls.graph for calls in (*earlier, case))
+    refills = any(step["holds"] for step in everywhere)
     poisons = graphs or bool(fence["own"]) or check == "written" or any(step["out"] for step in everywhere)
     general = get_space(finding.case.op).family != "routing"
     found = next(iter(finding.verdict.violations), None)
@@ -146,7 +147,8 @@ def render(
         "case": case,
         "steps": list(case.steps),
         "graphs": graphs,
-        "fills": graphs or bool(fence["readonly"]),
+        "refills": refills,
+        "fills": graphs or refills or bool(fence["readonly"]),
         "wants_healed": check in ("isolation", "batch_invariance") or shows != "wrong",
         "wants_subset": check == "batch_invariance" or shows != "wrong",
         "fence": fence,
@@ -200,6 +202,8 @@ def _about(finding: Finding, load: Mapping[str, Any], device: str, case: Calls, 
         sizes = " and ".join(str(name) for name, _ in case.buckets)
         what = "the graphs" if device == "cuda" else "a CPU has no graphs: calls over static buffers"
         facts += [f"Replays   {len(case.steps)}; {what} of {sizes} tokens"]
+    if any(step["holds"] for _, step in case.steps):
+        facts += [f"Calls     {len(case.steps)}; the buffers of one are filled anew for another, as a server does it"]
     if earlier:
         calls = f"{earlier} other call{'s' if earlier > 1 else ''}"
         facts += [f"Before    {calls} in the same process, without which it passes"]

@@ -25,7 +25,8 @@ class Calls:
 
 def calls_of(case: Case, exhibit: Mapping[str, Any], suffixes: Sequence[str]) -> Calls:
     """A step gains `inputs`: the names of the tensors that the target is given; `last`: whether it is the case's last
-    one; and `graph`, `pieces`, `bucket`: its name, `makes`: whether this is the first step of its bucket."""
+    one; `holds`: the suffix of the first step in its buffers, if another is in them, too; and `graph`, `pieces`,
+    `bucket`: its name, `makes`: whether this is the first step of its bucket."""
     steps = [_with_inputs(step) for step in exhibit["steps"]]
     graph = case.mode not in ("eager", "ranks")
     keys = [_key(step) for step in steps]
@@ -33,8 +34,12 @@ def calls_of(case: Case, exhibit: Mapping[str, Any], suffixes: Sequence[str]) ->
     for index, (tokens, layout) in enumerate(keys):
         alone = {key for key in keys if key[0] == tokens} == {(tokens, layout)}
         names.setdefault((tokens, layout), tokens if alone else f"{tokens}, laid as in step {index + 1}")
+    first: list[int] = []  # of each step, the first in its buffers
+    for index, step in enumerate(steps):
+        first.append(index if step["refills"] is None else first[step["refills"]])
     for index, step in enumerate(steps):
         step |= {
+            "holds": suffixes[first[index]] if first.count(first[index]) > 1 else "",
             "graph": graph,
             "pieces": case.mode == "piecewise",
             "last": index == len(steps) - 1,

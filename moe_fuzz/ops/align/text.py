@@ -48,7 +48,7 @@ FAULTS = {
 def label(case: Case) -> str:
     """`align T=7 E=60 k=4 block=16 int64; sentinel_ids rows 5-6`. Rows stand by position, as the target sees them."""
     config = case.config
-    parts = [case.op] + ([case.mode] if case.mode != "eager" else [])
+    parts = [case.op] + ([case.way] if case.way else [])
     for step in case.steps:
         parts.append(f"T={step.tokens}" + (f" ({len(step.padding)} padding)" if step.padding else ""))
     parts += [f"E={len(case.experts)}", f"k={config['top_k']}", f"block={config['block_size']}"]

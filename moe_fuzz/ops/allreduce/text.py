@@ -38,7 +38,7 @@ _PLAIN = {"launches": "phases", "pace": "together", "burst": 0, "groups": 1, "ca
 def label(case: Case) -> str:
     """`allreduce_rmsnorm T=7 R=4 H=2048 bfloat16 gamma=float32 single burst=3; nan_rows on x1 rows 5-6`."""
     config = case.config
-    parts = [case.op] + ([case.mode] if case.mode != "eager" else [])
+    parts = [case.op] + ([case.way] if case.way else [])
     parts += [f"T={step.tokens}" for step in case.steps]
     parts += [f"R={config['ranks']}", f"H={config['hidden']}", str(config["dtype"])]
     parts += [f"gamma={config['gamma_dtype']}"] if config["gamma_dtype"] != "dtype" else []

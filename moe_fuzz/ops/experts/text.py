@@ -79,7 +79,7 @@ def label(case: Case) -> str:
     Rows stand by position, as the target sees them.
     """
     config = case.config
-    parts = [case.op] + ([case.mode] if case.mode != "eager" else [])
+    parts = [case.op] + ([case.way] if case.way else [])
     for step in case.steps:
         padding = f" ({len(step.padding)} padding: {config['dialect']})" if step.padding else ""
         parts.append(f"T={step.tokens}{padding}")

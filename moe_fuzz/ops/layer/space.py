@@ -11,6 +11,7 @@ from moe_fuzz.case import ALL_MODES, MODES, RANKS, Case, Scalar, Step, in_mode
 from moe_fuzz.contract import PADDING_DIALECTS, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops import moves
 from moe_fuzz.ops.experts.fields import BIASES, OFTEN, bias_dtypes, biases_of
 from moe_fuzz.ops.layer import text
 from moe_fuzz.ops.layer.presets import MODELS
@@ -204,7 +205,8 @@ class LayerSpace(routing.RoutingSpace):
 
     def simplify(self, case: Case) -> Iterator[Case]:
         for mode in ALL_MODES[: ALL_MODES.index(case.mode)]:
-            yield replace(case, mode=mode, config=in_mode(case.config, mode))
+            for simpler in moves.in_simpler_mode(case, mode):
+                yield replace(simpler, config=in_mode(case.config, mode))
         if case.mode == RANKS:
             yield from self._fewer_ranks(case)
         # dp has been dealt with: it is no field that stands alone

@@ -33,7 +33,7 @@ FAULTS = {name: text.FAULTS[name] for name in _HIDDEN}
 def label(case: Case) -> str:
     """`moe_layer ranks T=8 (3 padding) E=6 k=2 H=32 I=16 bfloat16 dp=2 ep=2 minus_one; nan_rows on hidden rows 6-7`."""
     config = case.config
-    parts = [case.op] + ([case.mode] if case.mode != "eager" else [])
+    parts = [case.op] + ([case.way] if case.way else [])
     for step in case.steps:
         parts.append(f"T={step.tokens}" + (f" ({len(step.padding)} padding)" if step.padding else ""))
     parts += [f"E={len(case.experts)}", f"k={config['top_k']}", f"H={config['hidden']}", f"I={config['intermediate']}"]

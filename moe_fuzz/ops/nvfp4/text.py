@@ -59,7 +59,7 @@ FAULTS = {
 def label(case: Case) -> str:
     """`nvfp4_quantize T=7 K=96 bfloat16 swizzled global_scale=six; zero_block on x rows 5-6`. Rows by position."""
     config = case.config
-    parts = [case.op] + ([case.mode] if case.mode != "eager" else [])
+    parts = [case.op] + ([case.way] if case.way else [])
     parts += [f"T={step.tokens}" for step in case.steps]
     parts += [f"K={16 * len(Labels.parse(str(config['blocks'])))}", str(config["dtype"]), str(config["layout"])]
     parts += [f"of {config['activation']}"] if config["activation"] != "none" else []

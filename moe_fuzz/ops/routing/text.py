@@ -77,7 +77,7 @@ def label(case: Case) -> str:
     Rows stand by position, as the target sees them.
     """
     config = case.config
-    parts = [case.op] + ([case.mode] if case.mode != "eager" else [])
+    parts = [case.op] + ([case.way] if case.way else [])
     for step in case.steps:
         parts.append(f"T={step.tokens}" + (f" ({len(step.padding)} padding)" if step.padding else ""))
     parts += [f"E={len(case.experts)}", f"k={config['top_k']}", str(config["dtype"])]
