@@ -105,14 +105,15 @@ for tokens, options in {calls}:
     assert not found.allocated, found.allocated
     print(*found.names)
 """
-_CALLS = ((1, {}), (32, {}), (33, {}), (33, {"activations": "nvfp4"}), (1, {"backend": "large"}),
-          (900, {"backend": "large"}))  # fmt: skip
+_CALLS = ((1, {}), (16, {}), (17, {}), (17, {"activations": "nvfp4"}), (1, {"backend": "large"}),
+          (5, {"backend": "large"}), (900, {"backend": "large"}))  # fmt: skip
 _FIRST, _REST = "reorder_kernel", "fp4_product_kernel fp4_product_kernel sum_slots_kernel"
 _PLAIN = "grouped_product_kernel grouped_product_kernel sum_slots_kernel"
 
 
 def test_what_a_call_of_experts_nvfp4_enqueues(tmp_path: Path) -> None:
-    """The slots are grouped in one launch at most, and nothing is filled: vllm#31837 took three fills a product."""
+    """The slots are grouped in two launches at most, of which `small` needs the first anyway; nothing is filled, where
+    vllm#31837 took three fills a product."""
     pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no compiler for NVIDIA")
     program = tmp_path / "program.py"
     program.write_text(_LAUNCHES.format(calls=_CALLS), encoding="utf-8")
@@ -123,5 +124,6 @@ def test_what_a_call_of_experts_nvfp4_enqueues(tmp_path: Path) -> None:
         f"{_FIRST} _place_kernel {_REST}",
         f"{_FIRST} _place_kernel fp4_product_kernel reorder_kernel fp4_product_kernel sum_slots_kernel",
         f"decode_weights_kernel {_PLAIN}",
-        f"decode_weights_kernel _place_kernel {_PLAIN}",
+        f"_count_kernel decode_weights_kernel {_PLAIN}",
+        f"_count_kernel decode_weights_kernel _place_kernel {_PLAIN}",
     ], done.stderr[-2000:]
