@@ -14,7 +14,7 @@ from moe_fuzz.campaign.drive import Enough, derive_seed, drive
 from moe_fuzz.campaign.interfaces import Cases, Pool, Sources, Space
 from moe_fuzz.campaign.plan import ROUND, Unit
 from moe_fuzz.campaign.state import StateDir
-from moe_fuzz.campaign.thrift import rows
+from moe_fuzz.campaign.thrift import extent
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import MoeFuzzError
@@ -23,6 +23,7 @@ from moe_fuzz.verdict import Verdict
 
 MIN_EXAMPLES = 16  # of Hypothesis, whose first rounds are its simplest
 CASES_A_ROUND = 8  # about what a round holds: how many examples a shard's budget makes
+FEW = 2  # cases of the grid in a round, where each tells something of the next
 ALIKE = 2  # cases of a round that run, where nothing is compiled
 
 
@@ -134,11 +135,11 @@ class Drivers:
                 raise Enough
 
         if unit.phase != "generate":
-            planned = unit.cases
+            planned, size = unit.cases, ROUND
             if unit.phase == "grid" and self._device == "cpu":  # the cheap ones tell what the others will cost
-                planned = tuple(sorted(planned, key=rows))
+                planned, size = tuple(sorted(planned, key=lambda case: extent(space, case))), FEW
             try:
-                for part in _batches(planned, ROUND):
+                for part in _batches(planned, size):
                     run(part)
             except Enough:
                 pass

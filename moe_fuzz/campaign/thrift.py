@@ -19,9 +19,9 @@ from moe_fuzz.ops.space import Means
 from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict
 
 LIMIT = 1.0  # seconds beyond its cost that a case may take
-TRUSTED = 3.0  # times its cost: what a case may take on a slow or busy machine, without anything to be learned from it
+TRUSTED = 4.0  # times its cost: what a case may take on a slow or busy machine, without anything to be learned from it
 SLACK = 0.1  # and seconds besides: a process's first call takes them
-ENOUGH = 4  # cases that took longer, before anybody is judged by them
+ENOUGH = 3  # cases that took longer, before anybody is judged by them
 FADING = 0.99  # of what was learned at each further case: the machine may have been busy
 STARVED = 16  # cases left out in a row, from which on one goes that is as cheap as any of them
 _SWEEPS = 50
@@ -41,10 +41,11 @@ class Thrift:
         """What died or hung says nothing of its size, nor does what was refused at once."""
         if verdict.kind in (CRASH, HANG, OOM):
             return
-        beyond = verdict.seconds - TRUSTED * self._space.cost(case, self._means) - SLACK
+        cost, seconds = self._space.cost(case, self._means), verdict.seconds
+        slow = seconds > TRUSTED * cost + SLACK
         with self._lock:
-            self._slow += beyond > 0
-            self._fit.add(sizes(self._space, case), max(0.0, beyond), 1 / (SLACK + verdict.seconds) ** 2)
+            self._slow += slow
+            self._fit.add(sizes(self._space, case), seconds - cost if slow else 0.0, 1 / (SLACK + seconds) ** 2)
 
     def too_slow(self, case: Case) -> bool:
         with self._lock:
@@ -57,16 +58,18 @@ class Thrift:
             return True
 
 
-def rows(case: Case) -> int:
-    """The rows of all its steps."""
-    return sum(step.tokens for step in case.steps)
+def extent(space: Space, case: Case) -> float:
+    """By which the cheap cases come first, as long as nothing is known of a target: the product of all its sizes."""
+    return sizes(space, case)[-1]
 
 
 def sizes(space: Space, case: Case) -> tuple[float, ...]:
-    """What the time of a case may be in proportion to: nothing, its rows, and these times up to three of its sizes."""
-    each = [float(len(case.experts) if name == "experts" else int(case.config[name])) for name in space.sizes]
-    products = (math.prod(some) for count in range(4) for some in combinations(each, count))
-    return (1.0, *(rows(case) * product for product in products))
+    """What the time of a case may be in proportion to: nothing, its rows, and these times any of its sizes."""
+    labels = space.label_axes(case)
+    each = [float(len(labels[name]) if name in labels else int(case.config[name])) for name in space.sizes]
+    products = (math.prod(some) for count in range(len(each) + 1) for some in combinations(each, count))
+    rows = sum(step.tokens for step in case.steps)
+    return (1.0, *(rows * product for product in products))
 
 
 @dataclass
