@@ -2,7 +2,7 @@
 
 A space knows what a case costs where a kernel has the programs that ours has (`Space.cost`), and has none drawn that
 costs too much. Triton's interpreter takes milliseconds for each program, and a user's kernel may have one for each row,
-or for each slot and each block of columns. So what cases take beyond their cost is laid on their sizes, and a case of
+or for each slot and each block of columns. So what cases take is laid on that cost and on their sizes, and a case of
 which much is to be expected is left out of the campaign. It stays what it is, and runs when it is replayed.
 """
 
@@ -18,10 +18,10 @@ from moe_fuzz.case import Case
 from moe_fuzz.ops.space import Means
 from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict
 
-LIMIT = 1.0  # seconds beyond its cost that a case may take
-TRUSTED = 4.0  # times its cost: what a case may take on a slow or busy machine, without anything to be learned from it
-SLACK = 0.1  # and seconds besides: a process's first call takes them
-ENOUGH = 3  # cases that took longer, before anybody is judged by them
+LIMIT = 1.0  # seconds beyond its cost that a case may be expected to take
+TRUSTED = 6.0  # times its cost: what a case may take on a slow or busy machine, where a kernel of ours takes that too
+ENOUGH = 3  # cases that took half of that and more, before any is left out
+WEIGHED = 0.1  # seconds: of cases that take longer, what counts is their error in proportion
 FADING = 0.99  # of what was learned at each further case: the machine may have been busy
 STARVED = 16  # cases left out in a row, from which on one goes that is as cheap as any of them
 _SWEEPS = 50
@@ -38,20 +38,21 @@ class Thrift:
         self._left_out: list[float] = []  # seconds expected of the last ones, in a row
 
     def learn(self, case: Case, verdict: Verdict) -> None:
-        """What died or hung says nothing of its size, nor does what was refused at once."""
+        """What died or hung says nothing of its size."""
         if verdict.kind in (CRASH, HANG, OOM):
             return
         cost, seconds = self._space.cost(case, self._means), verdict.seconds
-        slow = seconds > TRUSTED * cost + SLACK
         with self._lock:
-            self._slow += slow
-            self._fit.add(sizes(self._space, case), seconds - cost if slow else 0.0, 1 / (SLACK + seconds) ** 2)
+            self._slow += seconds > TRUSTED * cost / 2 + WEIGHED
+            self._fit.add((cost, *sizes(self._space, case)), seconds, 1 / (WEIGHED + seconds) ** 2)
 
     def too_slow(self, case: Case) -> bool:
+        cost = self._space.cost(case, self._means)
+        allowed = max(cost + LIMIT, TRUSTED * cost)
         with self._lock:
-            expected = self._fit.of(sizes(self._space, case)) if self._slow >= ENOUGH else 0.0
+            expected = self._fit.of((cost, *sizes(self._space, case))) if self._slow >= ENOUGH else 0.0
             starved = len(self._left_out) >= STARVED and expected <= min(self._left_out)
-            if expected <= LIMIT or starved:
+            if expected <= allowed or starved:
                 self._left_out.clear()
                 return False
             self._left_out.append(expected)

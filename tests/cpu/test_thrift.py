@@ -81,14 +81,18 @@ def test_a_kernel_with_many_programs_runs_short_cases(op):
 
 
 @pytest.mark.parametrize("op", KERNELS)
-def test_nothing_is_left_out_of_a_kernel_that_costs_what_is_expected(op):
-    """Nor where the machine is busy, a process's first call takes a second, or cases hang or die."""
+@pytest.mark.parametrize("busy", [False, True])
+def test_nothing_is_left_out_of_a_kernel_that_costs_what_is_expected(op, busy):
+    """Nor hardly anything where the machine is busy, so that cases take three times as long and some of them ten times.
+    Nothing is learned from what hangs."""
     thrift, space, means, cases = cases_of(op)
-    noise = random.Random(0)
+    noise, left_out = random.Random(0), 0
     for at, case in enumerate(cases):
-        assert not thrift.too_slow(case)
-        seconds = space.cost(case, means) * noise.uniform(0.5, 3.5) + (1.0 if at % 50 == 0 else 0.0)
+        left_out += thrift.too_slow(case)
+        factor = min(12, noise.lognormvariate(1.0, 0.6)) if busy else noise.uniform(0.5, 2.5)
+        seconds = space.cost(case, means) * factor
         thrift.learn(case, Verdict(PASS, seconds=seconds) if at % 10 else Verdict(HANG, seconds=10.0))
+    assert left_out <= (0.03 * len(cases) if busy else 0)
 
 
 def test_a_target_of_which_all_is_slow_is_tested_all_the_same():
