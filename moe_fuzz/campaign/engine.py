@@ -54,6 +54,8 @@ _DOUBT = (
     "sound? `nvidia-smi -q -d ECC` and Xid errors in `dmesg` tell; try another GPU, or one worker on it"
 )
 
+_SUSPECTS = "the time is over; what is suspect is still confirmed and made small"
+
 __all__ = ["Campaign", "Settings", "Summary"]
 
 
@@ -86,6 +88,7 @@ class Campaign:
         self._unit_tallies: dict[Unit, Tally] = {}
         self._phase = ""
         self._last_progress = 0.0
+        self._told_late = False
         self._device_faults = 0  # that did not come back
         self._start = time.monotonic()
         self._targets: dict[str, tuple[TargetInfo, Space]] = {}
@@ -253,6 +256,7 @@ class Campaign:
         with self._lock:
             for unit in self._units:
                 if self._over_all():
+                    self._tell_late()
                     return None
                 if self.over(unit):
                     continue
@@ -262,6 +266,12 @@ class Campaign:
                     self._emit(events.PhaseStarted(unit.phase, self._settings.cases))
                 return unit
             return None
+
+    def _tell_late(self) -> None:
+        """What goes on after the time, if anything does."""
+        if self.late() and self._triage.busy and not self._told_late:
+            self._told_late = True
+            self._emit(events.Note(_SUSPECTS))
 
     def left_out(self, unit: Unit, case: Case) -> bool:
         return self._plan.is_aside(unit.target, case)

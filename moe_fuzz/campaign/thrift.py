@@ -16,14 +16,15 @@ from itertools import combinations
 from moe_fuzz.campaign.interfaces import Space
 from moe_fuzz.case import Case
 from moe_fuzz.ops.space import Means
-from moe_fuzz.verdict import CRASH, HANG, OOM, Verdict
+from moe_fuzz.verdict import CRASH, HANG, OOM, REJECTED, UNJUDGED, Verdict
 
 LIMIT = 1.0  # seconds beyond its cost that a case may be expected to take
 TRUSTED = 6.0  # times its cost: what a case may take on a slow or busy machine, where a kernel of ours takes that too
 ENOUGH = 3  # cases that took half of that and more, before any is left out
 WEIGHED = 0.1  # seconds: of cases that take longer, what counts is their error in proportion
 FADING = 0.99  # of what was learned at each further case: the machine may have been busy
-STARVED = 16  # cases left out in a row, from which on one goes that is as cheap as any of them
+SELDOM = 16  # cases are left out for each that goes all the same: no kind of case is never tried
+DEAR = 4.0  # seconds that such a one may be expected to take, unless all take longer
 _SWEEPS = 50
 
 
@@ -35,11 +36,11 @@ class Thrift:
         self._lock = threading.Lock()
         self._slow = 0
         self._fit = _Fit()
-        self._left_out: list[float] = []  # seconds expected of the last ones, in a row
+        self._left_out: list[float] = []  # seconds expected of the last ones
 
     def learn(self, case: Case, verdict: Verdict) -> None:
-        """What died or hung says nothing of its size."""
-        if verdict.kind in (CRASH, HANG, OOM):
+        """What died or hung says nothing of its size, nor does what was refused at once."""
+        if verdict.kind in (CRASH, HANG, OOM) or (verdict.kind == REJECTED and UNJUDGED not in verdict.stats):
             return
         cost, seconds = self._space.cost(case, self._means), verdict.seconds
         with self._lock:
@@ -51,8 +52,9 @@ class Thrift:
         allowed = max(cost + LIMIT, TRUSTED * cost)
         with self._lock:
             expected = self._fit.of((cost, *sizes(self._space, case))) if self._slow >= ENOUGH else 0.0
-            starved = len(self._left_out) >= STARVED and expected <= min(self._left_out)
-            if expected <= allowed or starved:
+            if expected <= allowed:
+                return False
+            if len(self._left_out) >= SELDOM and expected <= max(DEAR, min(self._left_out)):
                 self._left_out.clear()
                 return False
             self._left_out.append(expected)
@@ -60,8 +62,10 @@ class Thrift:
 
 
 def extent(space: Space, case: Case) -> float:
-    """By which the cheap cases come first, as long as nothing is known of a target: the product of all its sizes."""
-    return sizes(space, case)[-1]
+    """By which the cheap cases come first, as long as nothing is known of a target: the product of all sizes, rows
+    twice, as many rows are slow to interpret however small they are."""
+    _, rows, *products = sizes(space, case)
+    return rows * (products[-1] if products else rows)
 
 
 def sizes(space: Space, case: Case) -> tuple[float, ...]:
@@ -69,8 +73,10 @@ def sizes(space: Space, case: Case) -> tuple[float, ...]:
     labels = space.label_axes(case)
     each = [float(len(labels[name]) if name in labels else int(case.config[name])) for name in space.sizes]
     products = (math.prod(some) for count in range(len(each) + 1) for some in combinations(each, count))
-    rows = sum(step.tokens for step in case.steps)
-    return (1.0, *(rows * product for product in products))
+    launches = getattr(space, "launches", None)
+    times = 1 if launches is None else launches(case.config)
+    rows = times * sum(step.tokens for step in case.steps)
+    return (float(times), *(rows * product for product in products))
 
 
 @dataclass
