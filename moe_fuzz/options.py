@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -78,6 +79,7 @@ class RunOptions:
     fence: FenceOptions = field(default_factory=FenceOptions)
     deadline: float = 10.0  # seconds a case may take, those not counted in which it compiles or loads code
     first_deadline: float = 60.0  # seconds that these may take: what comes first in a process
+    until: float = math.inf  # of time.monotonic() here: what runs then is given up, without a verdict
 
     def __post_init__(self) -> None:
         for name in ("deadline", "first_deadline"):
@@ -85,7 +87,7 @@ class RunOptions:
                 raise UsageError(f"{name} must be a number of seconds above 0, not {getattr(self, name)!r}")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "until"}  # the worker has no part in it
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunOptions:

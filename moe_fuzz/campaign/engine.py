@@ -34,22 +34,27 @@ from moe_fuzz.campaign.progress import Plan
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.campaign.stats import Stats
 from moe_fuzz.campaign.summary import summarize
-from moe_fuzz.campaign.tally import Tally
+from moe_fuzz.campaign.tally import CUT, TOO_SLOW, Tally
+from moe_fuzz.campaign.thrift import Thrift
 from moe_fuzz.campaign.triage import Triage
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import EnvironmentProblem
+from moe_fuzz.ops.space import Means
 from moe_fuzz.verdict import CRASH, Verdict
 
 PROGRESS_EVERY = 0.25  # seconds
 POLL = 0.1  # seconds
 MAX_REPLAYS = 2  # of a case that was running, and nothing else was, when a campaign died
+GRACE = 2.0  # seconds that cases under way have when the time is over
 PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
 DOUBTFUL = 2  # faults of the device that no case brings back, from which on the device is doubted
 _DOUBT = (
     f"{DOUBTFUL} cases met a fault of the GPU that comes back neither alone nor after what ran before them. Is the GPU "
     "sound? `nvidia-smi -q -d ECC` and Xid errors in `dmesg` tell; try another GPU, or one worker on it"
 )
+
+_SUSPECTS = "the time is over; what is suspect is still confirmed and made small"
 
 __all__ = ["Campaign", "Settings", "Summary"]
 
@@ -83,11 +88,13 @@ class Campaign:
         self._unit_tallies: dict[Unit, Tally] = {}
         self._phase = ""
         self._last_progress = 0.0
+        self._told_late = False
         self._device_faults = 0  # that did not come back
         self._start = time.monotonic()
         self._targets: dict[str, tuple[TargetInfo, Space]] = {}
         self._unavailable: dict[str, EnvironmentProblem] = {}
         self._left_out: set[str] = set()  # of these, by the restriction
+        self._thrift: dict[str, Thrift] = {}
 
     def run(self) -> Summary:
         """Runs it all. Raises MoeFuzzError where no campaign is possible; an interrupt ends in a Summary with 130."""
@@ -166,8 +173,15 @@ class Campaign:
         self._triage.replay_known(self._plan.new, self._stop.is_set)
         self._resume()
         self._units = self._plan_units()
+        if self._settings.device == "cpu":
+            self._thrift = {target: Thrift(space, Means.of(info, "cpu")) for target, (info, space) in
+                            self._targets.items()}  # fmt: skip
+        options = self._options
+        if self._settings.seconds is not None:
+            until = time.monotonic() + self._settings.seconds - self._plan.seconds + GRACE
+            options = replace(options, until=until)
         drivers = Drivers(
-            self, self._pool, self._state, self._sources, self._options, self._plan.seed, self._settings.device,
+            self, self._pool, self._state, self._sources, options, self._plan.seed, self._settings.device,
             self._targets,
         )  # fmt: skip
         self._drivers = drivers
@@ -242,6 +256,7 @@ class Campaign:
         with self._lock:
             for unit in self._units:
                 if self._over_all():
+                    self._tell_late()
                     return None
                 if self.over(unit):
                     continue
@@ -252,8 +267,32 @@ class Campaign:
                 return unit
             return None
 
+    def _tell_late(self) -> None:
+        """What goes on after the time, if anything does."""
+        if self.late() and self._triage.busy and not self._told_late:
+            self._told_late = True
+            self._emit(events.Note(_SUSPECTS))
+
     def left_out(self, unit: Unit, case: Case) -> bool:
         return self._plan.is_aside(unit.target, case)
+
+    def too_slow(self, unit: Unit, case: Case) -> bool:
+        thrift = self._thrift.get(unit.target)
+        if thrift is None or unit.phase == "corpus" or not thrift.too_slow(case):
+            return False
+        self._count(unit, TOO_SLOW)
+        return True
+
+    def late(self) -> bool:
+        seconds = self._settings.seconds
+        return seconds is not None and self._plan.seconds >= seconds
+
+    def given_up(self, unit: Unit) -> None:
+        self._count(unit, CUT)
+
+    def _count(self, unit: Unit, what: str) -> None:
+        self._tally.count_other(unit.target, what)
+        self._unit_tallies[unit].count_other(unit.target, what)
 
     def over(self, unit: Unit) -> bool:
         return self._phase_over(unit.phase) or self._over_all()
@@ -269,6 +308,8 @@ class Campaign:
         self._tally.count(unit.target, verdict)
         self._unit_tallies[unit].count(unit.target, verdict)
         self._harvest.consider(unit.target, cases[-1], verdict)
+        if unit.target in self._thrift:
+            self._thrift[unit.target].learn(cases[-1], verdict)
         self._coverage.count(unit.target, self._targets[unit.target][1], cases[-1], verdict)
         if verdict.bad:
             if killed(verdict):
@@ -290,8 +331,7 @@ class Campaign:
     # ---- budgets ----------------------------------------------------------------------------------------------------
 
     def _over_all(self) -> bool:
-        seconds = self._settings.seconds
-        return self._stop.is_set() or (seconds is not None and self._plan.seconds >= seconds)
+        return self._stop.is_set() or self.late()
 
     def _enough(self) -> bool:
         most = self._settings.max_findings

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.labels import Labels
-from moe_fuzz.ops.space import FaultPlace
+from moe_fuzz.ops.space import FaultPlace, Means
 from moe_fuzz.options import RunOptions
 from moe_fuzz.restriction import RestrictedSpace, Restriction
 from moe_fuzz.verdict import Verdict
@@ -40,7 +40,8 @@ class Worker(Protocol):
     def run(
         self, cases: Sequence[Case], target: str, options: RunOptions, on_verdict: OnVerdict | None = None
     ) -> list[Verdict]:
-        """Blocks until every case has its verdict. `on_verdict`'s last argument: what this very process ran before."""
+        """Blocks until every case has its verdict, or until `options.until`, when what is at hand is given up. The last
+        argument of `on_verdict`: what this very process ran before."""
         ...
 
 
@@ -68,6 +69,11 @@ class Space(Protocol):
 
     @property
     def places(self) -> tuple[FaultPlace, ...]: ...
+
+    @property
+    def sizes(self) -> tuple[str, ...]: ...  # the config fields that are sizes
+
+    def cost(self, case: Case, means: Means) -> float: ...  # seconds, of a kernel that is like ours
 
     def modes(self, info: TargetInfo) -> Sequence[str]: ...  # of runs that the target can be given here
 

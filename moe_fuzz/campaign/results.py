@@ -44,6 +44,8 @@ class TargetRow:
     padding: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     uninterpreted: Mapping[str, int] = field(default_factory=dict)  # what the interpreter has not -> cases rejected
     unjudged: int = 0  # of those rejected: answers that were not judged in time, which is not the target's fault
+    too_slow: int = 0  # cases not run, and others in their place, as they would have taken too long here
+    cut: int = 0  # cases that were under way when the time was over, and have no verdict
 
     @property
     def ran(self) -> bool:

@@ -11,6 +11,9 @@ from typing import Any
 from moe_fuzz.campaign.events import BUDGET_BINS, TargetRow
 from moe_fuzz.verdict import PADDING, PADDING_COUNTS, PASS, UNINTERPRETED, UNJUDGED, Verdict
 
+#: Of a row's stats, cases without a verdict: those not run, as they would take too long, and those given up at the end.
+TOO_SLOW, CUT = "too-slow", "cut"
+
 
 @dataclass
 class _Row:
@@ -50,6 +53,10 @@ class Tally:
             one.budgets[min(BUDGET_BINS - 1, int(verdict.budget * BUDGET_BINS))] = 1
         self._add(target, one)
 
+    def count_other(self, target: str, what: str) -> None:
+        """TOO_SLOW or CUT."""
+        self._add(target, _Row(stats=Counter({what: 1})))
+
     def count_flaky(self, target: str) -> None:
         self._add(target, _Row(flaky=1))
 
@@ -86,6 +93,7 @@ class Tally:
                 row.fence_seconds, list(new).count(target), list(known).count(target), row.flaky, unavailable,
                 tuple(row.budgets[at] for at in range(BUDGET_BINS)) if row.budgets else (), _padding(row.stats),
                 _uninterpreted(row.stats), int(row.stats[UNJUDGED]),
+                int(row.stats[TOO_SLOW]), int(row.stats[CUT]),
             )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:

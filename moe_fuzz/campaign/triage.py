@@ -59,6 +59,7 @@ class Triage:
         self._render = render_repro
         self._lock = threading.RLock()
         self._line: list[_Item] = []
+        self._examining = False
         self._waiting: Counter[Bucket] = Counter()
         self._minimized: Counter[Bucket] = Counter()
         self._flakies: Counter[Bucket] = Counter()
@@ -118,6 +119,12 @@ class Triage:
         with self._lock:
             return len(self._line)
 
+    @property
+    def busy(self) -> bool:
+        """Whether anybody is in line, or examined."""
+        with self._lock:
+            return self._examining or bool(self._line)
+
     def work(self, seconds: Callable[[], float]) -> bool:
         """Examines the first in line; False if nobody is. `seconds()` is what the reducer may take; none left means
         that only cases of a kind not yet reported are looked at, without reducing them."""
@@ -135,11 +142,14 @@ class Triage:
         if seconds() <= 0 and self._minimized[bucket]:
             self.unexamined += 1
             return True
+        self._examining = True
         try:
             self._examine(item, seconds())
         except BaseException:  # an interrupt, a full disk: it is pending, for the next run
             self.unexamined += 1
             raise
+        finally:
+            self._examining = False
         self._state.drop_pending(item.name)
         return True
 

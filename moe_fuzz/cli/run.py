@@ -34,10 +34,14 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in config.P
 @click.argument("targets", nargs=-1, metavar="[TARGET]...", envvar="MOE_FUZZ_TARGETS")
 @params.option(
     "time", "--time", type=params.DURATION, metavar="SECONDS",
-    help="How long, e.g. 90, 2m, 1h30m. The last finding may be made smaller for --minimize-time longer.",
+    help="How long, e.g. 90, 2m, 1h30m. What runs then is given up after 2 s; the last finding may be confirmed, and "
+    "made smaller for --minimize-time longer.",
 )  # fmt: skip
 @params.option("cases", "--cases", type=click.IntRange(1), metavar="N", help="How many cases; with --time, at most.")
-@params.option("seed", "--seed", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Same seed, same plan.")
+@params.option(
+    "seed", "--seed", type=click.IntRange(0, 2**63 - 1), metavar="N",
+    help="Same seed, same plan; but on a CPU what would take seconds is left out of it.",
+)  # fmt: skip
 @params.option(
     "profile",
     "--profile",

@@ -162,6 +162,11 @@ def target_row(row: TargetRow) -> str:
     if row.unjudged:
         parts.append(f"{row.unjudged:,} of them took too long to judge, which says nothing of the target: "
                      "is the machine overloaded, or are they slow to interpret?")  # fmt: skip
+    if row.too_slow:
+        left_out = f"{count(row.too_slow, 'larger case')} left out for smaller ones"
+        parts.append(f"{left_out}: too slow on this CPU, and for a GPU to run")
+    if row.cut:
+        parts.append(f"{count(row.cut, 'case')} given up, under way when the time was over")
     if row.parity:
         parts.append(f"on {row.parity:,} of them wrong outputs were proved to be rejected")
     if row.budget:

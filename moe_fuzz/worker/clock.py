@@ -10,6 +10,7 @@ begins, its own seconds begin anew, up to a limit. A kernel that spins begins no
 
 from __future__ import annotations
 
+import math
 import time
 
 _READ = 4096  # bytes in a slice: more is no counter of an event, but a file
@@ -20,9 +21,10 @@ _FAULTS = 8  # pages in a slice that had to come from a disk
 class CaseClock:
     """The clock of one case. Times are those of time.monotonic()."""
 
-    def __init__(self, own: float, still: float) -> None:
-        """own, still: seconds of each kind that a case gets."""
+    def __init__(self, own: float, still: float, end: float = math.inf) -> None:
+        """own, still: seconds of each kind that a case gets. end: when all is over, whatever the case has left."""
         self._given = {False: own, True: still}
+        self._end = end
         self._spent = {False: 0.0, True: 0.0}
         self._forward = 0.0  # of its own seconds, those that were given back
         self._still = ""
@@ -53,7 +55,12 @@ class CaseClock:
     @property
     def until(self) -> float:
         """When the present allowance ends."""
-        return self._since + self._given[bool(self._still)] - self._spent[bool(self._still)]
+        return min(self._end, self._since + self._given[bool(self._still)] - self._spent[bool(self._still)])
+
+    @property
+    def over(self) -> bool:
+        """Whether the time of all is at its end, and not this case's own."""
+        return time.monotonic() >= self._end
 
     @property
     def limit(self) -> float:

@@ -27,7 +27,7 @@ from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Vio
 from moe_fuzz.worker import autopsy
 from moe_fuzz.worker.clock import CaseClock, Reading
 from moe_fuzz.worker.launch import START_SECONDS, Process
-from moe_fuzz.worker.listen import Expired, log_size, next_event
+from moe_fuzz.worker.listen import Expired, TimeIsUp, log_size, next_event
 from moe_fuzz.worker.protocol import ChannelClosed, Garbled, error_from_json
 from moe_fuzz.worker.stats import Stats
 
@@ -70,7 +70,7 @@ class Group:
     ) -> None:
         """Runs cases until they are done, or the group is. Each verdict goes to `give`.
 
-        Raises GroupGone, and what a rank's runner raised: UsageError, EnvironmentProblem, MoeFuzzError.
+        Raises GroupGone, TimeIsUp, and what a rank's runner raised: UsageError, EnvironmentProblem, MoeFuzzError.
         """
         self.ready(target)
         try:
@@ -147,7 +147,7 @@ class _Round:
     def __init__(self, processes: list[Process], logs: list[Path], states: Callable[[], list[int]],
                  cases: Sequence[Case], options: RunOptions) -> None:  # fmt: skip
         self._processes, self._logs, self._states, self._cases = processes, logs, states, cases
-        self._options, self._clock = options, CaseClock(options.deadline, options.first_deadline)
+        self._options, self._clock = options, CaseClock(options.deadline, options.first_deadline, options.until)
         self._readings = [Reading(process.pid) for process in processes]
         self._still = [""] * len(processes)
         self._offsets = [log_size(log) for log in logs]
@@ -180,6 +180,8 @@ class _Round:
                     return False
                 self._wait()
         except Expired:
+            if self._clock.over:
+                raise TimeIsUp from None
             give(self._hang(layout))
             return False
         except (ChannelClosed, Garbled) as error:
@@ -225,6 +227,8 @@ class _Round:
 
     def _wait(self) -> None:
         """Until a rank says something. Raises Expired."""
+        if self._clock.over:
+            raise Expired
         waiting = [p.channel.socket for rank, p in enumerate(self._processes) if not self._done[rank]]
         if waiting and not select.select(waiting, [], [], _SLICE)[0]:
             self._clock.look(any([reading.grew() for reading in self._readings]))

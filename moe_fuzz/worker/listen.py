@@ -19,6 +19,10 @@ class Expired(Exception):
     """The deadline passed."""
 
 
+class TimeIsUp(Exception):
+    """Of all cases, as RunOptions.until has it: the one in flight has no verdict."""
+
+
 def next_event(process: Process, clock: CaseClock, log: Path, reading: Reading | None = None) -> dict[str, Any]:
     """The next event. Raises Expired when the clock has run out, ChannelClosed when the process is dead, Garbled,
     ZygoteGone."""

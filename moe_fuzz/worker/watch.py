@@ -20,7 +20,7 @@ from moe_fuzz.worker import autopsy
 from moe_fuzz.worker.clock import CaseClock, Reading
 from moe_fuzz.worker.group import GroupGone
 from moe_fuzz.worker.launch import START_SECONDS, Demand, Process, ZygoteGone
-from moe_fuzz.worker.listen import Expired, log_size, next_event
+from moe_fuzz.worker.listen import Expired, TimeIsUp, log_size, next_event
 from moe_fuzz.worker.protocol import ALLOCATOR_VARIABLE, ChannelClosed, Garbled, error_from_json, provider_of
 from moe_fuzz.worker.ranks import Groups, Ranks, next_part
 from moe_fuzz.worker.stats import Stats
@@ -89,7 +89,7 @@ class Worker:
 
         A case that kills its process gets its verdict (crash, hang, out-of-memory), and the rest go on in a new one.
         on_verdict(i, verdict, history) is called at each verdict; history: what the same process ran before, oldest
-        first, at most HISTORY cases.
+        first, at most HISTORY cases. Where `options.until` comes before the end, the verdicts are fewer than the cases.
 
         Raises what the runner raised: UsageError, EnvironmentProblem, or MoeFuzzError for a failure of moe-fuzz itself.
         """
@@ -119,6 +119,9 @@ class Worker:
                         self._round(process, part, target, options, give)
             except (ZygoteGone, _Killed, GroupGone):
                 self.close()  # the case in flight is not to blame: it runs again
+            except TimeIsUp:
+                self.close()
+                break
             except _Told as told:
                 raise told.error from None
             except BaseException:
@@ -246,7 +249,8 @@ class Worker:
         """Runs cases until they are done, or the process is. Each verdict goes to `give`."""
         layout, kills = self._layout(process), autopsy.oom_kills()
         current: Case | None = None
-        clock, reading, offset = CaseClock(options.deadline, options.first_deadline), Reading(process.pid), 0
+        clock = CaseClock(options.deadline, options.first_deadline, options.until)
+        reading, offset = Reading(process.pid), 0
         try:
             process.channel.send({"round": [case.to_json(digest=False) for case in cases], "target": target,
                                   "options": options.to_json()})
@@ -259,7 +263,7 @@ class Worker:
                     clock.stand(str(event.get("still", "")))
                 elif "on" in event:
                     clock.go_on()
-                    if clock.slow:
+                    if clock.slow or clock.over:
                         raise Expired
                 elif "verdict" in event:
                     current = None
@@ -275,6 +279,8 @@ class Worker:
                 else:
                     raise _Told(error_from_json(event["error"]))
         except Expired:
+            if clock.over:
+                raise TimeIsUp from None
             dead = self._hang(process, offset, clock.limit, clock.seconds, still=clock.still)
         except ChannelClosed:
             seconds, status = clock.seconds, process.status(1.0)

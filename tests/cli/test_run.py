@@ -265,7 +265,7 @@ def test_a_stranger_understands_the_end(call: Callable, campaign: FakeCampaign, 
         TargetRow("topk_softmax@builtin", 98, {"pass": 97, "violation": 1}, parity=90, budget=0.5),
         TargetRow("topk_softmax@vllm", unavailable="vllm is not installed"),
         TargetRow("topk_softmax@acme", 2, {"rejected": 2}),
-        TargetRow("topk_softmax@slow", 3, {"pass": 2, "rejected": 1}, unjudged=1),
+        TargetRow("topk_softmax@slow", 3, {"pass": 2, "rejected": 1}, unjudged=1, too_slow=1200, cut=1),
     )
     known = replace(finding, id="00aa00aa00", sequence=(finding.case,))
     campaign.summary = summary(
@@ -276,6 +276,8 @@ def test_a_stranger_understands_the_end(call: Callable, campaign: FakeCampaign, 
     assert "topk_softmax@vllm: not run, vllm is not installed" in out
     assert "every one of them was refused: nothing was tested" in out
     assert "topk_softmax@slow: 3 cases (2 pass · 1 rejected); 1 of them took too long to judge" in out
+    assert "; 1,200 larger cases left out for smaller ones: too slow on this CPU" in out
+    assert "; 1 case given up, under way when the time was over" in out
     assert "rejected: refused with a clear error" in out
     assert "3fa9c1d2e0  topk_softmax@builtin: ids duplicate-id  [contract]" in out
     assert finding.message in out

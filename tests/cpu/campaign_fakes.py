@@ -19,7 +19,7 @@ from moe_fuzz.case import Case, Fault, Scalar, Step
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import CaseError, EnvironmentProblem
 from moe_fuzz.labels import Labels
-from moe_fuzz.ops.space import Axis, FaultPlace
+from moe_fuzz.ops.space import Axis, FaultPlace, Means
 from moe_fuzz.options import FenceOptions, RunOptions
 from moe_fuzz.verdict import CRASH, PASS, VIOLATION, Verdict, Violation
 
@@ -32,12 +32,16 @@ GOOD = Verdict(PASS, seconds=0.001, parity=True, budget=0.25)
 
 class ToySpace:
     op = "toy"
+    sizes = ("experts", "top_k")
     tensors = {"logits": "input", "bias": "input", "ids": "output"}  # noqa: RUF012
 
     places = (
         *(FaultPlace(name, "logits", on_rows=True) for name in ("nan_rows", "ties", "inf_rows")),
         FaultPlace("extreme_bias", "bias", on_rows=False, needs="bias"),
     )
+
+    def cost(self, case: Case, means: Means) -> float:
+        return 0.01 * len(case.steps)
 
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         return ()

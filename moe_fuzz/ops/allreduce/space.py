@@ -242,6 +242,9 @@ class AllreduceSpace:
     def keep(self, case: Case, axis: str, labels: Labels) -> Case:
         raise CaseError(f"config.{axis}", "has no labels")
 
+    def launches(self, config: Mapping[str, Scalar]) -> int:
+        return int(config["ranks"]) * (1 + int(config["burst"])) * int(config["groups"])
+
     def cost(self, case: Case, means: Means) -> float:
         graph = case.mode != "eager"
         if means.device != "cpu":
