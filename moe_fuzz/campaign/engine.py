@@ -173,7 +173,7 @@ class Campaign:
         self._triage.replay_known(self._plan.new, self._stop.is_set)
         self._resume()
         self._units = self._plan_units()
-        if self._settings.device == "cpu":
+        if self._settings.device == "cpu" and self._settings.seconds is not None:  # who asks for cases gets them all
             self._thrift = {target: Thrift(space, Means.of(info, "cpu")) for target, (info, space) in
                             self._targets.items()}  # fmt: skip
         options = self._options

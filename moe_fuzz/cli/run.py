@@ -40,7 +40,7 @@ _PROFILES = ", ".join(f"{profile.name} ({profile.help})" for profile in config.P
 @params.option("cases", "--cases", type=click.IntRange(1), metavar="N", help="How many cases; with --time, at most.")
 @params.option(
     "seed", "--seed", type=click.IntRange(0, 2**63 - 1), metavar="N",
-    help="Same seed, same plan; but on a CPU what would take seconds is left out of it.",
+    help="Same seed, same plan; but with --time, on a CPU, what would take seconds is left out of it.",
 )  # fmt: skip
 @params.option(
     "profile",

@@ -130,7 +130,7 @@ def slow_rows(case, history, options):
 
 
 def test_a_campaign_replaces_what_is_too_slow(tmp_path):
-    made = campaign(tmp_path / "slow", slow_rows, cases=400, device="cpu")
+    made = campaign(tmp_path / "slow", slow_rows, cases=400, device="cpu", seconds=600)
     summary = made.run()
     assert summary.rows[0].too_slow > 50
     generated = [tokens(case) for case in made.pool.leased[-300:]]
@@ -138,8 +138,9 @@ def test_a_campaign_replaces_what_is_too_slow(tmp_path):
     assert len(made.pool.leased) >= 400 - 27, "of what is drawn others run in their place"
     grid = [extent(SPACE, case) for case in made.pool.leased if case.seed == made.pool.leased[0].seed]
     assert grid == sorted(grid)
-    gpu = campaign(tmp_path / "gpu", slow_rows, cases=400)
-    assert (gpu.run().rows[0].too_slow, len(gpu.pool.leased)) == (0, 400)
+    for device, seconds in (("cuda", 600), ("cpu", None)):  # who asks for cases alone gets them all
+        whole = campaign(tmp_path / device, slow_rows, cases=400, device=device, seconds=seconds)
+        assert (whole.run().rows[0].too_slow, len(whole.pool.leased)) == (0, 400)
 
 
 def test_a_plan_of_short_cases_is_the_seeds_alone(tmp_path):
