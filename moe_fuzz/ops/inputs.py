@@ -88,7 +88,9 @@ class Inputs(ABC):
         target may keep what it has made of them."""
         return (
             self.options == other.options and self.lies == other.lies and list(self.plain) == list(other.plain)
-            and all(_alike(one, other.plain[name], name in self.fluid) for name, one in self.plain.items())
+            and all(_of_a_shape(one, other.plain[name]) for name, one in self.plain.items())
+            # Now both have as many tokens, and so are on one device, which hangs on the size of a step.
+            and all(name in self.fluid or _same(one, other.plain[name]) for name, one in self.plain.items())
         )  # fmt: skip
 
     def blank(self) -> Self:
@@ -122,10 +124,12 @@ class Inputs(ABC):
         )
 
 
-def _alike(one: torch.Tensor, other: torch.Tensor, fluid: bool) -> bool:
-    if one is other or one.shape != other.shape or one.dtype != other.dtype:
-        return one is other
-    return fluid or torch.equal(element_bits(one), element_bits(other))
+def _of_a_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or torch.equal(element_bits(one), element_bits(other))
 
 
 def element_bits(tensor: torch.Tensor) -> torch.Tensor:

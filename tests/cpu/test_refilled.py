@@ -22,6 +22,7 @@ from moe_fuzz.errors import CaseError
 from moe_fuzz.execute.runner import Runner
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
+from moe_fuzz.ops.experts.inputs import materialize
 from moe_fuzz.ops.space import Means
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import PASS, VIOLATION, Verdict
@@ -175,6 +176,15 @@ def test_results_are_poisoned_and_guarded_anew(runner: Runner, routers: Path) ->
 def test_who_asks_whether_a_tensor_was_written_is_told(runner: Runner, routers: Path) -> None:
     case = case_of(f"topk_softmax@{routers}:by_version", steps=steps(5, 5, 5))
     assert run(runner, case).kind == PASS
+
+
+def test_steps_of_two_sizes_may_lie_on_two_devices() -> None:
+    """A large step is made on the GPU, a small one on the host: nothing of the two can be compared."""
+    case = replace(experts_case(), steps=steps(3, 2))
+    large, small = (materialize(case, index) for index in range(2))
+    large = large.replace(**{name: tensor.to("meta") for name, tensor in large.plain.items()})
+    assert not small.refills(large)
+    assert not large.refills(small)
 
 
 def test_weights_that_change_are_others(runner: Runner, routers: Path) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moe_fuzz.case import Case, Fault, Step
+from moe_fuzz.checks.experts.family import FAMILY
 from moe_fuzz.contract import Capabilities
+from moe_fuzz.execute.runner import Runner
+from moe_fuzz.execute.steps import DEVICE_ELEMENTS
 from moe_fuzz.fence import open_arena
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops.experts.fields import FIELDS
 from moe_fuzz.ops.experts.inputs import materialize
 from moe_fuzz.ops.inputs import element_bits
+from moe_fuzz.options import RunOptions
+from moe_fuzz.verdict import PASS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compiled]
 
@@ -48,3 +55,14 @@ def test_far_rows_and_experts_keep_their_values(tensor):
         placed = inputs.place(arena, Capabilities(alignment=1))[tensor]
         assert placed.stride(0) * (placed.shape[0] - 1) >= 2**31 - placed.shape[0]
         assert torch.equal(element_bits(placed).cpu(), element_bits(inputs.plain[tensor]))
+
+
+def test_refilled_steps_may_be_small_and_large():
+    """The small one is made on the host, the large one on the device."""
+    drawn = replace(case(), target="experts_bf16@builtin")
+    rows = [Labels.range(count) for count in (2, 3000, 2, 3000)]
+    drawn = replace(drawn, steps=tuple(Step(one, refilled=True) for one in rows))
+    small, large = (FAMILY.elements(drawn, index) for index in (0, 1))
+    assert small < DEVICE_ELEMENTS <= large
+    verdict = Runner("cuda").run(drawn, drawn.target, RunOptions())
+    assert verdict.kind == PASS, verdict.violations
