@@ -74,6 +74,22 @@ def in_place(x):
 
 
 @triton.jit
+def placed(x, first):
+    """[C, M], the columns from `first` on, a multiple of C -> the same in the order of `place`, and where each stands:
+    what is written at once lies side by side."""
+    COLUMNS: tl.constexpr = x.shape[0]
+    if COLUMNS < 16:
+        return x, place(first + tl.arange(0, COLUMNS))
+    else:
+        SPAN: tl.constexpr = min(COLUMNS, 128)  # of columns that `place` leaves among themselves
+        parts = tl.reshape(x, (COLUMNS // SPAN, SPAN // 16, 2, 2, 4, x.shape[1]))  # 128, 16, n // 8, n // 4 % 2, n % 4
+        nth = tl.arange(0, COLUMNS)
+        start = tl.multiple_of(first % 128 // 8, SPAN // 8)
+        at = first // 128 * 128 + nth // SPAN * 128 + nth % SPAN // (SPAN // 8) * 16 + start + nth % (SPAN // 8)
+        return tl.reshape(tl.permute(parts, (0, 2, 4, 1, 3, 5)), x.shape), at
+
+
+@triton.jit
 def shift_back(DTYPE: tl.constexpr):
     """What the decoded values must be multiplied by."""
     if DTYPE.is_bf16():

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from moe_fuzz.kernels.experts_bf16.epilogue import biases_of, gated, relu2, rounded, scaled_back, weighted
 from moe_fuzz.kernels.experts_bf16.tiles import tile_at, weights_of
-from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, place, shift_back
+from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, placed, shift_back
 from moe_fuzz.kernels.experts_nvfp4.prepare import scale_offset, usable
 
 
@@ -133,14 +133,12 @@ def fp4_product_kernel(
                 result = weighted(result, weight)
             column = tile_n * COLUMNS + tl.arange(0, COLUMNS)
             if REORDERS:
-                result = tl.where((column < width)[:, None], result, 0.0)
-                at, last = place(column), out_pitch
-            else:
-                at, last = column, width
-            tl.store(
-                out_ptr + slot.to(tl.int64)[None, :] * out_pitch + at[:, None],
-                rounded(result, out_ptr.dtype.element_ty, INTERPRETED), mask=ok[None, :] & (column < last)[:, None],
-            )  # fmt: skip
+                result, column = placed(tl.where((column < width)[:, None], result, 0.0), tile_n * COLUMNS)
+            tl.store(  # out_pitch is the width, but the compiler knows what divides it, and so how wide stores may be
+                out_ptr + slot.to(tl.int64)[None, :] * out_pitch + column[:, None],
+                rounded(result, out_ptr.dtype.element_ty, INTERPRETED),
+                mask=ok[None, :] & (column < out_pitch)[:, None],
+            )
     if OVERLAPS:
         # Also where no tile did: else this launch might end before the one before it, and with it the whole call.
         tl.extra.cuda.gdc_wait()

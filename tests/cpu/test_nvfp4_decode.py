@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from moe_fuzz.kernels.experts_nvfp4 import decode
-from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, decode_in_order, place, plain_code
+from moe_fuzz.kernels.experts_nvfp4.decode import decode_blocks, decode_in_order, place, placed, plain_code
 from moe_fuzz.reference.nvfp4 import E2M1, E4M3
 
 pytestmark = pytest.mark.interpreter
@@ -61,3 +61,33 @@ def test_every_column_is_where_it_belongs(monkeypatch: pytest.MonkeyPatch, in_or
     found = out if in_order else out[:, places.long()]
     assert torch.equal(found, values.reshape(ROWS, -1))
     assert len(found.unique()) > 100
+
+
+@triton.jit
+def _placed_kernel(out_ptr, at_ptr, first, C: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    column, at = tl.arange(0, C), tl.arange(0, C)[:, None] * M + tl.arange(0, M)[None, :]
+    found, where = placed(tl.broadcast_to((first + column)[:, None], (C, M)) * 1000 + tl.arange(0, M)[None, :], first)
+    tl.store(out_ptr + at, found)
+    tl.store(at_ptr + column, where)
+
+
+@triton.jit
+def _place_kernel(at_ptr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(at_ptr + tl.arange(0, C), place(tl.arange(0, C)))
+
+
+@pytest.mark.parametrize("columns", [8, 16, 32, 64, 128, 256])
+def test_a_tile_is_put_where_its_columns_belong(columns: int) -> None:
+    """Those of one span of 128 side by side, so that they are written at once."""
+    all_places = torch.empty(512, dtype=torch.int32)
+    _place_kernel[(1,)](all_places, C=512)
+    for first in range(0, 512, columns):
+        out, at = torch.empty(columns, 4, dtype=torch.int32), torch.empty(columns, dtype=torch.int32)
+        _placed_kernel[(1,)](out, at, first, C=columns, M=4)
+        column = out[:, 0] // 1000
+        assert sorted(column.tolist()) == list(range(first, first + columns))
+        assert torch.equal(out, column[:, None] * 1000 + torch.arange(4))
+        assert torch.equal(at, all_places[column.long()])
+        if columns >= 16:
+            runs = at.view(-1, min(columns, 128) // 8)
+            assert torch.equal(runs, runs[:, :1] + torch.arange(runs.shape[1]))
