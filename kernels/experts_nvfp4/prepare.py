@@ -14,7 +14,7 @@ from moe_fuzz.kernels.experts_nvfp4.decode import decode_in_order, in_place, pla
 from moe_fuzz.kernels.nvfp4 import _e2m1_codes, _e4m3_bytes, _e4m3_values
 
 
-@triton.jit(do_not_specialize=["rows", "columns", *_NUMBERS], do_not_specialize_on_alignment=_SCALARS)
+@triton.jit(do_not_specialize=["rows", *_NUMBERS], do_not_specialize_on_alignment=_SCALARS)
 def reorder_kernel(
     x_ptr, global_ptr, out_ptr,  # [T, D], [1], [T, pitch]
     ids_ptr, map_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, padded_ptr, inverse_ptr,  # of the sorting
