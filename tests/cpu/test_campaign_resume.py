@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -191,7 +192,11 @@ def test_a_case_that_keeps_killing_the_campaign_is_left_out_and_told(tmp_path):
 
     whole = campaign(tmp_path / "whole", always_good, cases=100)
     whole.run()
-    deadly, neighbour = whole.pool.leased[60:62]
+    times = ran(whole)  # drivers draw at once: the simplest round, with which each unit begins, may stand anywhere
+    deadly, neighbour = [
+        pair for pair in pairwise(whole.pool.leased)
+        if pair[0].config == pair[1].config and all(times[case.digest] == 1 for case in pair)
+    ][20]  # fmt: skip
     for _ in range(engine.MAX_REPLAYS + 1):
         pid = os.fork()
         if pid == 0:
