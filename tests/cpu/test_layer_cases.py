@@ -206,7 +206,9 @@ def test_a_shard_added_in_16_bits_shows_in_the_bits_alone():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("changes", [{"top_k": 1}, {"top_k": 4, "renormalize": True}, {"top_k": 2, "ep": 3, "bias": True}])
+@pytest.mark.parametrize(
+    "changes", [{"top_k": 1}, {"top_k": 4, "renormalize": True}, {"top_k": 2, "ep": 3, "bias": True}]
+)
 def test_router_weights_in_16_bits_show_in_the_bits_alone(changes, dtype):
     """A router's weights have all bits of a float32: of their products with whole numbers most are stored as one number
     whatever float32 has made of them, and whoever weighs the activation instead, in float32, has these bits, too."""

@@ -128,8 +128,8 @@ class _Exact:
         return moved + gamma(depth(h.shape[-1]) + 4) * size
 
     def _weighted(self, h: Tensor, batch: Batch) -> Tensor:
-        """How far the second product [e, n, H] times a weight may be off, over that weight, where a float32 does not hold
-        it: whoever weighs the terms and then adds them up rounds each sum."""
+        """How far the second product [e, n, H] times a weight may be off, over that weight, where a float32 does not
+        hold it: whoever weighs the terms and then adds them up rounds each sum."""
         w = self.inputs.matrix("w2", batch.experts).transpose(1, 2)
         size = torch.bmm(h.abs(), w.abs())
         if (factor := self.inputs.factor("w2", batch.experts)) is not None:
