@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,12 +40,16 @@ class Violation:
     where: tuple[int, ...] = ()  # first bad coordinate
     expected: str = ""
     got: str = ""
-    budget: float | None = None  # error over bound, where there is a bound
+    budget: float | None = None  # error over bound, where there is a bound, and the error is a number
     site: str = ""  # file:line of the kernel or launcher, where it is known
     step: int | None = None  # of the case, where it has several
     after: str = ""  # what an earlier stage of the target had decided before a later one broke
     allowed: tuple[float, float] | None = None  # the least and the greatest right value at `where`, if that is known
     chosen: tuple[int, ...] = ()  # of a layer: the experts of row where[0], for which `allowed` holds
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and not math.isfinite(self.budget):  # of NaN, say: JSON has no word for it
+            object.__setattr__(self, "budget", None)
 
     @property
     def story(self) -> str:

@@ -7,7 +7,6 @@ Drivers, in threads, run the plan and offer bad verdicts; this thread examines t
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,9 @@ from functools import partial
 
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
+from moe_fuzz.campaign.available import available
 from moe_fuzz.campaign.badcase import BadCase
+from moe_fuzz.campaign.budget import Budget
 from moe_fuzz.campaign.code import releases
 from moe_fuzz.campaign.confirm import killed
 from moe_fuzz.campaign.coverage import Coverage
@@ -26,27 +27,22 @@ from moe_fuzz.campaign.events import Summary
 from moe_fuzz.campaign.examine import Examiner
 from moe_fuzz.campaign.findings import RenderRepro
 from moe_fuzz.campaign.harvest import Harvest
-from moe_fuzz.campaign.interfaces import Cases, Pool, Sanitize, Sources, Space, own_sources
+from moe_fuzz.campaign.interfaces import Cases, Pool, Sanitize, Sources, own_sources
+from moe_fuzz.campaign.leftover import MAX_REPLAYS, Leftover
 from moe_fuzz.campaign.locate import DEVICE_FAULTS
 from moe_fuzz.campaign.pace import progress
-from moe_fuzz.campaign.plan import GRID_SHARE, Settings, Unit, corpus_limit, not_here, nothing_left, units
+from moe_fuzz.campaign.plan import Settings, Unit, corpus_limit, units
 from moe_fuzz.campaign.progress import Plan
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.campaign.stats import Stats
 from moe_fuzz.campaign.summary import summarize
 from moe_fuzz.campaign.tally import CUT, TOO_SLOW, Tally
-from moe_fuzz.campaign.thrift import Thrift
 from moe_fuzz.campaign.triage import Triage
 from moe_fuzz.case import Case
-from moe_fuzz.contract import TargetInfo
-from moe_fuzz.errors import EnvironmentProblem
-from moe_fuzz.ops.space import Means
 from moe_fuzz.verdict import CRASH, Verdict
 
 PROGRESS_EVERY = 0.25  # seconds
 POLL = 0.1  # seconds
-MAX_REPLAYS = 2  # of a case that was running, and nothing else was, when a campaign died
-GRACE = 2.0  # seconds that cases under way have when the time is over
 PATIENCE = 3.0  # seconds an interrupt waits for the rounds that are running
 DOUBTFUL = 2  # faults of the device that no case brings back, from which on the device is doubted
 _DOUBT = (
@@ -91,10 +87,6 @@ class Campaign:
         self._told_late = False
         self._device_faults = 0  # that did not come back
         self._start = time.monotonic()
-        self._targets: dict[str, tuple[TargetInfo, Space]] = {}
-        self._unavailable: dict[str, EnvironmentProblem] = {}
-        self._left_out: set[str] = set()  # of these, by the restriction
-        self._thrift: dict[str, Thrift] = {}
 
     def run(self) -> Summary:
         """Runs it all. Raises MoeFuzzError where no campaign is possible; an interrupt ends in a Summary with 130."""
@@ -102,18 +94,21 @@ class Campaign:
             return self._run()
 
     def _run(self) -> Summary:
+        settings = self._settings
         self._state.listener = lambda message: self._emit(events.Note(message))
         for message in self._state.notes:
             self._emit(events.Note(message))
         self._state.notes.clear()
         began = time.time()
-        self._describe()
+        found = available(settings.targets, self._pool, self._sources.space, settings.device, settings.restriction)
+        self._targets, self._unavailable, self._left_out = found.known, found.problems, found.left_out
         made_of = {target: releases(info, self._pool.versions(target)) for target, (info, _) in self._targets.items()}
-        self._plan = Plan.open(self._settings, self._state, began, made_of)
+        self._plan = Plan.open(settings, self._state, began, made_of)
+        self._budget = Budget(settings, self._plan, self._targets)
         self._stats = Stats(self._state)
         self._harvest = Harvest(self._state, self._targets, self._sources.space)
         examiners = {
-            target: Examiner(self._pool, info, space, self._options, self._settings.device, sanitize=self._sanitize)
+            target: Examiner(self._pool, info, space, self._options, settings.device, sanitize=self._sanitize)
             for target, (info, space) in self._targets.items()
         }
         save = partial(self._save, finished=False)
@@ -128,24 +123,6 @@ class Campaign:
             self._stop.set()
             self._left = True
         return self._finish()
-
-    def _describe(self) -> None:
-        for target in self._settings.targets:
-            try:
-                info = self._pool.describe(target)
-            except EnvironmentProblem as problem:
-                self._unavailable[target] = problem
-                continue
-            space = self._sources.space(info.op)
-            elsewhere = not_here(space, info, self._settings.device)
-            refusal = self._settings.restriction.refusal(space, info) if self._settings.restriction else ""
-            if elsewhere is not None:
-                self._unavailable[target] = elsewhere
-            elif refusal:
-                self._unavailable[target] = nothing_left(refusal)
-                self._left_out.add(target)
-            else:
-                self._targets[target] = (info, space)
 
     def _header(self) -> None:
         settings, infos = self._settings, tuple(info for info, _ in self._targets.values())
@@ -173,16 +150,9 @@ class Campaign:
         self._triage.replay_known(self._plan.new, self._stop.is_set)
         self._resume()
         self._units = self._plan_units()
-        if self._settings.device == "cpu" and self._settings.seconds is not None:  # who asks for cases gets them all
-            self._thrift = {target: Thrift(space, Means.of(info, "cpu")) for target, (info, space) in
-                            self._targets.items()}  # fmt: skip
-        options = self._options
-        if self._settings.seconds is not None:
-            until = time.monotonic() + self._settings.seconds - self._plan.seconds + GRACE
-            options = replace(options, until=until)
         drivers = Drivers(
-            self, self._pool, self._state, self._sources, options, self._plan.seed, self._settings.device,
-            self._targets,
+            self, self._pool, self._state, self._sources, self._budget.bounded(self._options), self._plan.seed,
+            self._settings.device, self._targets,
         )  # fmt: skip
         self._drivers = drivers
         drivers.start(self._settings.workers + 1)
@@ -191,7 +161,7 @@ class Campaign:
                 drivers_done = not drivers.alive  # asked before the line is, so that a last offer is not missed
                 if self._error is not None:
                     raise self._error
-                if not self._triage.work(self._reducer_seconds):
+                if not self._triage.work(self._budget.reducer_seconds):
                     if drivers_done:
                         break
                     drivers.join(POLL)  # no longer than they live: a short campaign is over when they are
@@ -214,31 +184,11 @@ class Campaign:
         waiting = self._triage.resume()
         if rounds or waiting:
             self._emit(events.PhaseStarted("resume", len(rounds) + waiting))
-        for name, target, cases, attempts in rounds:
-            self._replay(name, target, cases, attempts)
-
-    def _replay(self, name: str, target: str, cases: Cases, attempts: int) -> None:
-        """One case at a time, so that it is known which one runs if the campaign dies again: a kill from outside is no
-        case's doing, and one that takes the machine with it must not do so for ever."""
-        with self._pool.lease() as worker:
-            for at, case in enumerate(cases):
-                if attempts >= MAX_REPLAYS:
-                    self._plan.set_aside(target, case)
-                    self._save(finished=False)
-                else:
-                    self._state.begin_round(name, target, cases[at:], attempts + 1)
-                    try:
-                        worker.run((case,), target, self._options, partial(self._replayed, target, at, case))
-                    except (Exception, KeyboardInterrupt):  # a full disk, an interrupt: not the case's doing
-                        with contextlib.suppress(EnvironmentProblem):
-                            self._state.begin_round(name, target, cases[at:], attempts)
-                        raise
-                attempts = 0
-        self._state.end_round(name)
-
-    def _replayed(self, target: str, at: int, case: Case, _: int, verdict: Verdict, history: Cases) -> None:
-        if verdict.bad:
-            self._triage.offer((-1, at), BadCase(target, case, verdict, history))
+        leftover = Leftover(
+            self._pool, self._state, self._plan, self._triage, self._options, partial(self._save, finished=False)
+        )
+        for left in rounds:
+            leftover.replay(*left)
 
     def _plan_units(self) -> Iterator[Unit]:
         def grid(target: str) -> Iterator[Case]:
@@ -247,7 +197,7 @@ class Campaign:
 
         settings = self._settings
         replayed = self._harvest.replayed(self._plan.resumed, corpus_limit(settings), settings.restriction)
-        planned = units(settings, tuple(self._targets), grid, replayed, self._phase_over)
+        planned = units(settings, tuple(self._targets), grid, replayed, self._budget.phase_over)
         return (unit for unit in planned if not self._plan.is_done(unit))
 
     # ---- what the drivers ask and tell (drivers.Host) ---------------------------------------------------------------
@@ -277,15 +227,13 @@ class Campaign:
         return self._plan.is_aside(unit.target, case)
 
     def too_slow(self, unit: Unit, case: Case) -> bool:
-        thrift = self._thrift.get(unit.target)
-        if thrift is None or unit.phase == "corpus" or not thrift.too_slow(case):
-            return False
-        self._count(unit, TOO_SLOW)
-        return True
+        slow = self._budget.too_slow(unit, case)
+        if slow:
+            self._count(unit, TOO_SLOW)
+        return slow
 
     def late(self) -> bool:
-        seconds = self._settings.seconds
-        return seconds is not None and self._plan.seconds >= seconds
+        return self._budget.late()
 
     def given_up(self, unit: Unit) -> None:
         self._count(unit, CUT)
@@ -295,12 +243,7 @@ class Campaign:
         self._unit_tallies[unit].count_other(unit.target, what)
 
     def over(self, unit: Unit) -> bool:
-        return self._phase_over(unit.phase) or self._over_all()
-
-    def _phase_over(self, phase: str) -> bool:
-        seconds = self._settings.seconds
-        share = {"corpus": 2 * GRID_SHARE, "grid": GRID_SHARE}.get(phase)
-        return share is not None and seconds is not None and self._plan.seconds > seconds / share
+        return self._budget.phase_over(unit.phase) or self._over_all()
 
     def verdict(self, unit: Unit, at: int, cases: Cases, verdict: Verdict, history: Cases) -> None:
         if self._left:  # what the closing pool does to its workers is no verdict: the round stays in flight
@@ -308,8 +251,7 @@ class Campaign:
         self._tally.count(unit.target, verdict)
         self._unit_tallies[unit].count(unit.target, verdict)
         self._harvest.consider(unit.target, cases[-1], verdict)
-        if unit.target in self._thrift:
-            self._thrift[unit.target].learn(cases[-1], verdict)
+        self._budget.learn(unit.target, cases[-1], verdict)
         self._coverage.count(unit.target, self._targets[unit.target][1], cases[-1], verdict)
         if verdict.bad:
             if killed(verdict):
@@ -336,13 +278,6 @@ class Campaign:
     def _enough(self) -> bool:
         most = self._settings.max_findings
         return most is not None and len(self._triage.new) >= most
-
-    def _reducer_seconds(self) -> float:
-        """What a reduction may take: its own budget, and all of them together no more than that beyond the time."""
-        budget = self._settings.minimize_seconds
-        if self._settings.seconds is None:
-            return budget
-        return min(budget, self._settings.seconds + budget - self._plan.seconds)
 
     # ---- telling and saving -----------------------------------------------------------------------------------------
 

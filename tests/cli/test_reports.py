@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,7 +14,7 @@ from moe_fuzz.campaign import events
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.case import Fault
 from moe_fuzz.labels import Labels
-from moe_fuzz.report import text
+from moe_fuzz.report import ndjson, text
 from moe_fuzz.report.plain import Plain
 from moe_fuzz.report.terminal import Terminal
 from moe_fuzz.verdict import CRASH, Verdict, Violation
@@ -50,6 +53,15 @@ def test_what_is_wrong_is_told_before_it_is_confirmed_and_once(finding: Finding)
         "suspect, to be confirmed: a@b: error ValueError: raised ValueError: E",
         f"suspect, to be confirmed: a@b: {finding.check} {finding.symptom}: {finding.message}",
     ]
+
+
+def test_a_number_that_json_has_no_word_for_ends_no_campaign(finding: Finding, tmp_path: Path) -> None:
+    """As how far NaN is off; it was an internal error."""
+    nan = Violation("bound", "nan", "y is NaN", budget=math.inf, allowed=(0.0, math.inf))
+    with (tmp_path / "events").open("w") as stream:
+        ndjson.Ndjson(stream).handle(events.ViolationSeen("a@b", finding.case, Verdict("violation", (nan,))))
+    [told] = json.loads((tmp_path / "events").read_text())["verdict"]["violations"]
+    assert (nan.budget, told["budget"], told["allowed"]) == (None, None, [0.0, None])
 
 
 def test_terminal_never_breaks_a_replay_line(finding: Finding) -> None:

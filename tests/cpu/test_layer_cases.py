@@ -22,7 +22,7 @@ from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space, load_case
 from moe_fuzz.ops.layer.inputs import materialize
 from moe_fuzz.ops.layer.space import rank_tokens
-from moe_fuzz.reference.experts_bf16 import experts_bf16
+from moe_fuzz.reference.experts_bf16 import activate, experts_bf16
 from moe_fuzz.reference.moe_layer import moe_layer, shard_bounds
 from moe_fuzz.report.text import padding as padding_table
 from moe_fuzz.verdict import PASS, Verdict
@@ -203,6 +203,41 @@ def test_a_shard_added_in_16_bits_shows_in_the_bits_alone():
             total = total + part
         # a second call is that of the reference, and has the right bits
         assert set(violations(observed(one, y=total))) - {"determinism", "isolation"} == wrong
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "changes", [{"top_k": 1}, {"top_k": 4, "renormalize": True}, {"top_k": 2, "ep": 3, "bias": True}]
+)
+def test_router_weights_in_16_bits_show_in_the_bits_alone(changes, dtype):
+    """A router's weights have all bits of a float32: of their products with whole numbers most are stored as one number
+    whatever float32 has made of them, and whoever weighs the activation instead, in float32, has these bits, too."""
+    one = case(step(40), **{"recipe": "integer", "dtype": dtype, "hidden": 64, "scale": 2.827, **changes})
+    right = observed(one)
+    given, (_, weights, ids) = right.inputs.plain, vars(right.outputs).values()
+    bounds = shard_bounds(6, right.inputs.options["shards"])
+    assert float(right.exact[1].double().mean()) > 0.1
+
+    def layer(weights, before=None):
+        total = torch.zeros(right.hidden.shape, dtype=torch.float64)
+        for first, last in bounds:
+            own = torch.where((ids >= first) & (ids < last), ids, -1)
+            total += (before or experts_bf16)(right.hidden, given["w13"], given["w2"], weights, own).double()
+        return total.to(right.hidden.dtype)
+
+    def weighed_before(x, w13, w2, weights, own):
+        y = torch.zeros(x.shape)
+        for token, slot in (own >= 0).nonzero().tolist():
+            e = own[token, slot]
+            h = activate(x[token].double() @ w13[e].double().t(), "silu", "first").to(x.dtype)
+            y[token] += ((weights[token, slot] * h.float()) @ w2[e].float().t()).to(x.dtype).float()
+        return y.to(x.dtype)
+
+    def wrong(y):
+        return set(violations(observed(one, y=y))) - {"determinism", "isolation"}
+
+    assert wrong(layer(weights)) == wrong(layer(weights, weighed_before)) == set()
+    assert "exact" in wrong(layer(weights.to(right.hidden.dtype).float()))
 
 
 def test_a_logit_whose_sum_may_overflow_on_the_way_is_not_judged():

@@ -194,7 +194,7 @@ class Spinning(FakePool):
 
 
 def test_what_is_given_up_is_told_and_neither_a_hang_nor_gone_on_with(tmp_path, monkeypatch):
-    monkeypatch.setattr("moe_fuzz.campaign.engine.GRACE", 0.3)
+    monkeypatch.setattr("moe_fuzz.campaign.budget.GRACE", 0.3)
     with Pool(2, "cpu", runner=workers.RUNNER) as pool:
         pool.describe("toy@here")
         made = campaign(tmp_path, always_good, cases=None, seconds=0.5, device="cpu", pool=Spinning(pool))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
+from moe_fuzz.campaign.available import available
 from moe_fuzz.campaign.badcase import BadCase
 from moe_fuzz.campaign.confirm import killed, rerun
 from moe_fuzz.campaign.coverage import Coverage
@@ -24,12 +25,10 @@ from moe_fuzz.campaign.gate.ledger import Entry
 from moe_fuzz.campaign.gate.plan import FixedPlan, Round, bare, fixed_plan, quotas
 from moe_fuzz.campaign.gate.settings import GateSettings
 from moe_fuzz.campaign.gate.summary import summarize, turns_red
-from moe_fuzz.campaign.interfaces import Cases, Pool, Sanitize, Sources, Space, own_sources
-from moe_fuzz.campaign.plan import not_here
+from moe_fuzz.campaign.interfaces import Cases, Pool, Sanitize, Sources, own_sources
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.contract import TargetInfo
-from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import Verdict
 
@@ -71,8 +70,6 @@ class Gate:
         self._render = render_repro
         self._options = settings.options()
         self._today = settings.today or datetime.date.today()
-        self._targets: dict[str, tuple[TargetInfo, Space]] = {}
-        self._unavailable: dict[str, EnvironmentProblem] = {}
         self._tally = Tally()  # of what is judged
         self._seen = Tally()  # of what ran, which waits while a round before it compiles
         self._coverage = Coverage()
@@ -97,7 +94,8 @@ class Gate:
             for message in self._state.notes:
                 self._emit(events.Note(message))
             self._state.notes.clear()
-            self._describe()
+            found = available(self._settings.targets, self._pool, self._sources.space, self._settings.device)
+            self._targets, self._unavailable = found.known, found.problems
             for entry in self._settings.strays:
                 self._results[entry.name, entry.pattern] = stray(entry, self._today)
             self._in_force = {name: tuple(self._entries_of(info)) for name, (info, _) in self._targets.items()}
@@ -119,20 +117,6 @@ class Gate:
             return self._finish(interrupted)
 
     # ---- before the first case --------------------------------------------------------------------------------------
-
-    def _describe(self) -> None:
-        for target in self._settings.targets:
-            try:
-                info = self._pool.describe(target)
-            except EnvironmentProblem as problem:
-                self._unavailable[target] = problem
-                continue
-            space = self._sources.space(info.op)
-            elsewhere = not_here(space, info, self._settings.device)
-            if elsewhere is not None:
-                self._unavailable[target] = elsewhere
-            else:
-                self._targets[target] = (info, space)
 
     def _entries_of(self, info: TargetInfo) -> Iterator[Entry]:
         versions = self._pool.versions(info.name)

@@ -14,6 +14,7 @@ from moe_fuzz.checks.experts.slots import Batch, batches
 from moe_fuzz.contract import Contract
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 
+_SHORT = 2.0**13  # of a weight's unit: what float32 makes of longer ones is known within an error
 _ROUGH = 2.0**-20  # how far an activation in float32 may be off where it is the identity
 
 
@@ -45,7 +46,7 @@ class _Exact:
         total = torch.zeros(self.plain["x"].shape, dtype=torch.float64, device=expert.device)
         size, unit = torch.zeros_like(total), torch.full_like(total, torch.inf)
         unknown = torch.zeros_like(total)
-        error = torch.zeros_like(total) if self.free else total[:0]
+        error = torch.zeros_like(total)
         rows = self.plain["w13"].shape[1]
         for batch in batches(expert, rows * total.shape[1], rows + total.shape[1]):
             token = batch.tokens
@@ -57,12 +58,13 @@ class _Exact:
             size.index_add_(0, token, v.abs())
             unit.scatter_reduce_(0, token[:, None].expand_as(v), unit_of(v), "amin")
             unknown.index_add_(0, token, (~known).double())
-        room = 2.0 ** PRECISION[dtype_of(self.contract.reduce, self.dtype)]
-        known = (expert >= 0).any(dim=1)[:, None] & (unknown == 0) & (size < room * unit)
-        y, whole = store(total, self.dtype)
-        if self.free:
+        narrow = dtype_of(self.contract.reduce, self.dtype)
+        summed = size < 2.0 ** PRECISION[narrow] * unit
+        if narrow == torch.float32:  # what is off anyway may be rounded as well
             error = torch.where(error > 0, error + gamma(expert.shape[1] + 2) * (size + error), 0.0)
-            known = known & self._sure(total, error)
+            summed = summed | (error > 0)
+        known = (expert >= 0).any(dim=1)[:, None] & (unknown == 0) & summed & self._sure(total, error)
+        y, whole = store(total, self.dtype)
         return y, known & y.isfinite() & (whole | (not self.contract.truncates))
 
     def _sure(self, values: Tensor, error: Tensor) -> Tensor:
@@ -91,8 +93,12 @@ class _Exact:
                 known = known & store(weight, self.dtype)[1]
             v = v * weight
             e = e if e is None else e * weight.abs()
-            known = known & store(v, torch.float32)[1]
-            if self.contract.slot != "dtype":  # else this is the store below
+            long = weight.abs() >= _SHORT * unit_of(weight)
+            known = known & (long | store(v, torch.float32)[1])
+            if bool(long.any()):
+                off = torch.where(long, self._weighted(h, batch) * weight.abs() + TINY, 0.0)
+                e = off if e is None else e + off
+            if self.contract.slot != "dtype" and self.contract.down == "dtype":  # else this is the store below
                 known = known & self._kept(v, self.contract.down)
         if self.contract.slot == "dtype":
             if e is not None:
@@ -120,6 +126,17 @@ class _Exact:
         if "b2" in self.plain:
             size = torch.where(moved > 0, size + self.plain["b2"][batch.experts].double()[:, None].abs(), 0.0)
         return moved + gamma(depth(h.shape[-1]) + 4) * size
+
+    def _weighted(self, h: Tensor, batch: Batch) -> Tensor:
+        """How far the second product [e, n, H] times a weight may be off, over that weight, where a float32 does not
+        hold it: whoever weighs the terms and then adds them up rounds each sum."""
+        w = self.inputs.matrix("w2", batch.experts).transpose(1, 2)
+        size = torch.bmm(h.abs(), w.abs())
+        if (factor := self.inputs.factor("w2", batch.experts)) is not None:
+            size = size * factor.abs()
+        if "b2" in self.plain:
+            size = size + self.plain["b2"][batch.experts].double()[:, None].abs()
+        return gamma(depth(h.shape[-1]) + 4) * size
 
     def _quantized(
         self, values: Tensor, scale: str, dtype: torch.dtype, error: Tensor | None = None
