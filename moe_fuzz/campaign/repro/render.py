@@ -267,6 +267,12 @@ def _rows(rows: Sequence[int]) -> str:
     return "\n".join(["[", textwrap.fill(text[1:-1], 112, initial_indent="    ", subsequent_indent="    ") + ",", "]"])
 
 
+def _index(rows: Sequence[int]) -> str:
+    """The same, where a tensor is indexed with it: a short range would be taken for an index of each dimension."""
+    text = _rows(rows)
+    return f"list({text})" if text.startswith("range") else text
+
+
 def _repr(value: Any) -> str:
     """Python source of a plain value, in double quotes where that needs no thought."""
     if isinstance(value, float) and math.isinf(value):
@@ -285,5 +291,5 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # the output is Python; what comes from outside goes through repr, or through _docstring
     )
-    environment.filters |= {"literal": tensors.literal, "rows": _rows, "repr": _repr}
+    environment.filters |= {"literal": tensors.literal, "rows": _rows, "index": _index, "repr": _repr}
     return environment
