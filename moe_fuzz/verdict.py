@@ -45,7 +45,10 @@ class Violation:
     step: int | None = None  # of the case, where it has several
     after: str = ""  # what an earlier stage of the target had decided before a later one broke
     allowed: tuple[float, float] | None = None  # the least and the greatest right value at `where`, if that is known
-    chosen: tuple[int, ...] = ()  # of a layer: the experts of row where[0], for which `allowed` holds
+    #: what the target had decided before, for which `allowed` or `right` hold: of a layer the experts of row where[0],
+    #: of a quantizer the scale byte of the block, and the column of the code
+    chosen: tuple[int, ...] = ()
+    right: tuple[int, ...] = ()  # of a code: all that are right there
 
     def __post_init__(self) -> None:
         if self.budget is not None and not math.isfinite(self.budget):  # of NaN, say: JSON has no word for it
@@ -57,7 +60,7 @@ class Violation:
         return f"{self.after}: {self.message}" if self.after else self.message
 
 
-_TUPLES = ("where", "allowed", "chosen")
+_TUPLES = ("where", "allowed", "chosen", "right")
 
 
 @dataclass(frozen=True)

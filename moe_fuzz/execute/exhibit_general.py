@@ -1,10 +1,13 @@
 """The steps of an exhibit (execute/exhibit.py) for every family but routing, whose scripts judge more than these.
 
     {"tokens": 3, "tensors": {"x": TENSOR, …}, "positional": [{"tensor": "x"}, {"value": 8}], "keywords": {…},
-     "results": {"y": {"dtype": "bfloat16", "shape": [3, 64]}}, "out": {"y": {…}} or null, "generous": false}
+     "spelled": {"expert_map": "map", …}: an argument of the op -> the target's name for it,
+     "options": {"block_size": 8, …}, "others": {…}, "results": {"y": {"dtype": "bfloat16", "shape": [3, 64]}},
+     "out": {"y": {…}} or null, "generous": false}
 
-TENSOR has also "fold": the [rows, columns] or [elements] as which it is laid into memory; null: as it is.
-`generous`: results may be larger than said.
+TENSOR has also "fold": the [rows, columns] or [elements] as which it is laid into memory; null: as it is;
+and "turned": its columns are packed, and its rows are not.
+`generous`: results may be larger than said. `others`: see execute/exhibit_others.py.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 from moe_fuzz.case import Case
 from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.errors import CaseError
+from moe_fuzz.execute.exhibit_others import others_of
 from moe_fuzz.execute.exhibit_tensor import tensor
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.inputs import Inputs, Lie
@@ -43,6 +47,9 @@ def general_step(case: Case, index: int, target: Target) -> dict[str, Any]:
         "tensors": {name: _placed(name, inputs, alignment) for name in inputs.plain},
         "positional": [given[name] for name in target.positional],
         "keywords": keywords,
+        "spelled": dict(target.keywords),
+        "options": inputs.options,
+        "others": others_of(case, index, target, inputs),
         "results": results,
         "out": {name: one | {"alignment": max(sizes[name], alignment)} for name, one in results.items()}
         if has_out else None,
@@ -59,5 +66,5 @@ def _placed(name: str, inputs: Inputs, alignment: int) -> dict[str, Any]:
     strides = list(lie.strides(fold or plain.shape))
     if name in getattr(inputs, "turned", ()):
         fold, strides = None, [plain[0].numel(), 1, plain.shape[1]]
-    found = tensor(plain) | asdict(lie)
+    found = tensor(plain) | asdict(lie) | {"turned": name in getattr(inputs, "turned", ())}
     return found | {"strides": strides, "alignment": max(alignment, plain.element_size()), "fold": fold}

@@ -177,6 +177,18 @@ def test_a_code_that_is_off_is_named():
         assert "column 37 of row 1" in found.message
 
 
+@pytest.mark.parametrize("contract", [EXACT, NEAR])
+def test_a_wrong_code_tells_which_are_right(contract):
+    """Those, and no others, that the check lets pass at that place."""
+    seen = observe(case_of(on_x("code_ties", "0-4")), contract)
+    byte = int(seen.outputs.codes[1, 3])
+    answers = [with_byte(seen, "codes", (1, 3), byte & 0xF0 | code) for code in range(16)]
+    right = tuple(code for code, answer in enumerate(answers) if "codes" not in by_bytes(answer))
+    wrong = next(code for code in range(16) if code not in right)
+    found = by_bytes(replace(answers[wrong], brief=False))["codes"]  # what binding makes is brief: nobody reads it
+    assert (found.right, found.chosen) == (right, (int(seen.bytes[1, 0]), 6))
+
+
 def test_exchanged_nibbles_are_called_that():
     seen = observe(case_of(on_x("code_grid", "0-4")))
     codes = seen.outputs.codes

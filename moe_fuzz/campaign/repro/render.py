@@ -1,8 +1,10 @@
 """repro.py of a finding: a script that shows it with torch and the target alone, for whoever maintains the target.
 
 The worker says what the calls are made of (execute/exhibit.py); the templates beside this file hold the script:
-`script.py.j2` its frame, `judge.py.j2` what is wrong in plain torch, `buckets.py.j2` graphs and their replays,
-`memory.py.j2` the tensors' memory, with what differs between devices in `pages_cpu.py.j2` and `pages_cuda.py.j2`.
+`script.py.j2` its frame, `judge.py.j2` what is wrong with the answer of a router in plain torch, `general.py.j2` with
+any other (`align.py.j2`, `nvfp4.py.j2` and `relations.py.j2` are parts of it), `buckets.py.j2` graphs and their
+replays, `memory.py.j2` the tensors' memory, with what differs between devices in `pages_cpu.py.j2` and
+`pages_cuda.py.j2`.
 """
 
 from __future__ import annotations
@@ -25,18 +27,14 @@ from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.interfaces import Cases
 from moe_fuzz.campaign.locate import OWN
 from moe_fuzz.campaign.repro import tensors
+from moe_fuzz.campaign.repro.judged import judged
 from moe_fuzz.campaign.repro.steps import Calls, all_tensors, calls_of
 from moe_fuzz.case import Case, targets_of
 from moe_fuzz.errors import CaseError, MoeFuzzError
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import FENCED_DEVICES, FenceOptions, RunOptions
-from moe_fuzz.verdict import CRASH, HANG, OOM
+from moe_fuzz.verdict import CRASH, HANG
 
-#: check -> what the script must see of the child process that makes the calls; all others return a sentence
-_SHOWS = {CRASH: "died", "fence": "died", HANG: "hung", "oom": "memory", OOM: "memory", "error": "raised",
-          "capture": "uncapturable"}  # fmt: skip
-#: checks that `general.py.j2` can judge for any op, beside what a child process shows
-_GENERAL = ("canary", "determinism", "structure", "written")
 _UNFENCED = FenceOptions(hard=(), readonly=(), own="off")
 _ATTEMPTS = 20  # child processes, for a finding that shows sometimes
 _DEADLINE = 60  # seconds for what should not hang
@@ -118,22 +116,19 @@ def render(
         earlier.append(calls_of(other, its, [f"_BEFORE_{first + i}" for i in range(len(its["steps"]))]))
     several = len(exhibit["steps"]) > 1
     case = calls_of(finding.case, exhibit, [f"_{i + 1}" if several else "" for i in range(len(exhibit["steps"]))])
-    shows, fence = _SHOWS.get(check, "wrong"), _fence(finding, bare)
+    by, fence = judged(finding), _fence(finding, bare)
     everywhere = [step for calls in (*earlier, case) for _, step in calls.steps]
     graphs = any(calls.graph for calls in (*earlier, case))
     refills = any(step["holds"] for step in everywhere)
     poisons = graphs or bool(fence["own"]) or check == "written" or any(step["out"] for step in everywhere)
-    general = get_space(finding.case.op).family != "routing"
     found = next(iter(finding.verdict.violations), None)
-    known = found is not None and (found.allowed is not None or (check == "ids" and found.tensor == "ids"))
-    if general and shows == "wrong" and check not in _GENERAL and not known:
-        raise CaseError("", f"a script cannot judge {check} of {finding.case.op} yet", "use `moe-fuzz replay`")
     context = {
-        "judge_template": "general.py.j2" if general else "judge.py.j2",
+        "judge_template": by.template,
+        "by": by,
         "finding": finding,
         "check": check,
         "found": found,
-        "shows": shows,
+        "shows": by.shows,
         "doc": _docstring(_about(finding, load, device, case, sum(len(one.steps) for one in earlier))),
         "judge_doc": _sentence(_rule(finding) or "the calls come back"),
         "device": device,
@@ -149,17 +144,17 @@ def render(
         "graphs": graphs,
         "refills": refills,
         "fills": graphs or refills or bool(fence["readonly"]),
-        "wants_healed": check in ("isolation", "batch_invariance") or shows != "wrong",
-        "wants_subset": check == "batch_invariance" or shows != "wrong",
+        "wants_healed": check in ("isolation", "batch_invariance") or by.shows != "wrong",
+        "wants_subset": check == "batch_invariance" or by.shows != "wrong",
         "fence": fence,
         "guards": bool(fence["names"] or fence["own"] == "fence"),
         "poisons": poisons,
-        "bits": poisons or check in ("isolation", "batch_invariance", "determinism", "replay"),
+        "bits": poisons or by.relation or check in ("isolation", "batch_invariance", "determinism", "replay"),
         "compressed": any("zlib" in tensor for step in everywhere for tensor in all_tensors(step)),
         "int64": any(tensor["dtype"] == "int64" for step in everywhere for tensor in all_tensors(step)),
         "attempts": 1 if finding.reproduces == "always" else _ATTEMPTS,
         "deadline": _deadline(finding, device),
-        "memory": (exhibit["memory_limit"] or _MEMORY) if shows == "memory" and device == "cpu" else None,
+        "memory": (exhibit["memory_limit"] or _MEMORY) if by.shows == "memory" and device == "cpu" else None,
     }
     template = _environment().get_template("script.py.j2")
     body = template.render(context, imports=())
@@ -272,8 +267,16 @@ def _rows(rows: Sequence[int]) -> str:
     return "\n".join(["[", textwrap.fill(text[1:-1], 112, initial_indent="    ", subsequent_indent="    ") + ",", "]"])
 
 
+def _index(rows: Sequence[int]) -> str:
+    """The same, where a tensor is indexed with it: a short range would be taken for an index of each dimension."""
+    text = _rows(rows)
+    return f"list({text})" if text.startswith("range") else text
+
+
 def _repr(value: Any) -> str:
     """Python source of a plain value, in double quotes where that needs no thought."""
+    if isinstance(value, float) and math.isinf(value):
+        return "math.inf" if value > 0 else "-math.inf"
     text = ascii(value)
     return text if '"' in text or "\\'" in text else text.replace("'", '"')
 
@@ -288,5 +291,5 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # the output is Python; what comes from outside goes through repr, or through _docstring
     )
-    environment.filters |= {"literal": tensors.literal, "rows": _rows, "repr": _repr}
+    environment.filters |= {"literal": tensors.literal, "rows": _rows, "index": _index, "repr": _repr}
     return environment

@@ -53,7 +53,8 @@ def calls_of(case: Case, exhibit: Mapping[str, Any], suffixes: Sequence[str]) ->
 
 def all_tensors(step: Step) -> list[Mapping[str, Any]]:
     """Those whose bits the script holds."""
-    return [*step["tensors"].values(), *([step["healed"]["values"]] if step["healed"] else [])]
+    healed = [step["healed"]] if step["healed"] else step["others"]["healed"].values() if "others" in step else []
+    return [*step["tensors"].values(), *(one["values"] for one in healed)]
 
 
 def _with_inputs(step: Mapping[str, Any]) -> Step:

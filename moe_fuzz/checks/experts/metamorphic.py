@@ -27,9 +27,10 @@ def _off(check_name: str, message: str, other: torch.Tensor, low: torch.Tensor, 
     if not wrong.any():
         return []
     where = first(wrong)
-    expected = f"{float(low[where]):.9g} to {float(high[where]):.9g}"
-    return [Violation(check_name, "off", f"token {where[0]}: {message}", "y", where, expected,
-                      f"{float(other[where]):.9g}")]  # fmt: skip
+    allowed = float(low[where]), float(high[where])
+    return [Violation(check_name, "off", f"token {where[0]}: {message}", "y", where,
+                      f"{allowed[0]:.9g} to {allowed[1]:.9g}", f"{float(other[where]):.9g}",
+                      allowed=allowed)]  # fmt: skip
 
 
 @check("experts", "isolation", relation=True)

@@ -45,7 +45,7 @@ def finite(seen: QuantizeObservation) -> list[Violation]:
     kind = "NaN" if got in (0x7F, 0xFF) else "negative"
     message = f"the scale of block {block} of row {row} is {kind}; {_about(seen, row, block)}"
     return [Violation("finite", kind, message, "scales", (row, block), f"{int(seen.expected[row, block]):#04x}",
-                      f"{got:#04x}")]  # fmt: skip
+                      f"{got:#04x}", allowed=(0, 126))]  # fmt: skip
 
 
 @check(_FAMILY, "scale", parity=True)
@@ -66,7 +66,8 @@ def scale(seen: QuantizeObservation) -> list[Violation]:
     message = f"the scale of block {block} of row {row} is too {symptom}; {_about(seen, row, block)}"
     message += _misplaced(seen, row, wrong[row])
     return [Violation("scale", symptom, message, "scales", (row, block), f"{expected:#04x} = {float(E4M3[expected]):g}",
-                      f"{got:#04x} = {float(E4M3[got]):g}")]  # fmt: skip
+                      f"{got:#04x} = {float(E4M3[got]):g}",
+                      allowed=(int(low[row, block]), int(high[row, block])))]  # fmt: skip
 
 
 @check(_FAMILY, "codes", parity=True)
@@ -92,7 +93,17 @@ def codes(seen: QuantizeObservation) -> list[Violation]:
                f"under the scale {float(E4M3[int(seen.bytes[row, block])]):g}; {_about(seen, row, block)}")  # fmt: skip
     if symptom == "swapped":
         message += "; the two nibbles of each byte are exchanged"
-    return [Violation("codes", symptom, message, "codes", (row, column // 2), _code(expected), _code(got))]
+    right = () if seen.brief else _right_at(seen, row, block, at)
+    return [Violation("codes", symptom, message, "codes", (row, column // 2), _code(expected), _code(got),
+                      chosen=(int(seen.bytes[row, block]), column), right=right)]  # fmt: skip
+
+
+def _right_at(seen: QuantizeObservation, row: int, block: int, at: int) -> tuple[int, ...]:
+    """The codes that would be right for one number, under the target's own scale: each of the sixteen is tried."""
+    tried = seen.repeated(row, block, 16)
+    tried.codes[:, 0, at] = torch.arange(16)
+    wrong = _not_right(tried) if seen.exact else _not_nearest(tried)
+    return tuple((~wrong[:, 0, at]).nonzero().flatten().tolist())
 
 
 def _misplaced(seen: QuantizeObservation, row: int, wrong: torch.Tensor) -> str:
@@ -148,7 +159,7 @@ def padding(seen: QuantizeObservation) -> list[Violation]:
     got = int(seen.outputs.scales.view(torch.uint8)[place])
     symptom = "nan" if got in (0x7F, 0xFF) else "stale"
     message = f"{int(wrong.sum())} of {int(seen.padding.sum())} bytes of the padding of the scales are not zero"
-    return [Violation("padding", symptom, message, "scales", place, "0x00", f"{got:#04x}")]
+    return [Violation("padding", symptom, message, "scales", place, "0x00", f"{got:#04x}", allowed=(0, 0))]
 
 
 def _about(seen: QuantizeObservation, row: int, block: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -51,12 +52,27 @@ class QuantizeObservation:
     call: Callable[[QuantizeInputs], Outputs]  # runs the target again, in fences; a graph is replayed
     eager: Callable[[QuantizeInputs], Outputs] | None = None  # runs it without a graph, where `call` is a replay
     budget: dict[str, float] = field(default_factory=dict)  # nothing here is within a bound of its own
+    brief: bool = False  # nobody reads the violations: what would have been right need not be found out
 
     def with_outputs(self, outputs: Outputs) -> QuantizeObservation:
         """The same inputs and another answer; what is known of the inputs is not computed again."""
-        other = replace(self, outputs=outputs, budget={})
+        other = replace(self, outputs=outputs, budget={}, brief=True)
         for name in ("values", "span", "sizes", "row_scales", "ideal", "ideals", "scale_bytes", "expected", "sound"):
             other.__dict__[name] = getattr(self, name)
+        return other
+
+    def repeated(self, row: int, block: int, times: int) -> QuantizeObservation:
+        """One block, and what came back of it, as the only one of each of so many rows."""
+
+        def held(part: torch.Tensor) -> torch.Tensor:
+            return part[row : row + 1, block : block + 1].repeat(times, *[1] * (part.dim() - 1))
+
+        other = replace(self, budget={}, brief=True)
+        known: dict[str, Any] = {name: held(getattr(self, name)) for name in ("values", "codes", "bytes")}
+        known |= {name: tuple(map(held, getattr(self, name))) for name in ("sizes", "ideals")}
+        known["span"] = tuple(map(held, self.span)) if self.inputs.activation else (known["values"],) * 2
+        known["row_scales"] = self.row_scales[row : row + 1].repeat(times, 1)
+        other.__dict__.update(known)
         return other
 
     # ---- inputs -----------------------------------------------------------------------------------------------------
