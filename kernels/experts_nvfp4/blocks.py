@@ -20,7 +20,7 @@ BACKENDS = ("small", "large")
 SCALED = "scaled"
 VARIABLE = EXPERTS_NVFP4_BACKEND
 #: Slots that an expert has on average, from which on the products take longer than writing and reading those weights.
-LARGE_FROM = 320
+LARGE_FROM = 340
 
 
 @dataclass(frozen=True)
