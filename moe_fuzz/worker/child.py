@@ -175,15 +175,20 @@ def _round(channel: Channel, log: Log, runner: RunnerLike, message: dict[str, An
         try:
             with clock.heard(channel.send):
                 verdict = runner.run(case, target, options)
-        except (MemoryError, RuntimeError) as error:
-            # torch raises a RuntimeError where memory ends; it may be our own tensors that no longer fit.
-            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        except Exception as error:
+            if not _memory_ended(error):
+                error.add_note(f"It ran: moe-fuzz replay {case.inline()} --target {target}")
                 raise
             verdict = Verdict(OOM, detail=f"{type(error).__name__}: {error}")
         told = encode({"verdict": index, "is": verdict.to_json()})
         if verdict.kind in (OOM, CRASH) or verdict.spent:
             break  # this process may hold what the case filled, or has lost its device: the parent forks another
     channel.send_lines(told + encode({"done": len(cases), "rss": _rss()}))
+
+
+def _memory_ended(error: Exception) -> bool:
+    """torch raises a RuntimeError then; it may be our own tensors that no longer fit."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _error(error: Exception) -> dict[str, Any]:

@@ -131,8 +131,9 @@ def test_a_violation_travels_whole(pool: Pool) -> None:
 
 def test_a_failure_of_our_own_is_raised_and_is_no_verdict(pool: Pool) -> None:
     with pool.lease() as worker:
-        with pytest.raises(MoeFuzzError, match="RuntimeError: a fault of the harness"):
-            worker.run([case("raise")], "toy@here", PATIENT)
+        with pytest.raises(MoeFuzzError, match="RuntimeError: a fault of the harness") as raised:
+            worker.run([case("pass"), case("raise", 3)], "toy@here", PATIENT)
+        assert f"moe-fuzz replay {case('raise', 3).inline()} --target toy@here" in raised.value.hint
         assert worker.run([case("pass")], "toy@here", PATIENT)[0].kind == PASS
 
 
