@@ -13,9 +13,11 @@ CRASH = "crash"  # the worker died: a signal, an abort, an exit
 HANG = "hang"  # the worker was killed at its deadline
 OOM = "out-of-memory"
 REJECTED = "rejected"  # outside the declared capabilities, refused with a clear error; UNJUDGED, UNINTERPRETED
+BROKEN = "broken"  # an error of our own: nothing is known of the target; `detail` has the traceback and the case
 FLAKY = "flaky"  # seen once, not seen again in fresh workers
-KINDS = (PASS, VIOLATION, CRASH, HANG, OOM, REJECTED, FLAKY)
+KINDS = (PASS, VIOLATION, CRASH, HANG, OOM, REJECTED, BROKEN, FLAKY)
 BAD = (VIOLATION, CRASH, HANG, OOM)
+NOT_RUN = (REJECTED, OOM, BROKEN)  # the target itself was not put to the test
 
 
 #: Where `Verdict.stats` counts steps with padding: PADDING/kind of run/what, of PADDING_COUNTS.

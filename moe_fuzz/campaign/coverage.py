@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from moe_fuzz.campaign.events import ALL_CONFIGS, NO_FAULT, Cell
 from moe_fuzz.campaign.interfaces import Space
 from moe_fuzz.case import Case
-from moe_fuzz.verdict import PASS, REJECTED, Verdict
+from moe_fuzz.verdict import BROKEN, PASS, REJECTED, Verdict
 
 _Key = tuple[str, str, str, str]
 
@@ -21,7 +21,7 @@ class Coverage:
         self._cells: dict[_Key, list[float]] = {}  # cases, bad ones, largest budget of those that passed
 
     def count(self, target: str, space: Space, case: Case, verdict: Verdict) -> None:
-        if verdict.kind == REJECTED:
+        if verdict.kind in (REJECTED, BROKEN):
             return
         budget = verdict.budget if verdict.kind == PASS else 0.0
         keys = list(_keys(target, space, case))

@@ -17,6 +17,7 @@ from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.available import available
 from moe_fuzz.campaign.badcase import BadCase
+from moe_fuzz.campaign.broken import Broken
 from moe_fuzz.campaign.budget import Budget
 from moe_fuzz.campaign.code import releases
 from moe_fuzz.campaign.confirm import killed
@@ -106,6 +107,7 @@ class Campaign:
         self._plan = Plan.open(settings, self._state, began, made_of)
         self._budget = Budget(settings, self._plan, self._targets)
         self._stats = Stats(self._state)
+        self._broken = Broken(self._emit)
         self._harvest = Harvest(self._state, self._targets, self._sources.space)
         examiners = {
             target: Examiner(self._pool, info, space, self._options, settings.device, sanitize=self._sanitize)
@@ -251,6 +253,7 @@ class Campaign:
         self._tally.count(unit.target, verdict)
         self._unit_tallies[unit].count(unit.target, verdict)
         self._harvest.consider(unit.target, cases[-1], verdict)
+        self._broken.saw(unit.target, cases[-1], verdict)
         self._budget.learn(unit.target, cases[-1], verdict)
         self._coverage.count(unit.target, self._targets[unit.target][1], cases[-1], verdict)
         if verdict.bad:

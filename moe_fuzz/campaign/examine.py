@@ -20,7 +20,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import FenceOptions, RunOptions
-from moe_fuzz.verdict import CRASH, HANG, OOM, UNJUDGED, Verdict, Violation
+from moe_fuzz.verdict import BROKEN, CRASH, HANG, OOM, UNJUDGED, Verdict, Violation
 
 
 def blame(space: Space, minimized: Minimized, violation: Violation) -> str:
@@ -119,7 +119,7 @@ class Examiner:
         verdicts = (rerun(self.pool, cases, finding.target, options) for _ in range(tries))
         return any(
             holds(verdict, finding.raw)
-            or (doubted and (UNJUDGED in verdict.stats or verdict.kind in (CRASH, HANG, OOM)))
+            or (doubted and (UNJUDGED in verdict.stats or verdict.kind in (CRASH, HANG, OOM, BROKEN)))
             for verdict in verdicts
         )
 

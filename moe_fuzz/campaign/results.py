@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from moe_fuzz.campaign.finding import Finding
-from moe_fuzz.verdict import BAD
+from moe_fuzz.verdict import BAD, NOT_RUN
 
 
 def plain(value: Any) -> Any:
@@ -50,7 +50,7 @@ class TargetRow:
     @property
     def ran(self) -> bool:
         """Whether the target really ran at least once: being refused, or out of memory, is not running."""
-        return any(count for kind, count in self.verdicts.items() if kind not in ("rejected", "out-of-memory"))
+        return any(count for kind, count in self.verdicts.items() if kind not in NOT_RUN)
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)} | {"ran": self.ran}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from moe_fuzz import strategies
+from moe_fuzz.campaign.broken import refuse
 from moe_fuzz.campaign.drive import derive_seed, drive
 from moe_fuzz.campaign.interfaces import Cases, Pool, Worker
 from moe_fuzz.campaign.locate import is_memory_fault, locate
@@ -119,6 +120,7 @@ def _until_found(
     """The outcome after the first verdict that shows the bug by its check, or after all of them."""
     target = planted.target
     for case, verdict in verdicts:
+        refuse(verdict)
         violations = violations_of(verdict)
         if planted.check == FENCE and is_memory_fault(verdict.key):
             tensors = get_space(case.op).tensors

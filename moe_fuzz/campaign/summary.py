@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from moe_fuzz.campaign.broken import reason
 from moe_fuzz.campaign.events import Summary, TargetRow
 from moe_fuzz.campaign.plan import Settings
 from moe_fuzz.campaign.progress import Plan
 from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.campaign.triage import Triage
-from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EXIT_FINDING, EXIT_INTERRUPTED
+from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EXIT_FINDING, EXIT_INTERNAL, EXIT_INTERRUPTED
 
 
 def summarize(
@@ -44,6 +45,8 @@ def _exit(rows: Sequence[TargetRow], new: bool, interrupted: bool) -> tuple[int,
         return EXIT_INTERRUPTED, "interrupted; run the same command again to go on"
     if new:
         return EXIT_FINDING, ""
+    if broken := reason(rows):
+        return EXIT_INTERNAL, broken
     reasons = [f"{row.target} is unavailable: {row.unavailable}" for row in rows if row.unavailable]
     for row in rows:
         if not row.unavailable and not row.ran:

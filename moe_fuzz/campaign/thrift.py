@@ -16,7 +16,7 @@ from itertools import combinations
 from moe_fuzz.campaign.interfaces import Space
 from moe_fuzz.case import Case
 from moe_fuzz.ops.space import Means
-from moe_fuzz.verdict import CRASH, HANG, OOM, REJECTED, UNJUDGED, Verdict
+from moe_fuzz.verdict import BROKEN, CRASH, HANG, OOM, REJECTED, UNJUDGED, Verdict
 
 LIMIT = 1.0  # seconds beyond its cost that a case may be expected to take
 TRUSTED = 6.0  # times its cost: what a case may take on a slow or busy machine, where a kernel of ours takes that too
@@ -40,7 +40,7 @@ class Thrift:
 
     def learn(self, case: Case, verdict: Verdict) -> None:
         """What died or hung says nothing of its size, nor does what was refused at once."""
-        if verdict.kind in (CRASH, HANG, OOM) or (verdict.kind == REJECTED and UNJUDGED not in verdict.stats):
+        if verdict.kind in (CRASH, HANG, OOM, BROKEN) or (verdict.kind == REJECTED and UNJUDGED not in verdict.stats):
             return
         cost, seconds = self._space.cost(case, self._means), verdict.seconds
         with self._lock:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from moe_fuzz.campaign.broken import refuse
 from moe_fuzz.campaign.confirm import Key, holds, rerun
 from moe_fuzz.campaign.interfaces import Pool as PoolLike
 from moe_fuzz.campaign.minimize import Minimized
@@ -83,6 +84,7 @@ def minimize(pool: PoolLike, found: source.Source, target: str, options: RunOpti
 def _failure(pool: PoolLike, found: source.Source, target: str, options: RunOptions) -> tuple[Key, Verdict]:
     """What must stay the same: the finding's own failure if it shows, else the first one that does; and the verdict."""
     verdict = rerun(pool, found.cases, target, options)
+    refuse(verdict)
     if verdict.kind == REJECTED:
         raise EnvironmentProblem(f"the case cannot run on {target}: {verdict.kind}", verdict.detail)
     if not verdict.bad:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from moe_fuzz.campaign.broken import refuse
 from moe_fuzz.campaign.confirm import TRIES, holds, killed, rerun
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.interfaces import Pool as PoolLike
@@ -118,6 +119,7 @@ def replay(pool: PoolLike, found: source.Source, target: str, options: RunOption
     while len(verdicts) < tries and verdict.kind == PASS:
         verdict = rerun(pool, found.cases, target, options)
         verdicts += (verdict,)
+    refuse(verdict)
     tried = len(verdicts)
     if verdict.kind == PASS:
         return Answer(FIXED, (f"passed {tried} times in fresh processes" if tried > 1 else "passes",), verdicts)

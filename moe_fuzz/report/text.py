@@ -10,7 +10,7 @@ from moe_fuzz.campaign.events import CampaignStarted, FindingReported, Summary, 
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.contract import TargetInfo
 from moe_fuzz.report.gate_text import gate
-from moe_fuzz.verdict import CRASH, FLAKY, HANG, OOM, PASS, REJECTED, VIOLATION, Verdict
+from moe_fuzz.verdict import BROKEN, CRASH, FLAKY, HANG, OOM, PASS, REJECTED, VIOLATION, Verdict
 
 _MEANING = {
     VIOLATION: "a check found a broken rule",
@@ -18,6 +18,7 @@ _MEANING = {
     HANG: "the worker was killed at the deadline",
     OOM: "there was not enough memory to run it",
     REJECTED: "refused with a clear error, outside what the target says it takes; or not judged in time",
+    BROKEN: "moe-fuzz itself failed in it: please report what is told above",
     FLAKY: "seen once, not again in fresh workers",
 }
 

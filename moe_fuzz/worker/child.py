@@ -25,7 +25,7 @@ from moe_fuzz.contract import TargetInfo
 from moe_fuzz.errors import MoeFuzzError, UsageError
 from moe_fuzz.execute import clock, trail
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import CRASH, OOM, Verdict
+from moe_fuzz.verdict import BROKEN, CRASH, OOM, Verdict
 from moe_fuzz.worker import protocol
 from moe_fuzz.worker.autopsy import stages_of, trace_of
 from moe_fuzz.worker.protocol import (
@@ -176,10 +176,11 @@ def _round(channel: Channel, log: Log, runner: RunnerLike, message: dict[str, An
             with clock.heard(channel.send):
                 verdict = runner.run(case, target, options)
         except Exception as error:
-            if not _memory_ended(error):
-                error.add_note(f"It ran: moe-fuzz replay {case.inline()} --target {target}")
+            if isinstance(error, MoeFuzzError):  # bad input: of no case more than of another
                 raise
             verdict = Verdict(OOM, detail=f"{type(error).__name__}: {error}")
+            if not _memory_ended(error):  # nobody knows what it left behind in this process
+                verdict = Verdict(BROKEN, detail=_told(error), spent=True)
         told = encode({"verdict": index, "is": verdict.to_json()})
         if verdict.kind in (OOM, CRASH) or verdict.spent:
             break  # this process may hold what the case filled, or has lost its device: the parent forks another
@@ -194,13 +195,19 @@ def _memory_ended(error: Exception) -> bool:
 def _error(error: Exception) -> dict[str, Any]:
     if isinstance(error, MoeFuzzError):
         return error_to_json(error)
+    first, _, text = _told(error).partition("\n")
+    return error_to_json(MoeFuzzError(f"the worker failed inside moe-fuzz: {first}",
+                                      f"please report it with this traceback:\n{text}"))  # fmt: skip
+
+
+def _told(error: Exception) -> str:
+    """What an error of our own is and where, in a line, and its traceback."""
     traceback.print_exc()
     text = "".join(traceback.format_exception(error)).strip()
     frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     where = f" ({Path(frame.filename).name}:{frame.lineno} in {frame.name})" if frame else ""
-    problem = MoeFuzzError(f"the worker failed inside moe-fuzz: {type(error).__name__}: {error}{where}",
-                           f"please report it with this traceback:\n{text[-4000:]}")
-    return error_to_json(problem)
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{what}{where}\n{text[-4000:]}"
 
 
 def _rss() -> int:

@@ -23,7 +23,7 @@ from pathlib import Path
 from moe_fuzz.case import Case
 from moe_fuzz.errors import EnvironmentProblem
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
+from moe_fuzz.verdict import BROKEN, CRASH, OOM, PASS, REJECTED, VIOLATION, Verdict, Violation
 from moe_fuzz.worker import autopsy
 from moe_fuzz.worker.clock import CaseClock, Reading
 from moe_fuzz.worker.launch import START_SECONDS, Process
@@ -38,7 +38,7 @@ _IDLE, _CALL, _DEVICE, _WAIT = range(4)
 _DOING = ("between two calls", "in the target's code", "waiting for its device", "waiting for the others")
 _SLICE = 0.05  # seconds between two looks at silent ranks
 _STACK_SECONDS = 0.3  # what the ranks of a hanging group are given to write their stacks
-_SEVERITY = (PASS, REJECTED, VIOLATION, OOM, CRASH)
+_SEVERITY = (PASS, REJECTED, BROKEN, VIOLATION, OOM, CRASH)
 #: Whoever stands there waits: for another, or for a kernel, which may wait for another.
 _WAITING = ("torch/distributed/", "moe_fuzz/execute/meeting.py", "torch/cuda/__init__.py", "torch/cuda/streams.py")
 
@@ -192,10 +192,11 @@ class _Round:
         return True
 
     def _lost(self) -> Verdict | None:
-        """The verdict of a rank whose device or memory is gone: it never meets the others again, which wait for it."""
+        """The verdict of a rank whose device or memory is gone, or that we failed in: it never meets the others again,
+        which wait for it."""
         for rank, given in enumerate(self._given):
             verdict = given.get(self._at)
-            if verdict is not None and verdict.kind in (OOM, CRASH):
+            if verdict is not None and verdict.kind in (OOM, CRASH, BROKEN):
                 return _named(verdict, f"rank {rank} of {len(self._processes)}")
         return None
 

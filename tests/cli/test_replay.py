@@ -14,7 +14,7 @@ from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.findings import write_finding
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.case import Case, dumps_sequence
-from moe_fuzz.verdict import CRASH, OOM, PASS, REJECTED, UNJUDGED, VIOLATION, Verdict, Violation
+from moe_fuzz.verdict import BROKEN, CRASH, OOM, PASS, REJECTED, UNJUDGED, VIOLATION, Verdict, Violation
 
 DUPLICATE = Verdict(
     VIOLATION, (Violation("ids", "duplicate-id", "twice", "ids", (5, 1), "distinct", "0", site="f.py:3"),)
@@ -93,6 +93,16 @@ def test_an_unavailable_target_is_an_error(call: Callable, pool: Any, case: Case
     assert (ran.code, ran.out.split()[0]) == (3, "ERROR")
     assert "is not installed" in ran.out
     assert not pool.ran
+
+
+@pytest.mark.parametrize("command", ["replay", "minimize"])
+def test_an_error_of_our_own_is_no_answer(call: Callable, pool: Any, case: Case, command: str) -> None:
+    detail = "RuntimeError: no such row (inputs.py:7 in rows)\nTraceback (most recent call last): …"
+    pool.judge = lambda cases, options: Verdict(BROKEN, detail=detail)
+    ran = call(command, case.inline())
+    assert ran.code == 4
+    assert "moe-fuzz itself failed on this case: RuntimeError: no such row (inputs.py:7 in rows)" in ran.err
+    assert "Traceback" in ran.err
 
 
 def test_another_target(call: Callable, pool: Any, case: Case) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from moe_fuzz.case import Case, Step
-from moe_fuzz.errors import EnvironmentProblem, MoeFuzzError, UsageError
+from moe_fuzz.errors import EnvironmentProblem, UsageError
 from moe_fuzz.labels import Labels
 from moe_fuzz.options import RunOptions
-from moe_fuzz.verdict import CRASH, HANG, OOM, PASS, VIOLATION
+from moe_fuzz.verdict import BROKEN, CRASH, HANG, OOM, PASS, VIOLATION
 from moe_fuzz.worker.pool import Pool
 
 RUNNER = f"{Path(__file__).parent / 'worker_runner.py'}:Runner"
@@ -129,11 +129,13 @@ def test_a_violation_travels_whole(pool: Pool) -> None:
     assert (verdict.kind, verdict.key) == (VIOLATION, ("ids", "duplicate"))
 
 
-def test_a_failure_of_our_own_is_raised_and_is_no_verdict(pool: Pool) -> None:
+def test_a_failure_of_our_own_is_no_verdict_on_the_target(pool: Pool) -> None:
     with pool.lease() as worker:
-        with pytest.raises(MoeFuzzError, match="RuntimeError: a fault of the harness") as raised:
-            worker.run([case("pass"), case("raise", 3)], "toy@here", PATIENT)
-        assert f"moe-fuzz replay {case('raise', 3).inline()} --target toy@here" in raised.value.hint
+        before, broken, after = worker.run([case("pass"), case("raise"), case("pass")], "toy@here", PATIENT)
+        assert (before.kind, broken.kind, after.kind) == (PASS, BROKEN, PASS)
+        assert broken.detail.startswith("RuntimeError: a fault of the harness (worker_runner.py:")
+        assert "in do_raise" in broken.detail
+        assert before.detail.split()[0] != after.detail.split()[0], "nobody knows what it left in that process"
         assert worker.run([case("pass")], "toy@here", PATIENT)[0].kind == PASS
 
 

@@ -13,6 +13,7 @@ from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.available import available
 from moe_fuzz.campaign.badcase import BadCase
+from moe_fuzz.campaign.broken import Broken
 from moe_fuzz.campaign.confirm import killed, rerun
 from moe_fuzz.campaign.coverage import Coverage
 from moe_fuzz.campaign.events import EntryResult, Summary
@@ -73,6 +74,7 @@ class Gate:
         self._tally = Tally()  # of what is judged
         self._seen = Tally()  # of what ran, which waits while a round before it compiles
         self._coverage = Coverage()
+        self._broken = Broken(self._emit)
         self._sanitize = sanitize
         self._health = health
         self._changed = threading.Condition()
@@ -262,6 +264,7 @@ class Gate:
         case = part.cases[at]
         self._tally.count(part.target, verdict)
         self._coverage.count(part.target, space, case, verdict)
+        self._broken.saw(part.target, case, verdict)
         check, symptom = verdict.key if verdict.bad else ("", "")
         self._emit(
             events.CaseJudged(

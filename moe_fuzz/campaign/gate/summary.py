@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from moe_fuzz.campaign.broken import reason
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.campaign.gate.entries import RED
 from moe_fuzz.campaign.gate.judge import Judge
@@ -13,9 +14,15 @@ from moe_fuzz.campaign.interfaces import Space
 from moe_fuzz.campaign.results import EntryResult, GateResult, Summary, TargetRow
 from moe_fuzz.campaign.tally import Tally
 from moe_fuzz.contract import TargetInfo
-from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EXIT_FINDING, EXIT_INTERRUPTED, EnvironmentProblem
-
-_NOT_RUN = ("rejected", "out-of-memory")
+from moe_fuzz.errors import (
+    EXIT_CLEAN,
+    EXIT_ENVIRONMENT,
+    EXIT_FINDING,
+    EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
+    EnvironmentProblem,
+)
+from moe_fuzz.verdict import NOT_RUN
 
 
 def summarize(
@@ -79,12 +86,14 @@ def _exit(
     reasons += [f"ledger: {result.entry['name']} ({result.entry['tracker']}) {result.message}" for result in stale]
     if reasons:
         return EXIT_FINDING, "; ".join(reasons)
+    if broken := reason(rows):
+        return EXIT_INTERNAL, broken
     reasons = [f"{row.target} is unavailable: {row.unavailable}" for row in rows if row.unavailable]
     for row in rows:
         if not row.unavailable and not row.ran:
             why = ", ".join(f"{count} {kind}" for kind, count in sorted(row.verdicts.items())) or "no case was run"
             reasons.append(f"{row.target}: nothing ran ({why})")
-    ran = sum(count for kind, count in tally.verdicts().items() if kind not in _NOT_RUN)
+    ran = sum(count for kind, count in tally.verdicts().items() if kind not in NOT_RUN)
     if not reasons and ran < floor:
         said = f"only {ran} cases ran, and the profile {settings.profile.name} asks for {floor} of these targets"
         reasons.append(f"{said}; a busy or slow machine? give more --time, or a smaller profile")
