@@ -21,7 +21,8 @@ def align(
         a map, not in [0, G) or mapped to -1. So every padding sentinel is dropped, whatever its value, and so are the
         experts of other ranks. No id is used as an index before it is known to be in range. Several ids may have the
         same expert, as its replicas have; a row that names two of them has two slots of it. A map is made once, by the
-        server: what an entry outside [-1, E) does is nobody's promise; this reference drops it.
+        server: it names one expert at least, for a rank without any runs none of this; what an entry outside [-1, E)
+        does is nobody's promise; this reference drops it.
     sorted_token_ids: the kept slots of expert 0 in ascending order, then N until a whole number of blocks is filled,
         then those of expert 1, and so on; from `num_tokens_post_padded` on, all N. An expert without slots takes no
         block. An id that stands twice in a row is two slots.

@@ -32,8 +32,9 @@ def experts_bf16(
     The expert e of slot (t, j) is ids[t, j], or what `expert_map` says of it. A slot is dropped when its id is not in
         [0, E), or, with a map, not in [0, G) or mapped outside [0, E). It contributes exactly 0 and touches nothing,
         whatever its weight and its x hold, NaN too; a token with no other slots gets 0. Partial results of ranks, each
-        with its own experts and map, sum to the whole. A map is made once, by the server: what an entry outside [-1, E)
-        does, or two ids that share an expert, is nobody's promise; this reference drops the one, and adds up the other.
+        with its own experts and map, sum to the whole. A map is made once, by the server: it names one expert at least
+        (a rank without any runs none of this); what an entry outside [-1, E) does, or two ids that share an expert, is
+        nobody's promise; this reference drops the one, and adds up the other.
     An id that stands twice in a row is two slots, and both count. No token changes another's y.
     Activations of gate g and up-projection p: `silu` silu(g) * p; `gelu` gelu(g) * p, with erf; `swiglu_oai`
         c * sigmoid(1.702 c) * (q + 1) with c = min(g, 7) and q = p clamped to [-7, 7]; `relu2` max(p, 0)^2, without a

@@ -9,6 +9,7 @@ from pathlib import Path
 from moe_fuzz.campaign.events import CampaignStarted, FindingReported, Summary, TargetRow
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.contract import TargetInfo
+from moe_fuzz.ops import get_space
 from moe_fuzz.report.gate_text import gate
 from moe_fuzz.verdict import BROKEN, CRASH, FLAKY, HANG, OOM, PASS, REJECTED, VIOLATION, Verdict
 
@@ -66,11 +67,28 @@ def header(event: CampaignStarted) -> list[str]:
     if event.resumed:
         lines.append("going on with an interrupted campaign")
     lines += [_target(info) for info in event.targets]
+    lines += [f"note: {info.name} {said}" for info in event.targets if (said := unasked(info))]
     return lines + [f"note: {note}" for note in event.notes]
 
 
 def _target(info: TargetInfo) -> str:
     return f"target {info.name}" + (f" from {info.origin}" if info.origin else "")
+
+
+def unasked(info: TargetInfo) -> str:
+    """What servers ask of its like, and a target that declares no contract is never asked; empty where there is
+    nothing, or where somebody has said what it keeps."""
+    if info.declared:
+        return ""
+    space, contract = get_space(info.op), info.contract
+    silent = info.capabilities.is_padding and contract.padding == ("garbage",)
+    asks = {
+        "ids of no expert, as padding has (accepts)": "sentinel_ids" in space.faults and len(contract.accepts) < 2,
+        "what it writes for padding rows (padding)": "is_padding" in space.fields and silent,
+        "replays of a graph (graph)": not contract.graph,
+    }
+    missing = ", ".join(what for what, there in asks.items() if there)
+    return missing and f"declares no contract, and is not asked for {missing}: @declares(contract=Contract(…))"
 
 
 def found(event: FindingReported) -> str:

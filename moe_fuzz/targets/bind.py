@@ -162,7 +162,8 @@ def _read_signature(
     capabilities = signature.cut(capabilities, keywords)
     contract: Contract | None = promise.get("contract")
     if contract is None:
-        default = parameters["padding"].default if "padding" in parameters else None
+        named = "dialect" if "dialect" in signature.spellings else "padding"  # a layer's word, and a router's
+        default = parameters[named].default if named in parameters else None
         # Nobody said that it can be captured: then it need not be.
         contract = Contract(padding=(default,) if default in PADDING_DIALECTS else ("garbage",), graph=False)
     return keywords, capabilities, contract

@@ -36,6 +36,9 @@ def promised(logits, k, renormalize=True, is_padding=None, padding="minus_one"):
 def dialect(logits, k, is_padding=None, padding="minus_one"):
     return plain(logits, k)
 
+def layer(hidden, gate, w13, w2, k, *, is_padding=None, dialect="minus_one", padding="distinct"):
+    return hidden, *plain(hidden @ gate.t(), k)
+
 def factory():
     return plain
 
@@ -174,6 +177,7 @@ def test_declarations_are_cut_down_to_the_signature(file: Path) -> None:
     assert info.classify("ids") == ("contract", "README: ids are distinct")
     assert info.classify("weights") == ("robustness", "")
     assert bind(f"topk_softmax@{file}:dialect").info.contract.padding == ("minus_one",)
+    assert bind(f"moe_layer@{file}:layer").info.contract.padding == ("minus_one",)  # what a layer's word for it says
     assert TargetInfo.from_json(info.to_json()) == info
 
 

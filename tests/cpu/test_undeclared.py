@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_fuzz import strategies
+from moe_fuzz.campaign.events import CampaignStarted
 from moe_fuzz.case import Case
 from moe_fuzz.checks.allreduce.observation import AllreduceObservation
 from moe_fuzz.checks.allreduce.observation import Outputs as Reduced
@@ -26,6 +27,7 @@ from moe_fuzz.reference.align import expert_of_slot
 from moe_fuzz.reference.allreduce_rmsnorm import allreduce_rmsnorm
 from moe_fuzz.reference.experts_bf16 import ACTIVATIONS, _scaled, activate
 from moe_fuzz.reference.nvfp4 import dequantize, nvfp4_quantize
+from moe_fuzz.report.text import header, unasked
 from moe_fuzz.targets.bind import bind
 from tests.benchmark_script import benchmark
 from tests.cpu.experts_seen import FAMILY, case_of, fp4_case_of, judge, observe
@@ -58,6 +60,17 @@ def test_who_says_nothing_of_a_contract_has_declared_none(tmp_path: Path) -> Non
         assert TargetInfo.from_json(info.to_json()) == info
     for name in ("topk_softmax@torch", "experts_bf16@torch", EXPERTS[0].target):
         assert bind(name).info.declared
+
+
+def test_a_campaign_tells_what_it_does_not_ask_for_want_of_a_contract() -> None:
+    """Else a clean campaign on experts that read expert -1 says nothing of the serving that they are made for."""
+    router, experts = (TargetInfo("f@file", op, "user", contract=DEFAULT, declared=False)
+                       for op in ("topk_softmax", "experts_bf16"))  # fmt: skip
+    assert [name in unasked(router) for name in ("accepts", "padding)", "graph)")] == [False, True, True]
+    assert [name in unasked(experts) for name in ("accepts", "padding)", "graph)")] == [True, False, True]
+    assert not unasked(replace(experts, declared=True))
+    started = CampaignStarted("0", (experts,), "cpu", 1, 1, 1, None, ".moe-fuzz", False)
+    assert f"note: f@file {unasked(experts)}" in header(started)
 
 
 def test_the_contracts_of_which_one_is_kept() -> None:
