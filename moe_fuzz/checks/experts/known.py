@@ -14,7 +14,6 @@ from moe_fuzz.checks.experts.slots import Batch, batches
 from moe_fuzz.contract import Contract
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 
-_SHORT = 2.0**13  # of a weight's unit: what float32 makes of longer ones is known within an error
 _ROUGH = 2.0**-20  # how far an activation in float32 may be off where it is the identity
 
 
@@ -78,14 +77,14 @@ class _Exact:
         weight = self.plain["weights"][batch.token, batch.slot].double()[..., None]  # [e, n, 1]
         x, sure = self._quantized(self.plain["x"][batch.token].double(), "x_global", self.dtype)
         bias = self.plain["b13"][batch.experts].double()[:, None] if "b13" in self.plain else None
-        a, sums = self._product(x, "w13", batch, bias, weight if on_input else None, self.contract.gate_up)
+        a, sums, _, _ = self._product(x, "w13", batch, bias, weight if on_input else None, self.contract.gate_up)
         h, stores = self._activated(a)  # [e, n, I], of a [e, n, 2I]
         known = sure & sums.all(dim=-1, keepdim=True) & stores.all(dim=-1, keepdim=True)  # [e, n, 1]
         h = h.masked_fill(~known, 0.0)
         rough = self._rough(h)
         h, sure = self._quantized(h, "h_global", self.dtype if self.stored else torch.float32, rough)
         bias = self.plain["b2"][batch.experts].double()[:, None] if "b2" in self.plain else None
-        v, sums = self._product(h, "w2", batch, bias, None, self.contract.down)
+        v, sums, size, bits = self._product(h, "w2", batch, bias, None, self.contract.down)
         known = known & sure & sums
         e = self._reached(h, rough, batch)
         if not on_input:
@@ -93,10 +92,13 @@ class _Exact:
                 known = known & store(weight, self.dtype)[1]
             v = v * weight
             e = e if e is None else e * weight.abs()
-            long = weight.abs() >= _SHORT * unit_of(weight)
+            # Whoever weighs the terms and then adds them up rounds each sum, where these have more bits than it.
+            long = bits * (weight.abs() / unit_of(weight)) >= self.room
             known = known & (long | store(v, torch.float32)[1])
-            if bool(long.any()):
-                off = torch.where(long, self._weighted(h, batch) * weight.abs() + TINY, 0.0)
+            if self.room < 2.0 ** PRECISION[torch.float32]:
+                known = known & ~long
+            elif bool(long.any()):
+                off = torch.where(long, gamma(depth(h.shape[-1]) + 4) * size * weight.abs() + TINY, 0.0)
                 e = off if e is None else e + off
             if self.contract.slot != "dtype" and self.contract.down == "dtype":  # else this is the store below
                 known = known & self._kept(v, self.contract.down)
@@ -127,17 +129,6 @@ class _Exact:
             size = torch.where(moved > 0, size + self.plain["b2"][batch.experts].double()[:, None].abs(), 0.0)
         return moved + gamma(depth(h.shape[-1]) + 4) * size
 
-    def _weighted(self, h: Tensor, batch: Batch) -> Tensor:
-        """How far the second product [e, n, H] times a weight may be off, over that weight, where a float32 does not
-        hold it: whoever weighs the terms and then adds them up rounds each sum."""
-        w = self.inputs.matrix("w2", batch.experts).transpose(1, 2)
-        size = torch.bmm(h.abs(), w.abs())
-        if (factor := self.inputs.factor("w2", batch.experts)) is not None:
-            size = size * factor.abs()
-        if "b2" in self.plain:
-            size = size + self.plain["b2"][batch.experts].double()[:, None].abs()
-        return gamma(depth(h.shape[-1]) + 4) * size
-
     def _quantized(
         self, values: Tensor, scale: str, dtype: torch.dtype, error: Tensor | None = None
     ) -> tuple[Tensor, Tensor | bool]:
@@ -151,10 +142,10 @@ class _Exact:
 
     def _product(
         self, x: Tensor, name: str, batch: Batch, bias: Tensor | None, weight: Tensor | None, declared: str
-    ) -> tuple[Tensor, Tensor]:
-        """x @ w.T, weighted and biased, and where neither a sum on the way can be rounded nor a store in the declared
-        dtype, which may stand before the weight, before the bias, or behind both. A global scale is a power of two, or
-        nothing is known."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x @ w.T, weighted and biased; where neither a sum on the way can be rounded nor a store in the declared
+        dtype, which may stand before the weight, before the bias, or behind both; Σ|terms|, and over their unit. A
+        global scale is a power of two, or nothing is known."""
         w = self.inputs.matrix(name, batch.experts).transpose(1, 2)
         result, size, unit = torch.bmm(x, w), torch.bmm(x.abs(), w.abs()), _of_rows(x) * _least(w)
         if (factor := self.inputs.factor(name, batch.experts)) is not None:
@@ -169,7 +160,8 @@ class _Exact:
         if bias is not None:
             result, size, unit = result + bias, size + bias.abs(), torch.minimum(unit, _least(bias))
             kept = kept & self._kept(result, declared)
-        return result, kept & (size < self.room * unit)
+        bits = size / unit
+        return result, kept & (bits < self.room), size, bits
 
     def _power(self, name: str, factor: Tensor) -> Tensor:
         """bool [e, 1, 1]: whether an expert's global scale, and that of what it multiplies, are powers of two."""
