@@ -27,6 +27,7 @@ from moe_fuzz.reference.align import align as reference_align
 from moe_fuzz.targets.bind import bind
 from moe_fuzz.verdict import VIOLATION, Verdict, Violation
 from tests.cpu.conftest import Batch
+from tests.cpu.experts_seen import case_of as experts_case
 from tests.cpu.repro_cases import ROOT, exhibit_of, finding_of, smallest, write
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -144,6 +145,24 @@ def test_weights_that_are_not_packed_are_laid_as_they_were(runner: Runner, fault
     script["call"](lambda x, w13, *rest, **more: seen.append(w13.stride()) or x)
     _, rows, columns = materialize(case, 0).plain["w13"].shape
     assert (seen[0][1] == 1) if fault == "transposed" else (seen[0][2] == 1 and seen[0][0] > rows * columns)
+
+
+@pytest.mark.parametrize("expert_map", ["none", "permuted"])
+def test_what_is_kept_of_a_call_shows_by_one_in_between(runner: Runner, expert_map: str) -> None:
+    """The worker calls the target with other experts, too, before it calls it again."""
+    case = replace(experts_case(expert_map=expert_map, top_k=2), target="experts_bf16@torch")
+    found = Verdict(VIOLATION, (Violation("determinism", "bits", "other bits", "y", (0, 0)),))
+    script: dict[str, Any] = {"__name__": "script"}
+    exec(compile(render(finding_of(case, found), exhibit_of(runner, case), bare=True), "script", "exec"), script)
+    sound = bind("experts_bf16@torch").function
+    kept: dict[str, torch.Tensor] = {}
+
+    def with_the_weights_of_the_call_before(x: torch.Tensor, w13: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        now, kept["w13"] = kept.get("w13", w13), w13.clone()
+        return sound(x, now, *rest, **more)
+
+    assert script["judge"](sound) is None
+    assert "other bits when it is called again" in script["judge"](with_the_weights_of_the_call_before)
 
 
 def test_what_a_script_cannot_judge_is_refused(runner: Runner) -> None:

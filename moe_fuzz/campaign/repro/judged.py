@@ -19,7 +19,7 @@ _RULES = {"align": ("slots", "experts", "fill", "inverse", "order", "stable")}
 _BYTES = {"nvfp4": ("scale", "codes", "finite", "padding")}
 #: Pairs of calls: relations.py.j2, and for blocks nvfp4.py.j2.
 _RELATIONS = {
-    "experts": ("isolation", "batch_invariance", "relabel", "shards", "scaling", "backends"),
+    "experts": ("determinism", "isolation", "batch_invariance", "relabel", "shards", "scaling", "backends"),
     "layer": ("isolation",),
     "nvfp4": ("determinism", "isolation", "batch_invariance"),
 }
