@@ -4,11 +4,10 @@ exit code says at the end that not all was well."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 from moe_fuzz.campaign import events
-from moe_fuzz.campaign.results import TargetRow
 from moe_fuzz.case import Case
 from moe_fuzz.errors import MoeFuzzError
 from moe_fuzz.verdict import BROKEN, Verdict
@@ -23,6 +22,7 @@ class Broken:
         self._emit = emit
         self._lock = threading.Lock()
         self._told: set[str] = set()
+        self.count = 0
 
     def saw(self, target: str, case: Case, verdict: Verdict) -> None:
         if verdict.kind != BROKEN:
@@ -30,6 +30,7 @@ class Broken:
         what, _, _ = verdict.detail.partition("\n")
         place = what.rpartition(" (")[2] or what
         with self._lock:
+            self.count += 1
             if place in self._told or len(self._told) == _MOST:
                 return
             self._told.add(place)
@@ -38,9 +39,8 @@ class Broken:
                                f"please report it, with what this prints: moe-fuzz replay {line}"))  # fmt: skip
 
 
-def reason(rows: Iterable[TargetRow]) -> str:
+def reason(count: int) -> str:
     """Why a campaign does not end well; empty if no case broke us."""
-    count = sum(row.verdicts.get(BROKEN, 0) for row in rows)
     return f"moe-fuzz itself failed on {count} case{'s'[:count > 1]}" if count else ""
 
 

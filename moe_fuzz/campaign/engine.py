@@ -40,7 +40,7 @@ from moe_fuzz.campaign.summary import summarize
 from moe_fuzz.campaign.tally import CUT, TOO_SLOW, Tally
 from moe_fuzz.campaign.triage import Triage
 from moe_fuzz.case import Case
-from moe_fuzz.verdict import CRASH, Verdict
+from moe_fuzz.verdict import BROKEN, CRASH, Verdict
 
 PROGRESS_EVERY = 0.25  # seconds
 POLL = 0.1  # seconds
@@ -187,8 +187,9 @@ class Campaign:
         if rounds or waiting:
             self._emit(events.PhaseStarted("resume", len(rounds) + waiting))
         leftover = Leftover(
-            self._pool, self._state, self._plan, self._triage, self._options, partial(self._save, finished=False)
-        )
+            self._pool, self._state, self._plan, self._triage, self._options, self._broken,
+            partial(self._save, finished=False),
+        )  # fmt: skip
         for left in rounds:
             leftover.replay(*left)
 
@@ -332,7 +333,8 @@ class Campaign:
         # A restriction that leaves some targets nothing is what was asked for; one that leaves nothing at all is not.
         targets = tuple(t for t in self._settings.targets if t not in self._left_out) or self._settings.targets
         settings = replace(self._settings, targets=targets)
-        summary = summarize(settings, self._plan, total, self._triage, reasons, self._interrupted)
+        broken = self._broken.count + self._plan.before.verdicts().get(BROKEN, 0)
+        summary = summarize(settings, self._plan, total, self._triage, reasons, broken, self._interrupted)
         self._emit(events.CoverageCounted(self._coverage.cells()))
         if self._health is not None:
             self._emit(events.WorkersCounted(self._health()))

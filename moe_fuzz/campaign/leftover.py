@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from moe_fuzz.campaign.badcase import BadCase
+from moe_fuzz.campaign.broken import Broken
 from moe_fuzz.campaign.interfaces import Cases, Pool
 from moe_fuzz.campaign.progress import Plan
 from moe_fuzz.campaign.state import StateDir
@@ -23,13 +24,15 @@ class Leftover:
     """`save` puts the plan on disk."""
 
     def __init__(
-        self, pool: Pool, state: StateDir, plan: Plan, triage: Triage, options: RunOptions, save: Callable[[], None]
-    ) -> None:
+        self, pool: Pool, state: StateDir, plan: Plan, triage: Triage, options: RunOptions, broken: Broken,
+        save: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._pool = pool
         self._state = state
         self._plan = plan
         self._triage = triage
         self._options = options
+        self._broken = broken
         self._save = save
 
     def replay(self, name: str, target: str, cases: Cases, attempts: int) -> None:
@@ -52,5 +55,6 @@ class Leftover:
         self._state.end_round(name)
 
     def _ran(self, target: str, at: int, case: Case, _: int, verdict: Verdict, history: Cases) -> None:
+        self._broken.saw(target, case, verdict)
         if verdict.bad:
             self._triage.offer((-1, at), BadCase(target, case, verdict, history))

@@ -14,13 +14,14 @@ from moe_fuzz.errors import EXIT_CLEAN, EXIT_ENVIRONMENT, EXIT_FINDING, EXIT_INT
 
 
 def summarize(
-    settings: Settings, plan: Plan, tally: Tally, triage: Triage, unavailable: Mapping[str, str], interrupted: bool
-) -> Summary:
-    """`unavailable`: target -> the reason."""
+    settings: Settings, plan: Plan, tally: Tally, triage: Triage, unavailable: Mapping[str, str], broken: int,
+    interrupted: bool,
+) -> Summary:  # fmt: skip
+    """`unavailable`: target -> the reason. `broken`: cases that we failed on, other runs of them too."""
     new, known = tuple(triage.new.values()), tuple(triage.known.values())
     of_new, of_known = [f.target for f in new], [f.target for f in known]
     rows = tuple(tally.row(name, of_new, of_known, unavailable.get(name, "")) for name in settings.targets)
-    code, reason = _exit(rows, bool(new), interrupted)
+    code, reason = _exit(rows, bool(new), broken, interrupted)
     return Summary(
         seed=plan.seed,
         cases=tally.cases,
@@ -39,14 +40,14 @@ def summarize(
     )
 
 
-def _exit(rows: Sequence[TargetRow], new: bool, interrupted: bool) -> tuple[int, str]:
+def _exit(rows: Sequence[TargetRow], new: bool, broken: int, interrupted: bool) -> tuple[int, str]:
     """A campaign that ran nothing must not look clean, so each target has to have run at least once."""
     if interrupted:
         return EXIT_INTERRUPTED, "interrupted; run the same command again to go on"
     if new:
         return EXIT_FINDING, ""
-    if broken := reason(rows):
-        return EXIT_INTERNAL, broken
+    if broken:
+        return EXIT_INTERNAL, reason(broken)
     reasons = [f"{row.target} is unavailable: {row.unavailable}" for row in rows if row.unavailable]
     for row in rows:
         if not row.unavailable and not row.ran:

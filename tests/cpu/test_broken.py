@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.findings import load_findings
+from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.report import text
 from moe_fuzz.verdict import BROKEN, Verdict
-from tests.cpu.campaign_fakes import GOOD, TARGET, Listener, campaign, nan_on_odd, when
+from tests.cpu.campaign_fakes import GOOD, TARGET, Listener, campaign, nan_on_odd, toy, when
 from tests.cpu.gate_runs import KNOWN, gate, statuses
 
 BROKE = Verdict(BROKEN, detail="RuntimeError: no such row (inputs.py:7 in rows)\nTraceback: …", spent=True)
@@ -69,6 +70,29 @@ def test_the_ledgers_entry_that_broke_us_is_not_taken_for_mended(tmp_path):
     summary = gate(tmp_path, lambda case, history, options: BROKE, entries=(KNOWN,)).run()
     assert statuses(summary) == {"known-nan": "not-run"}
     assert summary.exit_code == 4
+
+
+def test_a_gate_whose_entry_alone_broke_us_is_not_green(tmp_path):
+    def judge(case, history, options):
+        return BROKE if case.digest == KNOWN.cases[0].digest else GOOD
+
+    summary = gate(tmp_path, judge, entries=(KNOWN,)).run()
+    assert statuses(summary) == {"known-nan": "not-run"}
+    assert (summary.exit_code, summary.reason) == (4, "moe-fuzz itself failed on 1 case")
+
+
+def test_what_broke_us_when_it_was_run_again_is_told(tmp_path):
+    """The round that was running when a campaign was killed."""
+    victim = toy(experts=64, seed=99)
+    with StateDir(tmp_path) as state:
+        state.begin_round("0", TARGET, (victim,))
+    listener = Listener()
+    summary = campaign(
+        tmp_path, lambda case, history, options: BROKE if case == victim else GOOD, listener, cases=20
+    ).run()
+    assert len(notes(listener)) == 1
+    assert summary.verdicts == {"pass": 20}
+    assert (summary.exit_code, summary.reason) == (4, "moe-fuzz itself failed on 1 case")
 
 
 def test_nor_is_a_finding_of_before(tmp_path):

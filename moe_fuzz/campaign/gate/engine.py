@@ -258,6 +258,7 @@ class Gate:
     def _judge_one(self, part: Round, at: int, verdict: Verdict, history: Cases) -> None:
         info, space = self._targets[part.target]
         if part.phase == "ledger" and part.entry is not None:
+            self._broken.saw(part.target, part.cases[at], verdict)
             if at == len(part.cases) - 1:  # the others lead up to it
                 self._judge_entry(part, part.entry, verdict)
             return
@@ -338,7 +339,7 @@ class Gate:
         results = tuple(replace(one, seen=self._judge.seen[name]) for (name, _), one in self._results.items())
         summary = summarize(
             self._settings, self._plan, self._targets, self._unavailable, self._tally, self._judge, results,
-            self._seconds, interrupted,
+            self._seconds, self._broken.count, interrupted,
         )  # fmt: skip
         self._emit(events.CoverageCounted(self._coverage.cells()))
         if self._health is not None:

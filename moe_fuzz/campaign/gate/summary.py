@@ -28,7 +28,7 @@ from moe_fuzz.verdict import NOT_RUN
 def summarize(
     settings: GateSettings, plan: FixedPlan, targets: Mapping[str, tuple[TargetInfo, Space]],
     unavailable: Mapping[str, EnvironmentProblem], tally: Tally, judge: Judge, entries: Sequence[EntryResult],
-    seconds: float, interrupted: bool,
+    seconds: float, broken: int, interrupted: bool,
 ) -> Summary:  # fmt: skip
     new, known = tuple(judge.new.values()), tuple(judge.known.values())
     rows = tuple(
@@ -36,7 +36,7 @@ def summarize(
     )
     red = tuple(f.id for f in new if settings.strict or turns_red(f, targets[f.target][0]))
     floor = min(settings.profile.floor[settings.device] * len(targets), plan.cases)
-    code, reason = _exit(settings, rows, red, entries, floor, tally, interrupted)
+    code, reason = _exit(settings, rows, red, entries, floor, tally, broken, interrupted)
     return Summary(
         seed=plan.seed,
         cases=tally.cases,
@@ -76,7 +76,7 @@ def _row(tally: Tally, judge: Judge, target: str, unavailable: str) -> TargetRow
 
 def _exit(
     settings: GateSettings, rows: Sequence[TargetRow], red: Sequence[str], entries: Sequence[EntryResult], floor: int,
-    tally: Tally, interrupted: bool,
+    tally: Tally, broken: int, interrupted: bool,
 ) -> tuple[int, str]:  # fmt: skip
     """A gate that ran nothing must not be green, so each target has to have run, and enough of all of them."""
     if interrupted:
@@ -86,8 +86,8 @@ def _exit(
     reasons += [f"ledger: {result.entry['name']} ({result.entry['tracker']}) {result.message}" for result in stale]
     if reasons:
         return EXIT_FINDING, "; ".join(reasons)
-    if broken := reason(rows):
-        return EXIT_INTERNAL, broken
+    if broken:
+        return EXIT_INTERNAL, reason(broken)
     reasons = [f"{row.target} is unavailable: {row.unavailable}" for row in rows if row.unavailable]
     for row in rows:
         if not row.unavailable and not row.ran:
