@@ -6,6 +6,8 @@ raised: that is a consequence. Whoever waits next is told.
 
 from __future__ import annotations
 
+import os
+import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from moe_fuzz.verdict import Violation
 _T = TypeVar("_T")
 _MACHINERY = ("moe_fuzz/execute", "moe_fuzz/targets/bind.py", "moe_fuzz/fence", "site-packages/torch",
               "site-packages/triton", "site-packages/numpy")  # fmt: skip
+_LIBRARY = tuple({sysconfig.get_path("stdlib") + os.sep, sysconfig.get_path("platstdlib") + os.sep})
 #: What Triton's interpreter raises -> what it has not.
 _UNINTERPRETED = {
     "inline_asm not supported in interpreter mode": "inline assembly",
@@ -82,5 +85,12 @@ def guarded(call: Callable[[], _T], device: str) -> _T:
 
 def site_of(error: BaseException) -> str:
     """file:line in function of the innermost frame that is the target's own code."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(m in f.filename for m in _MACHINERY)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_machinery(f.filename)]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+
+
+def _is_machinery(file: str) -> bool:
+    """Whether nobody would look for a target's bug here: ours, the standard library, or what `exec` made of a string,
+    a dataclass's `__init__` say, whose caller has a file."""
+    library = file.startswith(_LIBRARY) and not any(room in file for room in ("/site-packages/", "/dist-packages/"))
+    return library or file.startswith("<") or any(part in file for part in _MACHINERY)

@@ -44,7 +44,9 @@ class Layout:
         return cls(tuple(info["library"]), tuple(info["packages"]), info["moe_fuzz"])
 
     def is_target(self, file: str) -> bool:
-        if file.startswith("<frozen ") or any(_inside(file, package) for package in self.packages):
+        if file.startswith("<"):  # frozen, or made by `exec`: a dataclass's `__init__`, say. Its caller has a file
+            return False
+        if any(_inside(file, package) for package in self.packages):
             return False
         if _inside(file, self.moe_fuzz):
             return file[len(self.moe_fuzz) + 1 :].partition("/")[0] in _TARGETS

@@ -107,6 +107,8 @@ def _trace(*files: str, head: str = "Current thread 0x1 ") -> str:
     (["/venv/site-packages/torch/_ops.py", "/venv/site-packages/triton/runtime/jit.py", "/src/moe_fuzz/planted/nan.py"],
      "nan.py:2 in f2"),
     (["<frozen importlib._bootstrap>", "/usr/lib/python3.11/site-packages/vllm/ops.py"], "ops.py:1 in f1"),
+    (["<string>", "/venv/site-packages/triton/runtime/interpreter.py", "/me/kernels.py"], "kernels.py:2 in f2"),
+    (["<string>", "/src/moe_fuzz/worker/child.py"], ""),
     (["/src/moe_fuzz/targets/torch.py", "/src/moe_fuzz/worker/child.py"], ""),
     (["/src/moe_fuzz_extra/mine.py"], "mine.py:0 in f0"),
     (["/venv/site-packages/torchvision/ops.py"], "ops.py:0 in f0"),
