@@ -17,7 +17,7 @@ from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.available import available
 from moe_fuzz.campaign.badcase import BadCase
-from moe_fuzz.campaign.broken import Broken
+from moe_fuzz.campaign.broken import Broken, Watched
 from moe_fuzz.campaign.budget import Budget
 from moe_fuzz.campaign.code import releases
 from moe_fuzz.campaign.confirm import killed
@@ -109,8 +109,9 @@ class Campaign:
         self._stats = Stats(self._state)
         self._broken = Broken(self._emit)
         self._harvest = Harvest(self._state, self._targets, self._sources.space)
+        watched = Watched(self._pool, self._broken)
         examiners = {
-            target: Examiner(self._pool, info, space, self._options, settings.device, sanitize=self._sanitize)
+            target: Examiner(watched, info, space, self._options, settings.device, sanitize=self._sanitize)
             for target, (info, space) in self._targets.items()
         }
         save = partial(self._save, finished=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_fuzz.campaign import events
+from moe_fuzz.campaign.broken import reason
 from moe_fuzz.campaign.findings import load_findings
 from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.report import text
@@ -101,3 +102,32 @@ def test_nor_is_a_finding_of_before(tmp_path):
     again = campaign(tmp_path, lambda case, history, options: BROKE, cases=20).run()
     assert not again.fixed
     assert len(again.known) == len(found.new)
+
+
+def again_breaks_us():
+    """Bad where it is seen first; whoever runs a case again breaks us."""
+    seen = set()
+
+    def judge(case, history, options):
+        again = case.digest in seen
+        seen.add(case.digest)
+        return BROKE if again else when(nan_on_odd)(case, history, options)
+
+    return judge
+
+
+def test_it_is_told_where_a_bad_case_is_run_again(tmp_path):
+    listener = Listener()
+    summary = campaign(tmp_path, again_breaks_us(), listener, cases=100).run()
+    assert summary.verdicts["violation"] > 2
+    assert not summary.new
+    assert len(notes(listener)) == 1
+    assert summary.exit_code == 4
+    assert summary.reason != reason(summary.verdicts.get("broken", 0))  # which a plan that draws a case twice has, too
+
+
+def test_a_gate_tells_it_too(tmp_path):
+    listener = Listener()
+    summary = gate(tmp_path, again_breaks_us(), listener).run()
+    assert len(notes(listener)) == 1
+    assert summary.exit_code == 4

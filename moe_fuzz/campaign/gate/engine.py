@@ -13,7 +13,7 @@ from moe_fuzz._version import __version__
 from moe_fuzz.campaign import events
 from moe_fuzz.campaign.available import available
 from moe_fuzz.campaign.badcase import BadCase
-from moe_fuzz.campaign.broken import Broken
+from moe_fuzz.campaign.broken import Broken, Watched
 from moe_fuzz.campaign.confirm import killed, rerun
 from moe_fuzz.campaign.coverage import Coverage
 from moe_fuzz.campaign.events import EntryResult, Summary
@@ -103,9 +103,10 @@ class Gate:
             self._in_force = {name: tuple(self._entries_of(info)) for name, (info, _) in self._targets.items()}
             self._plan = self._make_plan()
             settings = self._settings
+            watched = Watched(self._pool, self._broken)
             self._judge = Judge(
                 self._state,
-                {name: Examiner(self._pool, info, space, self._options, settings.device, settings.profile.tries, False,
+                {name: Examiner(watched, info, space, self._options, settings.device, settings.profile.tries, False,
                                 self._sanitize)
                  for name, (info, space) in self._targets.items()},
                 self._emit, self._in_force, self._turns_red, self._base, self._render,
