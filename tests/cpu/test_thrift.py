@@ -159,7 +159,7 @@ def test_a_round_ends_with_the_case_in_which_the_time_ends(tmp_path):
 
     summary = campaign(tmp_path, judge, cases=None, seconds=0.5).run()
     assert summary.cases <= 4  # and not the eight of a round
-    assert summary.seconds < 1.5
+    assert summary.seconds < 8 * 0.3
     assert not list((tmp_path / "inflight").iterdir())
 
 
@@ -171,7 +171,7 @@ def test_a_worker_gives_up_what_is_under_way_at_the_end(do):
         cases = [workers.case("pass"), workers.case(do), workers.case("pass")]
         verdicts = worker.run(cases, "toy@here", RunOptions(until=began + 1.0))
         assert [verdict.kind for verdict in verdicts] == [PASS]
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 8  # a hang takes 10
         assert worker.pid is None
         [verdict] = worker.run([workers.case("pass")], "toy@here", RunOptions())
         assert verdict.kind == PASS
@@ -202,7 +202,7 @@ def test_what_is_given_up_is_told_and_neither_a_hang_nor_gone_on_with(tmp_path, 
     assert (summary.new, summary.unexamined, summary.verdicts) == ((), 0, {})
     assert summary.rows[0].cut >= 1
     assert "given up, under way when the time was over" in target_row(summary.rows[0])
-    assert summary.seconds < 4
+    assert summary.seconds < 8  # a hang takes 10
     assert not list((tmp_path / "inflight").iterdir())
 
 

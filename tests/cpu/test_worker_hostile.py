@@ -116,17 +116,17 @@ def test_the_clock_stands_still_while_a_case_compiles_or_loads(worker, do):
 @pytest.mark.parametrize(("do", "key", "seconds"), [
     ("spin", ("hang", "deadline"), 0.5),
     ("spin_after_compiling", ("hang", "deadline"), 0.6 + 0.5),
-    ("compile_for_ever", ("hang", "compile"), 2.0),
+    ("compile_for_ever", ("hang", "compile"), 4.0),
     ("spin_when_called_by_the_judge", ("hang", "deadline"), 0.6 + 0.5),
     ("die_compiling", ("crash", "SIGSEGV"), 0.6),
 ])
 def test_a_hang_costs_its_own_deadline_on_its_first_call_too(worker, do, key, seconds):
     worker.run([case("pass")], TARGET, PATIENT)
     started = time.monotonic()
-    verdicts = worker.run([case(do), case("pass")], TARGET, RunOptions(deadline=0.5, first_deadline=2.0))
+    verdicts = worker.run([case(do), case("pass")], TARGET, RunOptions(deadline=0.5, first_deadline=4.0))
     assert [v.key for v in verdicts] == [key, ("pass", "")]
-    assert seconds - 0.1 <= verdicts[0].seconds < seconds + 1.0
-    assert time.monotonic() - started < seconds + 2.5
+    assert seconds - 0.1 <= verdicts[0].seconds < seconds + 2.5  # below the other deadline
+    assert time.monotonic() - started < seconds + 4.0
     assert verdicts[0].violations[0].site.endswith("in do_" + do)
 
 
@@ -314,7 +314,7 @@ def test_close_ends_who_runs_wakes_who_waits_and_may_be_called_again():
         started = time.monotonic()
         pool.close()
         pool.close()
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10  # it spins for 20
         for thread in threads:
             thread.join(10)
     assert raised == ["the pool of workers is closed"] * 2
