@@ -212,7 +212,7 @@ def test_a_suspect_is_confirmed_after_the_time(tmp_path):
     def judge(case, history, options):
         time.sleep(0.2)
         asked.append(options.until)
-        return bad() if tokens(case) else Verdict(PASS, seconds=0.2)
+        return bad()
 
     asked, listener = [], Listener()
     summary = campaign(tmp_path, judge, listener, cases=None, seconds=1.0, device="cpu", minimize_seconds=0.5).run()

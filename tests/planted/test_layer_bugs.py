@@ -126,13 +126,13 @@ def test_shapes_and_padding_alone_show_nothing(runner):
 
 @pytest.fixture(scope="module")
 def examiner():
-    def examine(one: Case, *before: Case):
+    def examine(one: Case, *before: Case, seconds: float = 8.0):
         with Pool(1, "cpu") as pool:
             info = pool.describe(one.target)
             with pool.lease() as worker:
                 verdict = worker.run((*before, one), one.target, RunOptions())[-1]
             bad = BadCase(one.target, one, verdict, tuple(before))
-            return Examiner(pool, info, SPACE, RunOptions(), "cpu").examine(bad, 8.0, lambda *_: None)
+            return Examiner(pool, info, SPACE, RunOptions(), "cpu").examine(bad, seconds, lambda *_: None)
 
     return examine
 
@@ -166,7 +166,8 @@ def test_culprit_and_victim_are_two_cases(examiner):
 
 
 def test_culprit_and_victim_are_two_steps_of_a_case(examiner):
-    found = examiner(case("shifted_tail_block", step(16), step(1), step(16), step(16), experts="0-6"))
+    one = case("shifted_tail_block", step(16), step(1), step(16), step(16), experts="0-6")
+    found = examiner(one, seconds=60.0)  # to its end
     assert not found.sequence
     assert len(found.case.steps) == 2
     assert "step 1 is the victim: without what step 0 leaves behind, its calls pass" in found.message
