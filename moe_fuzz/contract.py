@@ -82,6 +82,8 @@ class Capabilities:
     alignment: int = 16  # bytes to which every input and output must be aligned; 1: element alignment is enough
     devices: tuple[str, ...] = ("cpu", "cuda")
     jit: bool = False  # compiles inside the process where nobody can see it: what is first of a config may take long
+    one_host_path: bool = False  # its Python code is the same on every device: what it may not read while it is
+    # captured on a GPU, it does not read on a CPU
     compiles: bool = True  # compiles for each config anew, as Triton does: a campaign stays with a config for longer
     # of grouped_topk alone
     min_n_group: int = 1

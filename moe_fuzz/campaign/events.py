@@ -40,7 +40,7 @@ class CampaignStarted(Event):
     seconds: float | None
     state_dir: str
     resumed: bool = False  # goes on where an interrupted campaign stopped
-    notes: tuple[str, ...] = ()  # "Triton's interpreter: no CUDA graphs"
+    notes: tuple[str, ...] = ()  # "device cpu: Triton kernels run in its interpreter"
     plan: str = ""  # of a gate: the digest of its list of cases
 
 

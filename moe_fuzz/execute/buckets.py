@@ -6,11 +6,16 @@ replay, tail and all, with what a server's buffer would hold then, and are read-
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 
+from moe_fuzz.execute.call import CaptureFailed, TargetError, guarded
 from moe_fuzz.execute.calls import Call, Results, fetch
+from moe_fuzz.execute.tape import NotWhole, Tape
 from moe_fuzz.fence import Arena
 from moe_fuzz.ops.inputs import Inputs
 from moe_fuzz.targets.bind import Target
@@ -50,10 +55,8 @@ class Bucket(ABC):
 class Simulated(Bucket):
     """Without CUDA graphs a replay is a call over the static buffers, whose result is that call's own.
 
-    What the host computes, a graph keeps from its capture; here it is computed anew each time. So a number that was
-    read on the host and baked in, a tactic chosen while capturing, and a target that cannot be captured at all do not
-    show. What shows is all that depends on the buffers: on their addresses, on what their tail holds, on the replays
-    before.
+    What the host computes, a graph keeps from its capture; here it is computed anew each time. What shows is all that
+    depends on the buffers: on their addresses, on what their tail holds, on the replays before.
     """
 
     def __init__(self, inputs: Inputs, target: Target, arena: Arena, with_out: bool, pieces: bool) -> None:
@@ -74,6 +77,82 @@ class Simulated(Bucket):
 
     def close(self) -> None:
         pass
+
+
+class Taped(Simulated):
+    """A replay does again what a call asked torch and Triton for, and nothing of what the host did (see tape.py). Where
+    a call is more than that, as its tape shows when it is replayed at once, a replay is a call: then it is Simulated.
+
+    A target whose host code is the same on every device (`one_host_path`) may read nothing on the host meanwhile.
+    """
+
+    def __init__(self, inputs: Inputs, target: Target, arena: Arena, with_out: bool, pieces: bool) -> None:
+        super().__init__(inputs, target, arena, with_out, pieces)
+        call = self.call
+        self._tape: Tape | None = None
+        tape = Tape([*call.tensors.values(), *call.out], target.info.capabilities.one_host_path)
+        try:
+            with self._calling(), arena.own():
+                results = call.unpacked(guarded(partial(tape.record, call.bare), call.device.type))
+        except TargetError as error:
+            if tape.refused is not None:
+                raise CaptureFailed(error) from error
+            return  # the second call of the target fails, as the first replay will
+        if tape.whole and self._does_it_again(tape, results):
+            self._tape, self._results = tape, results
+
+    def _does_it_again(self, tape: Tape, results: Results) -> bool:
+        before = fetch(results, self.call.device)
+        self.call.poison()
+        tape.poison()
+        try:
+            self._run(tape)
+        except (TargetError, NotWhole):
+            return False
+        now = fetch(results, self.call.device)
+        return all(one is None or other is None or torch.equal(_bits(one), _bits(other))
+                   for one, other in zip(before, now, strict=True))  # fmt: skip
+
+    def _run(self, tape: Tape) -> None:
+        with self._calling():
+            try:
+                guarded(tape.replay, self.call.device.type)
+            except TargetError as error:
+                if isinstance(error.__cause__, NotWhole):
+                    raise error.__cause__ from error
+                raise
+
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[None]:
+        self.call.arena.protect()
+        try:
+            yield
+        finally:
+            self.call.arena.unprotect()
+
+    def _poison(self) -> None:
+        super()._poison()
+        if self._tape is not None:
+            self._tape.poison()
+
+    def _replay(self) -> Results:
+        if self._tape is None:
+            return super()._replay()
+        if self.pieces:
+            clobber(self.call.first)
+        try:
+            self._run(self._tape)
+        except NotWhole:
+            self._tape = None
+            return super()._replay()
+        return self._results
+
+    def close(self) -> None:
+        self._tape, self._results = None, ()
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def clobber(like: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 An exhibit is a JSON value, made by the worker, which has torch; the parent renders it into `repro.py` and tables.
 
     {"op": "topk_softmax", "device": "cpu", "edge": "right", "memory_limit": null, "contract": {…}, "interpreter": "…",
+     "tape": "…", "one_host_path": false,
      "load": {"kind": "file", "path": "/…/routing.py", "attribute": "topk_softmax", "factory": false, …},
      "steps": [{"top_k": 2, "tokens": 3, "experts": 8, "scale": 1.0, "renormalize": false, "padding": "distinct",
                 "width": 2, "scoring": "softmax", "n_group": 1, "topk_group": 1, "group_score": "max", "n_shared": 0,
@@ -45,7 +46,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 from moe_fuzz.errors import CaseError
-from moe_fuzz.execute import interpreter_language, interpreter_nan, interpreter_values
+from moe_fuzz.execute import interpreter_language, interpreter_nan, interpreter_values, tape
 from moe_fuzz.execute.barecall import BareCall, bare_call
 from moe_fuzz.execute.exhibit_general import general_step
 from moe_fuzz.execute.exhibit_tensor import tensor
@@ -77,6 +78,8 @@ def exhibit(case: Case, target: Target, device: str = "cpu") -> dict[str, Any]:
         "contract": asdict(target.info.contract),
         "load": _load(target),
         "interpreter": _interpreter(target) if device == "cpu" else "",
+        "tape": _tape() if device == "cpu" and case.mode in ("graph", "piecewise") else "",
+        "one_host_path": target.info.capabilities.one_host_path,
         "steps": steps,
     }
 
@@ -147,6 +150,11 @@ def _interpreter(target: Target) -> str:
         return ""
     files = (str(module.__file__) for module in (interpreter_values, interpreter_nan, interpreter_language))
     return "\n\n\n".join(_below_imports(Path(file).read_text(encoding="utf-8")) for file in files)
+
+
+def _tape() -> str:
+    """What stands in for CUDA's graphs."""
+    return _below_imports(Path(str(tape.__file__)).read_text(encoding="utf-8")).replace("canary.poison", "poison")
 
 
 def _below_imports(text: str) -> str:

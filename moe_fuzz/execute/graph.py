@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from moe_fuzz.case import RANKS
-from moe_fuzz.execute.buckets import Bucket, Simulated
+from moe_fuzz.execute.buckets import Bucket, Simulated, Taped
 from moe_fuzz.execute.calls import Call, Results
 from moe_fuzz.execute.capture import Captured, GraphPool
 from moe_fuzz.execute.steps import Steps
@@ -50,8 +50,10 @@ class GraphSteps(Steps):
         with_out, pieces = self.with_out, self.case.mode == "piecewise"
         # Ranks pad their batches into static buffers whether or not what runs over them is captured.
         called = self.case.mode == RANKS and not self.target.info.contract.graph
-        if pool is None or called:
+        if called:
             buckets[key] = Simulated(inputs, self.target, arena, with_out, pieces)
+        elif pool is None:
+            buckets[key] = Taped(inputs, self.target, arena, with_out, pieces)
         else:
             buckets[key] = Captured(inputs, self.target, arena, with_out, pieces, pool)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moe_fuzz.case import Case
-from moe_fuzz.execute import meeting
+from moe_fuzz.execute import meeting, tape
 from moe_fuzz.options import RunOptions
 from moe_fuzz.targets.bind import Target
 from moe_fuzz.verdict import Violation
@@ -181,7 +181,7 @@ class _Around:
         self._calls = 0
 
     def __call__(self, x: Any, residual: Any, gamma: Any, eps: float, **given: Any) -> Any:
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        capturing = tape.recording() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         burst = min(self._burst, _FEW) if capturing or self._begun else self._burst
         self._begun = self._begun or x.shape[-2] > 0
         others = list(self._others(x, residual, gamma)) if burst or len(self._groups) > 1 else []

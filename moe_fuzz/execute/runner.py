@@ -27,6 +27,7 @@ from moe_fuzz.execute.interpreter_nan import pick
 from moe_fuzz.execute.interpreter_values import correct
 from moe_fuzz.execute.ranks import RankSteps
 from moe_fuzz.execute.steps import Steps
+from moe_fuzz.execute.tape import answer_who_asks
 from moe_fuzz.fence import allocator, cuda_driver
 from moe_fuzz.fence.cuda_driver import DeviceLost
 from moe_fuzz.ops import get_space
@@ -51,6 +52,7 @@ class Runner:
             pick()
             complete()
             tell_of_programs()
+            answer_who_asks()
         else:
             _start_cuda()
         keep_freed_memory()

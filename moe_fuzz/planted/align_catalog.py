@@ -69,7 +69,7 @@ ALIGN: tuple[Planted, ...] = (
     _align("filled_once", "fill", "vllm#52308", "fills the plan's buffer when it is made, never again",
            module="align_memory", contract=_GRAPH),
     _align("total_read_on_host", "capture", "Megatron-LM#6999", "reads the total on the host: cannot be captured",
-           only=True, module="align_memory", contract=_GRAPH, capabilities=_CUDA),
+           only=True, module="align_memory", contract=_GRAPH, capabilities={"one_host_path": True}),
     _align("ranked_backwards_in_a_graph", "replay", "flashinfer#4841", "ranks slots from the last while it is captured",
-           only=True, module="align_memory", contract=_GRAPH, capabilities=_CUDA),
+           only=True, module="align_memory", contract=_GRAPH, capabilities={"one_host_path": True}),
 )  # fmt: skip

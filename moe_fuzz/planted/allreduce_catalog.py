@@ -75,9 +75,9 @@ ALLREDUCE: tuple[Planted, ...] = (
            only=True, contract={"sum_order": "any"}),
     # graphs
     _state("counts_rows_on_the_host", "capture", "vllm#28334", "reads on the host whether all is finite", only=True,
-           contract={"graph": True}, capabilities={**_CUDA, "out": False}),
+           contract={"graph": True}, capabilities={"one_host_path": True, "out": False}),
     _state("other_order_in_a_graph", "replay", "flashinfer#4841", "begins with the last rank while it is captured",
-           only=True, contract={"graph": True, "sum_order": "any"}, capabilities={**_CUDA, "out": False}),
+           only=True, contract={"graph": True, "sum_order": "any"}, capabilities={"one_host_path": True, "out": False}),
     # processes
     _sums("zero_is_not_there_yet", "hang", "flashinfer#3304", "waits for ever for a message with -0 in it",
           symptom="deadline", only=True),

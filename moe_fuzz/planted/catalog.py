@@ -23,6 +23,7 @@ def _router(name: str, module: str, check: str, upstream: str, story: str, **mor
 
 _GRAPH = {"deterministic": True, "graph": True}
 _CUDA: Mapping[str, Any] = {"devices": ("cuda",)}
+_ONE_PATH: Mapping[str, Any] = {"one_host_path": True}
 
 
 def _sigmoid(name: str, check: str, upstream: str, story: str, **more: Any) -> Planted:
@@ -99,15 +100,15 @@ _ROUTERS: tuple[Planted, ...] = (
             "row maxima outlive the call: a huge row spoils what stands in its place later"),
     # graphs: where nothing else is said, a planted bug promises nothing about being captured
     _router("counts_rows_on_host", "routing_graph", "capture", "Megatron-LM#6999",
-            "reads a count on the host: cannot be captured", only=True, contract=_GRAPH, capabilities=_CUDA),
+            "reads a count on the host: cannot be captured", only=True, contract=_GRAPH, capabilities=_ONE_PATH),
     _router("tactic_of_the_capture", "routing_graph", "replay", "flashinfer#4841",
-            "takes another arithmetic while it is captured", only=True, contract=_GRAPH, capabilities=_CUDA),
+            "takes another arithmetic while it is captured", only=True, contract=_GRAPH, capabilities=_ONE_PATH),
     _router("frozen_staging", "routing_graph", "selection", "vllm#52308",
             "captures a padded copy that the warm-up made: every replay routes its zeros",
-            contract=_GRAPH, capabilities=_CUDA),
+            contract=_GRAPH, capabilities=_ONE_PATH),
     _router("epoch_baked_in", "routing_graph", "replay", "vllm#28334",
             "the number of the call is baked in: row maxima of earlier replays count as this one's",
-            contract=_GRAPH, capabilities=_CUDA),
+            contract=_GRAPH, capabilities=_ONE_PATH),
     _router("side_stream_not_joined", "routing_graph", "written", "flashinfer#1894",
             "computes the weights on a stream that the graph does not know", contract=_GRAPH, capabilities=_CUDA),
     _router("padding_mask_mirrored", "routing_graph", "padding", "sglang#30895",

@@ -104,5 +104,5 @@ EXPERTS: tuple[Planted, ...] = (
     _memory("slot_sums_cleared_once", "determinism", "vllm#41444", "adds into a workspace that is never cleared again",
             contract={"graph": True}, capabilities=_FEW),
     _memory("frozen_hidden_states", "exact", "vllm#52308", "each replay computes with the x of the warm-up",
-            contract={"graph": True}, capabilities={**_FEW, **_CUDA}),
+            contract={"graph": True}, capabilities={**_FEW, "one_host_path": True}),
 )  # fmt: skip

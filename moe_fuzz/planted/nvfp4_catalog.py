@@ -82,7 +82,7 @@ NVFP4: tuple[Planted, ...] = (
     _state("rounds_at_random", "determinism", "TransformerEngine#3281", "values near a tie fall either way"),
     # graphs
     _state("scale_read_on_host", "capture", "Megatron-LM#6999", "reads the global scale on the host",
-           contract={"graph": True}, capabilities=_CUDA),
+           contract={"graph": True}, capabilities={"one_host_path": True}),
     _state("reciprocals_in_a_graph", "replay", "flashinfer#4841", "takes another arithmetic while it is captured",
-           contract={"graph": True}, capabilities=_CUDA),
+           contract={"graph": True}, capabilities={"one_host_path": True}),
 )  # fmt: skip

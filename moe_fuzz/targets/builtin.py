@@ -18,9 +18,11 @@ from moe_fuzz.targets.builtin_nvfp4 import experts_nvfp4 as _experts_nvfp4
 _CONTRACT = Contract(
     deterministic=True, batch_invariant=True, ties="lowest_index_first", ordered=True, padding=PADDING_DIALECTS
 )
-_CAPABILITIES = Capabilities(out=True, alignment=1, any_strides=True)
+_CAPABILITIES = Capabilities(out=True, alignment=1, any_strides=True, one_host_path=True)
 _SORTED = Contract(deterministic=True, ordered=True, stable=True, accepts=PADDING_DIALECTS)
-_BLOCKS = Capabilities(max_experts=8192, max_top_k=64, out=True, alignment=1, any_strides=True, block_sizes=())
+_BLOCKS = Capabilities(
+    max_experts=8192, max_top_k=64, out=True, alignment=1, any_strides=True, one_host_path=True, block_sizes=()
+)
 
 
 def _promises(
@@ -44,7 +46,7 @@ nvfp4_quantize = declares(
             accepts=PADDING_DIALECTS,
         ),
         Capabilities(
-            out=True, alignment=1, any_strides=True, global_scales=GLOBAL_SCALES,
+            out=True, alignment=1, any_strides=True, one_host_path=True, global_scales=GLOBAL_SCALES,
             scale_dtypes=("float32", "bfloat16"),
         ),
     )
@@ -52,9 +54,10 @@ nvfp4_quantize = declares(
 experts_bf16 = declares(
     # not batch-invariant: block shapes follow the number of slots, and with them the order of a sum
     contract=Contract(deterministic=True, accepts=PADDING_DIALECTS),
-    capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True),
+    capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True,
+                              one_host_path=True),
     clauses={"*": "the contract in the docstring of moe_fuzz.reference.experts_bf16"},
-)(experts.experts_bf16)
+)(experts.experts_bf16)  # fmt: skip
 moe_layer = declares(
     contract=Contract(deterministic=True, isolated=True, ties="lowest_index_first", ordered=True,
                       padding=PADDING_DIALECTS, accepts=PADDING_DIALECTS),

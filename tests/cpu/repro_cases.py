@@ -173,5 +173,6 @@ SAYS = {
     "ties": "comes first", "order": "before it", "weights": "the weight of expert", "canary": "were overwritten",
     "fence": "(SIGSEGV)", "isolation": "with other contents in the padding rows", "batch_invariance": "; among ",
     "determinism": "called again with the same input", "crash": "takes its process down", "hang": "does not come back",
-    "oom": "runs out of memory, with 1024 MiB at hand",
+    "oom": "runs out of memory, with 1024 MiB at hand", "capture": "cannot be captured into a CUDA graph",
+    "replay": "replay",
 }  # fmt: skip

@@ -45,9 +45,9 @@ _WIDTH = 117  # three quotes stand before the first line
 _FAR = {"int32_boundary", "far_columns"}  # layouts of gigabytes of addresses
 _NOTHING: Mapping[str, Any] = {"libraries": [], "environment": {}, "imports": [], "calls": ""}
 #: what a script may need of the standard library
-_MODULES = ("ast", "base64", "ctypes", "faulthandler", "functools", "glob", "importlib", "importlib.util", "inspect",
-            "json", "math", "mmap", "os", "re", "resource", "runpy", "select", "signal", "sys", "time", "traceback",
-            "zlib")  # fmt: skip
+_MODULES = ("ast", "base64", "contextlib", "ctypes", "faulthandler", "functools", "glob", "importlib",
+            "importlib.util", "inspect", "json", "math", "mmap", "os", "re", "resource", "runpy", "select", "signal",
+            "sys", "time", "traceback", "zlib")  # fmt: skip
 
 
 class Worker(interfaces.Worker, Protocol):
@@ -134,6 +134,8 @@ def render(
         "device": device,
         "load": load,
         "interpreter": exhibit["interpreter"],
+        "tape": exhibit["tape"],
+        "one_host_path": exhibit["one_host_path"],
         "target": _target(load),
         "contract": exhibit["contract"],
         "edge": exhibit["edge"],
@@ -195,7 +197,7 @@ def _about(finding: Finding, load: Mapping[str, Any], device: str, case: Calls, 
         facts += [f"{name:9} {text}" for name, text in told if text]
     if case.graph:
         sizes = " and ".join(str(name) for name, _ in case.buckets)
-        what = "the graphs" if device == "cuda" else "a CPU has no graphs: calls over static buffers"
+        what = "the graphs" if device == "cuda" else "a CPU has no graphs: what a call asked for, again, over buffers"
         facts += [f"Replays   {len(case.steps)}; {what} of {sizes} tokens"]
     if any(step["holds"] for _, step in case.steps):
         facts += [f"Calls     {len(case.steps)}; the buffers of one are filled anew for another, as a server does it"]

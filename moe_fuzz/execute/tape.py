@@ -1,0 +1,212 @@
+"""A CUDA graph as a host can have one: what a call asks torch and Triton for, to be done again without the host's code.
+
+A graph keeps of a call what was launched, with the addresses and the numbers it was launched with; what the host
+computed or decided is not looked at again. So is it with a tape: the operations of torch, and the launches of kernels
+that Triton's interpreter runs, over the same memory, in the same order.
+
+A script of a finding has what stands below the imports, with a `poison` of its own (campaign/repro).
+
+Not everything that a host does can be taped. A target that reads its tensors otherwise (numpy, a library of its own),
+or whose shapes hang on what they hold, has a tape that is not its call. `whole` says whether it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from moe_fuzz.fence import canary
+
+#: What copies a tensor to the host, or waits for it: a GPU refuses that while it captures. Operations of torch, and
+#: functions of its Python side that a tensor of a host hands itself over with, without any operation.
+_READS = {
+    torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.is_nonzero,
+    torch.ops.aten.masked_select, torch.ops.aten.unique_dim, torch.ops.aten._unique2,
+    torch.ops.aten.unique_consecutive, torch.ops.aten.bincount,
+}  # fmt: skip
+_HANDS_OVER = {torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.cpu,
+               torch.Tensor.__dlpack__}  # fmt: skip
+_IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+_RESIZES = {torch.ops.aten.set_, torch.ops.aten.resize_, torch.ops.aten.resize_as_}
+
+
+_under_way: list[Tape] = []
+
+
+def recording() -> bool:
+    """Whether a call is being taped."""
+    return bool(_under_way)
+
+
+def answer_who_asks() -> None:
+    """`torch.cuda.is_current_stream_capturing` has an answer on a host, where it is an error without CUDA."""
+    torch.cuda.is_current_stream_capturing = recording
+
+
+class NotWhole(Exception):
+    """A replay came to what was not so when it was taped."""
+
+
+class Tape:
+    """`record` a call, then `replay`."""
+
+    def __init__(self, inputs: Iterable[torch.Tensor], refuses: bool) -> None:
+        """inputs: what is on the device before the call. refuses: it is as on a GPU: a read of what is there is an
+        error, and tensors say that they are there."""
+        self.whole = True
+        self.refused: RuntimeError | None = None  # what was raised, in the words of CUDA and ours
+        self.refuses = refuses
+        self._entries: list[Callable[[], None]] = []
+        self._made: list[torch.Tensor] = []
+        self._device = {_memory(tensor) for tensor in inputs}
+
+    def record(self, call: Callable[[], Any]) -> Any:
+        """What the call returns. Raises what it raises, and `refused`."""
+        _under_way.append(self)
+        try:
+            operations = _OperationsBesideDynamo if "torch._dynamo" in sys.modules else _Operations
+            with _Functions(self), operations(self), _launches(self):
+                return call()
+        finally:
+            _under_way.pop()
+
+    def replay(self) -> None:
+        """Raises what an operation raises, and NotWhole."""
+        for entry in self._entries:
+            entry()
+
+    def poison(self) -> None:
+        """All that the call allocated looks as if nobody had written there: other graphs have the same memory."""
+        for tensor in self._made:
+            canary.poison(tensor)
+
+    # ---- while it is recorded ---------------------------------------------------------------------------------------
+
+    def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Does an operation of torch, and keeps it."""
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if func.overloadpacket in _READS or _by_mask(func, args):
+            self.read(given, str(func.overloadpacket))
+        if func.overloadpacket in _RESIZES:
+            self.whole = False
+        result = func(*args, **kwargs)
+        before = {_memory(tensor) for tensor in given}
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        fresh = [at for at, tensor in enumerate(results) if _memory(tensor) not in before]
+        self._made += (results[at] for at in fresh)
+        if before & self._device:
+            self._device |= {_memory(tensor) for tensor in results}
+        if not func.is_view:
+            self._entries.append(lambda: _again(func, args, kwargs, results, fresh))
+        return result
+
+    def read(self, tensors: Iterable[torch.Tensor], by: str) -> None:
+        """The host looks at these."""
+        if not any(_memory(tensor) in self._device for tensor in tensors):
+            return  # made on the host: it is of numbers that the host had
+        if self.refuses:
+            said = f"operation not permitted when stream is capturing: the host reads a tensor by {by}"
+            self.refused = RuntimeError(said)
+            raise self.refused
+        self.whole = False
+
+    def launch(self, executor: Any, launch: Callable[..., None], args: Any, kwargs: Any) -> None:
+        """Launches a kernel, and keeps that."""
+        leaves = [getattr(leaf, "base", leaf) for leaf in tree_leaves((args, kwargs))]  # of a descriptor its tensor
+        self._device |= {_memory(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        grid = executor.grid
+
+        def kept(arguments: Any) -> Any:
+            executor.grid = grid(arguments)  # a number of the host's, of the launch for good
+            return executor.grid
+
+        executor.grid = kept if callable(grid) else grid
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            launch(executor, *args, **kwargs)
+        self._entries.append(lambda: launch(executor, *args, **kwargs))
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as the fence's: else torch imports Dynamo at the first operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._tape.operation(func, args, kwargs or {})
+
+
+class _OperationsBesideDynamo(_Operations):
+    """Keeps Dynamo, once the target has loaded it, from compiling the tape."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == _IS_CUDA and self._tape.refuses:
+            return True
+        if func in _HANDS_OVER or (func is torch.Tensor.to and _is_host((*args[1:2], kwargs.get("device")))):
+            self._tape.read([arg for arg in args[:1] if isinstance(arg, torch.Tensor)], func.__name__)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _launches(tape: Tape) -> Iterator[None]:
+    """Whatever Triton's interpreter launches is the tape's."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:  # the target has no kernels of Triton's
+        yield
+        return
+    executor: Any = interpreter.GridExecutor
+    launch = executor.__call__
+    executor.__call__ = lambda self, *args, **kwargs: tape.launch(self, launch, args, kwargs)
+    try:
+        yield
+    finally:
+        executor.__call__ = launch
+
+
+def _again(func: Any, args: Any, kwargs: Any, results: list[torch.Tensor], fresh: list[int]) -> None:
+    """Does an operation again; what it makes anew goes to where it was made first."""
+    now = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+    for at in fresh:
+        if now[at].shape != results[at].shape or now[at].dtype != results[at].dtype:
+            raise NotWhole
+        results[at].copy_(now[at])
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _by_mask(func: Any, args: Any) -> bool:
+    """Whether an index is a mask, which hides a `nonzero`."""
+    masks = (torch.bool, torch.uint8)
+    return func.overloadpacket is torch.ops.aten.index and any(
+        index is not None and index.dtype in masks for index in args[1]
+    )
+
+
+def _is_host(devices: Iterable[Any]) -> bool:
+    return any(str(device).partition(":")[0] == "cpu" for device in devices if isinstance(device, str | torch.device))
