@@ -35,8 +35,8 @@ class _ClampWithoutNan(Layer):
 
 
 def nan_clamped_to_the_limit(*tensors: Tensor, **options: Any) -> Tensor:
-    """tilelang#3024: a clamp by the device's minimum and maximum, which give the number where the other is NaN. A broken
-    row leaves the activation as one of gates of 7, and nobody hears of it."""
+    """tilelang#3024: a clamp by the device's minimum and maximum, which give the number where the other is NaN. A
+    broken row leaves the activation as one of gates of 7, and nobody hears of it."""
     return _ClampWithoutNan.run(*tensors, **options)
 
 
