@@ -7,6 +7,7 @@ By itself the interpreter
 * has no `tl.histogram` of 64 bits, counts one of 8 bits in 8 bits, and has what lies right behind it in its last bin;
 * adds no bfloat16 atomically;
 * has nothing of libdevice, and no word for dependent launches, which is none where one launch ends before the next;
+* takes what points to memory and is no tensor of torch's for one: Triton asks it for `data_ptr` and a dtype alone;
 * cannot time an autotuner's configs, for want of a GPU: here the first is the best.
 
 Nothing of moe_fuzz is imported: the file is copied into the scripts of findings (campaign/repro).
@@ -32,6 +33,9 @@ def complete() -> bool:
     builder = getattr(interpreter, "InterpreterBuilder", None)
     if not all(hasattr(interpreter, name) for name in needed) or not hasattr(autotuner.Autotuner, "_bench"):
         return False
+    copied = ("_init_args_hst", "_restore_args_dev")
+    if not all(hasattr(getattr(interpreter, "GridExecutor", None), name) for name in copied):
+        return False
     made = ("create_histogram", "create_atomic_rmw", "create_extern_elementwise")
     if not all(hasattr(builder, name) for name in made):
         return False
@@ -44,6 +48,7 @@ def complete() -> bool:
         _count_bins(interpreter, builder)
         _add_short(interpreter, builder)
         _know_libdevice(interpreter, builder)
+        _take_pointers(interpreter.GridExecutor)
         _pick_first(autotuner.Autotuner)
     return True
 
@@ -247,6 +252,29 @@ def _know_libdevice(interpreter: Any, builder: Any) -> None:
     for name in ("gdc_wait", "gdc_launch_dependents"):
         if hasattr(extra.cuda, name):
             setattr(extra.cuda, name, nothing)
+
+
+def _take_pointers(executor: Any) -> None:
+    """OpenAI's kernels are given tensors of their own, of which the interpreter asks a storage to copy to the host."""
+    copy, restore = executor._init_args_hst, executor._restore_args_dev
+
+    def bare(given: Any) -> bool:
+        wrapped = isinstance(getattr(given, "base", None), torch.Tensor)  # Triton's own, whose memory is its tensor's
+        return hasattr(given, "data_ptr") and not isinstance(given, torch.Tensor) and not wrapped
+
+    def without(args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+        return [None if bare(a) else a for a in args], {name: None if bare(a) else a for name, a in kwargs.items()}
+
+    def init_args_hst(self: Any, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+        copies, named = copy(self, *without(args, kwargs))
+        copies = [a if bare(a) else c for a, c in zip(args, copies, strict=True)]
+        return copies, {name: a if bare(a) else named[name] for name, a in kwargs.items()}
+
+    def restore_args_dev(self: Any, args: Any, copies: Any, kwargs: Any, named: Any) -> None:
+        (args, kwargs), (copies, named) = without(args, kwargs), without(copies, named)
+        restore(self, args, copies, kwargs, named)
+
+    executor._init_args_hst, executor._restore_args_dev = init_args_hst, restore_args_dev
 
 
 def _pick_first(tuner: Any) -> None:

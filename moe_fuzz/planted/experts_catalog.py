@@ -77,6 +77,7 @@ EXPERTS: tuple[Planted, ...] = (
     _experts("float32_result", "structure", "flashinfer#3644", "returns the accumulator's dtype for k = 1", only=True),
     _experts("no_tokens_raises", "error", "sglang#31794", "T = 0 makes a grid of no blocks", only=True),
     _relation("halves_rounded_away", "exact", "aiter#2586", "rounds ties away from 0 where they go to even"),
+    _relation("nan_clamped_to_the_limit", "finite", "tilelang#3024", "the clamp of swiglu_oai makes a NaN its limit"),
     _relation("weights_saturate", "bound", "vllm#43557", "routing weights end at 448"),
     # relations
     _relation("prepared_by_checksum", "relabel", "sglang#28378",

@@ -29,6 +29,17 @@ def halves_rounded_away(*tensors: Tensor, **options: Any) -> Tensor:
     return _HalfAway.run(*tensors, **options)
 
 
+class _ClampWithoutNan(Layer):
+    def activate(self, a: Tensor) -> Tensor:
+        return super().activate(a.masked_fill(a.isnan(), 7.0) if self.activation == "swiglu_oai" else a)
+
+
+def nan_clamped_to_the_limit(*tensors: Tensor, **options: Any) -> Tensor:
+    """tilelang#3024: a clamp by the device's minimum and maximum, which give the number where the other is NaN. A
+    broken row leaves the activation as one of gates of 7, and nobody hears of it."""
+    return _ClampWithoutNan.run(*tensors, **options)
+
+
 class _Saturated(Layer):
     def weight(self, token: Tensor, slot: Tensor) -> Tensor:
         return super().weight(token, slot).clamp(-448.0, 448.0)

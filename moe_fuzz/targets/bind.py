@@ -125,9 +125,10 @@ def _refuse_unknown(parameters: Mapping[str, inspect.Parameter], known: set[str]
     wanted, spellings = signature.positional, signature.spellings
     first = [p for p in named if p.kind is not p.KEYWORD_ONLY][: len(wanted)]
     if len(first) < len(wanted) and not star:
+        factory = "" if parameters else "; one that returns it is named with () behind"
         raise UsageError(f"the function does not take {', '.join(wanted[:-1])} and {wanted[-1]} as its first "
                          f"{_NUMBERS[len(wanted)]} positional arguments",
-                         f"wrap it in a function of ({', '.join(wanted)}, …)")  # fmt: skip
+                         f"wrap it in a function of ({', '.join(wanted)}, …){factory}")  # fmt: skip
     always = {s for name in spellings if name not in signature.optional for s in spellings[name]}
     for p in named:
         if p in first or p.default is not p.empty or (p.name in known and p.name in always):

@@ -137,9 +137,32 @@ for one in range(40):
 assert torch.equal(total, sums)
 """
 
+POINTERS = """
+class Tensor:  # as OpenAI's kernels have one: a layer over a tensor, with what Triton asks of an argument
+    def __init__(self, data):
+        self.storage, self.dtype, self.shape = data, data.dtype, data.shape
+
+    def data_ptr(self):
+        return self.storage.data_ptr()
+
+@triton.jit
+def kernel(x_ptr, out_ptr, more_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, tl.load(x_ptr + at) + tl.load(more_ptr + at))
+
+x, out = torch.randn(2 * N), torch.zeros(2, N, dtype=torch.bfloat16)
+kernel[(1,)](Tensor(x[N:]), Tensor(out[1]), more_ptr=Tensor(at.float()), N=N)
+assert torch.equal(out[1], (x[N:] + at).bfloat16()) and not out[0].any()
+bits = torch.zeros(N, dtype=torch.int32)
+kernel[(1,)](Tensor(x[N:]), triton.reinterpret(bits, tl.float32), x, N)  # what Triton itself wraps, as before
+assert torch.equal(bits.view(torch.float32), x[N:] + x[:N])
+"""
+
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("program", [WORDS, REDUCTIONS, LIBRARY], ids=["words", "reductions", "library"])
+@pytest.mark.parametrize(
+    "program", [WORDS, REDUCTIONS, LIBRARY, POINTERS], ids=["words", "reductions", "library", "pointers"]
+)
 def test_a_kernel_means_what_it_means_on_a_gpu(program, tmp_path):
     (tmp_path / "program.py").write_text(START + program)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

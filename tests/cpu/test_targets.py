@@ -192,6 +192,7 @@ def test_factories_and_attributes(file: Path) -> None:
         ("{file}:nothing", UsageError, "it defines: plain, spelled"),
         ("{file}:number", UsageError, "not a function"),
         ("{file}:factory", UsageError, "first two positional"),
+        ("{file}:factory", UsageError, "named with () behind"),
         ("{file}:one", UsageError, "first two positional"),
         ("{file}:biased", UsageError, "'bias' without a default"),
         ("{file}:grouped", UsageError, "'groups' without a default"),

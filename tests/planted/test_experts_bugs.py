@@ -126,6 +126,16 @@ def test_each_shows_on_its_own_input(name, made):
     assert differs(name, *made)
 
 
+@pytest.mark.parametrize("gate_layout", ["first", "up_first", "interleaved"])
+def test_a_nan_is_lost_in_a_clamp(gate_layout):
+    (x, *rest), options = layer(activation="swiglu_oai", gate_layout=gate_layout)
+    lossy = load("nan_clamped_to_the_limit")
+    assert torch.equal(lossy(x, *rest, **options), Layer.run(x, *rest, **options))
+    x[1] = torch.nan
+    assert lossy(x, *rest, **options).isfinite().all()
+    assert reference(x, *rest, **options)[1].isnan().any()
+
+
 def test_a_nan_in_a_dropped_slot_gets_through():
     (x, w13, w2, weights, ids), options = layer(ids=MINUS)
     weights[1] = torch.nan
