@@ -28,7 +28,7 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120
 ODD_BUCKETS = (3, 7, 13, 33, 65, 100)
 #: What is in the tail before a replay: most often what was there, else what a layer before has left there.
 TAILS = ("", "", "", "nan_rows", "inf_rows", "neg_inf_rows", "huge_rows", "zero_rows")
-SMALL = 6  # of the dictionary's token counts: these are cheap, and break most
+SMALL = 6  # of the dictionary's token counts: these are cheap, and break most; none at all, a fourth as often
 MODEST = 513  # the token counts beyond it are large: hardly ever one that costs as much as a hundred of the others
 #: The kinds of token counts, each as often as its share.
 SIZES = ("small",) * 6 + ("any",) * 5 + ("large",)
@@ -287,7 +287,8 @@ def some_size(tokens: Sequence[int], chosen: random.Random, kind: str = "") -> i
     kind = kind or chosen.choice(SIZES)
     large = [count for count in tokens if count > MODEST]
     if kind == "small" or len(tokens) <= SMALL:
-        return chosen.choice(tokens[:SMALL])
+        size, few = chosen.choice(tokens[:SMALL]), [count for count in tokens[:SMALL] if count]
+        return size if size or not few or not chosen.randrange(4) else chosen.choice(few)
     rest = [count for count in tokens if count <= MODEST]
     return chosen.choice(large if large and (kind == "large" or not rest) else rest)
 

@@ -26,6 +26,10 @@ MAX_ROUND = 16
 MAX_PARTS = 24  # of a round whose config is compiled
 LARGE = 20  # one round in so many is a case that only larger means than the ordinary ones afford
 LARGE_ROWS = 8  # and of the grid's rows that ask for a large size, one in so many
+SEAMS = 4  # one case in so many has a number of tokens behind a seam, where its config has one
+#: Where elements lie changes no value: none of these hides another fault, or is hidden by one.
+LAYOUTS = ("noncontiguous", "transposed", "misaligned")
+_APART = (*LAYOUTS, "int32_boundary", "far_columns")  # a tensor has one of them
 _SEEDS = st.integers(0, 2**62 - 1)
 
 
@@ -79,6 +83,7 @@ def rounds(
         if crowded is not None and means.times > 1 and rare.randrange(2):
             allowed = {axis.name: axis.values for axis in space.axes(info)}
             config = crowded(config, allowed, info, means, rare)
+    config = _roomy(space, config, means)
     run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, kinds, means)
     places = _places(space, info, _in_mode(config, run, info), run)
     swarm = draw(_swarms(tuple(places))) if places else []
@@ -110,6 +115,11 @@ def _weighed(places: Sequence[FaultPlace]) -> list[FaultPlace]:
     return [place for place in places for _ in range(place.often)]
 
 
+def _roomy(space: Space, config: dict[str, Scalar], means: Means) -> dict[str, Scalar]:
+    roomy = getattr(space, "roomy", None)
+    return config if roomy is None else roomy(config, means)
+
+
 def _in_mode(config: Mapping[str, Scalar], run: str, info: TargetInfo) -> dict[str, Scalar]:
     return in_mode(config, run, info.capabilities.max_processes)
 
@@ -127,21 +137,43 @@ def _alike(
     large = sequences.large(space, info, config, run, tokens, means)
     means = means if large else replace(means, times=1)  # or else it would be the steps that are many
     most = 1 if large else MAX_ROUND if run == sequences.SINGLE else MAX_ROUND // 4
+    taken = space.places_for(config, info)
     if run != sequences.SINGLE:
-        taken = space.places_for(config, info)
         plans = [sequences.plan(run, large or tokens, swarm, chosen) for _ in range(chosen.randint(1, most))]
         return [
             sequences.make(space, config, run, plan, chosen.getrandbits(62), info.name, means, taken)
             for plan in plans
         ]
-    cases = []
+    cases, seams = [], getattr(space, "seams", None)
     for _ in range(chosen.randint(1, most)):
         faults = sequences.some(swarm, 3, chosen)
-        size = chosen.choice(large) if large else sequences.some_size(sequences.within(tokens, faults), chosen)
+        fitting = sequences.within(tokens, faults)
+        behind = seams(config, fitting) if seams is not None else ()
+        size = (chosen.choice(large) if large else chosen.choice(behind) if behind and not chosen.randrange(SEAMS)
+                else sequences.some_size(fitting, chosen))  # fmt: skip
         size = loosened(size, tokens, chosen)
         padding, seed = chosen.randint(0, 6), chosen.getrandbits(62)
+        faults += _layouts(taken, faults, random.Random(repr(seed)))
         cases.append(make_case(space, config, size, padding, faults, seed, info.name))
     return cases
+
+
+def _layouts(
+    taken: Sequence[FaultPlace], faults: Sequence[sequences.LaidFault], chosen: random.Random
+) -> tuple[sequences.LaidFault, ...]:  # fmt: skip
+    """In one case of four, a layout of its own for every second tensor.
+
+    A stride that is forgotten is forgotten of one tensor, on one path. Of ten tensors each would be strided in one case
+    of a hundred, were it drawn as other faults are; and then the path would have to be that one as well.
+    """
+    if chosen.randrange(4):
+        return ()
+    apart = {place.tensor for place, _ in faults if place.fault in _APART}
+    of_tensor: dict[str, list[FaultPlace]] = {}
+    for place in taken:
+        if place.fault in LAYOUTS and place.tensor not in apart:
+            of_tensor.setdefault(place.tensor, []).append(place)
+    return tuple((chosen.choice(places), 0) for places in of_tensor.values() if chosen.randrange(2))
 
 
 def make_case(
@@ -180,6 +212,7 @@ def grid(space: Space, info: TargetInfo, device: str, seed: int) -> Iterator[Cas
         means = Means.of(info, device)
         if row["size"] == "large" and not asked_large % LARGE_ROWS:
             means = means.more
+        config = _roomy(space, config, means)
         run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, runs, means)
         config = _in_mode(config, run, info)
         taken = space.places_for(config, info)

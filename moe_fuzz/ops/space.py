@@ -85,7 +85,9 @@ class Space(Protocol):
 
     # A space may also have `tails`: what a layer before may leave in the rows of a static buffer that are no tokens, in
     # the places of moe_fuzz.sequences.TAILS. And `crowded`: the config, changed into one on whose slots larger means
-    # than the ordinary ones are well spent (ops/experts/space.py). And `launches`: how many calls of the target
+    # than the ordinary ones are well spent (ops/experts/space.py). And `roomy`: the config with smaller sizes, where
+    # these means afford no row of it; and `seams`: of token counts, those behind which a result of this config lies
+    # otherwise (ops/nvfp4/space.py). And `launches`: how many calls of the target
     # one of this config is, where that is more than one.
 
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations, islice
 
@@ -245,6 +246,44 @@ def test_a_fault_of_many_forms_is_drawn_often(device: str, most: int):
     assert lanes > 0.06
     assert lanes > 2 * others
     assert all(len(set(names)) == len(names) for names in laid)
+
+
+def _any_strides(op: str) -> TargetInfo:
+    return TargetInfo(f"{op}@x", op, "x", capabilities=Capabilities(out=True, alignment=1, any_strides=True))
+
+
+def _drawn(op: str, rounds: int) -> list[Case]:
+    drawn: list[Case] = []
+    drive(strategies.rounds(get_space(op), _any_strides(op), "cpu", 1), 5, rounds,
+          lambda cases: drawn.extend(cases[:2]))  # fmt: skip
+    return drawn
+
+
+@pytest.mark.parametrize("op", ["grouped_topk", "experts_bf16", "experts_nvfp4", "allreduce_rmsnorm", "moe_layer"])
+def test_every_tensor_has_a_layout_of_its_own_often_enough(op: str):
+    """A stride is forgotten of one tensor: of ten, each must not be strided in one case of a hundred alone."""
+    space, info, drawn = get_space(op), _any_strides(op), _drawn(op, 400)
+    single = [case for case in drawn if len(case.steps) == 1]
+    laid = [Counter(fault.tensor for fault in case.steps[0].faults if fault.name in strategies.LAYOUTS)
+            for case in single]  # fmt: skip
+    for place in space.places:
+        if place.fault == "noncontiguous":
+            there = [of for case, of in zip(single, laid, strict=True) if place in space.places_for(case.config, info)]
+            assert sum(of[place.tensor] > 0 for of in there) > 0.1 * len(there), place.tensor
+    assert sum(not of for of in laid) > 0.45 * len(laid), "what is packed and aligned has paths of its own"
+
+
+def test_no_rows_are_few_cases():
+    """They show whether a call of none runs. Of wide rows of swizzled scales hardly anything else was affordable."""
+    for op in ("topk_softmax", "allreduce_rmsnorm", "experts_bf16", "nvfp4_quantize"):
+        single = [case for case in _drawn(op, 300) if len(case.steps) == 1]
+        assert 0 < sum(not case.steps[0].tokens for case in single) < 0.07 * len(single), op
+
+
+def test_swizzled_scales_are_often_more_than_a_tile_of_128_rows():
+    drawn = _drawn("nvfp4_quantize", 300)
+    rows = [case.steps[0].tokens for case in drawn if len(case.steps) == 1 and case.config["layout"] == "swizzled"]
+    assert sum(count > 128 for count in rows) > 0.08 * len(rows)
 
 
 def test_what_kernels_have_a_path_for_is_drawn_often():

@@ -148,6 +148,15 @@ class AllreduceSpace:
             return tuple(t for t in found if self.cpu_seconds(t, config, means) <= most) or TOKENS[:5]
         return tuple(t for t in found if t * int(config["hidden"]) * int(config["ranks"]) <= CUDA_ELEMENTS)
 
+    def roomy(self, config: dict[str, Scalar], means: Means) -> dict[str, Scalar]:
+        """With fewer calls, and of fewer ranks, where it has no room for one row."""
+        less: dict[str, Scalar] = {}
+        for least in ({}, {"burst": 0}, {"groups": 1}, {"ranks": min(int(config["ranks"]), 2)}):
+            less |= least
+            if any(self.tokens({**config, **less}, means)):
+                return {**config, **less}
+        return config
+
     def affordable(self, case: Case, means: Means) -> bool:
         return means.device != "cpu" or self.cost(case, means) <= means.budget(CPU_BUDGET, HOST_BUDGET)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -127,6 +127,19 @@ class QuantizeSpace:
             most = means.budget(CPU_BUDGET, HOST_BUDGET)
             return tuple(t for t in ROWS if self.cpu_seconds(t, config, means) <= most) or ROWS[:1]
         return tuple(t for t in ROWS if t * 16 * self._count(config) <= CUDA_ELEMENTS)
+
+    def roomy(self, config: dict[str, Scalar], means: Means) -> dict[str, Scalar]:
+        """With fewer blocks where it has no room for one row: a row of swizzled scales costs what 128 do."""
+        if any(self.tokens(config, means)):
+            return config
+        fewer = ({**config, "blocks": str(Labels.range(count))} for count in reversed(BLOCKS)
+                 if count < self._count(config))  # fmt: skip
+        return next((one for one in fewer if any(self.tokens(one, means))), config)
+
+    @staticmethod
+    def seams(config: Mapping[str, Scalar], tokens: Sequence[int]) -> list[int]:
+        """Swizzled scales lie in tiles of 128 rows. Of the first ones nothing shows how far it is to the next."""
+        return [count for count in tokens if count > 128] if config["layout"] == "swizzled" else []
 
     def affordable(self, case: Case, means: Means) -> bool:
         return means.device != "cpu" or self.cost(case, means) <= means.budget(CPU_BUDGET, HOST_BUDGET)
