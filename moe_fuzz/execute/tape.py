@@ -33,6 +33,7 @@ _READS = {
 }  # fmt: skip
 _HANDS_OVER = {torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.cpu,
                torch.Tensor.__dlpack__}  # fmt: skip
+_MOST = 1 << 28  # bytes that a call may make: a tape keeps all of it, also to know it again
 _IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 _RESIZES = {torch.ops.aten.set_, torch.ops.aten.resize_, torch.ops.aten.resize_as_}
 
@@ -65,6 +66,7 @@ class Tape:
         self.refuses = refuses
         self._entries: list[Callable[[], None]] = []
         self._made: list[torch.Tensor] = []
+        self._room = _MOST
         self._device = {_memory(tensor) for tensor in inputs}
 
     def record(self, call: Callable[[], Any]) -> Any:
@@ -97,10 +99,18 @@ class Tape:
         if func.overloadpacket in _RESIZES:
             self.whole = False
         result = func(*args, **kwargs)
+        if self._room < 0:
+            return result
         before = {_memory(tensor) for tensor in given}
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         fresh = [at for at, tensor in enumerate(results) if _memory(tensor) not in before]
         self._made += (results[at] for at in fresh)
+        self._room -= sum(results[at].untyped_storage().nbytes() for at in fresh)
+        if self._room < 0:
+            self.whole = False
+            self._made.clear()
+            self._entries.clear()
+            return result
         if before & self._device:
             self._device |= {_memory(tensor) for tensor in results}
         if not func.is_view:
@@ -109,7 +119,7 @@ class Tape:
 
     def read(self, tensors: Iterable[torch.Tensor], by: str) -> None:
         """The host looks at these."""
-        if not any(_memory(tensor) in self._device for tensor in tensors):
+        if self._room < 0 or not any(_memory(tensor) in self._device for tensor in tensors):
             return  # made on the host: it is of numbers that the host had
         if self.refuses:
             said = f"operation not permitted when stream is capturing: the host reads a tensor by {by}"
@@ -130,7 +140,8 @@ class Tape:
         executor.grid = kept if callable(grid) else grid
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             launch(executor, *args, **kwargs)
-        self._entries.append(lambda: launch(executor, *args, **kwargs))
+        if self._room >= 0:
+            self._entries.append(lambda: launch(executor, *args, **kwargs))
 
 
 class _Operations(TorchDispatchMode):

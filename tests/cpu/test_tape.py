@@ -200,3 +200,12 @@ def test_a_shape_that_hangs_on_numbers_is_seen() -> None:
     x.fill_(5)
     with pytest.raises(NotWhole):
         tape.replay()
+
+
+def test_a_call_that_makes_too_much_is_not_kept() -> None:
+    x = torch.ones(1 << 20)
+    tape = Tape([x], refuses=True)
+    y = tape.record(lambda: sum((x + at for at in range(80)), start=x)[0])
+    assert not tape.whole
+    assert (tape._entries, tape._made) == ([], [])
+    assert tape.record(y.item) == 81 + sum(range(80))  # nobody knows any more what is of the device
