@@ -201,8 +201,9 @@ class Campaign:
 
         settings = self._settings
         replayed = self._harvest.replayed(self._plan.resumed, corpus_limit(settings), settings.restriction)
-        planned = units(settings, tuple(self._targets), grid, replayed, self._budget.phase_over)
-        return (unit for unit in planned if not self._plan.is_done(unit))
+        done = self._plan.is_done
+        planned = units(settings, tuple(self._targets), grid, replayed, self._budget.phase_over, done)
+        return (unit for unit in planned if not done(unit))
 
     # ---- what the drivers ask and tell (drivers.Host) ---------------------------------------------------------------
 

@@ -7,6 +7,7 @@ One driver runs a unit from start to end, so the feedback inside a shard is the 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -134,25 +135,28 @@ def corpus_limit(settings: Settings) -> int:
 def units(
     settings: Settings, targets: Sequence[str], grid: Callable[[str], Iterator[Case]],
     corpus: Mapping[str, Cases] = MappingProxyType({}), over: Callable[[str], bool] = lambda phase: False,
+    done: Callable[[Unit], bool] = lambda unit: False,
 ) -> Iterator[Unit]:  # fmt: skip
     """All units in order: corpus, grid, then generation; the targets take turns. Endless if only time bounds the
     campaign. corpus: what of it is replayed, at most `corpus_limit` for each target. over: whether the time of a phase
-    is up, of which the rest is not drawn then."""
+    is up, of which the rest is not drawn then: generation has as many cases more. done: in an earlier run, whose
+    units come again."""
     quotas: Mapping[str, int | None] = dict.fromkeys(targets)
     if settings.cases is not None:
         quotas = share(settings.cases, targets)
     order = itertools.count()
     replayed = {target: corpus.get(target, ()) for target in targets}
-    yield from _in_turn("corpus", order, replayed, over)
+    handed = Counter[str]()
+    for unit in _in_turn("corpus", order, replayed, over, done):
+        handed[unit.target] += unit.budget
+        yield unit
     # Drawn as they are run, where time is all there is: of a dozen targets a whole grid takes a while to draw.
     grids = {target: itertools.islice(grid(target), GRID_LIMIT if quota is None else quota // GRID_SHARE)
              for target, quota in quotas.items()}  # fmt: skip
-    known = {target: tuple(grids[target]) for target, quota in quotas.items() if quota is not None}
-    yield from _in_turn("grid", order, {**grids, **known}, over)
-    left = {
-        target: None if quota is None else quota - len(known[target]) - len(replayed[target])
-        for target, quota in quotas.items()
-    }
+    for unit in _in_turn("grid", order, grids, over, done):
+        handed[unit.target] += unit.budget
+        yield unit
+    left = {target: None if quota is None else quota - handed[target] for target, quota in quotas.items()}
     # The first are small where there are many targets, so that each has its turn before the time is up.
     first = min(settings.shard_cases, max(GRID_SLICE, settings.shard_cases // len(settings.targets)))
     for index in itertools.count():
@@ -165,13 +169,15 @@ def units(
 
 
 def _in_turn(
-    phase: str, order: Iterator[int], cases: Mapping[str, Iterable[Case]], over: Callable[[str], bool]
-) -> Iterator[Unit]:
+    phase: str, order: Iterator[int], cases: Mapping[str, Iterable[Case]], over: Callable[[str], bool],
+    done: Callable[[Unit], bool],
+) -> Iterator[Unit]:  # fmt: skip
     left = {target: iter(each) for target, each in cases.items()}
     for index in itertools.count():
         for target in tuple(left):
-            if over(phase):
-                return
+            if over(phase) and not done(Unit(0, phase, target, index, 0)):
+                del left[target]
+                continue
             part = tuple(itertools.islice(left[target], GRID_SLICE))
             if part:
                 yield Unit(next(order), phase, target, index, len(part), part)

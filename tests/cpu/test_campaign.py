@@ -97,6 +97,27 @@ def test_each_of_many_targets_has_its_turn_soon():
     assert [unit.budget for unit in alone] == [32, 32, 6, 256, 256, 118]
 
 
+def test_cases_that_the_grid_has_no_time_for_are_generated():
+    """And those that an earlier run of the campaign had time for are not counted again."""
+    def grid(target):
+        return (toy(seed=seed) for seed in range(70))
+
+    asked = []
+
+    def over(phase):
+        asked.append(phase)
+        return phase == "grid" and asked.count("grid") > 2
+
+    one = settings(targets=("toy@0",), cases=700, seconds=60.0, shard_cases=256)
+    cut = list(units(one, ("toy@0",), grid, {}, over))
+    assert [(unit.phase, unit.budget) for unit in cut] == [
+        ("grid", 32), ("grid", 32), ("generate", 256), ("generate", 256), ("generate", 124)
+    ]  # fmt: skip
+    done = {(unit.line, unit.index) for unit in cut[:3]}
+    later = list(units(one, ("toy@0",), grid, {}, {"grid"}.__contains__, lambda unit: (unit.line, unit.index) in done))
+    assert later == cut
+
+
 def test_a_budget_in_seconds_ends(tmp_path):
     summary = campaign(tmp_path, always_good, cases=None, seconds=1.0).run()
     assert summary.cases > 10
