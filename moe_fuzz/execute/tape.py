@@ -112,20 +112,21 @@ class Tape:
             self._entries.clear()
             return result
         if before & self._device:
-            self._device |= {_memory(tensor) for tensor in results}
+            # What returns nothing writes somewhere, and an operator of a library may do so and not say where.
+            written = results if results and func.namespace == "aten" else (*results, *given)
+            self._device |= {_memory(tensor) for tensor in written}
         if not func.is_view:
             self._entries.append(lambda: _again(func, args, kwargs, results, fresh))
         return result
 
     def read(self, tensors: Iterable[torch.Tensor], by: str) -> None:
         """The host looks at these."""
-        if self._room < 0 or not any(_memory(tensor) in self._device for tensor in tensors):
-            return  # made on the host: it is of numbers that the host had
-        if self.refuses:
+        if not self.refuses:
+            self.whole = False
+        elif self._room >= 0 and any(_memory(tensor) in self._device for tensor in tensors):
             said = f"operation not permitted when stream is capturing: the host reads a tensor by {by}"
             self.refused = RuntimeError(said)
-            raise self.refused
-        self.whole = False
+            raise self.refused  # others were made on the host, of numbers that the host had
 
     def launch(self, executor: Any, launch: Callable[..., None], args: Any, kwargs: Any) -> None:
         """Launches a kernel, and keeps that."""
