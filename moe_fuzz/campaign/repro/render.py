@@ -134,7 +134,7 @@ def render(
         "device": device,
         "load": load,
         "interpreter": exhibit["interpreter"],
-        "tape": exhibit["tape"],
+        "tape": next((one["tape"] for one in (exhibit, *before) if one["tape"]), ""),
         "one_host_path": exhibit["one_host_path"],
         "target": _target(load),
         "contract": exhibit["contract"],
