@@ -150,8 +150,8 @@ def staged(case: Case, target: Target, device: str, options: RunOptions) -> Iter
     item = getattr(torch, str(config["dtype"])).itemsize
     row = int(config["hidden"]) * item
     largest = max(step.tokens for step in case.steps) * row
-    capacity = {"exact": largest, "double": 2 * largest, "half": largest // 2}[str(config["capacity"])]
-    capacity = max(16, row, capacity)
+    sizes = {"exact": largest, "double": 2 * largest, "half": largest // 2, "short": largest - row}
+    capacity = max(16, row, sizes[str(config["capacity"])])
     where = torch.device(device) if device == "cpu" else torch.device("cuda", torch.cuda.current_device())
     groups = [
         Peers(int(config["ranks"]), rank, where, capacity, str(config["launches"]), str(config["pace"]), case.seed, at,

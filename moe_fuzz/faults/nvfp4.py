@@ -101,15 +101,20 @@ class StaleScales(Fault):
 
 @register
 class NanBlocks(Fault):
-    """The scales of some blocks are NaN, of either sign: what a checkpoint holds whose weights were quantized without a
-    clamp (Model-Optimizer#1397, Model-Optimizer#1633). Of some experts; others have none."""
+    """The scales of some blocks are NaN: what a checkpoint holds whose weights were quantized without a clamp
+    (Model-Optimizer#1397, Model-Optimizer#1633). Of some experts; others have none.
+
+    All of one sign, or of both: beside a NaN that is kept, one that is lost shows in no sum.
+    """
 
     name = "nan_blocks"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         assert isinstance(canvas, ScaleCanvas), f"{self.name} is laid on scales, not on {canvas.name}"
         place = torch.arange(canvas.values.shape[1], device=canvas.device)
-        canvas.fill((0x7F | (place % 3 == 0).to(torch.uint8) << 7).expand_as(canvas.values))
+        signs = canvas.choose_rows([0], 3, self.name + "/signs")  # +, -, or both; of all experts, that share tokens
+        negative = torch.where(signs == 2, place % 3 == 0, signs == 1)  # [1, bytes]
+        canvas.fill((0x7F | negative.to(torch.uint8) << 7).expand_as(canvas.values))
 
 
 class SenselessScale(Fault):

@@ -112,6 +112,16 @@ _LANES = (32,) * 7 + (8, 16, 64) * 3 + (2, 4, 128) * 2 + (3, 5, 6, 10, 12, 20, 2
 _VECTORS = (1,) * 8 + (2, 4, 8, 16, 32, 64, 128, 256, 512)  # experts that a lane has side by side
 
 
+def _of_a_lane(canvas: Canvas, positions: Sequence[int], name: str) -> torch.Tensor:
+    """bool [P, columns]: whether an expert is in the lane that a row is about."""
+    label = canvas.table(canvas.columns, torch.int64)[None, :]
+    lanes = canvas.table(_LANES)[canvas.choose_rows(positions, len(_LANES), name + "/lanes")]  # [P, 1]
+    vector = canvas.table(_VECTORS)[canvas.choose_rows(positions, len(_VECTORS), name + "/vector")]
+    # One of the first 1, 2, 4, … 1024 experts, by its label: so that the lane is there where experts are few, too.
+    least = canvas.choose_rows(positions, 1024, name) >> canvas.choose_rows(positions, 11, name + "/few")
+    return label // vector % lanes == least // vector % lanes
+
+
 @register
 class ClusteredTop(Fault):
     """The best experts of a row are all in one lane of a kernel: every second, every 32nd, a run of them, or a half. A
@@ -124,12 +134,7 @@ class ClusteredTop(Fault):
     name = "clustered_top"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        label = canvas.table(canvas.columns, torch.int64)[None, :]
-        lanes = canvas.table(_LANES)[canvas.choose_rows(positions, len(_LANES), self.name + "/lanes")]  # [P, 1]
-        vector = canvas.table(_VECTORS)[canvas.choose_rows(positions, len(_VECTORS), self.name + "/vector")]
-        # One of the first 1, 2, 4, … 1024 experts, by its label: so that the lane is there where experts are few, too.
-        least = canvas.choose_rows(positions, 1024, self.name) >> canvas.choose_rows(positions, 11, self.name + "/few")
-        hit = label // vector % lanes == least // vector % lanes
+        hit = _of_a_lane(canvas, positions, self.name)
         row = canvas.values[canvas.at(positions)]
         laid = torch.where(hit, row.abs(), -row.abs())
         canvas.values[canvas.at(positions)] = torch.where(row.isfinite(), laid, row)
@@ -190,6 +195,22 @@ class Ties(Fault):
         pick = canvas.choose(positions, len(table), self.name)
         few = canvas.table([1, 3, 5, 6])[canvas.choose_rows(positions, 4, self.name + "/few")]  # [P, 1]
         canvas.values[canvas.at(positions)] = table[pick % few]
+
+
+@register
+class TiedLane(Fault):
+    """The best experts of a row are all in one lane of a kernel, as in ClusteredTop, and have few values: 1 to 4, those
+    of the others as many. Where a lane sorts its own, ties lose their order; but of a few experts that tie, and lie
+    anywhere, hardly two are in the same list."""
+
+    name = "tied_lane"
+    replaces = True
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        few = 1 + canvas.choose_rows(positions, 4, self.name + "/values")  # [P, 1]
+        level = 0.25 * (1 + canvas.choose(positions, 12, self.name + "/level") % few)  # 12: of 1 to 4 alike
+        hit = _of_a_lane(canvas, positions, self.name)
+        canvas.values[canvas.at(positions)] = torch.where(hit, level, -level).to(canvas.values.dtype)
 
 
 @register

@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 import pytest
 
 from moe_fuzz import strategies
+from moe_fuzz.campaign.selftest import draw
 from moe_fuzz.case import Case, Fault, Step
 from moe_fuzz.execute.runner import Runner
 from moe_fuzz.labels import Labels
@@ -54,6 +55,16 @@ def test_the_grid_passes(runner, target):
 def test_what_is_drawn_goes_as_far_as_the_contract(runner, target):
     axes = {axis.name: axis.values for axis in SPACE.axes(runner.describe(target))}
     assert (max(axes["experts"]), max(axes["top_k"])) == (MAX_EXPERTS, MAX_TOP_K) == (8192, 64)
+
+
+@pytest.mark.interpreter
+def test_more_slots_than_a_block_has_are_drawn_of_many_experts_too(runner):
+    """Where programs have slots of their own, each adds up what all have counted: of thousands of experts it takes more
+    turns for that."""
+    cases = islice(draw("align", runner.describe("align@builtin"), "cpu", 11), 1500)
+    several = [len(case.experts) for case in cases if case.steps[0].tokens * int(case.config["top_k"]) > 1024]
+    assert len(several) > 75
+    assert sum(count > 2048 for count in several) > 2
 
 
 @pytest.mark.parametrize("target", TARGETS)

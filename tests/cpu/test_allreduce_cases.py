@@ -127,6 +127,22 @@ def test_memory_has_a_tail_that_is_watched():
         peers._present.clear()
 
 
+@pytest.mark.parametrize(("capacity", "rows"), [("exact", 6), ("double", 12), ("half", 3), ("short", 5)])
+def test_buffers_have_room_for_so_many_rows(capacity: str, rows: int) -> None:
+    from moe_fuzz.execute import peers
+
+    groups: list[Peers] = []
+
+    def function(x, residual, gamma, eps, *, group):
+        groups.append(group)
+        return x, x
+
+    with peers.staged(case(capacity=capacity, hidden=512), Target(INFO, function, {"group": "group"}, ()), "cpu",
+                      RunOptions()) as around:  # fmt: skip
+        around.function(torch.zeros(2, 6, 512), None, torch.ones(512), 1e-6)
+    assert groups[0].capacity == rows * 512 * 2
+
+
 def test_a_burst_is_long_once_a_case_in_the_first_call_that_has_rows():
     from moe_fuzz.execute import peers
 

@@ -115,6 +115,21 @@ def test_blocks_of_nan(layout: str) -> None:
         assert [found.symptom for found in finite(hidden)] == ["nonfinite-lost"]
 
 
+def test_blocks_of_nan_are_of_one_sign_and_of_one_row_too() -> None:
+    """A NaN that a kernel keeps hides one that it loses: of the other sign, or of the gate where up has one too."""
+    signs, halves = set(), set()
+    for seed in range(40):
+        made = replace(fp4_case_of(experts=12, rows=2, recipe="dense", faults=(Fault("nan_blocks", "w13_scales"),)),
+                       seed=seed)  # fmt: skip
+        inputs = materialize(made, 0)
+        table = inputs.plain["w13_scales"]
+        signs.add(frozenset(table[table % 128 == 127].tolist()))
+        gate, up = inputs.matrix("w13").isnan().any(dim=2).chunk(2, dim=1)  # [E, I] each
+        halves |= set(zip(gate.any(dim=1).tolist(), up.any(dim=1).tolist(), strict=True))
+    assert {frozenset({0x7F}), frozenset({0xFF}), frozenset({0x7F, 0xFF})} <= signs
+    assert halves == {(False, False), (True, False), (False, True), (True, True)}
+
+
 @FORMATS
 @pytest.mark.parametrize("fault", ["nan_scale", "infinite_scale"])
 def test_a_global_scale_that_is_not_finite_is_not_hidden(fault: str, activations: str) -> None:

@@ -81,6 +81,7 @@ def test_steps_differ():
             lambda x: x.isfinite().all() and (x == 0).any() and x.abs().max() >= 2**12 and x.unique().numel() > 9,
         ),
         ("ties", lambda x: all(len(set(row.tolist())) <= 3 for row in x)),
+        ("tied_lane", lambda x: all(len(set(row.tolist())) <= 8 for row in x)),
         ("stale_rows", lambda x: x.isfinite().all() and x.unique().numel() > 9),
         ("tied_groups", lambda x: all(len(set(row.tolist())) <= 32 for row in x)),
         ("near_tied_groups", lambda x: x.isfinite().all()),
@@ -243,6 +244,16 @@ def test_the_best_experts_are_those_of_one_lane(experts):
     assert sum(len(at) > 0 for at in found) > 250
     assert any(at.tolist() == list(range(half, half + experts // 2)) for at in found for half in (0, experts // 2))
     assert {int(at[0]) % 32 for at, gaps in zip(found, apart, strict=True) if gaps == {32}} > {0}  # not the first alone
+
+
+def test_experts_of_one_lane_tie():
+    """Often more of them than are taken, and not all of them alike: then a list of that lane decides which."""
+    rows = Labels.range(300)
+    laid = materialize(case_of(Fault("tied_lane", "logits", rows), rows=300, experts=160), 0).plain["logits"]
+    lanes = [(row > 0).nonzero().flatten() for row in laid]
+    decided = [row for row, lane in zip(laid, lanes, strict=True)
+               if len(lane) == 5 and len(set((lane % 32).tolist())) == 1 and 1 < len(set(row[lane].tolist())) < 5]
+    assert len(decided) > 10  # about 300 x 7 / 30 x 8 / 17 x 3 / 4
 
 
 def test_the_best_of_a_lane_leave_nan_and_infinities_as_they_are():

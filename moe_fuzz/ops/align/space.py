@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -125,9 +125,18 @@ class AlignSpace:
     def tokens(self, config: Mapping[str, Scalar], means: Means) -> tuple[int, ...]:
         if means.device == "cpu":
             most = means.budget(CPU_BUDGET, HOST_BUDGET)
-            return tuple(t for t in TOKENS if self.cpu_seconds(t, config, means) <= most)
+            found = tuple(t for t in TOKENS if self.cpu_seconds(t, config, means) <= most)
+            # With as many experts as one program has counts of at once, the first one behind a seam costs more.
+            behind = min(self.seams(config, TOKENS), default=0)
+            dear = behind > 0 and behind not in found and self.cpu_seconds(behind, config, means) <= 2 * most
+            return (*found, behind) if dear else found
         count = len(Labels.parse(str(config["experts"])))
         return tuple(t for t in TOKENS if t * count <= CUDA_ELEMENTS)
+
+    @staticmethod
+    def seams(config: Mapping[str, Scalar], tokens: Sequence[int]) -> list[int]:
+        """A block of threads has 1024 slots. Of more, one begins to rank where others have counted."""
+        return [count for count in tokens if count * int(config["top_k"]) > 1024]
 
     def affordable(self, case: Case, means: Means) -> bool:
         return means.device != "cpu" or self.cost(case, means) <= means.budget(CPU_BUDGET, HOST_BUDGET)

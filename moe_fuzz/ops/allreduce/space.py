@@ -52,7 +52,8 @@ FIELDS: Mapping[str, tuple[Scalar, ...]] = {
     "pace": ("together", "late", "ahead", "random"),
     "burst": (0, 1, 3, 8, 1000),  # calls of other sizes around the one that is judged, without a wait in between
     "groups": (1, 2),  # groups of ranks that call at the same time, each with its own memory
-    "capacity": ("exact", "double", "half"),  # of the ranks' buffers: the largest message of the case, or other sizes
+    # Of the ranks' buffers: the largest message of the case, or other sizes; "short" by one row.
+    "capacity": ("exact", "double", "half", "short"),
     "captured": (False, True),  # in the mode ranks: each rank replays graphs
     "edge": ("right", "left"),
     "out": (False, True),
@@ -122,7 +123,7 @@ class AllreduceSpace:
             "launches": value not in can.launches,
             "burst": name == "burst" and int(value) > can.max_burst,
             "groups": name == "groups" and int(value) > can.max_groups,
-            "capacity": value == "half" and not can.cuts,
+            "capacity": value in ("half", "short") and not can.cuts,
             "captured": bool(value) and not info.contract.graph,
             "out": bool(value) and not can.out,
         }.get(name, False)

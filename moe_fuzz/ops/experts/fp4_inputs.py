@@ -85,7 +85,12 @@ def _with_scales(case: Case, fault: str, name: str, table: torch.Tensor, codes: 
     if fault == BLOCK_FAULT:
         labels = recipes.shard(case)[0]
         word = generator.words(case.seed, f"{name}/{fault}", labels, range(rows), device=codes.device)  # [E, R]
-        some = _some(case, name, fault, codes.device)[:, None] & (word % 4 == 0)  # of a row in four, one block
+        # Of a row in four, one block; or of one row alone: a gate's, or one that a gate multiplies. A NaN in both is a
+        # NaN of what they make, whatever becomes of either.
+        alone = generator.choice(case.seed, f"{name}/{fault}/alone", labels, [0], 2 * rows, device=codes.device)
+        row = torch.arange(rows, device=codes.device)
+        broken = torch.where(alone < rows, row == alone, word % 4 == 0)
+        some = _some(case, name, fault, codes.device)[:, None] & broken
         there = torch.arange(blocks, device=codes.device) == ((word >> 8) % blocks)[..., None]
         hit = there & some[..., None]
         hit = hit if case.config["scale_layout"] == "linear" else swizzled(hit.byte()) > 0

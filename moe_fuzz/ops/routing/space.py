@@ -61,9 +61,9 @@ FIELDS: dict[str, tuple[Scalar, ...]] = {
 SIMPLEST: dict[str, Scalar] = {name: values[0] for name, values in FIELDS.items()}
 
 ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts",
-               "clustered_top", "shifted_rows", "huge_rows", "ladder", "ties", "signed_zeros", "zero_rows",
-               "stale_rows")  # fmt: skip
-_OFTEN = {"clustered_top": 4}  # a kernel has few of the lanes that it may have
+               "clustered_top", "shifted_rows", "huge_rows", "ladder", "ties", "tied_lane", "signed_zeros",
+               "zero_rows", "stale_rows")  # fmt: skip
+_OFTEN = {"clustered_top": 4, "tied_lane": 4}  # a kernel has few of the lanes that it may have
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")  # faults that need a target which takes strides
 PLACES = (
     *(FaultPlace(name, "logits", on_rows=True, often=_OFTEN.get(name, 1)) for name in ROW_FAULTS),

@@ -37,6 +37,7 @@ FAULTS = {
     "huge_rows": "the dtype's largest numbers of both signs",
     "ladder": "zeros, subnormals, a ladder of magnitudes",
     "ties": "rows of few distinct values",
+    "tied_lane": "the best experts are those of one lane, and few distinct values",
     "signed_zeros": "rows of zeros of both signs, which are equal",
     "zero_rows": "rows of zeros, as in a buffer that nobody has written yet",
     "stale_rows": "rows hold an earlier step's data",
