@@ -154,7 +154,7 @@ def _interpreter(target: Target) -> str:
 
 def _tape() -> str:
     """What stands in for CUDA's graphs."""
-    return _below_imports(Path(str(tape.__file__)).read_text(encoding="utf-8")).replace("canary.poison", "poison")
+    return _below_imports(Path(str(tape.__file__)).read_text(encoding="utf-8")).replace("canary.", "")
 
 
 def _below_imports(text: str) -> str:

@@ -4,7 +4,7 @@ A graph keeps of a call what was launched, with the addresses and the numbers it
 computed or decided is not looked at again. So is it with a tape: the operations of torch, and the launches of kernels
 that Triton's interpreter runs, over the same memory, in the same order.
 
-A script of a finding has what stands below the imports, with a `poison` of its own (campaign/repro).
+A script of a finding has what stands below the imports, with a `poison` and `unwritten` of its own (campaign/repro).
 
 Not everything that a host does can be taped. A target that reads its tensors otherwise (numpy, a library of its own),
 or whose shapes hang on what they hold, has a tape that is not its call. `whole` says whether it is.
@@ -33,6 +33,11 @@ _READS = {
 }  # fmt: skip
 _HANDS_OVER = {torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.cpu,
                torch.Tensor.__dlpack__}  # fmt: skip
+#: What makes memory and writes nothing there.
+_EMPTY = {
+    torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.empty_permuted,
+    torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided,
+}  # fmt: skip
 _MOST = 1 << 28  # bytes that a call may make: a tape keeps all of it, also to know it again
 _IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 _RESIZES = {torch.ops.aten.set_, torch.ops.aten.resize_, torch.ops.aten.resize_as_}
@@ -84,6 +89,22 @@ class Tape:
         for entry in self._entries:
             entry()
 
+    def does_it_again(self, results: Iterable[torch.Tensor | None]) -> bool:
+        """Whether a replay leaves what the call left, to the bit: in its results, and wherever it writes into what the
+        call made. Else something wrote that is not on the tape."""
+        given = [result for result in results if result is not None]
+        before = [tensor.clone() for tensor in (*given, *self._made)]
+        for tensor in (*given, *self._made):
+            canary.poison(tensor)
+        try:
+            self.replay()
+        except (NotWhole, RuntimeError):  # the call had none
+            return False
+        pairs = list(zip((*given, *self._made), before, strict=True))
+        return not any(unequal(one, was).any() for one, was in pairs[: len(given)]) and not any(
+            (unequal(one, was) & ~canary.unwritten(one)).any() for one, was in pairs[len(given) :]
+        )
+
     def poison(self) -> None:
         """All that the call allocated looks as if nobody had written there: other graphs have the same memory."""
         for tensor in self._made:
@@ -115,7 +136,7 @@ class Tape:
             # What returns nothing writes somewhere, and an operator of a library may do so and not say where.
             written = results if results and func.namespace == "aten" else (*results, *given)
             self._device |= {_memory(tensor) for tensor in written}
-        if not func.is_view:
+        if not func.is_view and func.overloadpacket not in _EMPTY:
             self._entries.append(lambda: _again(func, args, kwargs, results, fresh))
         return result
 
@@ -206,6 +227,14 @@ def _again(func: Any, args: Any, kwargs: Any, results: list[torch.Tensor], fresh
         if now[at].shape != results[at].shape or now[at].dtype != results[at].dtype:
             raise NotWhole
         results[at].copy_(now[at])
+
+
+def unequal(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """bool, of the tensors' shape: where their bits differ."""
+    if one.is_complex():
+        return unequal(torch.view_as_real(one), torch.view_as_real(other)).any(-1)
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return one.detach().view(bits) != other.detach().view(bits)
 
 
 def _memory(tensor: torch.Tensor) -> int:

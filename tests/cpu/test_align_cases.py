@@ -58,13 +58,10 @@ def test_what_is_drawn_goes_as_far_as_the_contract(runner, target):
 
 
 @pytest.mark.interpreter
-def test_more_slots_than_a_block_has_are_drawn_of_many_experts_too(runner):
-    """Where programs have slots of their own, each adds up what all have counted: of thousands of experts it takes more
-    turns for that."""
+def test_more_slots_than_a_block_has_are_drawn_often(runner):
+    """Where programs have slots of their own, each adds up what all have counted."""
     cases = islice(draw("align", runner.describe("align@builtin"), "cpu", 11), 1500)
-    several = [len(case.experts) for case in cases if case.steps[0].tokens * int(case.config["top_k"]) > 1024]
-    assert len(several) > 75
-    assert sum(count > 2048 for count in several) > 2
+    assert sum(case.steps[0].tokens * int(case.config["top_k"]) > 1024 for case in cases) > 75
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -125,11 +125,7 @@ class AlignSpace:
     def tokens(self, config: Mapping[str, Scalar], means: Means) -> tuple[int, ...]:
         if means.device == "cpu":
             most = means.budget(CPU_BUDGET, HOST_BUDGET)
-            found = tuple(t for t in TOKENS if self.cpu_seconds(t, config, means) <= most)
-            # With as many experts as one program has counts of at once, the first one behind a seam costs more.
-            behind = min(self.seams(config, TOKENS), default=0)
-            dear = behind > 0 and behind not in found and self.cpu_seconds(behind, config, means) <= 2 * most
-            return (*found, behind) if dear else found
+            return tuple(t for t in TOKENS if self.cpu_seconds(t, config, means) <= most)
         count = len(Labels.parse(str(config["experts"])))
         return tuple(t for t in TOKENS if t * count <= CUDA_ELEMENTS)
 
