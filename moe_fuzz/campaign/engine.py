@@ -133,7 +133,7 @@ class Campaign:
         if self._plan.superseded:
             notes = (*notes, f"the campaign that was cut is not gone on with: {self._plan.superseded} since it began")
         if settings.device == "cpu" and any(info.triton for info in infos):
-            notes = (*notes, "device cpu: Triton kernels run in its interpreter, and graphs are taped calls")
+            notes = (*notes, "device cpu: Triton kernels run in its interpreter, and graphs are acted out")
         notes = (*notes, *(f"{info.name} is {info.narrowed}" for info in infos if info.narrowed))
         self._emit(
             events.CampaignStarted(

@@ -116,7 +116,7 @@ def judge_gpu(gpus: tuple[machine.Gpu, ...], found: dict[str, Any], driver: str)
             "install a torch built for the CUDA version that `nvidia-smi` shows",
         )  # fmt: skip
     else:
-        yield Line(WARN, "gpu", "none: kernels run in Triton's interpreter on the CPU, and graphs are taped calls")
+        yield Line(WARN, "gpu", "none: kernels run in Triton's interpreter on the CPU, and graphs are acted out")
 
 
 def judge_workers(count: int, device: str, limit: int | None, available: int | None) -> Line:

@@ -80,17 +80,17 @@ class Simulated(Bucket):
 
 
 class Taped(Simulated):
-    """A replay does again what a call asked torch and Triton for, and nothing of what the host did (see tape.py). Where
-    a call is more than that, as its tape shows when it is replayed at once, a replay is a call: then it is Simulated.
+    """A replay does again what a call asked torch and Triton for, and nothing of what the host did (see tape.py): of
+    targets whose host code is the same on every device (`one_host_path`). They may read nothing on the host meanwhile.
 
-    A target whose host code is the same on every device (`one_host_path`) may read nothing on the host meanwhile.
+    Where a call is more than that, as its tape shows when it is replayed at once, a replay is a call: as in Simulated.
     """
 
     def __init__(self, inputs: Inputs, target: Target, arena: Arena, with_out: bool, pieces: bool) -> None:
         super().__init__(inputs, target, arena, with_out, pieces)
         call = self.call
         self._tape: Tape | None = None
-        tape = Tape([*call.tensors.values(), *call.out], target.info.capabilities.one_host_path)
+        tape = Tape([*call.tensors.values(), *call.out])
         try:
             with self._calling(), arena.own():
                 results = call.unpacked(guarded(partial(tape.record, call.bare), call.device.type))

@@ -50,12 +50,12 @@ class GraphSteps(Steps):
         with_out, pieces = self.with_out, self.case.mode == "piecewise"
         # Ranks pad their batches into static buffers whether or not what runs over them is captured.
         called = self.case.mode == RANKS and not self.target.info.contract.graph
-        if called:
-            buckets[key] = Simulated(inputs, self.target, arena, with_out, pieces)
-        elif pool is None:
+        if pool is not None and not called:
+            buckets[key] = Captured(inputs, self.target, arena, with_out, pieces, pool)
+        elif self.target.info.capabilities.one_host_path and not called:
             buckets[key] = Taped(inputs, self.target, arena, with_out, pieces)
         else:
-            buckets[key] = Captured(inputs, self.target, arena, with_out, pieces, pool)
+            buckets[key] = Simulated(inputs, self.target, arena, with_out, pieces)
 
     def _step(self, inputs: Inputs, bucket: Bucket, static: Arena, fresh: Arena) -> None:
         def eager(other: Inputs) -> Results:

@@ -4,7 +4,7 @@ A graph keeps of a call what was launched, with the addresses and the numbers it
 computed or decided is not looked at again. So is it with a tape: the operations of torch, and the launches of kernels
 that Triton's interpreter runs, over the same memory, in the same order.
 
-A script of a finding has what stands below the imports, with a `poison` and `unwritten` of its own (campaign/repro).
+A script of a finding has what stands below the imports, with a `poison` of its own (campaign/repro).
 
 Not everything that a host does can be taped. A target that reads its tensors otherwise (numpy, a library of its own),
 or whose shapes hang on what they hold, has a tape that is not its call. `whole` says whether it is.
@@ -29,7 +29,13 @@ from moe_fuzz.fence import canary
 _READS = {
     torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.is_nonzero,
     torch.ops.aten.masked_select, torch.ops.aten.unique_dim, torch.ops.aten._unique2,
-    torch.ops.aten.unique_consecutive, torch.ops.aten.bincount,
+    torch.ops.aten.unique_consecutive, torch.ops.aten.bincount, torch.ops.aten.allclose,
+}  # fmt: skip
+#: Who asks for a number wherever a tensor is. Others do so on a host alone, to check what a GPU takes on trust.
+_ASKS = {
+    torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__,
+    torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.__format__, torch.Tensor.__repr__,
+    torch.Tensor.__contains__, torch.arange, torch.is_nonzero,
 }  # fmt: skip
 _HANDS_OVER = {torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.cpu,
                torch.Tensor.__dlpack__}  # fmt: skip
@@ -63,12 +69,11 @@ class NotWhole(Exception):
 class Tape:
     """`record` a call, then `replay`."""
 
-    def __init__(self, inputs: Iterable[torch.Tensor], refuses: bool) -> None:
-        """inputs: what is on the device before the call. refuses: it is as on a GPU: a read of what is there is an
-        error, and tensors say that they are there."""
+    def __init__(self, inputs: Iterable[torch.Tensor]) -> None:
+        """inputs: what is on the device before the call, where a read of it is an error, as on a GPU."""
         self.whole = True
         self.refused: RuntimeError | None = None  # what was raised, in the words of CUDA and ours
-        self.refuses = refuses
+        self.by: Any = None  # the function of torch that is under way
         self._entries: list[Callable[[], None]] = []
         self._made: list[torch.Tensor] = []
         self._room = _MOST
@@ -79,7 +84,7 @@ class Tape:
         _under_way.append(self)
         try:
             operations = _OperationsBesideDynamo if "torch._dynamo" in sys.modules else _Operations
-            with _Functions(self), operations(self), _launches(self):
+            with _Functions(self), operations(self), _launches(self), _compiled(self):
                 return call()
         finally:
             _under_way.pop()
@@ -90,20 +95,19 @@ class Tape:
             entry()
 
     def does_it_again(self, results: Iterable[torch.Tensor | None]) -> bool:
-        """Whether a replay leaves what the call left, to the bit: in its results, and wherever it writes into what the
-        call made. Else something wrote that is not on the tape."""
+        """Whether a replay leaves the call's results, to the bit. Else something wrote that is not on the tape."""
         given = [result for result in results if result is not None]
-        before = [tensor.clone() for tensor in (*given, *self._made)]
-        for tensor in (*given, *self._made):
+        pairs = [(tensor, tensor.clone()) for tensor in (*given, *self._made)]
+        for tensor, _ in pairs:
             canary.poison(tensor)
         try:
             self.replay()
+            same = not any(unequal(one, was).any() for one, was in pairs[: len(given)])
         except (NotWhole, RuntimeError):  # the call had none
-            return False
-        pairs = list(zip((*given, *self._made), before, strict=True))
-        return not any(unequal(one, was).any() for one, was in pairs[: len(given)]) and not any(
-            (unequal(one, was) & ~canary.unwritten(one)).any() for one, was in pairs[len(given) :]
-        )
+            same = False
+        for one, was in () if same else pairs:
+            one.copy_(was)  # the target may have kept it
+        return same
 
     def poison(self) -> None:
         """All that the call allocated looks as if nobody had written there: other graphs have the same memory."""
@@ -133,26 +137,34 @@ class Tape:
             self._entries.clear()
             return result
         if before & self._device:
-            # What returns nothing writes somewhere, and an operator of a library may do so and not say where.
-            written = results if results and func.namespace == "aten" else (*results, *given)
-            self._device |= {_memory(tensor) for tensor in written}
-        if not func.is_view and func.overloadpacket not in _EMPTY:
+            self._device |= {_memory(tensor) for tensor in results}
+            if not results or func.namespace != "aten":  # it writes somewhere, and need not say where
+                self._device |= self._ours(given)
+        # In inference mode `to` and `reshape` come whole, and may be either.
+        if (fresh or not func.is_view) and func.overloadpacket not in _EMPTY:
             self._entries.append(lambda: _again(func, args, kwargs, results, fresh))
         return result
 
     def read(self, tensors: Iterable[torch.Tensor], by: str) -> None:
         """The host looks at these."""
-        if not self.refuses:
+        if self._room < 0 or not any(_memory(tensor) in self._device for tensor in tensors):
+            return  # made on the host, of numbers that the host had
+        if by == str(torch.ops.aten._local_scalar_dense) and self.by not in _ASKS:
             self.whole = False
-        elif self._room >= 0 and any(_memory(tensor) in self._device for tensor in tensors):
-            said = f"operation not permitted when stream is capturing: the host reads a tensor by {by}"
-            self.refused = RuntimeError(said)
-            raise self.refused  # others were made on the host, of numbers that the host had
+            return
+        said = f"operation not permitted when stream is capturing: the host reads a tensor by {by}"
+        self.refused = RuntimeError(said)
+        raise self.refused
+
+    def _ours(self, tensors: Iterable[torch.Tensor]) -> set[int]:
+        """Those that the call made. Of others, one may stand for two: a GPU has a table, and the host its own."""
+        made = {_memory(tensor) for tensor in self._made}
+        return made & {_memory(tensor) for tensor in tensors}
 
     def launch(self, executor: Any, launch: Callable[..., None], args: Any, kwargs: Any) -> None:
         """Launches a kernel, and keeps that."""
         leaves = [getattr(leaf, "base", leaf) for leaf in tree_leaves((args, kwargs))]  # of a descriptor its tensor
-        self._device |= {_memory(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        self._device |= self._ours(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
         grid = executor.grid
 
         def kept(arguments: Any) -> Any:
@@ -197,11 +209,15 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == _IS_CUDA and self._tape.refuses:
+        if func == _IS_CUDA:
             return True
-        if func in _HANDS_OVER or (func is torch.Tensor.to and _is_host((*args[1:2], kwargs.get("device")))):
+        if func in _HANDS_OVER:
             self._tape.read([arg for arg in args[:1] if isinstance(arg, torch.Tensor)], func.__name__)
-        return func(*args, **kwargs)
+        outer, self._tape.by = self._tape.by, func
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._tape.by = outer
 
 
 @contextlib.contextmanager
@@ -218,6 +234,26 @@ def _launches(tape: Tape) -> Iterator[None]:
         yield
     finally:
         executor.__call__ = launch
+
+
+@contextlib.contextmanager
+def _compiled(tape: Tape) -> Iterator[None]:
+    """What Dynamo has compiled runs as it was written while it is taped, and may have other bits when it is called."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    begin = getattr(dynamo, "_maybe_set_eval_frame", None)
+    if begin is None:
+        yield
+        return
+
+    def seen(callback: Any) -> Any:
+        tape.whole = tape.whole and callback in (None, False)
+        return begin(callback)
+
+    dynamo._maybe_set_eval_frame = seen
+    try:
+        yield
+    finally:
+        dynamo._maybe_set_eval_frame = begin
 
 
 def _again(func: Any, args: Any, kwargs: Any, results: list[torch.Tensor], fresh: list[int]) -> None:
@@ -247,7 +283,3 @@ def _by_mask(func: Any, args: Any) -> bool:
     return func.overloadpacket is torch.ops.aten.index and any(
         index is not None and index.dtype in masks for index in args[1]
     )
-
-
-def _is_host(devices: Iterable[Any]) -> bool:
-    return any(str(device).partition(":")[0] == "cpu" for device in devices if isinstance(device, str | torch.device))

@@ -159,11 +159,11 @@ def test_buffers_are_static_and_made_the_largest_first(runner: Runner, file: Pat
     verdict = run(runner, f"{file}:counts", step(2), step(8), step(2, 1), step(8, 4))
     assert verdict.kind == PASS, verdict.violations
     calls = runner._bind(f"topk_softmax@{file}:counts").function.__globals__["CALLS"]
-    large, small = calls[0], calls[2]
-    assert [shape for _, shape in (large, small)] == [(8, 16), (2, 16)]
-    assert calls[:4] == [large, large, small, small]  # each bucket's warm-up and capture; its replays call nobody
-    assert len(calls) >= 4 + 4  # an eager call beside each replay
-    assert {large, small}.isdisjoint(calls[4:])  # in buffers of its own
+    assert [shape for _, shape in calls[:2]] == [(8, 16), (2, 16)]  # the warm-up calls
+    at = {shape: address for address, shape in calls[:2]}
+    replays = [address for address, shape in calls if address == at[shape]]
+    assert len(replays) >= 2 + 4 + 1  # each warm-up, each step, and the last step once more
+    assert len(calls) - len(replays) >= 4  # an eager call beside each replay, in buffers of its own
 
 
 def test_a_replay_that_differs_from_an_eager_call_in_its_last_bit(runner: Runner, file: Path) -> None:

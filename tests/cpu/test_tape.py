@@ -21,7 +21,6 @@ from moe_fuzz.options import RunOptions
 from moe_fuzz.verdict import PASS, VIOLATION, Verdict
 
 ROUTERS = """
-import numpy
 import torch
 import triton
 import triton.language as tl
@@ -35,8 +34,8 @@ def right(logits, top_k):
     e = (x - x.amax(dim=1, keepdim=True).clamp_min(-1e300)).exp()
     return (e.gather(1, ids) / e.sum(1, keepdim=True).clamp_min(1e-300)).float(), ids.int()
 
-promise = declares(contract=Contract(deterministic=True))
-same_code = declares(contract=Contract(deterministic=True), capabilities=Capabilities(out=False, one_host_path=True))
+says_nothing = declares(contract=Contract(deterministic=True))
+promise = declares(contract=Contract(deterministic=True), capabilities=Capabilities(out=False, one_host_path=True))
 
 @promise
 def plain(logits, top_k):
@@ -45,18 +44,35 @@ def plain(logits, top_k):
 def counted(logits, top_k):
     return right(logits if int((logits > 0).sum()) >= 0 else logits.clone(), top_k)
 
-reads = promise(counted)
-may_not_read = same_code(lambda logits, top_k: counted(logits, top_k))
+reads = says_nothing(lambda logits, top_k: counted(logits, top_k))
+may_not_read = promise(counted)
 
-@same_code
+@promise
 def reads_its_own_numbers(logits, top_k):
     assert torch.tensor([3, top_k]).tolist()[1] == int(torch.arange(top_k + 1)[top_k])
     return right(logits, top_k)
 
 @promise
-def by_numpy(logits, top_k):
-    weights, ids = right(torch.from_numpy(logits.float().numpy().copy()), top_k)
+def with_checks_of_the_hosts(logits, top_k):
+    weights, ids = right(logits, top_k)
+    torch.nn.functional.one_hot(ids.long(), logits.shape[1])  # on a CPU torch looks whether they are in range
     return weights, ids
+
+TABLE = torch.arange(64)
+
+@promise
+def one_table_for_both(logits, top_k):
+    on_device = TABLE.to(logits.device)
+    assert TABLE.tolist()[3] == 3
+    return right(logits + 0 * on_device[0], top_k)
+
+@promise
+def kept_of_the_capture(logits, top_k):
+    KEPT["calls of it"] = KEPT.get("calls of it", 0) + 1
+    if KEPT["calls of it"] == 2:
+        KEPT["table"] = torch.arange(64)
+    weights, ids = by_memory_that_nobody_sees(logits, top_k)
+    return weights, KEPT.get("table", torch.arange(64))[ids.long()].int()
 
 @promise
 def by_memory_that_nobody_sees(logits, top_k):
@@ -68,9 +84,8 @@ def by_memory_that_nobody_sees(logits, top_k):
 
 @promise
 def of_rows_by_mask(logits, top_k):
-    some = logits[~logits.isnan().all(1)]  # as many as there are in the capture: all
     weights, ids = right(logits, top_k)
-    weights[: len(some)] += 0
+    weights[: len(logits[~logits.isnan().all(1)])] += 0
     return weights, ids
 
 @promise
@@ -144,26 +159,32 @@ def run(runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("mode", ["graph", "piecewise"])
-@pytest.mark.parametrize("name", ["plain", "by_triton", "reads_its_own_numbers"])
+@pytest.mark.parametrize("name", ["plain", "by_triton", "reads_its_own_numbers", "one_table_for_both"])
 def test_a_right_call_is_taped_and_passes(run, name: str, mode: str) -> None:
     verdict, taped = run(name, Fault("nan_rows", "logits", Labels.parse("2")), mode=mode)
     assert (verdict.kind, taped) == (PASS, [True]), verdict
 
 
-@pytest.mark.parametrize("name", ["reads", "by_numpy", "by_memory_that_nobody_sees", "of_rows_by_mask"])
+@pytest.mark.parametrize("name", ["by_memory_that_nobody_sees", "with_checks_of_the_hosts", "kept_of_the_capture"])
 def test_what_no_tape_can_hold_is_called_again(run, name: str) -> None:
     verdict, taped = run(name, Fault("nan_rows", "logits", Labels.parse("2")))
     assert (verdict.kind, taped) == (PASS, [False]), verdict
 
 
-def test_who_has_one_host_path_may_not_read_what_is_on_the_device(run) -> None:
-    verdict, _ = run("may_not_read")
+def test_who_does_not_say_so_is_not_taped(run) -> None:
+    verdict, taped = run("reads", Fault("nan_rows", "logits", Labels.parse("2")))
+    assert (verdict.kind, taped) == (PASS, []), verdict
+
+
+@pytest.mark.parametrize("name", ["counted", "of_rows_by_mask"])
+def test_who_has_one_host_path_may_not_read_what_is_on_the_device(run, name: str) -> None:
+    verdict, _ = run("may_not_read" if name == "counted" else name)
     assert verdict.kind == VIOLATION
     [found] = verdict.violations
     assert (found.check, found.symptom) == ("capture", "RuntimeError")
     assert "operation not permitted when stream is capturing: the host reads a tensor by" in found.message
     assert found.site.startswith("routers.py:")
-    assert found.site.endswith(" in counted")
+    assert found.site.endswith(f" in {name}")
 
 
 @pytest.mark.parametrize("name", ["first_shift_is_kept", "asks"])
@@ -183,7 +204,7 @@ def test_memory_of_its_own_is_fenced_in_replays_too(run) -> None:
 
 def test_a_replay_writes_where_the_call_did() -> None:
     x = torch.arange(4.0)
-    tape = Tape([x], refuses=False)
+    tape = Tape([x])
     y = tape.record(lambda: (x * 2).clone() + torch.ones(4)[1])
     assert tape.whole
     x.fill_(3)
@@ -195,7 +216,7 @@ def test_a_replay_writes_where_the_call_did() -> None:
 
 def test_a_shape_that_hangs_on_numbers_is_seen() -> None:
     x = torch.tensor([0, 1, 1])
-    tape = Tape([], refuses=False)
+    tape = Tape([])
     tape.record(lambda: torch.bincount(x))
     x.fill_(5)
     with pytest.raises(NotWhole):
@@ -204,8 +225,27 @@ def test_a_shape_that_hangs_on_numbers_is_seen() -> None:
 
 def test_a_call_that_makes_too_much_is_not_kept() -> None:
     x = torch.ones(1 << 20)
-    tape = Tape([x], refuses=True)
+    tape = Tape([x])
     y = tape.record(lambda: sum((x + at for at in range(80)), start=x)[0])
     assert not tape.whole
     assert (tape._entries, tape._made) == ([], [])
     assert tape.record(y.item) == 81 + sum(range(80))  # nobody knows any more what is of the device
+
+
+def test_what_is_compiled_is_not_taped() -> None:
+    twice = torch.compile(lambda x: x * 2, backend="eager")
+    x = torch.ones(3)
+    assert twice(x).tolist() == [2.0] * 3
+    tape = Tape([x])
+    tape.record(lambda: twice(x))
+    assert not tape.whole
+
+
+def test_where_a_tensor_goes_is_no_read() -> None:
+    x = torch.ones(3)
+    tape = Tape([x])
+    tape.record(lambda: (x.to(x.device), x.to("cpu", torch.float64), x.to(device=x.device, dtype=torch.float16)))
+    assert tape.whole
+    for read in (x.cpu, x.tolist, x.numpy, lambda: bool(x[0]), lambda: torch.allclose(x, x), lambda: x[x > 0]):
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            Tape([x]).record(read)

@@ -146,6 +146,7 @@ def verdict_of(bug: Planted, case: Case, division: str = DIVISION[0], told: bool
     target = bind(bug.target)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph, "Taped", Recorded)
+        patch.setattr(graph, "Simulated", Recorded)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: told and acted.capturing)
         patch.setattr(torch.cuda, "synchronize", lambda: None)
         patch.setattr(torch.cuda, "Stream", object)

@@ -122,6 +122,7 @@ def render(
     refills = any(step["holds"] for step in everywhere)
     poisons = graphs or bool(fence["own"]) or check == "written" or any(step["out"] for step in everywhere)
     found = next(iter(finding.verdict.violations), None)
+    tape = next((one["tape"] for one in (exhibit, *before) if one["tape"]), "")
     context = {
         "judge_template": by.template,
         "by": by,
@@ -129,13 +130,12 @@ def render(
         "check": check,
         "found": found,
         "shows": by.shows,
-        "doc": _docstring(_about(finding, load, device, case, sum(len(one.steps) for one in earlier))),
+        "doc": _docstring(_about(finding, load, device, case, sum(len(one.steps) for one in earlier), bool(tape))),
         "judge_doc": _sentence(_rule(finding) or "the calls come back"),
         "device": device,
         "load": load,
         "interpreter": exhibit["interpreter"],
-        "tape": next((one["tape"] for one in (exhibit, *before) if one["tape"]), ""),
-        "one_host_path": exhibit["one_host_path"],
+        "tape": tape,
         "target": _target(load),
         "contract": exhibit["contract"],
         "edge": exhibit["edge"],
@@ -185,7 +185,9 @@ def _fence(finding: Finding, bare: bool) -> dict[str, Any]:
     return {"names": [], "readonly": [], "own": "" if bare else "poison"}
 
 
-def _about(finding: Finding, load: Mapping[str, Any], device: str, case: Calls, earlier: int) -> list[str]:
+def _about(
+    finding: Finding, load: Mapping[str, Any], device: str, case: Calls, earlier: int, taped: bool
+) -> list[str]:
     """The paragraphs of the docstring."""
     space = get_space(finding.case.op)
     violation = next(iter(finding.verdict.violations), None)
@@ -197,7 +199,8 @@ def _about(finding: Finding, load: Mapping[str, Any], device: str, case: Calls, 
         facts += [f"{name:9} {text}" for name, text in told if text]
     if case.graph:
         sizes = " and ".join(str(name) for name, _ in case.buckets)
-        what = "the graphs" if device == "cuda" else "a CPU has no graphs: what a call asked for, again, over buffers"
+        again = "what a call asked for, again, over buffers" if taped else "calls over static buffers"
+        what = "the graphs" if device == "cuda" else f"a CPU has no graphs: {again}"
         facts += [f"Replays   {len(case.steps)}; {what} of {sizes} tokens"]
     if any(step["holds"] for _, step in case.steps):
         facts += [f"Calls     {len(case.steps)}; the buffers of one are filled anew for another, as a server does it"]
