@@ -107,14 +107,17 @@ def _launch(
     kernel, phases, slot = one_shot_kernel, 2, group.capacity // size
     if backend == "two_shot":
         kernel, phases, slot = two_shot_kernel, 3, triton.cdiv(share * hidden, 64) * 64
-    residual_stride = 0 if residual is None or len(residual) == 1 else residual.stride(0)
+    # Not stride(0): where there is one row, or one rank, a packed tensor may have any number there. Triton compiles
+    # for what divides it, and another binary might add a row's squares in another order.
+    stride = x.shape[1] * hidden
+    residual_stride = 0 if residual is None or len(residual) == 1 else stride
     part = slice(first, first + tokens)
     for phase in range(1, phases + 1) if group.launches == "phases" else (0,):
         kernel[(blocks, group.ranks_here)](
             x[:, part], None if residual is None else residual[:, part], gamma,  # inputs
             normed[..., part, :], total[..., part, :],  # outputs
             group.buffers, group.pads, group.state, group.faults,  # of the group
-            tokens, hidden, share, group.rank or 0, x.stride(0), residual_stride,  # sizes
+            tokens, hidden, share, group.rank or 0, stride, residual_stride,  # sizes
             group.half_bytes, slot,
             eps, int(group.timeout_s * 1e9),
             WORLD=world, WORLD_PAD=triton.next_power_of_2(world), ROWS=rows, COLUMNS=columns,  # constants

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_fuzz.execute.interpreter import hasten
-from moe_fuzz.kernels.allreduce_rmsnorm import LocalGroup, RankTimeout, allreduce_rmsnorm, dispatch
+from moe_fuzz.kernels.allreduce_rmsnorm import LocalGroup, RankTimeout, allreduce_rmsnorm, dispatch, launch
 from moe_fuzz.kernels.allreduce_rmsnorm.barrier import unpack_fault
 from moe_fuzz.reference.allreduce_rmsnorm import allreduce_rmsnorm as reference
 
@@ -122,6 +122,25 @@ def test_rows_that_are_not_packed_and_results_that_are_given():
     want = allreduce_rmsnorm(x, residual, gamma, group=LocalGroup(2, "cpu"))
     for result, wanted in zip(got, want, strict=True):
         assert torch.equal(bits(result), bits(wanted))
+
+
+@BACKENDS
+def test_the_strides_of_a_lone_row_choose_no_other_binary(backend, monkeypatch):
+    """A packed tensor may have any stride where there is one row and one rank: Triton compiles for what divides it, and
+    another binary might add in another order."""
+    asked: list[tuple[int, int]] = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: asked.append((args[13], args[14]))
+
+    monkeypatch.setattr(launch, f"{backend}_kernel", Kernel())
+    x, residual, gamma = drawn(1, 1, 16, torch.float32)
+    odd = torch.zeros(1, 1, 21)[..., :16]
+    assert odd.is_contiguous() and odd.stride(0) == 21
+    for tensor, held in ((x, residual), (odd, residual), (odd, odd), (x, None)):
+        allreduce_rmsnorm(tensor, held, gamma, group=LocalGroup(1, "cpu"), backend=backend)
+    assert set(asked) == {(16, 0)}
 
 
 def test_a_fault_is_raised_by_the_next_call_and_by_check():

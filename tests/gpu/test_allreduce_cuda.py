@@ -84,6 +84,19 @@ def test_a_rows_bits_depend_on_that_row_alone(hidden):
             assert same(got, want[:, first:last]), (backend, first, last)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_lone_row_has_its_bits_wherever_it_lies(backend):
+    """Its tensor is packed whatever its stride, which is the distance to a row that is not there."""
+    apart, residual = torch.randn(1, 64, 2048 + 5, device="cuda"), torch.randn(64, 2048, device="cuda")
+    gamma = torch.rand(2048, device="cuda")
+    group = LocalGroup(1, launches="single", capacity=16 << 20)
+    packed = apart[..., :2048].contiguous()
+    for row in range(0, 64, 4):  # rows that begin at a multiple of 16 bytes: others are copied first
+        one, other = (allreduce_rmsnorm(x[:, row : row + 1], residual[row : row + 1], gamma, group=group,
+                                        backend=backend) for x in (packed, apart[..., :2048]))  # fmt: skip
+        assert same(one[0], other[0]) and same(one[1], other[1]), row
+
+
 def test_a_thousand_calls_without_a_wait_between_them():
     """Sizes and backends alternate; data changes; the host never looks until the end."""
     group = LocalGroup(2, launches="single", capacity=1 << 20)
