@@ -42,7 +42,8 @@ TARGETS = {
     "moe_layer": ("moe_layer@builtin",),
     "nvfp4": ("nvfp4_quantize@builtin", "experts_nvfp4@builtin"),
     "experts_nvfp4": ("experts_nvfp4@builtin", "experts_nvfp4@builtin.small", "experts_nvfp4@builtin.large"),
-    "allreduce_rmsnorm": ("allreduce_rmsnorm@builtin.one_shot", "allreduce_rmsnorm@builtin.two_shot"),
+    "allreduce_rmsnorm": ("allreduce_rmsnorm@builtin.one_shot", "allreduce_rmsnorm@builtin.split",
+                          "allreduce_rmsnorm@builtin.two_shot"),
 }
 _COMPARED = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
              ast.Eq: ("==", "!="), ast.NotEq: ("!=", "==")}  # fmt: skip

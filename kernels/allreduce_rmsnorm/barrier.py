@@ -40,6 +40,7 @@ done:
 }
 """)
 _BROKEN = tl.constexpr(62)
+_NOBODY = tl.constexpr(255)  # above any rank
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def begin_call(state_ptr, blocks, FIRST: tl.constexpr):
 def meet(
     signals_ptr,  # [R] int64: addresses of the pads
     state_ptr, fault_ptr,  # int64 of this rank
-    rank, block, broken, timeout,  # nanoseconds
+    rank, block, broken, timeout,  # nanoseconds; of a block with several programs, the program
     STAGE: tl.constexpr, WORLD: tl.constexpr, WORLD_PAD: tl.constexpr,
 ):  # fmt: skip
     """Waits for the same block of every peer; 1 if all came in time. Ordered at system scope: what any thread of theirs
@@ -75,22 +76,53 @@ def meet(
     peer = tl.arange(0, WORLD_PAD)
     other = (peer < WORLD) & (peer != rank)
     pads = tl.load(signals_ptr + peer, mask=other, other=0)
-    theirs = (pads + (block * WORLD + rank) * 4).to(tl.pointer_type(tl.int32))
+    theirs = pads + (block * WORLD + rank) * 4
     own = tl.load(signals_ptr + rank) + (block * WORLD + peer) * 4
+    return _signal_and_wait(theirs, own, other, peer, state_ptr, fault_ptr, rank, block, broken, timeout, STAGE)
+
+
+@triton.jit
+def meet_owners(
+    buffers_ptr, offset,  # [R] int64: addresses of the buffers; bytes, from where on each has a second pad
+    state_ptr, fault_ptr,  # int64 of this rank
+    rank, block, part, broken, timeout,  # nanoseconds
+    STAGE: tl.constexpr, WORLD: tl.constexpr, WORLD_PAD: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Tells every rank, this one too, that this part of its sums is there, and waits for all parts of the ranks whose
+    sums the program is to read: every PARTS-th, from `part` on. 1 if all came in time.
+
+    The pad is another than that of `meet`: which program signals a word hangs on PARTS here, which may be another at
+    the next call, and a peer may be there already. It signals here only behind a `meet` with every rank, though."""
+    word = tl.arange(0, WORLD_PAD)
+    inside = word < WORLD
+    pads = tl.load(buffers_ptr + word, mask=inside, other=0) + offset
+    theirs = pads + ((block * PARTS + rank % PARTS) * WORLD + rank // PARTS * PARTS + part) * 4
+    own = tl.load(buffers_ptr + rank) + offset + ((block * PARTS + part) * WORLD + word) * 4
+    owner = word // PARTS * PARTS + part
+    return _signal_and_wait(theirs, own, inside, owner, state_ptr, fault_ptr, rank, block * PARTS + part, broken,
+                            timeout, STAGE)  # fmt: skip
+
+
+@triton.jit
+def _signal_and_wait(
+    theirs, own, inside,  # addresses of words, and which of them there are
+    peer,  # who signals `own`
+    state_ptr, fault_ptr, rank, program, broken, timeout, STAGE: tl.constexpr,
+):  # fmt: skip
     tl.debug_barrier()  # a release covers what its own thread has seen: the stores of the others, by this barrier
-    tl.atomic_add(theirs, 1, mask=other, sem="release", scope="sys")
+    tl.atomic_add(theirs.to(tl.pointer_type(tl.int32)), 1, mask=inside, sem="release", scope="sys")
     seen = tl.inline_asm_elementwise(
-        _SPIN, "=&r,l,r,l", [own, other.to(tl.int32), tl.where(broken != 0, 0, timeout).to(tl.int64)],
+        _SPIN, "=&r,l,r,l", [own, inside.to(tl.int32), tl.where(broken != 0, 0, timeout).to(tl.int64)],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
     tl.debug_barrier()  # nobody looks any more, and what the spinning threads acquired all have
-    tl.atomic_add(own.to(tl.pointer_type(tl.int32)), -1, mask=other & (seen != 0), sem="relaxed", scope="sys")
+    tl.atomic_add(own.to(tl.pointer_type(tl.int32)), -1, mask=inside & (seen != 0), sem="relaxed", scope="sys")
     came = tl.min(seen, axis=0)
     if came == 0:
-        missing = tl.min(tl.where(seen == 0, peer, WORLD), axis=0)
+        missing = tl.min(tl.where(seen == 0, peer, _NOBODY), axis=0)
         if broken == 0:
             # one store of 64 bits: of several blocks' reports one is left, whole
-            tl.store(fault_ptr, pack_fault(rank, missing, block, STAGE))
+            tl.store(fault_ptr, pack_fault(rank, missing, program, STAGE))
         tl.atomic_or(state_ptr, tl.full((), 1, tl.int64) << _BROKEN, sem="relaxed", scope="gpu")
     return came
 

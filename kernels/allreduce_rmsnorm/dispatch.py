@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BACKENDS = ("one_shot", "two_shot")
+#: "split" is two shots, too: several blocks share a row's columns, where there are fewer rows than multiprocessors.
+BACKENDS = ("one_shot", "split", "two_shot")
 TABLE_VARIABLE = "MOE_FUZZ_ALLREDUCE_TABLE"
 #: Stands for no cap.
 ALWAYS = 1 << 40
@@ -35,6 +36,11 @@ class Caps:
     fused: Mapping[str, Bounds] = field(default_factory=dict)
     source: str = ""  # where the figures are from
     narrower: tuple[tuple[int, Caps], ...] = ()  # (bytes of a row, ascending; the caps for rows of up to so many)
+    split: int = 0  # above one_shot and up to here, two shots of split rows
+
+    def backend(self, message: int) -> str:
+        """One of BACKENDS, for a message of so many bytes."""
+        return "one_shot" if message <= self.one_shot else "split" if message <= self.split else "two_shot"
 
     def of(self, row: int | None) -> Caps:
         """Those for rows of so many bytes; None: for rows of any width."""
@@ -64,14 +70,14 @@ def caps_of(world: int, arch: str, links: str) -> Caps:
     found = _measured(os.environ.get(TABLE_VARIABLE, "")).get((world, arch, links)) or CAPS.get((world, arch, links))
     if found is not None:
         return found
-    if arch == "cpu":  # an interpreter's, of small messages: nothing is fast, and both ways are to be run
-        return Caps(1 << 10, source="so that both ways are taken")
+    if arch == "cpu":  # an interpreter's, of small messages: nothing is fast, and all ways are to be run
+        return Caps(1 << 10, source="so that all ways are taken", split=2 << 10)
     return Caps(ALWAYS if world <= 2 else (1 << 20) // (world - 2), source="nothing measured: by the bytes sent")
 
 
 def choose(world: int, arch: str, links: str, message: int, row: int | None = None) -> str:
     """One of BACKENDS, for a message of so many bytes in rows of so many."""
-    return "one_shot" if world == 1 or message <= caps_of(world, arch, links).of(row).one_shot else "two_shot"
+    return "one_shot" if world == 1 else caps_of(world, arch, links).of(row).backend(message)
 
 
 def fuses(world: int, arch: str, links: str, message: int, unfused: str, row: int | None = None) -> bool:
@@ -97,8 +103,8 @@ def entry(caps: Caps) -> dict[str, Any]:
     """Caps as they stand in a file."""
     fused = {name: list(bounds) if isinstance(bounds, tuple) else bounds for name, bounds in caps.fused.items()}
     narrower = [{"row": row, **entry(other)} for row, other in caps.narrower]
-    return {"one_shot": caps.one_shot, "fused": fused, "source": caps.source,
-            **({"narrower": narrower} if narrower else {})}  # fmt: skip
+    return {"one_shot": caps.one_shot, **({"split": caps.split} if caps.split else {}), "fused": fused,
+            "source": caps.source, **({"narrower": narrower} if narrower else {})}  # fmt: skip
 
 
 def from_json(text: str) -> dict[Key, Caps]:
@@ -116,7 +122,7 @@ def _caps(found: Mapping[str, Any]) -> Caps:
     if [row for row, _ in narrower] != sorted({row for row, _ in narrower}):
         raise ValueError("the widths of rows do not ascend")
     return Caps(int(found["one_shot"]), {str(k): _bounds(v) for k, v in found["fused"].items()},
-                str(found.get("source", "")), tuple(narrower))  # fmt: skip
+                str(found.get("source", "")), tuple(narrower), int(found.get("split", 0)))  # fmt: skip
 
 
 def _bounds(found: Any) -> Bounds:

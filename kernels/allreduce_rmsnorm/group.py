@@ -44,11 +44,11 @@ class Group:
     capacity: int  # bytes of the largest [T, H] that goes in one launch; more are cut into several
     timeout_s: float
     links: str  # between devices: "nvlink" | "pcie" | "local", a key of the dispatch table
-    buffers: Tensor  # [world] int64: addresses of each rank's buffer: two halves
+    buffers: Tensor  # [world] int64: addresses of each rank's buffer: two halves, and behind them a second pad
     pads: Tensor  # [world] int64: addresses of each rank's signal pad
     state: Tensor  # [ranks here] int64, see barrier.py
     faults: Tensor  # [ranks here] int64 that the host can read at any time; 0: none
-    signals: list[Tensor]  # the pads of the ranks here, int32: zero when all ranks have finished
+    signals: list[Tensor]  # the pads of the ranks here, int32, two each: zero when all ranks have finished
     _kept: Any = None
 
     @property
@@ -89,6 +89,10 @@ class Group:
         self.state = torch.zeros(self.ranks_here, dtype=torch.int64, device=device)
         self.faults = torch.zeros(self.ranks_here, dtype=torch.int64, pin_memory=device.type == "cuda")
 
+    def _second_pad(self, memory: Tensor) -> Tensor:
+        """Of a buffer of this group: as large as the first, and the group's own, as signal pads are of torch's size."""
+        return memory[2 * self.half_bytes :].view(torch.int32)
+
     def _share(self, buffers: Sequence[int], pads: Sequence[int]) -> None:
         table = torch.tensor([*buffers, *pads], dtype=torch.int64, device=self.device)  # one line of the cache
         self.buffers, self.pads = table[: self.world], table[self.world :]
@@ -112,9 +116,9 @@ class LocalGroup(Group):
             raise ValueError("launches='single' needs a GPU: the interpreter runs programs one after another")
         self._prepare(world, None, device, capacity, timeout_s)
         self.launches, self.links = launches, "local"
-        memory = torch.zeros((world, 2 * self.half_bytes), dtype=torch.uint8, device=device)
+        memory = torch.zeros((world, 2 * self.half_bytes + SIGNAL_BYTES), dtype=torch.uint8, device=device)
         pads = torch.zeros((world, SIGNAL_BYTES // 4), dtype=torch.int32, device=device)
-        self.signals, self._kept = list(pads), (memory, pads)
+        self.signals, self._kept = [*pads, *map(self._second_pad, memory)], (memory, pads)
         self._share([row.data_ptr() for row in memory], [row.data_ptr() for row in pads])
 
 
@@ -139,12 +143,13 @@ class RankGroup(Group):
         device = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
         self._prepare(dist.get_world_size(group), dist.get_rank(group), device, capacity, timeout_s)
         self.process_group, self.launches = group, "single"
-        memory = symm_mem.empty(2 * self.half_bytes, dtype=torch.uint8, device=device)
+        memory = symm_mem.empty(2 * self.half_bytes + SIGNAL_BYTES, dtype=torch.uint8, device=device)
+        second = self._second_pad(memory).zero_()
         handle = symm_mem.rendezvous(memory, group)  # type: ignore[arg-type]
         if handle.signal_pad_size < SIGNAL_BYTES:
             raise ValueError(f"a signal pad has {handle.signal_pad_size} bytes, and {SIGNAL_BYTES} are needed")
         rank = handle.rank
-        self.signals = [handle.get_signal_pad(rank, (SIGNAL_BYTES // 4,), torch.int32)]
+        self.signals = [handle.get_signal_pad(rank, (SIGNAL_BYTES // 4,), torch.int32), second]
         self._kept = (memory, handle)
         self.links = links_of(device, self.world)
         self._share(handle.buffer_ptrs, handle.signal_pad_ptrs)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_fuzz.kernels.allreduce_rmsnorm.barrier import begin_call, meet
+from moe_fuzz.kernels.allreduce_rmsnorm.barrier import begin_call, meet, meet_owners
 
 _UNSPECIALIZED = ["tokens", "share", "first_rank", "timeout"]
 
@@ -30,7 +30,7 @@ def one_shot_kernel(
     WORLD: tl.constexpr, WORLD_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SINGLE: tl.constexpr,  # a block has one tile: x stays in registers, and what the norm needs is asked for early
-    TOGETHER: tl.constexpr,  # unused: one signature for both kernels
+    TOGETHER: tl.constexpr, PARTS: tl.constexpr,  # unused: one signature for both kernels
     PHASE: tl.constexpr,  # 0: the whole call · 1: push · 2: sum and norm
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -104,13 +104,18 @@ def two_shot_kernel(
     HAS_RESIDUAL: tl.constexpr,
     SINGLE: tl.constexpr,  # unused: one signature for both kernels
     TOGETHER: tl.constexpr,  # of how many shares rows are normed at once
+    PARTS: tl.constexpr,  # of a row, a program each: a power of two that divides WORLD
     PHASE: tl.constexpr,  # 0: the whole call · 1: scatter · 2: sum and gather · 3: norm
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Rank r sums `share` rows, from r * share on, and every rank gets the sums. Half of a buffer: slots
     [R, share, H], and behind them the sums [R * share, H]. A block has the same rows of every share in all phases:
-    so it waits for the same block of each peer, and for no other."""
-    local, block, blocks = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
+    so it waits for the same block of each peer, and for no other.
+
+    A block has PARTS programs. Each sends and sums a part of the columns; each norms whole rows, of every PARTS-th
+    share, and for these it waits for all parts of that block on the ranks that have summed them."""
+    program, local = tl.program_id(0), tl.program_id(1)
+    block, part, blocks = program // PARTS, program % PARTS, tl.num_programs(0) // PARTS
     rank = first_rank + local
     state_ptr += local
     x_ptr += local.to(tl.int64) * x_stride
@@ -118,8 +123,8 @@ def two_shot_kernel(
         residual_ptr += local.to(tl.int64) * residual_stride
     normed_ptr += local.to(tl.int64) * x_stride
     sum_ptr += local.to(tl.int64) * x_stride
-    column = tl.arange(0, COLUMNS)[None, :]
-    half, broken = begin_call(state_ptr, blocks, PHASE < 2)
+    column = part * (COLUMNS // PARTS) + tl.arange(0, COLUMNS // PARTS)[None, :]
+    half, broken = begin_call(state_ptr, blocks * PARTS, PHASE < 2)
     came = rank - rank + 1
     slots = _buffer(buffers_ptr, rank, half * half_bytes, x_ptr)
     if PHASE < 2:
@@ -128,11 +133,11 @@ def two_shot_kernel(
             for step in tl.static_range(1, WORLD):
                 owner = (rank + step) % WORLD  # not all to the same one at once
                 inside = (row < share) & (row + owner * share < tokens) & (column < hidden)
-                part = tl.load(x_ptr + (row + owner * share) * hidden + column, mask=inside, other=0.0)
+                sent = tl.load(x_ptr + (row + owner * share) * hidden + column, mask=inside, other=0.0)
                 there = _buffer(buffers_ptr, owner, half * half_bytes, x_ptr) + rank.to(tl.int64) * slot_stride
-                tl.store(there + row * hidden + column, part, mask=inside)
+                tl.store(there + row * hidden + column, sent, mask=inside)
     if PHASE == 0:
-        came = meet(signals_ptr, state_ptr, fault_ptr + local, rank, block, broken, timeout, 1, WORLD, WORLD_PAD)
+        came = meet(signals_ptr, state_ptr, fault_ptr + local, rank, program, broken, timeout, 1, WORLD, WORLD_PAD)
     if PHASE == 0 or PHASE == 2:
         for tile in range(block, tl.cdiv(share, ROWS), blocks):
             row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -152,14 +157,19 @@ def two_shot_kernel(
                 tl.store(there + where, stored, mask=inside)
     if PHASE == 0:
         broken |= 1 - came
-        came &= meet(signals_ptr, state_ptr, fault_ptr + local, rank, block, broken, timeout, 2, WORLD, WORLD_PAD)
+        if PARTS == 1:
+            came &= meet(signals_ptr, state_ptr, fault_ptr + local, rank, block, broken, timeout, 2, WORLD, WORLD_PAD)
+        else:
+            came &= meet_owners(buffers_ptr, 2 * half_bytes, state_ptr, fault_ptr + local, rank, block, part, broken,
+                                timeout, 2, WORLD, WORLD_PAD, PARTS)  # fmt: skip
     if PHASE == 0 or PHASE == 3:
+        column = tl.arange(0, COLUMNS)[None, :]
         gamma = tl.load(gamma_ptr + column, mask=column < hidden, other=0.0)
         sums = slots + WORLD * slot_stride
         place = tl.arange(0, TOGETHER * ROWS)[:, None]
         for tile in range(block, tl.cdiv(share, ROWS), blocks):
-            for first in range(0, WORLD, TOGETHER):
-                owner = first + place // ROWS
+            for first in range(0, WORLD // PARTS, TOGETHER):
+                owner = (first + place // ROWS) * PARTS + part
                 row = (tile * ROWS + place % ROWS).to(tl.int64)
                 inside = (row < share) & (owner < WORLD) & (row + owner * share < tokens) & (column < hidden)
                 where = (row + owner * share) * hidden + column

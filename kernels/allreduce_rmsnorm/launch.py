@@ -22,6 +22,7 @@ _WARP_BYTES = 512  # of a tile for each warp: 16 a thread, one load
 #: Numbers of a thread that are normed at once. Where a row alone has more than 8 for each, more rows do not fit beside
 #: what else there is: at H 7168 two at once took half a microsecond longer than one after the other.
 _NORMED, _OF_A_ROW = 32, 8
+_OF_A_PART = 16  # columns: fewer would be stored in less than 16 bytes at a time
 _ALIGNMENT = 16
 
 
@@ -33,7 +34,7 @@ def allreduce_rmsnorm(
     *,
     group: Group,
     out: tuple[Tensor, Tensor] | None = None,  # (normed, residual_out), contiguous; residual_out may be residual
-    backend: str | None = None,  # "one_shot" | "two_shot"; the dispatch table decides if None
+    backend: str | None = None,  # "one_shot" | "split" | "two_shot"; the dispatch table decides if None
 ) -> tuple[Tensor, Tensor]:  # normed, residual_out: as x
     """All-reduce, residual and RMSNorm in one launch; no barrier behind it, and nothing waits for the host.
 
@@ -102,10 +103,10 @@ def _launch(
     """Rows [first, first + tokens) of every rank that is here, in one launch or in one for each phase."""
     hidden, size, world = x.shape[-1], x.element_size(), group.world
     backend = backend or choose(world, arch_of(group.device), group.links, tokens * hidden * size, hidden * size)
-    rows, columns, warps, blocks = shape_of(group, tokens, hidden, size, backend)
+    rows, columns, warps, blocks, parts = shape_of(group, tokens, hidden, size, backend)
     share = triton.cdiv(tokens, world)
     kernel, phases, slot = one_shot_kernel, 2, group.capacity // size
-    if backend == "two_shot":
+    if backend != "one_shot":
         kernel, phases, slot = two_shot_kernel, 3, triton.cdiv(share * hidden, 64) * 64
     # Not stride(0): where there is one row, or one rank, a packed tensor may have any number there. Triton compiles
     # for what divides it, and another binary might add a row's squares in another order.
@@ -113,7 +114,7 @@ def _launch(
     residual_stride = 0 if residual is None or len(residual) == 1 else stride
     part = slice(first, first + tokens)
     for phase in range(1, phases + 1) if group.launches == "phases" else (0,):
-        kernel[(blocks, group.ranks_here)](
+        kernel[(blocks * parts, group.ranks_here)](
             x[:, part], None if residual is None else residual[:, part], gamma,  # inputs
             normed[..., part, :], total[..., part, :],  # outputs
             group.buffers, group.pads, group.state, group.faults,  # of the group
@@ -122,26 +123,39 @@ def _launch(
             eps, int(group.timeout_s * 1e9),
             WORLD=world, WORLD_PAD=triton.next_power_of_2(world), ROWS=rows, COLUMNS=columns,  # constants
             HAS_RESIDUAL=residual is not None, SINGLE=backend == "one_shot" and tokens <= blocks * rows,
-            TOGETHER=_together(world, rows * columns, warps), PHASE=phase,
+            TOGETHER=_together(world // parts, rows * columns, warps), PARTS=parts, PHASE=phase,
             INTERPRETED=_INTERPRETED, num_warps=warps, maxnreg=_REGISTERS,
             enable_fp_fusion=False,  # else a sum of squares might be fused in one binary, and not in another
         )  # fmt: skip
 
 
-def shape_of(group: Group, tokens: int, hidden: int, size: int, backend: str) -> tuple[int, int, int, int]:
-    """(rows and columns of a tile, warps, blocks of a rank). Of the sizes alone: every rank comes to the same."""
+def shape_of(group: Group, tokens: int, hidden: int, size: int, backend: str) -> tuple[int, int, int, int, int]:
+    """(rows and columns of a tile, warps, blocks of a rank, programs of a block). Of the sizes alone: every rank comes
+    to the same."""
     columns = triton.next_power_of_2(hidden)
-    mine = triton.cdiv(tokens, group.world) if backend == "two_shot" else tokens
+    mine = tokens if backend == "one_shot" else triton.cdiv(tokens, group.world)
     most = SIGNAL_BYTES // (4 * group.world)
     if _INTERPRETED:  # a program costs 25 ms there, whatever its tile; of many rows it has two, as on a GPU
         blocks = max(1, 8 // group.world)
         each = triton.next_power_of_2(triton.cdiv(mine, blocks))
         rows = max(1, min(each if each <= 8 else each // 2, (1 << 16) // columns))
-        return rows, columns, 4, min(triton.cdiv(mine, rows), blocks)
-    rows = max(1, 512 // columns)  # of narrow rows several make a warp's worth
-    warps = min(16, max(1, rows * columns * size // _WARP_BYTES))
-    resident = _multiprocessors(group.device) * max(1, _THREADS // (32 * warps)) // group.ranks_here
-    return rows, columns, warps, min(triton.cdiv(mine, rows), most, resident)
+        warps, blocks, resident = 4, min(triton.cdiv(mine, rows), blocks), most
+    else:
+        rows = max(1, 512 // columns)  # of narrow rows several make a warp's worth
+        # So many of a whole row, however it is split: its squares are added in one order, by which backend ever.
+        warps = min(16, max(1, rows * columns * size // _WARP_BYTES))
+        resident = _multiprocessors(group.device) * max(1, _THREADS // (32 * warps)) // group.ranks_here
+        resident = min(resident, most)
+        blocks = min(triton.cdiv(mine, rows), resident)
+    return rows, columns, warps, blocks, _parts(group.world, columns, resident // blocks) if backend == "split" else 1
+
+
+def _parts(world: int, columns: int, most: int) -> int:
+    """Into how many parts rows are split: as many as can be, up to `most`."""
+    parts = 1
+    while world % (2 * parts) == 0 and 2 * parts <= most and columns >= 2 * parts * _OF_A_PART:
+        parts *= 2
+    return parts
 
 
 def _together(world: int, tile: int, warps: int) -> int:

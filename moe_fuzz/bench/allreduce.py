@@ -39,7 +39,8 @@ def rendered(result: Mapping[str, Any]) -> Table:
     """A row a size: each way of ours, the best unfused one, and what fusing gains."""
     table = Table(title=f"{OP}, {result['world']} x {result['device']}, bfloat16, microseconds, in CUDA graphs")
     others = sorted({name for point in result["points"] for ways in point["unfused"].values() for name in ways})
-    for column in ("H", "tokens", "bytes", "one_shot", "two_shot", "taken", *others, "delta"):
+    backends = list(dict.fromkeys(name for point in result["points"] for name in point["fused"]))
+    for column in ("H", "tokens", "bytes", *backends, "taken", *others, "delta"):
         table.add_column(column, justify="right")
     for point in result["points"]:
         fused = point["fused"]
@@ -49,7 +50,7 @@ def rendered(result: Mapping[str, Any]) -> Table:
         delta = f"{ways[best] - taken:+.2f} ({ways[best] / taken:.2f}x)" if best else ""
         table.add_row(
             str(point["hidden"]), str(point["tokens"]), written(point["bytes"]),
-            *(f"{fused[name]:.2f}" for name in ("one_shot", "two_shot")), point["choice"],
+            *(f"{fused[name]:.2f}" for name in backends), point["choice"],
             *(f"{ways[name]:.2f}{'*' if name == best else ''}" if name in ways else "-" for name in others), delta,
         )  # fmt: skip
     return table
@@ -78,7 +79,8 @@ def _told(caps: Mapping[str, Any]) -> str:
     """The caps of an entry in words: those for narrow rows first."""
     fused = ", ".join(f"{name} {_bounds(bounds)}" for name, bounds in sorted(caps["fused"].items()))
     widths = [f"rows of up to {one['row']} bytes: {_told(one)}" for one in caps.get("narrower", [])]
-    here = f"one_shot up to {written(caps['one_shot'])}; fused against {fused or 'nothing'}"
+    split = f", split up to {written(caps['split'])}" if caps.get("split") else ""
+    here = f"one_shot up to {written(caps['one_shot'])}{split}; fused against {fused or 'nothing'}"
     return " · ".join([*widths, f"wider ones: {here}" if widths else here])
 
 

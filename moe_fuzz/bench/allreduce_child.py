@@ -69,7 +69,9 @@ class Bench:
             if name not in BACKENDS:
                 unfused.setdefault(name.partition(" ")[0], {})[name] = medians[name]
         fused = {name: medians[name] for name in BACKENDS if name in medians}
-        return choice.Point(hidden, tokens, tokens * hidden * 2, fused, unfused) if len(fused) == 2 else None
+        if len(fused) < len(BACKENDS):
+            return None
+        return choice.Point(hidden, tokens, tokens * hidden * 2, fused, unfused)
 
     def candidates(self, x: Tensor, residual: Tensor, gamma: Tensor) -> dict[str, Call]:
         """Each reads the same x and the same residual at every call. What torch's all-reduces read is theirs already,

@@ -84,16 +84,16 @@ def caps_of_points(points: Sequence[Point], source: str) -> Caps:
 
 
 def _caps(points: Sequence[Point], source: str) -> Caps:
-    one, two = BACKENDS
+    one, split, two = BACKENDS
     families = sorted({name for point in points for name in point.unfused})
-    cap = best_cap((p.message, p.fused[one], p.fused[two]) for p in points)
-    taken = [(p, p.fused[BACKENDS[p.message > cap]]) for p in points]
-    return Caps(
-        cap,
-        {name: best_bounds((p.message, fused, p.best_unfused(name)) for p, fused in taken if name in p.unfused)
-         for name in families},
-        source,
-    )  # fmt: skip
+    others = [min(time for name, time in p.fused.items() if name != one) for p in points]
+    cap = best_cap((p.message, p.fused[one], other) for p, other in zip(points, others, strict=True))
+    above = [(p.message, p.fused[split], p.fused[two]) for p in points if p.message > cap and split in p.fused]
+    caps = Caps(cap, source=source, split=best_cap(above) if above else 0)
+    taken = [(p, p.fused[caps.backend(p.message)]) for p in points]
+    fused = {name: best_bounds((p.message, time, p.best_unfused(name)) for p, time in taken if name in p.unfused)
+             for name in families}  # fmt: skip
+    return replace(caps, fused=fused)
 
 
 def chosen(point: Point, caps: Caps, family: str | None) -> tuple[str, float]:
@@ -101,7 +101,7 @@ def chosen(point: Point, caps: Caps, family: str | None) -> tuple[str, float]:
     caps = caps.of(point.row)
     if family is not None and not within(caps.fused.get(family, ALWAYS), point.message):
         return min(point.unfused[family].items(), key=lambda item: item[1])
-    backend = BACKENDS[point.message > caps.one_shot]
+    backend = caps.backend(point.message)
     return backend, point.fused[backend]
 
 

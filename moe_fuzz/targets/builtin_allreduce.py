@@ -79,3 +79,12 @@ def two_shot(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Every rank sums its share of the rows, and tells the others."""
     return _called("two_shot", x, residual, gamma, eps, group=group, out=out)
+
+
+@declares(**_PROMISES)
+def split(
+    x: Tensor, residual: Tensor | None, gamma: Tensor, eps: float, *, group: Any,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Two shots, with several blocks for a row."""
+    return _called("split", x, residual, gamma, eps, group=group, out=out)

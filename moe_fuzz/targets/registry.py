@@ -28,6 +28,7 @@ _LIBRARIES = {
     "align@sglang": "moe_fuzz.targets.sglang_align:align()",
     "align@vllm": "moe_fuzz.targets.vllm_align:align()",
     "allreduce_rmsnorm@builtin.one_shot": "moe_fuzz.targets.builtin_allreduce:one_shot",
+    "allreduce_rmsnorm@builtin.split": "moe_fuzz.targets.builtin_allreduce:split",
     "allreduce_rmsnorm@builtin.two_shot": "moe_fuzz.targets.builtin_allreduce:two_shot",
     "allreduce_rmsnorm@flashinfer": "moe_fuzz.targets.library_allreduce:flashinfer()",
     "allreduce_rmsnorm@torch.nccl": "moe_fuzz.targets.library_allreduce:nccl()",

@@ -273,6 +273,7 @@ def runner():
 @pytest.mark.parametrize(("target", "count"), [
     ("torch", 40), pytest.param("builtin", 10, marks=pytest.mark.interpreter),
     pytest.param("builtin.one_shot", 4, marks=pytest.mark.interpreter),
+    pytest.param("builtin.split", 4, marks=pytest.mark.interpreter),
     pytest.param("builtin.two_shot", 4, marks=pytest.mark.interpreter),
 ])  # fmt: skip
 def test_ours_pass_a_campaigns_cases(runner, target, count):

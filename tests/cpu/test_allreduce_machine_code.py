@@ -19,10 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from moe_fuzz.kernels.allreduce_rmsnorm import kernels
 
-name, dtype, world, columns, single, phase = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+name, dtype, world, columns, single, phase, parts = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 kernel = getattr(kernels, name + "_kernel")
 constants = {"WORLD": world, "WORLD_PAD": world, "ROWS": 1, "COLUMNS": columns, "HAS_RESIDUAL": True,
-             "SINGLE": bool(single), "TOGETHER": 2, "PHASE": phase, "INTERPRETED": False}
+             "SINGLE": bool(single), "TOGETHER": 2, "PARTS": parts, "PHASE": phase, "INTERPRETED": False}
 types = {n: dtype for n in ("x_ptr", "residual_ptr", "gamma_ptr", "normed_ptr", "sum_ptr")}
 types |= {n: "*i64" for n in ("buffers_ptr", "signals_ptr", "state_ptr", "fault_ptr")}
 types |= {"eps": "fp32", "timeout": "i64"}
@@ -55,11 +55,12 @@ def lines_of(ptx: str, *parts: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "world", "single", "waits"),
-    [("one_shot", "*bf16", 2, 1, 1), ("one_shot", "*fp32", 8, 0, 1), ("two_shot", "*fp16", 4, 0, 2)],
-)
-def test_barriers_release_and_acquire_at_system_scope(name, dtype, world, single, waits):
-    ptx = assembled(name, dtype, world, 2048, single, 0)
+    ("name", "dtype", "world", "single", "parts", "waits"),
+    [("one_shot", "*bf16", 2, 1, 1, 1), ("one_shot", "*fp32", 8, 0, 1, 1), ("two_shot", "*fp16", 4, 0, 1, 2),
+     ("two_shot", "*fp16", 4, 0, 2, 2)],
+)  # fmt: skip
+def test_barriers_release_and_acquire_at_system_scope(name, dtype, world, single, parts, waits):
+    ptx = assembled(name, dtype, world, 2048 * parts, single, 0, parts)
     released = lines_of(ptx, "atom.global.sys.release.add", "red.global.sys.release.add", "red.release.sys")
     acquired = lines_of(ptx, "ld.acquire.sys.global")
     barriers = lines_of(ptx, "bar.sync", "barrier.sync")
@@ -79,5 +80,5 @@ def test_barriers_release_and_acquire_at_system_scope(name, dtype, world, single
 
 
 def test_phases_wait_for_nobody():
-    ptx = assembled("two_shot", "*bf16", 2, 2048, 0, 2)
+    ptx = assembled("two_shot", "*bf16", 2, 2048, 0, 2, 1)
     assert not lines_of(ptx, ".sys.", "globaltimer")

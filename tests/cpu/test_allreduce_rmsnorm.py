@@ -10,7 +10,7 @@ from moe_fuzz.kernels.allreduce_rmsnorm import LocalGroup, RankTimeout, allreduc
 from moe_fuzz.kernels.allreduce_rmsnorm.barrier import unpack_fault
 from moe_fuzz.reference.allreduce_rmsnorm import allreduce_rmsnorm as reference
 
-BACKENDS = pytest.mark.parametrize("backend", ["one_shot", "two_shot"])
+BACKENDS = pytest.mark.parametrize("backend", dispatch.BACKENDS)
 #: world, T, H: no token, fewer tokens than ranks, one column, less than a warp, odd, just past a power of two
 SHAPES = [(1, 3, 64), (2, 0, 64), (2, 1, 1), (2, 1, 2048), (2, 7, 33), (3, 2, 257), (3, 11, 130), (4, 5, 64),
           (8, 3, 16)]  # fmt: skip
@@ -134,10 +134,11 @@ def test_the_strides_of_a_lone_row_choose_no_other_binary(backend, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **constants: asked.append((args[13], args[14]))
 
-    monkeypatch.setattr(launch, f"{backend}_kernel", Kernel())
+    monkeypatch.setattr(launch, "one_shot_kernel" if backend == "one_shot" else "two_shot_kernel", Kernel())
     x, residual, gamma = drawn(1, 1, 16, torch.float32)
     odd = torch.zeros(1, 1, 21)[..., :16]
-    assert odd.is_contiguous() and odd.stride(0) == 21
+    assert odd.is_contiguous()
+    assert odd.stride(0) == 21
     for tensor, held in ((x, residual), (odd, residual), (odd, odd), (x, None)):
         allreduce_rmsnorm(tensor, held, gamma, group=LocalGroup(1, "cpu"), backend=backend)
     assert set(asked) == {(16, 0)}
@@ -165,7 +166,7 @@ def test_a_fault_is_raised_by_the_next_call_and_by_check():
         ({"residual": torch.zeros(2, 8)}, "residual must be"),
         ({"residual": torch.zeros(3, 2, 8, dtype=torch.bfloat16)}, "residual must be"),
         ({"eps": 0.0}, "eps must be"),
-        ({"backend": "multimem"}, "backend must be one of one_shot, two_shot"),
+        ({"backend": "multimem"}, "backend must be one of one_shot, split, two_shot"),
         ({"out": (torch.zeros(2, 2, 8), torch.zeros(2, 2, 8))}, "out: normed must be"),
         ({"x": torch.zeros(2, 1, 1024, dtype=torch.bfloat16), "residual": None, "gamma": torch.ones(1024)},
          "a row has 2048 bytes, and the group a capacity of 1024"),

@@ -122,6 +122,25 @@ def test_caps_by_the_width_of_rows_go_to_a_file_and_back(tmp_path: Path, monkeyp
                       + bad + "]}]}")
 
 
+def split_points() -> list[choice.Point]:
+    """One shot up to 128 KB, split rows up to 512, whole ones above."""
+    times = [(64, 5, 8, 9), (128, 6, 8, 9), (256, 9, 8, 9), (512, 14, 9, 10), (1024, 30, 15, 13)]
+    return [choice.Point(4096, kib // 8, kib << 10, {"one_shot": one, "split": split, "two_shot": two})
+            for kib, one, split, two in times]  # fmt: skip
+
+
+def test_between_one_shot_and_two_rows_are_split_where_that_was_measured_to_be_faster():
+    caps = choice.caps_of_points(split_points(), "measured")
+    assert (caps.one_shot, caps.split) == (128 << 10, 512 << 10)
+    assert [choice.chosen(point, caps, None)[0] for point in split_points()] == [
+        "one_shot", "one_shot", "split", "split", "two_shot"]  # fmt: skip
+    assert from_json(to_json({(4, "a", "l"): caps})) == {(4, "a", "l"): caps}
+    assert allreduce._told(entry(caps)) == "one_shot up to 128 KB, split up to 512 KB; fused against nothing"
+    kept = [choice.Point(p.hidden, p.tokens, p.message, {**p.fused, "split": 99.0}) for p in split_points()]
+    assert choice.caps_of_points(kept, "").split == 0
+    assert [m["best"] for m in choice.misses(split_points(), Caps(128 << 10))] == ["split", "split"]
+
+
 @pytest.mark.parametrize(
     ("times", "bounds"),
     [

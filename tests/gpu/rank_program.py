@@ -15,7 +15,7 @@ from moe_fuzz.kernels.allreduce_rmsnorm import RankGroup, RankTimeout, allreduce
 from moe_fuzz.reference.allreduce_rmsnorm import allreduce_rmsnorm as reference
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-BACKENDS = ("one_shot", "two_shot")
+BACKENDS = ("one_shot", "split", "two_shot")
 
 
 def drawn(tokens: int, hidden: int, dtype: torch.dtype, seed: int):
@@ -45,7 +45,7 @@ def settled(group: RankGroup) -> bool:
     """No signal is left once all ranks have finished."""
     group.check()
     dist.barrier()
-    return not group.signals[0].any().item()
+    return not any(pad.any().item() for pad in group.signals)
 
 
 def shapes() -> dict[str, object]:
@@ -78,7 +78,7 @@ def loop() -> dict[str, object]:
             with torch.cuda.stream(stream):
                 if delays.random() < 0.1:
                     torch.cuda._sleep(delays.randrange(200_000))
-                _, total = allreduce_rmsnorm(x[RANK], residual, gamma, group=group, backend=BACKENDS[number // 3 % 2])
+                _, total = allreduce_rmsnorm(x[RANK], residual, gamma, group=group, backend=BACKENDS[number // 3 % 3])
                 count[index] += wrong(total, x, residual)
     return {"wrong": count.tolist(), "settled": all(settled(group) for group in groups)}
 
@@ -92,7 +92,7 @@ def graph() -> dict[str, object]:
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         results = [allreduce_rmsnorm(x[RANK], residual, gamma, group=group, backend=name)[1]
-                   for name in ("one_shot", "two_shot", "one_shot")]  # fmt: skip
+                   for name in BACKENDS]  # fmt: skip
     count = 0
     for seed in range(50):
         new = drawn(40, 2048, torch.bfloat16, seed)

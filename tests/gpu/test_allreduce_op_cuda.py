@@ -12,6 +12,7 @@ import pytest
 from moe_fuzz import strategies
 from moe_fuzz.campaign.selftest import run_planted
 from moe_fuzz.case import RANKS, Case, Fault, Step
+from moe_fuzz.kernels.allreduce_rmsnorm.dispatch import BACKENDS
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import get_space
 from moe_fuzz.options import RunOptions
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.gpu
 
 SPACE = get_space("allreduce_rmsnorm")
 OPTIONS = RunOptions(deadline=30.0, first_deadline=180.0)
-OURS = ("allreduce_rmsnorm@builtin", "allreduce_rmsnorm@builtin.one_shot", "allreduce_rmsnorm@builtin.two_shot")
+OURS = ("allreduce_rmsnorm@builtin", *(f"allreduce_rmsnorm@builtin.{name}" for name in BACKENDS))
 BUGS = {bug.name: bug for bug in ALLREDUCE}
 
 
