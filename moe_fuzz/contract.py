@@ -100,7 +100,7 @@ class Capabilities:
     absent: tuple[str, ...] = ()  # results of the op that it does not give
     # of align and of experts
     block_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)  # of align; none named: any
-    fewer_than_map: bool = True  # align's num_experts may be less than the number of ids in expert_map
+    fewer_than_map: bool = True  # align's num_experts may be another than that of the ids in expert_map
     int64_ids: bool = True
     duplicate_ids: bool = True  # a row may name an expert twice
     zero_tokens: bool = True
