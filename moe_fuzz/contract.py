@@ -123,6 +123,7 @@ class Capabilities:
     global_scales: tuple[str, ...] = ("power", "six", "fitted", "small", "large")  # see ops/nvfp4/space.py
     scale_dtypes: tuple[str, ...] = ("float32",)  # of global scales
     nan_scales: bool = False  # of experts_nvfp4: a block whose scale is NaN is NaN, as it reads such bytes
+    signed_scales: bool = False  # of experts_nvfp4: scales of blocks, and factors of experts, may be below 0
     expert_scales: bool = True  # takes a global scale for each expert
     activation_formats: tuple[str, ...] = ("as_given", "nvfp4")  # of experts_nvfp4
     backends: tuple[str, ...] = ()  # which take activations as they are, and can be forced by the argument `backend`
