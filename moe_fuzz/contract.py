@@ -100,7 +100,7 @@ class Capabilities:
     absent: tuple[str, ...] = ()  # results of the op that it does not give
     # of align and of experts
     block_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)  # of align; none named: any
-    fewer_than_map: bool = True  # align's num_experts may be less than the number of ids in expert_map
+    fewer_than_map: bool = True  # align's num_experts may be another than that of the ids in expert_map
     int64_ids: bool = True
     duplicate_ids: bool = True  # a row may name an expert twice
     zero_tokens: bool = True
@@ -123,6 +123,7 @@ class Capabilities:
     global_scales: tuple[str, ...] = ("power", "six", "fitted", "small", "large")  # see ops/nvfp4/space.py
     scale_dtypes: tuple[str, ...] = ("float32",)  # of global scales
     nan_scales: bool = False  # of experts_nvfp4: a block whose scale is NaN is NaN, as it reads such bytes
+    signed_scales: bool = False  # of experts_nvfp4: scales of blocks, and factors of experts, may be below 0
     expert_scales: bool = True  # takes a global scale for each expert
     activation_formats: tuple[str, ...] = ("as_given", "nvfp4")  # of experts_nvfp4
     backends: tuple[str, ...] = ()  # which take activations as they are, and can be forced by the argument `backend`

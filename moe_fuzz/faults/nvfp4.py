@@ -117,6 +117,19 @@ class NanBlocks(Fault):
         canvas.fill((0x7F | negative.to(torch.uint8) << 7).expand_as(canvas.values))
 
 
+@register
+class SignedBlocks(Fault):
+    """The scales of some blocks are below 0, and their codes have the other sign: each weight is what it was. No
+    quantizer that is known writes such scales, but E4M3 has a sign, and whoever reads it as unsigned takes the sign for
+    a bit of the exponent, or drops it (vllm#34577: S0E5M3)."""
+
+    name = "signed_blocks"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        assert isinstance(canvas, ScaleCanvas), f"{self.name} is laid on scales, not on {canvas.name}"
+        canvas.fill(canvas.values ^ 0x80)
+
+
 class SenselessScale(Fault):
     """A global scale that is no normal number above 0, or the inverse of one: an expert that calibration never gave a
     token, or that saw zeros alone (compressed-tensors#595)."""

@@ -77,6 +77,16 @@ def subnormal_block_scales_flushed(*tensors: Tensor, **options: Any) -> Tensor:
     return _Flushed.run(*tensors, **options)
 
 
+class _Unsigned(Fp4Layer):
+    def scales(self, name: str, e: int) -> Tensor:
+        return super().scales(name, e) & 0x7F
+
+
+def signs_of_block_scales_dropped(*tensors: Tensor, **options: Any) -> Tensor:
+    """vllm#34577: the format to which scales are turned for the kernel has no sign, either."""
+    return _Unsigned.run(*tensors, **options)
+
+
 class _Largest(Fp4Layer):
     def scales(self, name: str, e: int) -> Tensor:
         found = super().scales(name, e)

@@ -27,6 +27,8 @@ EXPERTS_NVFP4: tuple[Planted, ...] = (
     _bug("last_scale_a_step_off", "exact", "Model-Optimizer#2243", "scales of the last row are a step too small"),
     _bug("blocks_of_32", "exact", "vllm#43557", "two blocks have the scale of the first"),
     _bug("subnormal_block_scales_flushed", "exact", "vllm#34577", "a subnormal scale is 0"),
+    _bug("signs_of_block_scales_dropped", "exact", "vllm#34577", "a scale below 0 is read as the one above",
+         capabilities={"signed_scales": True}),
     _bug("nan_scales_are_the_largest", "finite", "Model-Optimizer#1397", "takes the NaN of a scale for 448", only=True,
          capabilities={"nan_scales": True}),
     # where they lie

@@ -76,7 +76,8 @@ def _summed(
 
 @declares(
     contract=Contract(deterministic=True, graph=False, slot="float32"),
-    capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True, nan_scales=True),
+    capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True, nan_scales=True,
+                              signed_scales=True),
 )
 def experts_nvfp4(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, w13_scales: Tensor, w2_scales: Tensor,

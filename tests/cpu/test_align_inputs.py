@@ -243,6 +243,10 @@ def test_maps(kind):
         assert set(here) == set(range(experts))
         assert experts < len(here) == 64
         return
+    if kind == "spares":
+        assert len(set(here)) == 64 < experts
+        assert max(here) < experts
+        return
     assert sorted(here) == list(range(len(here)))
     assert set(found.tolist()) - set(here) <= {-1}
     assert experts == (len(here) if kind == "local" else 64)
@@ -259,6 +263,26 @@ def test_replicas_are_of_many_experts_or_of_few():
     assert "expert_map=replicas" in SPACE.refusal(
         case_of(expert_map="replicas"), replace(INFO, capabilities=replace(CAN, fewer_than_map=False))
     )
+
+
+def test_spares_are_one_or_many_and_have_numbers_that_are_ids_of_none():
+    """An id from G on is below the number of experts, and outside of the map: the first such id is drawn as a fault."""
+    made = [materialize(case_of(on_rows("num_experts_ids"), expert_map="spares", seed=seed), 0) for seed in range(20)]
+    assert {inputs.options["num_experts"] for inputs in made} == {65, 80, 128}
+    assert all(inputs.plain["ids"][2, 0] == 64 < inputs.options["num_experts"] for inputs in made)
+    used = torch.stack([inputs.plain["expert_map"].bincount(minlength=128) for inputs in made])
+    assert used[:, 0].any()
+    assert not used[:, 0].all()  # a spare may come first
+    assert made[0].results["expert_ids"][0] == (36,)
+
+
+def test_spares_need_room():
+    can = replace(CAN, max_experts=100)
+    assert "twice 64 experts" in SPACE.refusal(case_of(expert_map="spares"), replace(INFO, capabilities=can))
+    asked = {**case_of(expert_map="spares").config, "experts": 64}
+    assert SPACE.complete(asked, replace(INFO, capabilities=can))["expert_map"] == "permuted"
+    with pytest.raises(CaseError, match="no room for spares"):
+        case_of(experts=8192, expert_map="spares")
 
 
 def test_results_and_room():

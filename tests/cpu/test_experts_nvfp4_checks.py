@@ -115,6 +115,24 @@ def test_blocks_of_nan(layout: str) -> None:
         assert [found.symptom for found in finite(hidden)] == ["nonfinite-lost"]
 
 
+@pytest.mark.parametrize("layout", ["linear", "swizzled"])
+@pytest.mark.parametrize("recipe", ["dense", "one_hot", "curve"])
+def test_scales_below_zero_change_no_weight(layout: str, recipe: str) -> None:
+    """Codes make up for the signs of scales and of factors; who drops the sign of a scale is off."""
+    case = fp4_case_of(scale_layout=layout, experts=12, rows=9, recipe=recipe)
+    plain = materialize(case, 0)
+    for name in ("w13", "w2"):
+        signed = case.with_step(0, replace(case.steps[0], faults=(Fault("signed_blocks", f"{name}_scales"),)))
+        inputs, every = materialize(signed, 0), torch.arange(12)
+        scales, alpha = inputs.linear_scales(name), inputs.plain[f"{name}_alpha"]
+        assert 0.3 < (scales >= 0x80).float().mean() < 0.7
+        assert set(alpha.sign().tolist()) == {-1.0, 1.0}
+        weights, wanted = (of.matrix(name) * of.factor(name, every) for of in (inputs, plain))
+        assert torch.equal(weights, wanted)
+        assert torch.equal(inputs.plain[f"{name}_scales"] % 128, plain.plain[f"{name}_scales"] % 128)
+        assert judge(observe(signed, contract=FP4_STRICT)) == {}
+
+
 def test_blocks_of_nan_are_of_one_sign_and_of_one_row_too() -> None:
     """A NaN that a kernel keeps hides one that it loses: of the other sign, or of the gate where up has one too."""
     signs, halves = set(), set()

@@ -28,6 +28,7 @@ SHOWS = {
     "codes_high_nibble_first": {}, "last_scale_a_step_off": {}, "blocks_of_32": {}, "alpha_of_the_first_expert": {},
     "scales_stay_where_codes_move": {"gate_layout": "up_first"},
     "subnormal_block_scales_flushed": {}, "alphas_in_sixteens": {"experts": 17, "rows": 40},
+    "signs_of_block_scales_dropped": {"faults": (Fault("signed_blocks", "w2_scales"),)},
     "nan_scales_are_the_largest": {"experts": 12, "rows": 24, "faults": (Fault("nan_blocks", "w2_scales"),)},
     "few_rows_are_not_swizzled": {"scale_layout": "swizzled", "intermediate": 16},
     "scale_offset_of_real_rows": {"scale_layout": "swizzled"},

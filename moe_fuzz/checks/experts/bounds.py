@@ -238,10 +238,11 @@ class _Evaluation:
             usable = usable | ((factor.abs() < _MOST_FACTOR) & ~((scale >= TINY) & (scale < torch.inf)))  # all is 0
         lost = ~usable | (size >= LARGEST)
         known = torch.where(factor.isfinite(), factor, 0.0)
+        large = known.abs()  # a factor may be below 0
         e_factor = self.u if self.contract.factor == "dtype" else 0.0
-        value, error, size = value * known, error * known * (1 + e_factor), size * known
+        value, error, size = value * known, error * large * (1 + e_factor), size * large
         error = (error + 2 * e_factor * size).masked_fill(lost, torch.inf)
-        return value, error, size, below * _SHIFT * known + TINY
+        return value, error, size, below * _SHIFT * large + TINY
 
     def _largest(self, sizes: Tensor) -> Tensor:
         """The largest of the sizes of weights that are numbers: one expert's NaN is not a matter of the others."""

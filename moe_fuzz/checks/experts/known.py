@@ -150,7 +150,7 @@ class _Exact:
         result, size, unit = torch.bmm(x, w), torch.bmm(x.abs(), w.abs()), _of_rows(x) * _least(w)
         if (factor := self.inputs.factor(name, batch.experts)) is not None:
             power = self._power(name, factor)
-            result, size, unit = (part * factor for part in (result, size, unit))
+            result, size, unit = result * factor, size * factor.abs(), unit * factor.abs()
             result, size = result.nan_to_num(0.0), torch.where(power, size, torch.inf)
         kept = self._kept(result, declared)
         if weight is not None:
@@ -167,7 +167,7 @@ class _Exact:
         """bool [e, 1, 1]: whether an expert's global scale, and that of what it multiplies, are powers of two."""
         scale = self.plain.get("x_global" if name == "w13" else "h_global")
         parts = [factor] if scale is None else [factor, scale.double().nan_to_num(1.0, 1.0).clamp(min=TINY)]
-        powers = [torch.frexp(part).mantissa == 0.5 for part in parts]
+        powers = [torch.frexp(part.abs()).mantissa == 0.5 for part in parts]
         return powers[0] if scale is None else powers[0] & powers[1]
 
     def _kept(self, values: Tensor, declared: str) -> Tensor:

@@ -110,6 +110,9 @@ def _map(case: Case, device: torch.device | str) -> tuple[torch.Tensor | None, i
     permuted: all of them, in any order.
     replicas: in any order as well, to fewer experts, each of which has several ids: a quarter, a half or three quarters
         of them, or a single one.
+    spares: each id has an expert of its own, in any order, and there are more experts than ids: one, a quarter or as
+        many again, as where a server keeps some for the replicas of tomorrow. An id that is an expert's number need not
+        be one of the map's.
     """
     kind, count = str(case.config["expert_map"]), len(case.experts)
     if kind == "none":
@@ -120,6 +123,11 @@ def _map(case: Case, device: torch.device | str) -> tuple[torch.Tensor | None, i
         quarters = 1 + int(generator.choice(case.seed, "expert_map/experts", [0], [0], 4))
         num_experts = -(-count * quarters // 4) if quarters < 4 else 1
         return (order.argsort(stable=True).argsort(stable=True) % num_experts).int(), num_experts
+    if kind == "spares":
+        extra = (1, -(-count // 4), count)[int(generator.choice(case.seed, "expert_map/experts", [0], [0], 3))]
+        places = torch.arange(count, device=device) * (count + extra) // count  # ascending, up to the last but `extra`
+        turn = int(generator.choice(case.seed, "expert_map/turn", [0], [0], count + extra))
+        return ((places[order.argsort(stable=True).argsort(stable=True)] + turn) % (count + extra)).int(), count + extra
     if kind == "permuted":
         return order.argsort(stable=True).argsort(stable=True).int(), count
     ranks = (2, 4, 8, 16)[int(generator.choice(case.seed, "expert_map/ranks", [0], [0], 4))]

@@ -35,7 +35,7 @@ BLOCK_SIZES = (16, 8, 4, 2, 1, 32, 64, 128, 256, 3, 7, 12, 48, 100)
 #: With the dictionary of top_k, tokens times top_k stands on both sides of 64, 256, 1024 and 65536 slots.
 TOKENS = (1, 2, 3, 0, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
           1023, 1024, 1025, 2048, 4095, 4096, 4097, 8191, 16385, 65537)  # fmt: skip
-MAPS = ("none", "shard", "permuted", "local", "replicas")
+MAPS = ("none", "shard", "permuted", "local", "replicas", "spares")
 
 MAX_EXPERTS = 8192
 MAX_TOP_K = 64
@@ -65,7 +65,7 @@ _DUPLICATES = ("zero_rows", "all_to_one", "hot_expert", "duplicate_experts")  # 
 TAILS = ("", "", "", "minus_one_ids", "minus_one_ids", "num_experts_ids", "sentinel_ids", "zero_rows")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
 _MAP = "expert_map"
-_FEWER = ("local", "replicas")  # maps that make num_experts smaller than the number of ids
+_OTHER = ("local", "replicas", "spares")  # maps that make num_experts another number than that of the ids
 PLACES = (
     *(FaultPlace(name, "ids", on_rows=True) for name in ROW_FAULTS),
     FaultPlace("noncontiguous", "ids", on_rows=False),
@@ -120,7 +120,8 @@ class AlignSpace:
         return MODES if info.contract.graph else MODES[:1]
 
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
-        return self.mended({**config, "experts": str(Labels.range(int(config["experts"])))})
+        whole = self.mended({**config, "experts": str(Labels.range(int(config["experts"])))})
+        return {**whole, _MAP: "permuted"} if _most_experts(whole) > _limit(info) else whole
 
     def tokens(self, config: Mapping[str, Scalar], means: Means) -> tuple[int, ...]:
         if means.device == "cpu":
@@ -161,6 +162,8 @@ class AlignSpace:
         require_integer(case, "top_k", min(MAX_TOP_K, len(labels)))
         require_integer(case, "block_size", MAX_BLOCK)
         require_values(case, FIELDS)
+        if _most_experts(case.config) > MAX_EXPERTS:
+            raise CaseError(f"config.{_MAP}", f"leaves no room for spares beside {len(labels)} experts")
         for index, step in enumerate(case.steps):
             if step.tokens * len(labels) > MAX_ELEMENTS:
                 raise CaseError(f"steps[{index}].rows", f"{step.tokens} rows x {len(labels)} experts are too many")
@@ -184,6 +187,7 @@ class AlignSpace:
         can, config = info.capabilities, case.config
         count = len(case.experts)
         yield not can.takes_experts(count), f"{count} experts"
+        yield can.takes_experts(count) and _most_experts(config) > _limit(info), f"twice {count} experts"
         yield int(config["top_k"]) > can.max_top_k, f"top_k {config['top_k']}"
         yield not _takes_block(can, int(config["block_size"])), f"block_size {config['block_size']}"
         yield config["expert_map"] not in _maps(can), f"expert_map={config['expert_map']}"
@@ -262,7 +266,7 @@ class AlignSpace:
         slots = tokens * int(config["top_k"])
         if not means.interpreted:
             return 0.012 + 8e-7 * slots + 2e-8 * tokens * count
-        room = min(slots, count) * block + max(0, slots - count)
+        room = min(slots, _most_experts(config)) * block + max(0, slots - _most_experts(config))
         programs = -(-slots // 1024)
         call = 0.018 + 0.025 * (programs if programs > 1 else 0) + 8e-7 * room + 2.5e-4 * slots / block
         return 2 * call + 2e-7 * tokens * count
@@ -285,6 +289,15 @@ def _has_room_for(config: Mapping[str, Scalar], fault: Fault) -> bool:
     return _has_room(config, fault.name, fault.tensor)
 
 
+def _most_experts(config: Mapping[str, Scalar]) -> int:
+    """At most so many experts have blocks made for them."""
+    return len(Labels.parse(str(config["experts"]))) * (2 if config[_MAP] == "spares" else 1)
+
+
+def _limit(info: TargetInfo) -> int:
+    return min(MAX_EXPERTS, info.capabilities.max_experts)
+
+
 def _takes_block(can: Capabilities, size: int) -> bool:
     return not can.block_sizes or size in can.block_sizes
 
@@ -292,7 +305,7 @@ def _takes_block(can: Capabilities, size: int) -> bool:
 def _maps(can: Capabilities) -> tuple[str, ...]:
     if not can.expert_map:
         return MAPS[:1]
-    return MAPS if can.fewer_than_map else tuple(name for name in MAPS if name not in _FEWER)
+    return MAPS if can.fewer_than_map else tuple(name for name in MAPS if name not in _OTHER)
 
 
 SPACES = (AlignSpace(),)

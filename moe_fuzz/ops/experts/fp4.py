@@ -25,7 +25,9 @@ FP4_FIELDS: Mapping[str, tuple[Scalar, ...]] = {
 }
 SCALES = ("w13_scales", "w2_scales")
 PADDING_FAULTS = ("poison_scales", "stale_scales")
-BLOCK_FAULT = "nan_blocks"  # in either layout
+#: In either layout, and what a target must take for it.
+NAN_BLOCKS, SIGNED_BLOCKS = "nan_blocks", "signed_blocks"
+BLOCK_FAULTS: Mapping[str, str] = {NAN_BLOCKS: "NaN", SIGNED_BLOCKS: "scales below 0"}
 #: A global scale that has no sense, as where calibration saw zeros; of weights, that of some experts.
 SENSELESS = {"zero_scale": "zero", "infinite_scale": "infinite", "nan_scale": "nan"}
 #: Of activations alone: the factor of a weight may be below 0, or as small.
@@ -49,7 +51,7 @@ class Fp4Space(ExpertsSpace):
     faults: ClassVar[Mapping[str, str]] = text.FAULTS | text.FP4_FAULTS
     places: ClassVar[tuple[FaultPlace, ...]] = (
         *(place for place in PLACES if place.tensor not in ("w13", "w2") or place.fault not in _LAYOUTS),
-        *(FaultPlace(fault, scales, on_rows=False) for scales in SCALES for fault in (*PADDING_FAULTS, BLOCK_FAULT)),
+        *(FaultPlace(fault, scales, on_rows=False) for scales in SCALES for fault in (*PADDING_FAULTS, *BLOCK_FAULTS)),
         *(FaultPlace(fault, scale, on_rows=False) for scale in (*FACTORS, *CALIBRATIONS) for fault in SENSELESS),
         *(FaultPlace(fault, scale, on_rows=False) for scale in CALIBRATIONS for fault in SENSELESS_CALIBRATION),
     )
@@ -79,8 +81,9 @@ class Fp4Space(ExpertsSpace):
         kind = (SENSELESS | SENSELESS_CALIBRATION).get(fault)
         if kind and kind not in info.capabilities.global_scales:
             return f"{kind} {tensor}"
-        if fault == BLOCK_FAULT and not info.capabilities.nan_scales:
-            return f"NaN in {tensor}"
+        can = info.capabilities
+        if (fault == NAN_BLOCKS and not can.nan_scales) or (fault == SIGNED_BLOCKS and not can.signed_scales):
+            return f"{BLOCK_FAULTS[fault]} in {tensor}"
         return super()._refused(fault, tensor, info)
 
 

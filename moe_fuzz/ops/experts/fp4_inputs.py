@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 
@@ -13,7 +14,7 @@ from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.faults.nvfp4 import ScaleCanvas
 from moe_fuzz.mirror import answers, on_host, uploaded
 from moe_fuzz.ops.experts import blocks, recipes
-from moe_fuzz.ops.experts.fp4 import BLOCK_FAULT, CALIBRATIONS, FACTORS, SCALES
+from moe_fuzz.ops.experts.fp4 import CALIBRATIONS, FACTORS, NAN_BLOCKS, SCALES, SIGNED_BLOCKS
 from moe_fuzz.ops.experts.inputs import ExpertsInputs, filled
 from moe_fuzz.reference.nvfp4 import BLOCK, E2M1, E4M3
 
@@ -72,7 +73,9 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
     fixed = dict(_fixed(case.seed, tuple(case.config.items()), str(device)))
     for fault in case.steps[step_index].faults:
         name = fault.tensor
-        if name in SCALES:
+        if fault.name == SIGNED_BLOCKS:
+            fixed |= _with_signs(case, name.removesuffix("_scales"), fixed)
+        elif name in SCALES:
             fixed[name] = _with_scales(case, fault.name, name, fixed[name], fixed[name.removesuffix("_scales")])
         elif name in (*FACTORS, *CALIBRATIONS) and name in fixed:
             fixed[name] = _with_factors(case, fault.name, name, fixed[name])
@@ -82,7 +85,7 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
 def _with_scales(case: Case, fault: str, name: str, table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """The table of scales with a fault in it: in its padding, or in blocks."""
     rows, blocks = codes.shape[1], 2 * codes.shape[2] // BLOCK
-    if fault == BLOCK_FAULT:
+    if fault == NAN_BLOCKS:
         labels = recipes.shard(case)[0]
         word = generator.words(case.seed, f"{name}/{fault}", labels, range(rows), device=codes.device)  # [E, R]
         # Of a row in four, one block; or of one row alone: a gate's, or one that a gate multiplies. A NaN in both is a
@@ -102,6 +105,23 @@ def _with_scales(case: Case, fault: str, name: str, table: torch.Tensor, codes: 
                          hit=hit.flatten(1))  # fmt: skip
     FAULTS[fault].lay(canvas, range(len(table)))
     return canvas.values.view(table.shape)
+
+
+def _with_signs(case: Case, name: str, fixed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """w13 or w2 with scales below 0: of half of the blocks, and the global scales of half of the experts. Codes make up
+    for both, so that all weights are what they were."""
+    codes, table, alpha = (fixed[part] for part in (name, f"{name}_scales", f"{name}_alpha"))
+    rows, blocks, labels, what = codes.shape[1], 2 * codes.shape[2] // BLOCK, recipes.shard(case)[0], f"{name}/signs"
+    word = generator.words(case.seed, what, labels, range(rows), device=codes.device)  # [E, R]
+    negative = (word[..., None] >> torch.arange(blocks, device=codes.device) % 24) % 2 == 1  # [E, R, B]
+    below = generator.choice(case.seed, f"{what}/alpha", labels, [0], 2, device=codes.device)[:, 0] == 1  # [E]
+    hit = negative if case.config["scale_layout"] == "linear" else swizzled(negative.byte()) > 0
+    canvas = ScaleCanvas(f"{name}_scales", table.flatten(1), range(len(table)), range(table[0].numel()), case.seed,
+                         hit=hit.flatten(1))  # fmt: skip
+    FAULTS[SIGNED_BLOCKS].lay(canvas, range(len(table)))
+    turned = (negative ^ below[:, None, None]).repeat_interleave(BLOCK // 2, dim=2)
+    return {name: torch.where(turned, codes ^ 0x88, codes), f"{name}_scales": canvas.values.view(table.shape),
+            f"{name}_alpha": torch.where(below, -alpha, alpha)}  # fmt: skip
 
 
 def _with_factors(case: Case, fault: str, name: str, factors: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,7 @@ FAULTS = {
 FP4_FAULTS = {
     "poison_scales": "the padding of swizzled scales holds 0x7F, a NaN",
     "nan_blocks": "the scales of some blocks are NaN, in some experts",
+    "signed_blocks": "the scales of some blocks are below 0, their codes have the other sign; so have whole experts",
     "zero_scale": "a global scale is 0; of weights, that of some experts",
     "infinite_scale": "a global scale is infinite; of weights, that of some experts",
     "nan_scale": "a global scale is NaN; of weights, that of some experts",
