@@ -41,6 +41,7 @@ class Contract:
     intermediate: str = "dtype"  # in which the activation's result is stored: "dtype" | "float32"
     slot: str = "dtype"  # in which each weighted slot is stored: "dtype" | "float32" | "none": summed up in float32
     weight_dtype: str = "float32"  # "dtype": the router's weights are rounded to that of x first
+    weighted_x: str = "float32"  # "dtype": where the weight is on the input, their product is stored; not of NVFP4
     reduce: str = "float32"  # dtype in which the slots of a token are added up; of allreduce_rmsnorm too: the ranks' x
     truncates: bool = False  # stores cut off instead of rounding
     logits: str = "float32"  # of a layer: "dtype": its logits are rounded to that of hidden
@@ -224,8 +225,14 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 DECLARATION = "__moe_fuzz__"
 
 
+#: Fields that name where a number is stored: in float32, or in the dtype of x.
+_STORED = ("gate_up", "activation", "down", "intermediate", "weight_dtype", "weighted_x", "logits", "combine", "factor")
+
 #: What a field may say, where that is one of a few words, or some of them. A misspelt one would silence its check.
 _WORDS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(_STORED, ("float32", "dtype")),
+    **dict.fromkeys(("accumulate", "reduce"), ("float32", "dtype", "bfloat16", "float16")),
+    "slot": ("dtype", "float32", "none"),
     "sigmoid": ("exp", "tanh", "tanh.approx"),
     "ties": ("any", "lowest_index_first"),
     "padding": PADDING_DIALECTS,

@@ -26,7 +26,8 @@ def structure(outputs: Any, results: Mapping[str, Result]) -> list[Violation]:
 
 def wrong(name: str, what: str, expected: object, got: object) -> Violation:
     """A result whose shape or dtype (`what`) is not the one expected."""
-    return Violation("structure", f"{name}:{what}", f"{name} has the wrong {what}", name, (), str(expected), str(got))
+    message = f"{name} has the wrong {what}: {got}, and should be {expected}"
+    return Violation("structure", f"{name}:{what}", message, name, (), str(expected), str(got))
 
 
 def never_written(left: Mapping[str, torch.Tensor], elements: str = "elements") -> list[Violation]:

@@ -110,14 +110,15 @@ class Call:
         if len(got) < len(results) or not _fit(got, results):
             names = ", ".join(results)
             what = {1: f"a tensor {names}", 2: f"a pair of tensors ({names})"}.get(len(results), f"tensors ({names})")
+            none = ", but None: what was written into `out` is returned, too" if result is None and self.out else ""
             raise BadResult(Violation(
-                "structure", "result", f"the result is not {what}", expected=names if alone else f"({names})",
+                "structure", "result", f"the result is not {what}{none}", expected=names if alone else f"({names})",
                 got=type(result).__name__ + (f" of {len(result)}" if several else ""),
             ))  # fmt: skip
         device = self.device
         for name, tensor in zip(results, got, strict=False):
             if tensor.device != device:
-                message = f"{name} is on the wrong device"
+                message = f"{name} is on the wrong device: {tensor.device}, and should be on {self.device}"
                 raise BadResult(
                     Violation("structure", f"{name}:device", message, name, (), str(self.device), str(tensor.device))
                 )
@@ -154,7 +155,7 @@ def check_shapes(inputs: Inputs, results: Results) -> None:
     row."""
     for (name, (shape, _)), tensor in zip(inputs.results.items(), results, strict=True):
         if tensor is not None and not inputs.fits(name, tuple(tensor.shape)):
-            message = f"{name} has the wrong shape"
+            message = f"{name} has the wrong shape: {tuple(tensor.shape)}, and should be {shape}"
             raise BadResult(
                 Violation("structure", f"{name}:shape", message, name, (), str(shape), str(tuple(tensor.shape)))
             )

@@ -236,6 +236,27 @@ def _imports_us(path: str | None) -> bool:
     return False
 
 
+def _imported(node: ast.AST) -> list[str]:
+    """The modules that are imported inside of it."""
+    found = [name.name for one in ast.walk(node) if isinstance(one, ast.Import) for name in one.names]
+    return found + [one.module or "" for one in ast.walk(node) if isinstance(one, ast.ImportFrom)]
+
+
+def _beside(function: Callable[..., Any], modules: list[str]) -> bool:
+    """Whether one of the modules lies beside the function's file, where nobody finds it who has the source alone."""
+    folder = Path(inspect.getfile(function)).resolve().parent
+    for name in {name.partition(".")[0] for name in modules}:
+        known = sys.modules.get(name)
+        if known is None:  # not reached by the call; a relative import has no name
+            places = [folder / f"{name}.py", folder / name]
+        else:
+            found = (*getattr(known, "__path__", ()), getattr(known, "__file__", None))
+            places = [Path(place) for place in found if place]
+        if any(place.exists() and place.resolve().parent == folder for place in places):
+            return True
+    return False
+
+
 def _source(function: Callable[..., Any]) -> str:
     """The source of a plain function without its decorators, below the imports it needs; empty if it needs more."""
     if not inspect.isfunction(function) or function.__closure__ or function.__name__ == "<lambda>":
@@ -253,7 +274,7 @@ def _source(function: Callable[..., Any]) -> str:
         return ""
     defaults = [value for value in (*node.args.defaults, *node.args.kw_defaults) if value is not None]
     names = {name.id for value in defaults for name in ast.walk(value) if isinstance(name, ast.Name)}
-    if not names <= {*modules, "torch"}:
+    if not names <= {*modules, "torch"} or _beside(function, [*modules.values(), *_imported(node)]):
         return ""
     imports = [f"import {full}" + (f" as {name}" if name != full else "") for name, full in sorted(modules.items())]
     return "\n".join([*imports, "", "", *text.splitlines()[node.lineno - 1 :]]).strip() + "\n"

@@ -43,6 +43,7 @@ def correct() -> bool:
         _convert(interpreter)
         _wrap_integers(interpreter, builder)
         _saturate(interpreter, builder)
+        _compare(interpreter, builder)
         _make_nan_canonical(interpreter, builder)
         _compute(interpreter, builder)
         for kind in (interpreter.ReduceOps, interpreter.ScanOps):
@@ -125,6 +126,20 @@ def canonical(data: Any) -> Any:
     return np.where(found, nan, data)
 
 
+def _compare(interpreter: Any, builder: Any) -> None:
+    """The truth of a comparison is an int1. It has the type of what was compared, and so a scalar's, laid out beside a
+    block (`(count > 0) & mask`), is a number: a float has no bits to be joined, and an integer's are not one."""
+    import triton.language as tl
+
+    binary = builder.binary_op
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        found = binary(self, lhs, rhs, op)
+        return interpreter.TensorHandle(found.data, tl.int1) if found.data.dtype == np.bool_ else found
+
+    builder.binary_op = binary_op
+
+
 def _make_nan_canonical(interpreter: Any, builder: Any) -> None:
     """bfloat16 has it of `narrow`. Sums are arithmetic, too; what picks one of two values is not."""
 
@@ -195,18 +210,14 @@ def _compute(interpreter: Any, builder: Any) -> None:
     binary, cast, fma, dot = builder.binary_op, builder.cast_impl, builder.create_fma, builder.create_dot
 
     def is_short(one: Any) -> bool:
-        """The truth of a comparison has the type of what was compared."""
-        return one.dtype.scalar == tl.bfloat16 and one.data.dtype == np.uint16
+        return bool(one.dtype.scalar == tl.bfloat16)
 
     def wide(one: Any) -> Any:
         return handle(widen(one.data), tl.float32) if is_short(one) else one
 
     def as_was(found: Any, like: Any) -> Any:
-        """found: a result of `wide` operands, where `like` was one of those."""
-        if not is_short(like):
-            return found
-        is_number = found.data.dtype == np.float32
-        return handle(narrow(found.data) if is_number else found.data, tl.bfloat16)
+        """found: a result of `wide` operands, where `like` was one of those; of a comparison it is as it is."""
+        return handle(narrow(found.data), tl.bfloat16) if is_short(like) and found.dtype != tl.int1 else found
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         if not is_short(lhs):
@@ -225,7 +236,7 @@ def _compute(interpreter: Any, builder: Any) -> None:
 
     def cast_impl(self: Any, source: Any, wanted: Any) -> Any:
         of, to = source.dtype.scalar, wanted.scalar
-        if tl.bfloat16 not in (of, to) or of == to or (of == tl.bfloat16 and not is_short(source)):
+        if tl.bfloat16 not in (of, to) or of == to:
             return cast(self, source, wanted)
         if of == tl.bfloat16:
             return cast(self, wide(source), wanted)

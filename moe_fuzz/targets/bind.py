@@ -109,6 +109,8 @@ def _module_from_file(path: Path) -> Any:
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent))
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))  # what it imports later, inside of a call: they stand for nobody else's
     return module
 
 

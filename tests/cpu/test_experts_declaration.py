@@ -48,6 +48,24 @@ def test_a_store_that_nobody_declared_is_named(stores: dict[str, str], recipe: s
     assert all(said in text for text in told), told
 
 
+@pytest.mark.parametrize("stores", [{"weighted_x": "dtype"}, {"weight_dtype": "dtype", "weighted_x": "dtype"}],
+                         ids=["x", "both"])  # fmt: skip
+def test_an_x_that_was_weighed_and_stored_is_named(stores: dict[str, str]) -> None:
+    """As layers do that scale what they dispatch: no bound of the op's contract holds for two roundings more."""
+    told, declared, keeps = [], 0, replace(STEADY, **stores)
+    for hidden, recipe, activation in product((32, 256), ("dense", "ladder", "fine"), ("silu", "relu2", "swiglu_oai")):
+        for dtype, bias in (("bfloat16", "float32"), ("float16", "none")):
+            case = case_of(rows=12, seed=3, recipe=recipe, hidden=hidden, activation=activation, bias=bias, dtype=dtype,
+                           weight_on_input=True)  # fmt: skip
+            found = judge(observe(case, storing(**stores), STEADY))
+            told += [one.message for one in found.values() if "may answer so" in one.message]
+            assert not {"bound", "exact", "statistical"} & set(judge(observe(case, storing(**stores), keeps)))
+            declared += "exact" in judge(observe(case, lambda inputs: storing()(inputs) * 1.0078125, keeps))
+    said = ", ".join(f'{name}="{value}"' for name, value in stores.items())
+    assert any(f"Contract({said})" in text for text in told), told
+    assert declared, "the bits of powers of two are known all the same"
+
+
 _MODEL_FILE = {"gate_up": "dtype", "activation": "dtype", "down": "dtype", "weight_dtype": "dtype", "reduce": "dtype"}
 
 

@@ -91,6 +91,10 @@ def no_tensor(x: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, *, factor
     return x.tolist()
 
 
+def writes_alone(x: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, *, factor: int = 1, out: Any = None) -> None:
+    scale(x, table, ids, factor=factor, out=out)
+
+
 class ScaleSpace:
     op, family = "toy_scale", "toy"
     checks: ClassVar = {"structure": "", "exact": "", "again": ""}
@@ -158,6 +162,8 @@ def test_what_is_no_result_says_what_is() -> None:
     (found,) = run(no_tensor).violations
     assert (found.check, found.symptom, found.expected) == ("structure", "result", "y")
     assert found.message.endswith("the result is not a tensor y")
+    (found,) = run(writes_alone, out=True).violations
+    assert found.message.endswith("y, but None: what was written into `out` is returned, too")
 
 
 @pytest.mark.usefixtures("toy")

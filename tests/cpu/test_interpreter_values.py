@@ -316,11 +316,37 @@ found = product(a, b.abs(), "tf32")
 assert (found[0] == torch.inf).all() and found[1].isnan().all() and found[2:].isfinite().all()
 """
 
+TRUTH = """
+@triton.jit
+def kernel(limit_ptr, x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    limit, x = tl.load(limit_ptr), tl.load(x_ptr + at)
+    alone, each = limit >= 1, x > limit  # a scalar's, and a block's
+    tl.store(out_ptr + at, (alone & each).to(tl.int32))
+    tl.store(out_ptr + N + at, tl.where(~(alone & (at < 8)), 1, 0))
+    tl.store(out_ptr + 2 * N + at, tl.where((limit != limit) | each, 1, 0))
+    tl.store(out_ptr + 3 * N + at, (alone ^ each).to(x.dtype).to(tl.int32))
+    tl.store(out_ptr + 4 * N + at, tl.sum((alone & each).to(tl.int32), 0))
+    tl.store(out_ptr + 5 * N + at, 5, mask=alone & (at % 2 == 0))
+
+at = torch.arange(N)
+for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8):
+    for limit in (0, 3):
+        alone, each = torch.tensor(limit >= 1), at > limit
+        out = torch.zeros(6, N, dtype=torch.int32)
+        kernel[(1,)](torch.tensor([limit]).to(dtype), at.to(dtype), out, N)
+        expected = (alone & each, ~(alone & (at < 8)), each, alone ^ each, (alone & each).sum().expand(N),
+                    5 * (alone & (at % 2 == 0)))
+        for found, right in zip(out, expected):
+            assert torch.equal(found, right.int()), (dtype, limit, found, right)
+"""
+
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    "program", [CONVERSIONS, ARITHMETIC, NAN, BITS_OF_NAN, CONVERTED_NAN, INTEGERS, FMA, TF32],
-    ids=["conversions", "bfloat16", "nan", "bits_of_nan", "converted_nan", "integers", "fma", "tf32"])  # fmt: skip
+    "program", [CONVERSIONS, ARITHMETIC, NAN, BITS_OF_NAN, CONVERTED_NAN, INTEGERS, FMA, TF32, TRUTH],
+    ids=["conversions", "bfloat16", "nan", "bits_of_nan", "converted_nan", "integers", "fma", "tf32", "truth"],
+)  # fmt: skip
 def test_it_gives_what_a_gpu_gives(program, tmp_path):
     (tmp_path / "program.py").write_text(START + program)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

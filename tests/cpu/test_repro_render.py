@@ -102,13 +102,19 @@ def test_how_a_target_is_loaded(runner: Runner, tmp_path: Path, monkeypatch: pyt
     assert load("topk_softmax@builtin")["path"] == f"{ROOT}/kernels/routing.py"
     assert locate("topk_softmax@builtin").startswith("moe_fuzz.targets.builtin")
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "a_package_of_kernels.py").write_text("def route(logits, top_k):\n    return LIMIT\n\nLIMIT = 3\n")
+    (tmp_path / "a_package_of_kernels.py").write_text(
+        "other = None\n\ndef route(logits, top_k):\n    return LIMIT\n\nLIMIT = 3\n"
+    )
     assert load("topk_softmax@a_package_of_kernels:route") == {
         "kind": "module", "module": "a_package_of_kernels", "attribute": "route", "factory": False,
     }  # fmt: skip
     test = tmp_path / "test_router.py"
     test.write_text(
-        "import torch\nfrom a_package_of_kernels import route\nfrom moe_fuzz import fuzz\n\nLIMIT = 3\n\n"
+        "import torch\nimport a_package_of_kernels\n"
+        "from a_package_of_kernels import route\nfrom moe_fuzz import fuzz\n\n"
+        "LIMIT = 3\n\n"
+        "def beside(logits, top_k):\n    return a_package_of_kernels.other(logits, top_k)\n\n"
+        "def beside_later(logits, top_k):\n    import a_package_of_kernels as it\n    return it.other(logits, 1)\n\n"
         "def plain(logits, top_k):\n    return torch.topk(logits, top_k)\n\n"
         "def bound(logits, top_k):\n    return torch.topk(logits, LIMIT)\n\n"
         "def make_route():\n    return route\n\n"
@@ -116,6 +122,8 @@ def test_how_a_target_is_loaded(runner: Runner, tmp_path: Path, monkeypatch: pyt
     )
     assert load(f"topk_softmax@{test}:make_route()")["module"] == "a_package_of_kernels"
     assert load(f"topk_softmax@{test}:plain")["kind"] == "source"
+    assert load(f"topk_softmax@{test}:beside")["kind"] == "file", "its neighbour is found beside the file alone"
+    assert load(f"topk_softmax@{test}:beside_later")["kind"] == "file"
     for name, factory in (("bound", False), ("make_closure()", True)):
         found = load(f"topk_softmax@{test}:{name}")
         assert (found["kind"], found["factory"], found["needs_moe_fuzz"]) == ("file", factory, True)

@@ -1,4 +1,5 @@
-"""δ of the sigmoid, by brute force: no sane float32 computation leaves it, and it is not much wider than they need."""
+"""δ of the sigmoid, by brute force: no sane float32 computation leaves it, and it is not much wider than they need. Of
+softmax, the forms by the logarithm."""
 
 from __future__ import annotations
 
@@ -15,12 +16,15 @@ _NOTHING = Outputs(torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int32))
 
 def bound(x: torch.Tensor, sigmoid: str = "exp") -> tuple[torch.Tensor, torch.Tensor]:
     """The float64 score, and how far from it a float32 one may be."""
-    info = TargetInfo("topk_sigmoid@x", "topk_sigmoid", "x", contract=Contract(sigmoid=sigmoid))
-    case = Case("topk_sigmoid", {}, (), 0)
-    options = {"top_k": 1, "renormalize": False, "scale": 1.0, "padding": "distinct"}
-    inputs = RoutingInputs(options, {"logits": x.view(1, -1)})
-    seen = RoutingObservation(case, 0, info, inputs, _NOTHING, lambda _: _NOTHING)
+    seen = observed("topk_sigmoid", x.view(1, -1), Contract(sigmoid=sigmoid))
     return seen.scores[0], seen.error[0]
+
+
+def observed(op: str, logits: torch.Tensor, contract: Contract) -> RoutingObservation:
+    info = TargetInfo(f"{op}@x", op, "x", contract=contract)
+    options = {"top_k": 1, "renormalize": False, "scale": 1.0, "padding": "distinct"}
+    inputs = RoutingInputs(options, {"logits": logits})
+    return RoutingObservation(Case(op, {}, (), 0), 0, info, inputs, _NOTHING, lambda _: _NOTHING)
 
 
 def points() -> torch.Tensor:
@@ -81,3 +85,16 @@ def test_the_form_by_tanh_is_accurate_in_the_absolute_alone():
     assert ((got - score).abs() > error).any()
     score, error = bound(X, "tanh")
     assert ((got - score).abs() <= error).all()
+
+
+@pytest.mark.parametrize("experts", [2, 3, 8])
+@pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
+def test_a_softmax_by_the_logarithm_subtracts_the_maximum_first(experts, size):
+    """Its denominator's logarithm is small then; else it is as large as the logits, and so is its rounding."""
+    logits = torch.randn(20_000, experts, generator=torch.Generator().manual_seed(2)) + size
+    seen = observed("topk_softmax", logits, Contract())
+    first = torch.log_softmax(logits, dim=1).exp()
+    behind = (logits - logits.logsumexp(dim=1, keepdim=True)).exp()
+    used, missed = (((form.double() - seen.scores).abs() / seen.error).max() for form in (first, behind))
+    assert used <= 1
+    assert (missed > 1) == (size > 1)

@@ -209,6 +209,27 @@ def test_what_cannot_be_bound_says_why(file: Path, place: str, error: type[Excep
     assert says in f"{caught.value.message} {caught.value.hint}"  # type: ignore[attr-defined]
 
 
+def test_what_is_imported_in_a_call_lies_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "beside_the_router.py").write_text("import torch\ndef ids(x, k): return x.topk(k).indices.int()\n")
+    (tmp_path / "late.py").write_text("""
+def router(logits, k):
+    import beside_the_router
+    return logits.softmax(-1)[:, :k], beside_the_router.ids(logits, k)
+
+def factory():
+    import beside_the_router
+    return router
+""")
+    before = list(sys.path)
+    try:
+        for place in ("late.py:router", "late.py:factory()"):
+            target = bind(f"topk_softmax@{tmp_path}/{place}")
+            assert target({"logits": torch.tensor([[1.0, 3.0, 2.0]]), "top_k": 2})[1].tolist() == [[1, 2]]
+        assert sys.path == [*before, str(tmp_path)]  # behind all others, and once
+    finally:
+        sys.path[:] = before
+
+
 def test_our_own_targets_and_every_planted_bug_can_be_bound() -> None:
     for known in registry.known(planted=True):
         if known.provider in (*LIB_VARIABLES, "flashinfer"):  # a serving library: tests/cpu/test_*providers.py

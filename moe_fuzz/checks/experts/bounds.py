@@ -63,6 +63,7 @@ class _Evaluation:
         self.activation = str(inputs.options["activation"])
         self.layout = str(inputs.options["gate_layout"])
         self.on_input = bool(inputs.options["apply_weight_on_input"])
+        self.weighs_x = self.on_input and contract.weighted_x == "dtype" and not inputs.quantizes
         self.dtype = self.plain["x"].dtype
         self.most = torch.finfo(self.dtype).max
         self.u = unit(self.dtype, contract.truncates)
@@ -154,7 +155,8 @@ class _Evaluation:
         a = torch.bmm(x, w)
         w, x = w.abs_(), x.abs_()
         sizes = torch.bmm(x, w)
-        below = w.shape[1] * TINY * (1 + self._largest(w))
+        largest = self._largest(w)
+        below = w.shape[1] * (TINY * (1 + largest) + self.weighs_x * self.floor * largest)
         e_a = below.new_zeros(())
         if self.e_x is not None:
             e_a = torch.bmm(self.e_x[batch.token], w)
@@ -163,7 +165,9 @@ class _Evaluation:
         if self.on_input:  # the weight may meet x, or the product
             e_a = e_a * most if e_weight is None else e_a * most + e_weight * sizes
             own = weight.abs()
-            e_a = e_a.masked_fill(own * x.amax(dim=-1, keepdim=True) >= LARGEST, torch.inf)
+            e_a = e_a + self.weighs_x * self.u * most * sizes
+            ends = self.most if self.weighs_x else LARGEST
+            e_a = e_a.masked_fill(own * x.amax(dim=-1, keepdim=True) >= ends, torch.inf)
             a = (a * weight).masked_fill_(weight == 0, 0.0)
             before = sizes  # who weighs the product has it without its weight first, and that may overflow
             sizes = most * sizes

@@ -29,6 +29,8 @@ _WAYS: tuple[Mapping[str, str], ...] = (
     {"activation": "dtype"},
     {"down": "dtype"},
     {"weight_dtype": "dtype"},
+    {"weighted_x": "dtype"},
+    {"weight_dtype": "dtype", "weighted_x": "dtype"},
     {"reduce": "dtype"},
     {"slot": "none", "reduce": "dtype"},
     {"gate_up": "dtype", "down": "dtype"},

@@ -76,6 +76,10 @@ class _Exact:
         on_input = bool(self.options["apply_weight_on_input"])
         weight = self.plain["weights"][batch.token, batch.slot].double()[..., None]  # [e, n, 1]
         x, sure = self._quantized(self.plain["x"][batch.token].double(), "x_global", self.dtype)
+        if self.contract.weight_dtype == "dtype":
+            sure = sure & store(weight, self.dtype)[1]
+        if on_input and self.contract.weighted_x == "dtype" and not self.inputs.quantizes:
+            sure = sure & store(x * weight, self.dtype)[1].all(dim=-1, keepdim=True)
         bias = self.plain["b13"][batch.experts].double()[:, None] if "b13" in self.plain else None
         a, sums, _, _ = self._product(x, "w13", batch, bias, weight if on_input else None, self.contract.gate_up)
         h, stores = self._activated(a)  # [e, n, I], of a [e, n, 2I]
@@ -88,8 +92,6 @@ class _Exact:
         known = known & sure & sums
         e = self._reached(h, rough, batch)
         if not on_input:
-            if self.contract.weight_dtype == "dtype":
-                known = known & store(weight, self.dtype)[1]
             v = v * weight
             e = e if e is None else e * weight.abs()
             # Whoever weighs the terms and then adds them up rounds each sum, where these have more bits than it.

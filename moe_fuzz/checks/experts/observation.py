@@ -141,6 +141,7 @@ class ExpertsObservation:
             and contract.intermediate == "dtype"
             and contract.accumulate == "float32"
             and contract.weight_dtype == "float32"
+            and (contract.weighted_x == "float32" or not self.on_input)
             and contract.factor == "float32"
             and not contract.truncates
             and min(self.x.shape[1], self.inputs.inter) >= _RANDOM_WIDTH

@@ -49,6 +49,7 @@ def _slots(
     """What each slot contributes, float64 [e, n, H]."""
     plain, options, dtype = inputs.plain, inputs.options, x.dtype
     activation, on_input = str(options["activation"]), bool(options["apply_weight_on_input"])
+    weighs_x = on_input and contract.weighted_x == "dtype" and not inputs.quantizes
     rows = plain["w13"].shape[1]
 
     def stored(number: Tensor, declared: str) -> Tensor:
@@ -58,9 +59,11 @@ def _slots(
         x = quantized(x.double(), plain["x_global"], dtype)
     for batch in batches(expert, rows * x.shape[1], rows + x.shape[1]):
         weight = stored(weights[batch.token, batch.slot].double()[..., None], contract.weight_dtype)  # [e, n, 1]
-        a = _product(inputs, "w13", x[batch.token].double(), batch)
-        if on_input:
-            a = a * weight
+        given = x[batch.token].double()
+        if weighs_x:
+            a = _product(inputs, "w13", stored(given * weight, "dtype"), batch)
+        else:
+            a = _product(inputs, "w13", given, batch) * (weight if on_input else 1.0)
         if "b13" in plain:
             a = a + plain["b13"][batch.experts].double()[:, None]
         gate, up = halves(stored(a, contract.gate_up), activation, str(options["gate_layout"]))
