@@ -197,7 +197,7 @@ def layer_of(random: Random) -> tuple[ExpertsInputs, Contract]:
     options = {"activation": activation, "gate_layout": random.among(GATE_LAYOUTS),
                "apply_weight_on_input": bool(random.below(2))}  # fmt: skip
     stores = {name: random.among(STORES) for name in
-              ("gate_up", "activation", "intermediate", "down", "weight_dtype", "reduce")}  # fmt: skip
+              ("gate_up", "activation", "intermediate", "down", "weight_dtype", "weighted_x", "reduce")}  # fmt: skip
     contract = Contract(
         accumulate=random.among(("float32", "float32", "float32", "bfloat16")), **stores,
         slot=random.among(("dtype", "float32", "none")), truncates=bool(random.below(2)),
@@ -222,11 +222,13 @@ class Target:
             weight = device.store(weight, self.dtype)
         x, w13, w2 = (plain[name].double() for name in ("x", "w13", "w2"))
         x = x[:, None, None]  # [T, 1, 1, H]
-        early = on_input and bool(device.random.below(2))
+        stored = self.contract.weighted_x == "dtype"
+        early = on_input and (stored or bool(device.random.below(2)))
         if early:
             x = device.single(x * weight[..., None])
+            x = device.store(x, self.dtype) if stored else x
         terms = x * w13[here]  # [T, k, 2I, H]
-        a = device.sum(device.single(terms) if early else terms)
+        a = device.sum(device.single(terms) if early and not stored else terms)
         if on_input and not early:
             a = device.single(a * weight)
         a = self._biased(a, "b13", here, self.contract.gate_up)
