@@ -23,7 +23,7 @@ def played(scene: str, world: int = 2) -> list[dict[str, Any]]:
 
 def test_every_shape_is_exact_and_the_same_on_all_ranks() -> None:
     for answer in played("shapes"):
-        assert answer == {"bad": [], "calls": 48, "settled": True}
+        assert answer == {"bad": [], "calls": 72, "settled": True}
 
 
 def test_a_thousand_calls_of_two_groups_with_slow_ranks() -> None:
@@ -49,6 +49,6 @@ def test_a_late_rank_is_waited_for_and_a_missing_one_named() -> None:
 @pytest.mark.multigpu(4)
 def test_four_ranks() -> None:
     for answer in played("shapes", 4):
-        assert answer == {"bad": [], "calls": 48, "settled": True}
+        assert answer == {"bad": [], "calls": 72, "settled": True}
     for answer in played("loop", 4):
         assert answer == {"wrong": [0, 0], "settled": True}
