@@ -26,7 +26,7 @@ MAX_ROUND = 16
 MAX_PARTS = 24  # of a round whose config is compiled
 LARGE = 20  # one round in so many is a case that only larger means than the ordinary ones afford
 LARGE_ROWS = 8  # and of the grid's rows that ask for a large size, one in so many
-SEAMS = 4  # one case in so many has a number of tokens behind a seam, where its config has one
+SEAMS = 4  # one case in so many has tokens behind a seam, where its config has one; one config in so many is made to
 #: Where elements lie changes no value: none of these hides another fault, or is hidden by one.
 LAYOUTS = ("noncontiguous", "transposed", "misaligned")
 _APART = (*LAYOUTS, "int32_boundary", "far_columns")  # a tensor has one of them
@@ -81,8 +81,10 @@ def rounds(
         means = means.more
         crowded = getattr(space, "crowded", None)
         if crowded is not None and means.times > 1 and rare.randrange(2):
-            allowed = {axis.name: axis.values for axis in space.axes(info)}
-            config = crowded(config, allowed, info, means, rare)
+            config = crowded(config, _allowed(space, info), info, means, rare)
+    seamed = getattr(space, "seamed", None)
+    if seamed is not None and not rare.randrange(SEAMS):
+        config = seamed(config, _allowed(space, info), rare)
     config = _roomy(space, config, means)
     run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, kinds, means)
     places = _places(space, info, _in_mode(config, run, info), run)
@@ -113,6 +115,10 @@ def _swarms(places: tuple[FaultPlace, ...]) -> st.SearchStrategy[list[FaultPlace
 
 def _weighed(places: Sequence[FaultPlace]) -> list[FaultPlace]:
     return [place for place in places for _ in range(place.often)]
+
+
+def _allowed(space: Space, info: TargetInfo) -> dict[str, Sequence[Scalar]]:
+    return {axis.name: axis.values for axis in space.axes(info)}
 
 
 def _roomy(space: Space, config: dict[str, Scalar], means: Means) -> dict[str, Scalar]:

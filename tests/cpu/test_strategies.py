@@ -22,6 +22,7 @@ from moe_fuzz.case import Case, Scalar, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import OPS, get_space
+from moe_fuzz.ops.nvfp4.space import NARROW
 from moe_fuzz.ops.routing.space import CPU_BUDGET, CUDA_ELEMENTS
 from moe_fuzz.ops.space import Axis, Means
 from moe_fuzz.restriction import RestrictedSpace, Restriction
@@ -281,9 +282,14 @@ def test_no_rows_are_few_cases():
 
 
 def test_swizzled_scales_are_often_more_than_a_tile_of_128_rows():
+    """And most often of narrow rows, so that a kernel with a program for each block affords them: but half of them have
+    a tile beside the first one as well."""
     drawn = _drawn("nvfp4_quantize", 300)
-    rows = [case.steps[0].tokens for case in drawn if len(case.steps) == 1 and case.config["layout"] == "swizzled"]
-    assert sum(count > 128 for count in rows) > 0.08 * len(rows)
+    swizzled = [case for case in drawn if len(case.steps) == 1 and case.config["layout"] == "swizzled"]
+    beyond = [len(Labels.parse(str(case.config["blocks"]))) for case in swizzled if case.steps[0].tokens > 128]
+    assert len(beyond) > 0.08 * len(swizzled)
+    assert sum(blocks <= max(NARROW) for blocks in beyond) > 0.5 * len(beyond)
+    assert sum(blocks > 4 for blocks in beyond) > 0.05 * len(swizzled)
 
 
 def test_what_kernels_have_a_path_for_is_drawn_often():
