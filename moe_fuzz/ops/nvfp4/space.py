@@ -140,8 +140,8 @@ class QuantizeSpace:
         return next((one for one in fewer if any(self.tokens(one, means))), config)
 
     def seams(self, config: Mapping[str, Scalar], tokens: Sequence[int]) -> list[int]:
-        """Swizzled scales lie in tiles of 128 rows. Of the first ones nothing shows how far it is to the next. Wide rows
-        show no more of that, and of so many, a kernel with a program for each block takes seconds."""
+        """Swizzled scales lie in tiles of 128 rows. Of the first ones nothing shows how far it is to the next. Wide
+        rows show no more of that, and of so many, a kernel with a program for each block takes seconds."""
         if config["layout"] != "swizzled" or self._count(config) > max(NARROW):
             return []
         return [count for count in tokens if count > 128]
