@@ -271,9 +271,11 @@ def test_a_nan_in_a_bias_is_that_of_the_tokens_that_name_its_expert(activation, 
         bias = seen.inputs.plain[name]
         hit = ~bias.isfinite().all(dim=1)
         token = (hit[seen.expert] & seen.kept).any(dim=1)
-        assert bool(seen.claimed[~token].all()) and not bool(seen.hopeless[~token].any())
+        assert bool(seen.claimed[~token].all())
+        assert not bool(seen.hopeless[~token].any())
         lost = seen.hopeless
-        assert bool(seen.outputs.y[~token].isfinite().all()) and not bool(seen.outputs.y[lost].isfinite().any())
+        assert bool(seen.outputs.y[~token].isfinite().all())
+        assert not bool(seen.outputs.y[lost].isfinite().any())
         if bool(lost.any()):
             told += 1
             hidden = seen.with_outputs(torch.where(lost, 0.0, seen.outputs.y).to(seen.outputs.y.dtype))
