@@ -170,14 +170,15 @@ def _beside(
     space: Space, config: Mapping[str, Scalar], taken: Sequence[FaultPlace], faults: Sequence[sequences.LaidFault],
     tokens: int, chosen: random.Random,
 ) -> tuple[sequences.LaidFault, ...]:  # fmt: skip
-    """What a case has besides the faults that were drawn: in one case of SOMETIMES, one of the whole or of some of its
-    rows, where there are others; and, three times in four, what those that it has need to show anything."""
+    """What a case has besides the faults that were drawn: in one case of SOMETIMES, one of the whole, or of its rows (of
+    some, where others have faults of their own); three times in four, what those that it has need to show anything."""
     found: list[sequences.LaidFault] = []
     sometimes = getattr(space, "sometimes", None)
     if sometimes is not None and not chosen.randrange(SOMETIMES):
         name = chosen.choice(sometimes(config))
         places = [one for one in taken if one.fault == name and (tokens > 1 or not one.on_rows)]
-        found = [(chosen.choice(_weighed(places)), 2)] if places else []
+        where = 2 if any(place.on_rows for place, _ in faults) else 3
+        found = [(chosen.choice(_weighed(places)), where)] if places else []
     of: Mapping[str, str] = getattr(space, "beside", {})
     wanted = {of[place.fault] for place, _ in (*faults, *found) if place.fault in of}
     hit = {place.tensor for place, _ in faults}

@@ -80,14 +80,12 @@ class BrokenBiases(Fault):
     name = "broken_biases"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
-        if not positions:
-            return
         count = canvas.values.shape[1]
-        alone = canvas.choose_rows([0], count + -(-count // 3), self.name + "/alone")  # [1, 1]: 3 in 4 are
+        alone = canvas.choose_rows([0], count + -(-count // 7), self.name + "/alone")  # [1, 1]: 7 in 8 are
         place = torch.arange(count, device=canvas.device)
         hit = torch.where(alone < count, alone == place, canvas.choose(positions, 4, self.name + "/where") == 0)
         infinite = canvas.table([torch.inf, -torch.inf], canvas.values.dtype)
-        kind = canvas.choose_rows([0], 6, self.name)  # NaN in two of three
+        kind = canvas.choose_rows([0], 10, self.name)  # NaN in four of five
         broken = torch.where(kind > 1, canvas.nans(positions, self.name), infinite[kind.clamp(max=1)])
         canvas.values[positions] = torch.where(hit, broken, canvas.values[positions])
 

@@ -195,10 +195,11 @@ def filled(
 
 
 def with_biases(case: Case, fault: str, name: str, biases: torch.Tensor) -> torch.Tensor:
-    """The biases with a fault in those of some experts."""
+    """The biases with a fault in those of some experts, of one at least."""
     labels = recipes.shard(case)[0]
     canvas = Canvas(name, biases.clone(), labels, range(biases.shape[1]), case.seed)
-    FAULTS[fault].lay(canvas, some_experts(case, name, fault, biases.device, each=1).nonzero().flatten().tolist())
+    hit = some_experts(case, name, fault, biases.device, each=1).nonzero().flatten().tolist()
+    FAULTS[fault].lay(canvas, hit or [0])
     return canvas.values
 
 
