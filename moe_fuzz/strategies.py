@@ -170,8 +170,9 @@ def _beside(
     space: Space, config: Mapping[str, Scalar], taken: Sequence[FaultPlace], faults: Sequence[sequences.LaidFault],
     tokens: int, chosen: random.Random,
 ) -> tuple[sequences.LaidFault, ...]:  # fmt: skip
-    """What a case has besides the faults that were drawn: in one case of SOMETIMES, one of the whole, or of its rows (of
-    some, where others have faults of their own); three times in four, what those that it has need to show anything."""
+    """What a case has besides the faults that were drawn: in one case of SOMETIMES, one of the whole, or of its rows,
+    of some where others have faults of their own; three times in four, what those that it has need to show anything.
+    """
     found: list[sequences.LaidFault] = []
     sometimes = getattr(space, "sometimes", None)
     if sometimes is not None and not chosen.randrange(SOMETIMES):
