@@ -26,7 +26,8 @@ MAX_ROUND = 16
 MAX_PARTS = 24  # of a round whose config is compiled
 LARGE = 20  # one round in so many is a case that only larger means than the ordinary ones afford
 LARGE_ROWS = 8  # and of the grid's rows that ask for a large size, one in so many
-SEAMS = 4  # one case in so many has a number of tokens behind a seam, where its config has one
+SEAMS = 4  # one case in so many has tokens behind a seam, where its config has one; one config in so many is made to
+SOMETIMES = 6  # one case in so many has a fault beside those that were drawn, where its space has such
 #: Where elements lie changes no value: none of these hides another fault, or is hidden by one.
 LAYOUTS = ("noncontiguous", "transposed", "misaligned")
 _APART = (*LAYOUTS, "int32_boundary", "far_columns")  # a tensor has one of them
@@ -81,8 +82,10 @@ def rounds(
         means = means.more
         crowded = getattr(space, "crowded", None)
         if crowded is not None and means.times > 1 and rare.randrange(2):
-            allowed = {axis.name: axis.values for axis in space.axes(info)}
-            config = crowded(config, allowed, info, means, rare)
+            config = crowded(config, _allowed(space, info), info, means, rare)
+    seamed = getattr(space, "seamed", None)
+    if seamed is not None and not rare.randrange(SEAMS):
+        config = seamed(config, _allowed(space, info), rare)
     config = _roomy(space, config, means)
     run, tokens = sequences.afforded(space, info, _in_mode(config, drawn, info), drawn, kinds, means)
     places = _places(space, info, _in_mode(config, run, info), run)
@@ -113,6 +116,10 @@ def _swarms(places: tuple[FaultPlace, ...]) -> st.SearchStrategy[list[FaultPlace
 
 def _weighed(places: Sequence[FaultPlace]) -> list[FaultPlace]:
     return [place for place in places for _ in range(place.often)]
+
+
+def _allowed(space: Space, info: TargetInfo) -> dict[str, Sequence[Scalar]]:
+    return {axis.name: axis.values for axis in space.axes(info)}
 
 
 def _roomy(space: Space, config: dict[str, Scalar], means: Means) -> dict[str, Scalar]:
@@ -153,9 +160,31 @@ def _alike(
                 else sequences.some_size(fitting, chosen))  # fmt: skip
         size = loosened(size, tokens, chosen)
         padding, seed = chosen.randint(0, 6), chosen.getrandbits(62)
+        faults += _beside(space, config, taken, faults, size, random.Random(repr((seed, "beside"))))
         faults += _layouts(taken, faults, random.Random(repr(seed)))
         cases.append(make_case(space, config, size, padding, faults, seed, info.name))
     return cases
+
+
+def _beside(
+    space: Space, config: Mapping[str, Scalar], taken: Sequence[FaultPlace], faults: Sequence[sequences.LaidFault],
+    tokens: int, chosen: random.Random,
+) -> tuple[sequences.LaidFault, ...]:  # fmt: skip
+    """What a case has besides the faults that were drawn: in one case of SOMETIMES, one of the whole, or of its rows,
+    of some where others have faults of their own; three times in four, what those that it has need to show anything.
+    """
+    found: list[sequences.LaidFault] = []
+    sometimes = getattr(space, "sometimes", None)
+    if sometimes is not None and not chosen.randrange(SOMETIMES):
+        name = chosen.choice(sometimes(config))
+        places = [one for one in taken if one.fault == name and (tokens > 1 or not one.on_rows)]
+        where = 2 if any(place.on_rows for place, _ in faults) else 3
+        found = [(chosen.choice(_weighed(places)), where)] if places else []
+    of: Mapping[str, str] = getattr(space, "beside", {})
+    wanted = {of[place.fault] for place, _ in (*faults, *found) if place.fault in of}
+    hit = {place.tensor for place, _ in faults}
+    needed = [place for place in taken if place.fault in wanted and place.tensor not in hit]
+    return (*found, *((place, 0) for place in needed if chosen.randrange(4)))
 
 
 def _layouts(

@@ -35,7 +35,8 @@ def experts_bf16(
         with its own experts and map, sum to the whole. A map is made once, by the server: it names one expert at least
         (a rank without any runs none of this); what an entry outside [-1, E) does, or two ids that share an expert, is
         nobody's promise; this reference drops the one, and adds up the other.
-    An id that stands twice in a row is two slots, and both count. No token changes another's y.
+    An id that stands twice in a row is two slots, and both count. No token changes another's y. What the weights and
+        biases of an expert hold, NaN and infinity too, reaches the tokens that name it, and no other.
     Activations of gate g and up-projection p: `silu` silu(g) * p; `gelu` gelu(g) * p, with erf; `swiglu_oai`
         c * sigmoid(1.702 c) * (q + 1) with c = min(g, 7) and q = p clamped to [-7, 7]; `relu2` max(p, 0)^2, without a
         gate: w13 and b13 then hold the I rows of p. A NaN of g or p is a NaN of the result.

@@ -71,6 +71,25 @@ class ExtremeWeights(Fault):
         canvas.values[positions] = torch.where(pick < len(table), table[pick.clamp(max=len(table) - 1)], row)
 
 
+@register
+class BrokenBiases(Fault):
+    """NaN, +Inf or -Inf in the biases of experts: in one place alone, a gate's or one that a gate multiplies, or in one
+    in four. A NaN of x is in both, and so shows in what they make, whatever becomes of either. The place is the same in
+    all of them: beside a NaN that one expert keeps, one that another loses shows in no sum."""
+
+    name = "broken_biases"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        count = canvas.values.shape[1]
+        alone = canvas.choose_rows([0], count + -(-count // 7), self.name + "/alone")  # [1, 1]: 7 in 8 are
+        place = torch.arange(count, device=canvas.device)
+        hit = torch.where(alone < count, alone == place, canvas.choose(positions, 4, self.name + "/where") == 0)
+        infinite = canvas.table([torch.inf, -torch.inf], canvas.values.dtype)
+        kind = canvas.choose_rows([0], 10, self.name)  # NaN in four of five
+        broken = torch.where(kind > 1, canvas.nans(positions, self.name), infinite[kind.clamp(max=1)])
+        canvas.values[positions] = torch.where(hit, broken, canvas.values[positions])
+
+
 def write_padding(dialect: str, ids: IdsCanvas, weights: WeightsCanvas, positions: Sequence[int]) -> None:
     """The ids and weights of flagged rows, as a router that speaks this dialect writes them."""
     if dialect == "distinct" or not positions:

@@ -214,6 +214,23 @@ class TiedLane(Fault):
 
 
 @register
+class TiedBest(Fault):
+    """Few experts of a row are its best and tie, wherever they lie: one in 2, 4, … 64, as many again below them, and
+    the others tie, too. Of many that tie, the first ones win, of which no list of a kernel has two; of as few as win,
+    some lie in one list, and are out of order where that loses it."""
+
+    name = "tied_best"
+    replaces = True
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        share = 2048 >> canvas.choose_rows(positions, 6, self.name + "/share")  # [P, 1]
+        place = canvas.choose(positions, 4096, self.name)
+        low = -0.25 * (1 + place % 3)
+        level = torch.where(place < share, 1.0, torch.where(place < 2 * share, 0.5, low))
+        canvas.values[canvas.at(positions)] = level.to(canvas.values.dtype)
+
+
+@register
 class ZeroRows(Fault):
     """The rows are zero: a static buffer in which nobody has written yet."""
 
@@ -279,6 +296,22 @@ class BrokenBias(Fault):
         kind = canvas.choose_rows(positions, 3, self.name)
         broken = torch.where(kind == 2, canvas.nans(positions, self.name), infinite[kind.clamp(max=1)])
         canvas.values[canvas.at(positions)] = torch.where(hit, broken, canvas.values[canvas.at(positions)])
+
+
+@register
+class TiedBias(Fault):
+    """The bias has few values, most often one alone: as it is before anything was learned. With any other one, no two
+    experts tie whose logits do, and who breaks ties wrongly beside a bias is not seen."""
+
+    name = "tied_bias"
+    replaces = True
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        table = canvas.table([0.0, 0.25, -0.5, 1.0], canvas.values.dtype)
+        first = canvas.choose_rows(positions, len(table), self.name)  # [P, 1]
+        few = canvas.table([1, 1, 2, 3], torch.int64)[canvas.choose_rows(positions, 4, self.name + "/few")]
+        level = canvas.choose(positions, 6, self.name + "/level") % few
+        canvas.values[canvas.at(positions)] = table[(first + level) % len(table)]
 
 
 @register

@@ -87,8 +87,10 @@ class Space(Protocol):
     # the places of moe_fuzz.sequences.TAILS. And `crowded`: the config, changed into one on whose slots larger means
     # than the ordinary ones are well spent (ops/experts/space.py). And `roomy`: the config with smaller sizes, where
     # these means afford no row of it; and `seams`: of token counts, those behind which a result of this config lies
-    # otherwise (ops/nvfp4/space.py). And `launches`: how many calls of the target
-    # one of this config is, where that is more than one.
+    # otherwise (ops/nvfp4/space.py); and `seamed`: the config, changed into one of which so many are cheap. And
+    # `sometimes`: faults for a config, of which one case in a few has one beside its own; and `beside`: of faults, the
+    # one that most often lies beside it, without which it would show nothing. And
+    # `launches`: how many calls of the target one of this config is, where that is more than one.
 
     def axes(self, info: TargetInfo) -> tuple[Axis, ...]:
         """The axes of a config inside the target's capabilities; `experts` holds counts."""

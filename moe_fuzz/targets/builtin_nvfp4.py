@@ -20,7 +20,7 @@ _PROMISES: dict[str, Any] = {
 }
 _CAPABILITIES = Capabilities(
     dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True, global_scales=GLOBAL_SCALES,
-    nan_scales=True, signed_scales=True, backends=kernels.BACKENDS, one_host_path=True,
+    nan_scales=True, signed_scales=True, nan_biases=True, backends=kernels.BACKENDS, one_host_path=True,
 )  # fmt: skip
 experts_nvfp4 = declares(
     **_PROMISES,

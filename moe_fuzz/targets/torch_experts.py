@@ -22,8 +22,9 @@ def _product(a: Tensor, w: Tensor) -> Tensor:  # [n, D], [R, D] -> [n, R] float3
 
 @declares(
     contract=Contract(deterministic=True, graph=False, slot="float32"),  # it asks the device which experts have tokens
-    capabilities=Capabilities(compiles=False, dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True),
-)
+    capabilities=Capabilities(compiles=False, dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True,
+                              nan_biases=True),
+)  # fmt: skip
 def experts_bf16(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, *, expert_map: Tensor | None = None,
     activation: str = "silu", gate_layout: str = "first", b13: Tensor | None = None, b2: Tensor | None = None,
@@ -77,8 +78,8 @@ def _summed(
 @declares(
     contract=Contract(deterministic=True, graph=False, slot="float32"),
     capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True, nan_scales=True,
-                              signed_scales=True),
-)
+                              signed_scales=True, nan_biases=True),
+)  # fmt: skip
 def experts_nvfp4(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, w13_scales: Tensor, w2_scales: Tensor,
     w13_alpha: Tensor, w2_alpha: Tensor, *, scale_layout: str = "linear", activations: str = "as_given",

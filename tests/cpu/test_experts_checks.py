@@ -258,6 +258,34 @@ def test_a_product_may_overflow_before_its_weight_makes_it_small():
     assert verdict.kind == "pass", verdict
 
 
+@pytest.mark.parametrize("name", ["b13", "b2"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_nan_in_a_bias_is_that_of_the_tokens_that_name_its_expert(activation, name):
+    """Nobody may hide it, also where a gate alone is NaN; all other tokens are judged as ever."""
+    told, alone = 0, 0
+    for seed in range(12):
+        case = case_of(rows=24, experts=12, seed=seed, bias="dtype", activation=activation,
+                       faults=(Fault("broken_biases", name),))  # fmt: skip
+        seen = observe(case)
+        assert judge(seen) == {}
+        bias = seen.inputs.plain[name]
+        hit = ~bias.isfinite().all(dim=1)
+        token = (hit[seen.expert] & seen.kept).any(dim=1)
+        assert bool(seen.claimed[~token].all())
+        assert not bool(seen.hopeless[~token].any())
+        lost = seen.hopeless
+        assert bool(seen.outputs.y[~token].isfinite().all())
+        assert not bool(seen.outputs.y[lost].isfinite().any())
+        if bool(lost.any()):
+            told += 1
+            hidden = seen.with_outputs(torch.where(lost, 0.0, seen.outputs.y).to(seen.outputs.y.dtype))
+            assert "finite" in judge(hidden)
+        up = bias.isnan()[:, bias.shape[1] // 2 :]
+        alone += name == "b13" and bool(bias.isnan().any()) and not bool(up.any()) and bool(lost.any())
+    assert told > 3
+    assert alone > 0 or name == "b2"
+
+
 def test_a_nan_beside_a_dropped_weight_is_told_as_what_it_is():
     def careless(inputs: ExpertsInputs) -> Tensor:
         return reference(inputs) + (0.0 * inputs.plain["weights"].sum(dim=1, keepdim=True)).to(inputs.plain["x"].dtype)

@@ -340,3 +340,22 @@ def test_weights_are_the_same_tensors_in_every_step():
     case = Case(case.op, case.config, (case.steps[0], replace(case.steps[0], rows=Labels.range(3))), case.seed)
     one, other = (materialize(case, at).plain["bias"] for at in range(2))
     assert one is other
+
+
+def test_the_best_of_a_row_are_few_and_tie():
+    """Often about as many as win: of many more, the first ones win, and a list of a kernel has but one of them."""
+    counts = []
+    for seed in range(60):
+        case = replace(case_of(Fault("tied_best", "logits", Labels.range(9)), experts=160), seed=seed)
+        logits = materialize(case, 0).plain["logits"]
+        assert set(logits.unique().tolist()) <= {1.0, 0.5, -0.25, -0.5, -0.75}
+        counts += (logits == logits.amax(dim=1, keepdim=True)).sum(dim=1).tolist()
+    assert sum(4 <= count <= 24 for count in counts) > 0.4 * len(counts)
+
+
+def test_a_tied_bias_leaves_ties():
+    few = set()
+    for seed in range(60):
+        case = replace(case_of(Fault("tied_bias", "bias"), bias=True, experts=30), seed=seed)
+        few.add(len(materialize(case, 0).plain["bias"].unique()))
+    assert few == {1, 2, 3}

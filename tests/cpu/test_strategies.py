@@ -22,6 +22,7 @@ from moe_fuzz.case import Case, Scalar, Step
 from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.labels import Labels
 from moe_fuzz.ops import OPS, get_space
+from moe_fuzz.ops.nvfp4.space import NARROW
 from moe_fuzz.ops.routing.space import CPU_BUDGET, CUDA_ELEMENTS
 from moe_fuzz.ops.space import Axis, Means
 from moe_fuzz.restriction import RestrictedSpace, Restriction
@@ -154,7 +155,7 @@ def test_pairwise_brings_every_value_early():
 def _grid_of(op, count, *faults):
     """The first cases on a GPU for a target that takes whatever there is, and what is laid in each."""
     accepts = ("distinct", "minus_one", "num_experts", "garbage")
-    can = replace(EVERYTHING.capabilities, any_strides=True)
+    can = replace(EVERYTHING.capabilities, any_strides=True, nan_biases=True)
     info = replace(EVERYTHING, op=op, contract=Contract(accepts=accepts, padding=PADDING_DIALECTS), capabilities=can)
     space = RestrictedSpace(get_space(op), Restriction(faults=faults or None))
     cases = list(islice(strategies.grid(space, info, "cuda", 1), count))
@@ -281,9 +282,36 @@ def test_no_rows_are_few_cases():
 
 
 def test_swizzled_scales_are_often_more_than_a_tile_of_128_rows():
+    """And most often of narrow rows, so that a kernel with a program for each block affords them: but half of them have
+    a tile beside the first one as well."""
     drawn = _drawn("nvfp4_quantize", 300)
-    rows = [case.steps[0].tokens for case in drawn if len(case.steps) == 1 and case.config["layout"] == "swizzled"]
-    assert sum(count > 128 for count in rows) > 0.08 * len(rows)
+    swizzled = [case for case in drawn if len(case.steps) == 1 and case.config["layout"] == "swizzled"]
+    beyond = [len(Labels.parse(str(case.config["blocks"]))) for case in swizzled if case.steps[0].tokens > 128]
+    assert len(beyond) > 0.08 * len(swizzled)
+    assert sum(blocks <= max(NARROW) for blocks in beyond) > 0.5 * len(beyond)
+    assert sum(blocks > 4 for blocks in beyond) > 0.05 * len(swizzled)
+
+
+@pytest.mark.parametrize("op", ["topk_sigmoid", "grouped_topk"])
+def test_rows_tie_often_and_a_bias_leaves_them_tied(op: str):
+    """A bias of many values has no two experts tie, and a sort that loses the order of ties is not seen beside it."""
+    drawn = [case for case in _drawn(op, 300) if len(case.steps) == 1]
+    tied = [case for case in drawn if {"tied_best", "tied_lane"} & set(case.fault_names)]
+    assert len(tied) > 0.25 * len(drawn)
+    biased = [case for case in tied if case.config["bias"]]
+    assert sum("tied_bias" in case.fault_names for case in biased) > 0.4 * len(biased)
+
+
+def test_an_activation_that_clamps_often_meets_a_nan_in_a_bias():
+    """In a gate alone: a NaN of x is in both halves, and shows whatever becomes of either."""
+    space, drawn = get_space("experts_bf16"), []
+    info = TargetInfo("experts_bf16@all", "experts_bf16", "all", capabilities=Capabilities(nan_biases=True))
+    drive(strategies.rounds(space, info, "cpu", 1), 5, 400, lambda cases: drawn.extend(cases[:2]))
+    oai = [case for case in drawn if len(case.steps) == 1 and case.steps[0].tokens
+           and case.config["activation"] == "swiglu_oai" and case.config["bias"] != "none"]  # fmt: skip
+    assert sum("broken_biases" in case.fault_names for case in oai) > 0.25 * len(oai)
+    careless = replace(info, capabilities=Capabilities())
+    assert "broken_biases" not in {place.fault for place in space.places_for(oai[0].config, careless)}
 
 
 def test_what_kernels_have_a_path_for_is_drawn_often():

@@ -12,8 +12,8 @@ from moe_fuzz.ops.experts.inputs import ExpertsInputs
 
 
 def never_finite(inputs: ExpertsInputs, expert: Tensor) -> Tensor:
-    """bool [T, H]: y that a NaN or an infinity in x, in weights or in their scales reaches through the slots of
-    `expert`, int64 [T, k] with -1 for none. In float64 nothing overflows that is finite; what an activation makes of
+    """bool [T, H]: y that a NaN or an infinity in x, weights, biases or scales reaches through the slots of `expert`,
+    int64 [T, k] with -1 for none. In float64 nothing overflows that is finite; what an activation makes of
     -inf is not asked for (0, or 0 * inf); slots with a weight that is 0, or not finite, are left out."""
     x, weights = inputs.plain["x"], inputs.plain["weights"]
     found = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
@@ -28,7 +28,10 @@ def never_finite(inputs: ExpertsInputs, expert: Tensor) -> Tensor:
     for batch in batches(there, rows * x.shape[1], rows + x.shape[1]):
         # What is quantized has no NaN and no infinity.
         h = x.new_zeros((1, 1, inputs.inter), dtype=torch.float64) if inputs.quantizes else _activated(inputs, batch)
-        v = _product(inputs, "w2", h, batch).expand(*batch.token.shape, -1)
+        v = _product(inputs, "w2", h, batch)
+        if "b2" in inputs.plain:
+            v = v + inputs.plain["b2"][batch.experts].double()[:, None]
+        v = v.expand(*batch.token.shape, -1)
         found.index_add_(0, batch.tokens, batch.of_real((~v.isfinite()).double()))
     return found > 0
 

@@ -15,7 +15,7 @@ _NONFINITE = {
     "nan": "y is NaN, though x and the weights of its experts here are finite",
     "infinite": "y is infinite, and is not near the dtype's largest",
     "nan-lost": "x has a NaN, which is not seen in y",
-    "nonfinite-lost": "y is finite, though a NaN or an infinity in x, in a scale or in a global scale goes into it",
+    "nonfinite-lost": "y is finite, though a NaN or an infinity in x, a bias, a scale or a global scale goes into it",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,6 +135,19 @@ class AlignSpace:
     def seams(config: Mapping[str, Scalar], tokens: Sequence[int]) -> list[int]:
         """A block of threads has 1024 slots. Of more, one begins to rank where others have counted."""
         return [count for count in tokens if count * int(config["top_k"]) > 1024]
+
+    @staticmethod
+    def crowded(
+        config: dict[str, Scalar], allowed: Mapping[str, Sequence[Scalar]], info: TargetInfo, means: Means,
+        chosen: random.Random,
+    ) -> dict[str, Scalar]:  # fmt: skip
+        """With thousands of experts, and so many slots a token that a CPU affords several blocks of threads: of so many
+        experts one adds up the counts of each other in a turn of its own."""
+        many = [int(count) for count in allowed["experts"] if int(count) > 2048]
+        slots = [int(count) for count in allowed["top_k"] if int(count) >= 16]
+        if not many or not slots:
+            return config
+        return {**config, "experts": str(Labels.range(chosen.choice(many))), "top_k": chosen.choice(slots)}
 
     def affordable(self, case: Case, means: Means) -> bool:
         return means.device != "cpu" or self.cost(case, means) <= means.budget(CPU_BUDGET, HOST_BUDGET)

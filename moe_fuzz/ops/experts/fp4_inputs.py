@@ -15,7 +15,7 @@ from moe_fuzz.faults.nvfp4 import ScaleCanvas
 from moe_fuzz.mirror import answers, on_host, uploaded
 from moe_fuzz.ops.experts import blocks, recipes
 from moe_fuzz.ops.experts.fp4 import CALIBRATIONS, FACTORS, NAN_BLOCKS, SCALES, SIGNED_BLOCKS
-from moe_fuzz.ops.experts.inputs import ExpertsInputs, filled
+from moe_fuzz.ops.experts.inputs import ExpertsInputs, filled, some_experts
 from moe_fuzz.reference.nvfp4 import BLOCK, E2M1, E4M3
 
 
@@ -43,7 +43,7 @@ class Fp4Inputs(ExpertsInputs):
         names = ("w13", "w2")
         if not all(bool(on_host(self.plain[f"{name}_alpha"]).isfinite().all()) for name in names):
             return False
-        return all(answers([self._numbers(name) for name in names]))
+        return super().finite_weights and all(answers([self._numbers(name) for name in names]))
 
     def _numbers(self, name: str) -> torch.Tensor:
         """Whether no scale of w13 or w2 is NaN."""
@@ -93,7 +93,7 @@ def _with_scales(case: Case, fault: str, name: str, table: torch.Tensor, codes: 
         alone = generator.choice(case.seed, f"{name}/{fault}/alone", labels, [0], 2 * rows, device=codes.device)
         row = torch.arange(rows, device=codes.device)
         broken = torch.where(alone < rows, row == alone, word % 4 == 0)
-        some = _some(case, name, fault, codes.device)[:, None] & broken
+        some = some_experts(case, name, fault, codes.device)[:, None] & broken
         there = torch.arange(blocks, device=codes.device) == ((word >> 8) % blocks)[..., None]
         hit = there & some[..., None]
         hit = hit if case.config["scale_layout"] == "linear" else swizzled(hit.byte()) > 0
@@ -127,15 +127,10 @@ def _with_signs(case: Case, name: str, fixed: Mapping[str, torch.Tensor]) -> dic
 def _with_factors(case: Case, fault: str, name: str, factors: torch.Tensor) -> torch.Tensor:
     """Global scales with a fault: of activations, the one there is; of weights, those of some experts."""
     scales = Canvas(name, on_host(factors).clone()[:, None], range(len(factors)), [0], case.seed)
-    hit = _some(case, name, fault, scales.device) if name in FACTORS else torch.ones(len(factors), dtype=torch.bool)
+    everywhere = torch.ones(len(factors), dtype=torch.bool)
+    hit = some_experts(case, name, fault, scales.device) if name in FACTORS else everywhere
     FAULTS[fault].lay(scales, hit.nonzero().flatten().tolist())
     return uploaded(scales.values[:, 0].contiguous(), factors.device)
-
-
-def _some(case: Case, name: str, fault: str, device: torch.device) -> torch.Tensor:
-    """bool [E]: a few of the experts that are here, so that tokens are left that have none of them."""
-    odds = max(3, 2 * int(case.config["top_k"]))
-    return generator.choice(case.seed, f"{name}/{fault}", recipes.shard(case)[0], [0], odds, device=device)[:, 0] == 0
 
 
 @lru_cache(maxsize=1)  # as in inputs.py

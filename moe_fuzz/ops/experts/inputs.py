@@ -9,14 +9,16 @@ from typing import ClassVar, TypeVar
 
 import torch
 
+from moe_fuzz import generator
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.contract import Capabilities
 from moe_fuzz.faults import FAULTS, Canvas
 from moe_fuzz.faults.align import IdsCanvas
 from moe_fuzz.faults.experts import WeightsCanvas, write_padding
 from moe_fuzz.fence import Arena
-from moe_fuzz.mirror import on_host, uploaded
+from moe_fuzz.mirror import answers, on_host, uploaded
 from moe_fuzz.ops.experts import recipes
+from moe_fuzz.ops.experts.space import BIAS_FAULT
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 from moe_fuzz.reference.align import expert_of_slot
 
@@ -64,8 +66,8 @@ class ExpertsInputs(Inputs):
 
     @property
     def finite_weights(self) -> bool:
-        """Whether all numbers of the projections are finite, and their global scales."""
-        return True
+        """Whether all numbers of the projections are finite, their biases and their global scales."""
+        return all(answers([self.plain[name].isfinite().all() for name in ("b13", "b2") if name in self.plain]))
 
     @property
     def finite(self) -> bool:
@@ -137,6 +139,9 @@ def filled(
                "apply_weight_on_input": config["weight_on_input"]}  # fmt: skip
     options |= {name: config[name] for name in ("scale_layout", "activations") if name in config}
     plain = dict(fixed)
+    for fault in step.faults:
+        if fault.name == BIAS_FAULT:
+            plain[fault.tensor] = with_biases(case, fault.name, fault.tensor, plain[fault.tensor])
     stream = case.stream(step_index)
     words = recipes.drawn(case, rows, stream)
     x = Canvas("x", recipes.tokens(case, words, device), rows, range(int(config["hidden"])), case.seed)
@@ -160,7 +165,7 @@ def filled(
     touched = False  # x: by more than another layout
     last: list[int] = []  # rows of a fault that hangs on what the others leave
     for fault in step.faults:
-        if fault.tensor not in canvases:  # laid into `fixed`
+        if fault.tensor not in canvases or fault.name == BIAS_FAULT:  # laid already
             continue
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
         if fault.name == "stale_rows":
@@ -187,6 +192,22 @@ def filled(
     for name, canvas in canvases.items():
         _lay_out(inputs, name, canvas)
     return inputs
+
+
+def with_biases(case: Case, fault: str, name: str, biases: torch.Tensor) -> torch.Tensor:
+    """The biases with a fault in those of some experts, of one at least."""
+    labels = recipes.shard(case)[0]
+    canvas = Canvas(name, biases.clone(), labels, range(biases.shape[1]), case.seed)
+    hit = some_experts(case, name, fault, biases.device, each=1).nonzero().flatten().tolist()
+    FAULTS[fault].lay(canvas, hit or [0])
+    return canvas.values
+
+
+def some_experts(case: Case, name: str, fault: str, device: torch.device, each: int = 2) -> torch.Tensor:
+    """bool [E]: a few of the experts that are here, so that tokens are left that have none of them: of `each` tokens
+    about one has one."""
+    odds = max(3, each * int(case.config["top_k"]))
+    return generator.choice(case.seed, f"{name}/{fault}", recipes.shard(case)[0], [0], odds, device=device)[:, 0] == 0
 
 
 def joined(steps: Sequence[_Inputs]) -> _Inputs:

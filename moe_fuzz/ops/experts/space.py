@@ -42,6 +42,7 @@ _EAGER_IDS = ("wide_ids",)  # they are int64, and a graph's buffer has one dtype
 _DUPLICATES = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
 _BIASES = ("b13", "b2")
+BIAS_FAULT = "broken_biases"  # those of some experts
 _PROJECTIONS = ("w13", "w2")
 _NO_PIECES = ("eager", "graph")  # a producer's graph would need real memory for all that lies between rows
 PLACES = (
@@ -57,6 +58,8 @@ PLACES = (
     *(FaultPlace("int32_boundary", name, on_rows=False, max_rows=64, modes=_NO_PIECES) for name in ("x", "w13", "w2")),
     *(FaultPlace("far_columns", name, on_rows=False, modes=_NO_PIECES) for name in ("x", "weights", "ids")),
     *(FaultPlace(fault, name, on_rows=False, needs="bias") for fault in _STRIDED[:2] for name in _BIASES),
+    FaultPlace(BIAS_FAULT, "b13", on_rows=False, needs="bias", often=3),  # which of its halves, and in front of a curve
+    FaultPlace(BIAS_FAULT, "b2", on_rows=False, needs="bias"),
     FaultPlace("noncontiguous", "expert_map", on_rows=False, needs="expert_map"),
 )
 
@@ -109,6 +112,11 @@ class ExpertsSpace:
         """Of each field, the values that the target takes."""
         return limits_of(info)
 
+    @staticmethod
+    def sometimes(config: Mapping[str, Scalar]) -> tuple[str, ...]:
+        """Who clamps may lose a NaN: `swiglu_oai` does, both halves apart. Elsewhere hardly anything can go wrong."""
+        return (BIAS_FAULT,) if config["activation"] == "swiglu_oai" else (BIAS_FAULT, "", "", "", "", "")
+
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
         return MODES if info.contract.graph else MODES[:1]
 
@@ -157,6 +165,8 @@ class ExpertsSpace:
             return "int64 ids"
         if fault in _DUPLICATES and not can.duplicate_ids:
             return "an expert twice in a row"
+        if fault == BIAS_FAULT:
+            return "" if can.nan_biases else f"NaN in {tensor}"
         any_strides = fault == "far_columns" or tensor in (*_BIASES, "expert_map")
         any_strides |= fault == "transposed" and tensor in _PROJECTIONS
         if (fault in _STRIDED and not can.strided) or (any_strides and not can.any_strides):

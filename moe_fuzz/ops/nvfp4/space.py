@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,8 @@ BLOCKS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 29, 31, 32, 33, 63, 64, 65, 96
 #: Tiles of swizzled scales are of 128 rows.
 ROWS = (1, 2, 3, 0, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 384, 511, 513, 1024,
         4095, 4096, 4097)  # fmt: skip
+#: Blocks of rows so narrow that many are cheap: in one tile of 4 scales, and one in the next.
+NARROW = (1, 5)
 
 MAX_BLOCKS = 1 << 12
 MAX_ELEMENTS = 1 << 26
@@ -136,10 +139,22 @@ class QuantizeSpace:
                  if count < self._count(config))  # fmt: skip
         return next((one for one in fewer if any(self.tokens(one, means))), config)
 
-    @staticmethod
-    def seams(config: Mapping[str, Scalar], tokens: Sequence[int]) -> list[int]:
-        """Swizzled scales lie in tiles of 128 rows. Of the first ones nothing shows how far it is to the next."""
-        return [count for count in tokens if count > 128] if config["layout"] == "swizzled" else []
+    def seams(self, config: Mapping[str, Scalar], tokens: Sequence[int]) -> list[int]:
+        """Swizzled scales lie in tiles of 128 rows. Of the first ones nothing shows how far it is to the next. Wide
+        rows show no more of that, and of so many, a kernel with a program for each block takes seconds."""
+        if config["layout"] != "swizzled" or self._count(config) > max(NARROW):
+            return []
+        return [count for count in tokens if count > 128]
+
+    def seamed(
+        self, config: dict[str, Scalar], allowed: Mapping[str, Sequence[Scalar]], chosen: random.Random
+    ) -> dict[str, Scalar]:  # fmt: skip
+        """The config with rows so narrow that many are cheap, if scales are swizzled. allowed: of each axis, the values
+        that may be drawn."""
+        narrow = [count for count in NARROW if count in allowed["blocks"]]
+        if config["layout"] != "swizzled" or not narrow:
+            return config
+        return {**config, "blocks": str(Labels.range(chosen.choice(narrow)))}
 
     def affordable(self, case: Case, means: Means) -> bool:
         return means.device != "cpu" or self.cost(case, means) <= means.budget(CPU_BUDGET, HOST_BUDGET)

@@ -50,6 +50,7 @@ class GroupedSpace(space.RoutingSpace):
     sizes: ClassVar[tuple[str, ...]] = ("experts", "top_k", "n_group", "topk_group")
     fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = {**FIELDS, **space.FIELDS}
     row_faults: ClassVar[tuple[str, ...]] = (*space.ROW_FAULTS, *_GROUP_FAULTS)
+    beside: ClassVar[Mapping[str, str]] = {**space.BESIDE, "tied_groups": "tied_bias"}
 
     @cached_property
     def simplest(self) -> Mapping[str, Scalar]:

@@ -61,14 +61,15 @@ FIELDS: dict[str, tuple[Scalar, ...]] = {
 SIMPLEST: dict[str, Scalar] = {name: values[0] for name, values in FIELDS.items()}
 
 ROW_FAULTS = ("nan_rows", "inf_rows", "neg_inf_rows", "partial_nan", "partial_inf", "masked_experts",
-               "clustered_top", "shifted_rows", "huge_rows", "ladder", "ties", "tied_lane", "signed_zeros",
-               "zero_rows", "stale_rows")  # fmt: skip
+               "clustered_top", "shifted_rows", "huge_rows", "ladder", "ties", "tied_lane", "tied_best",
+               "signed_zeros", "zero_rows", "stale_rows")  # fmt: skip
 _OFTEN = {"clustered_top": 4, "tied_lane": 4}  # a kernel has few of the lanes that it may have
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")  # faults that need a target which takes strides
 PLACES = (
     *(FaultPlace(name, "logits", on_rows=True, often=_OFTEN.get(name, 1)) for name in ROW_FAULTS),
     FaultPlace("extreme_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("negative_bias", "bias", on_rows=False, needs="bias"),
+    FaultPlace("tied_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("broken_bias", "bias", on_rows=False, needs="bias"),
     FaultPlace("noncontiguous", "logits", on_rows=False),
     FaultPlace("transposed", "logits", on_rows=False),
@@ -78,6 +79,10 @@ PLACES = (
     FaultPlace("far_columns", "logits", on_rows=False, modes=("eager", "graph")),
     *(FaultPlace("noncontiguous", name, on_rows=False, needs=name) for name in ("bias", "is_padding")),
 )
+
+
+#: Faults of rows beside which a fault of the whole case lies most often: a bias of many values leaves no ties.
+BESIDE = dict.fromkeys(("ties", "tied_lane", "tied_best", "signed_zeros", "zero_rows"), "tied_bias")
 
 
 def _odd_strides(laid: FaultPlace | Fault) -> bool:
@@ -101,6 +106,7 @@ class RoutingSpace:
     sizes: ClassVar[tuple[str, ...]] = ("experts", "top_k")
     fields: ClassVar[Mapping[str, tuple[Scalar, ...]]] = FIELDS
     row_faults: ClassVar[tuple[str, ...]] = ROW_FAULTS  # the plainest first
+    beside: ClassVar[Mapping[str, str]] = BESIDE
 
     @cached_property
     def simplest(self) -> Mapping[str, Scalar]:
@@ -128,6 +134,11 @@ class RoutingSpace:
             Axis("out", (False, True) if can.out else (False,)),
             Axis("magnitude", MAGNITUDES),
         )
+
+    @staticmethod
+    def sometimes(config: Mapping[str, Scalar]) -> tuple[str, ...]:
+        """Each number of experts may have a way of its own to break ties, and a few rows hide nothing."""
+        return ("tied_best", "tied_best", "tied_lane")
 
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
         return MODES if info.contract.graph else MODES[:1]
