@@ -65,7 +65,7 @@ def shapes() -> dict[str, object]:
 
 def loop() -> dict[str, object]:
     """1,000 calls back to back, of two groups on two streams, ranks delayed at random, sizes and backends alternating;
-    what the buffer of a peer is reused for must not reach a slow reader. Rows are split in four parts, in two or not."""
+    what the buffer of a peer is reused for must not reach a slow reader. Rows are split in 4 parts, in 2 or not."""
     groups = [RankGroup(capacity=4 << 20) for _ in range(2)]
     streams, sizes = [torch.cuda.Stream() for _ in groups], [1, 64, 600, 130, 3, 300]
     sets = {tokens: [drawn(tokens, 2048, torch.bfloat16, seed) for seed in range(3)] for tokens in sizes}
