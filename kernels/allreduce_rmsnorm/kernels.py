@@ -53,7 +53,7 @@ def one_shot_kernel(
         residual = own
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + where, mask=inside, other=0.0)
-        gamma = tl.load(gamma_ptr + column, mask=column < hidden, other=0.0)
+        gamma = _gamma(gamma_ptr, hidden, COLUMNS)
         base = tl.load(buffers_ptr + rank)  # and the other addresses are in the same line of the cache
         half, broken = begin_call(state_ptr, blocks, PHASE < 2)
         slots = tl.multiple_of((base + half * half_bytes).to(x_ptr.dtype), 16)
@@ -78,7 +78,7 @@ def one_shot_kernel(
         if PHASE == 0 and WORLD > 1:
             came = meet(signals_ptr, state_ptr, fault_ptr + local, rank, block, broken, timeout, 1, WORLD, WORLD_PAD)
         if PHASE != 1:
-            gamma = tl.load(gamma_ptr + column, mask=column < hidden, other=0.0)
+            gamma = _gamma(gamma_ptr, hidden, COLUMNS)
             for tile in range(block, tl.cdiv(tokens, ROWS), blocks):
                 row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
                 where, inside = row * hidden + column, (row < tokens) & (column < hidden)
@@ -164,7 +164,7 @@ def two_shot_kernel(
                                 timeout, 2, WORLD, WORLD_PAD, PARTS)  # fmt: skip
     if PHASE == 0 or PHASE == 3:
         column = tl.arange(0, COLUMNS)[None, :]
-        gamma = tl.load(gamma_ptr + column, mask=column < hidden, other=0.0)
+        gamma = _gamma(gamma_ptr, hidden, COLUMNS)
         sums = slots + WORLD * slot_stride
         place = tl.arange(0, TOGETHER * ROWS)[:, None]
         for tile in range(block, tl.cdiv(share, ROWS), blocks):
@@ -210,13 +210,21 @@ def _sum(
 
 
 @triton.jit
+def _gamma(gamma_ptr, hidden, COLUMNS: tl.constexpr):
+    """[COLUMNS], of one dimension: Triton lays out all tiles of a shape for the widest load that one of them allows,
+    and in that order squares are added. Gamma beside a single row would decide it there, and not beside several."""
+    column = tl.arange(0, COLUMNS)
+    return tl.load(gamma_ptr + column, mask=column < hidden, other=0.0)
+
+
+@triton.jit
 def _finish(total, gamma, normed_ptr, sum_ptr, where, inside, hidden, eps, INTERPRETED: tl.constexpr):
     """Rounds the sum, writes it, and writes the norm of what was written."""
     stored = _rounded(total, sum_ptr.dtype.element_ty, INTERPRETED)
     tl.store(sum_ptr + where, stored, mask=inside)
     value = tl.where(inside, _wide(stored, INTERPRETED), 0.0)
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / hidden + eps)
-    normed = value * scale[:, None] * _wide(gamma, INTERPRETED)
+    normed = value * scale[:, None] * _wide(gamma, INTERPRETED)[None, :]
     tl.store(normed_ptr + where, _rounded(normed, normed_ptr.dtype.element_ty, INTERPRETED), mask=inside)
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,15 +36,70 @@ made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_wa
 print(json.dumps([made.asm["ptx"], len(made.asm["cubin"])]))
 """
 
+#: The layouts of what is added up, of each binary that may compute a row of these dtypes and this width.
+_LAYOUTS = """
+import json, re, sys
+import triton
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget, Language
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler.compiler import ASTSource
+from moe_fuzz.kernels.allreduce_rmsnorm import kernels, launch
 
-def assembled(*arguments: object) -> str:
+target = GPUTarget("cuda", 90, 32)
+
+
+def laid_out(kernel, single, together, parts):
+    constants = {"WORLD": world, "WORLD_PAD": world, "ROWS": rows, "COLUMNS": columns, "HAS_RESIDUAL": True,
+                 "SINGLE": single, "TOGETHER": together, "PARTS": parts, "PHASE": 0, "INTERPRETED": False}
+    types = {n: dtype for n in ("x_ptr", "residual_ptr", "normed_ptr", "sum_ptr")} | {"gamma_ptr": gamma}
+    types |= {n: "*i64" for n in ("buffers_ptr", "signals_ptr", "state_ptr", "fault_ptr")}
+    types |= {"eps": "fp32", "timeout": "i64"}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    plain = {"tokens", "share", "first_rank", "eps", "timeout", *constants}
+    plain |= set() if whole else {"hidden", "x_stride", "residual_stride"}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in plain}
+    source = ASTSource(fn=kernel, signature=signature, attrs=attrs,
+                       constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()})
+    backend, context, stages = CUDABackend(target), ir.context(), {}
+    options = backend.parse_options({"num_warps": warps, "maxnreg": 64, "enable_fp_fusion": False})
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    backend.add_stages(stages, options, Language.TRITON)
+    module = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(),
+                            context)
+    text = str(stages["ttgir"](stages["ttir"](module, {}), {}))
+    layouts = dict(re.findall(r"^(#\\w+) = #ttg\\.blocked<(.*)>$", text, re.M))
+    reduced = re.findall(r'"tt\\.reduce".*?\\) : \\(tensor<[0-9x]+f32, (#\\w+)>\\) ->', text, re.S)
+    # of a row: how many neighbours a thread has, and over how many threads and warps it is spread
+    return [[re.search(part + r" = \\[\\d+, (\\d+)\\]", layouts[name])[1]
+             for part in ("sizePerThread", "threadsPerWarp", "warpsPerCTA")] for name in reduced]
+
+
+dtype, gamma, size, whole, columns, world = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+rows = max(1, 512 // columns)
+warps = min(16, max(1, rows * columns * size // 512))
+found = {f"one shot, single={single}": laid_out(kernels.one_shot_kernel, single, 1, 1) for single in (1, 0)}
+for parts in (1, 2):
+    together = launch._together(world // parts, rows * columns, warps)
+    found[f"two shots, {parts} parts, {together} together"] = laid_out(kernels.two_shot_kernel, 0, together, parts)
+print(json.dumps(found))
+"""
+
+
+def child(program: str, *arguments: object) -> Any:
+    """What a program prints as JSON that compiles for a GPU."""
     pytest.importorskip("triton.backends.nvidia", reason="this build of Triton has no assembler for NVIDIA")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(moe_fuzz.__file__).parents[1])
-    command = [sys.executable, "-P", "-c", _COMPILE, *map(str, arguments)]
+    command = [sys.executable, "-P", "-c", program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    ptx, size = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assembled(*arguments: object) -> str:
+    ptx, size = child(_COMPILE, *arguments)
     assert size > 1000
     return ptx
 
@@ -82,3 +138,17 @@ def test_barriers_release_and_acquire_at_system_scope(name, dtype, world, single
 def test_phases_wait_for_nobody():
     ptx = assembled("two_shot", "*bf16", 2, 2048, 0, 2, 1)
     assert not lines_of(ptx, ".sys.", "globaltimer")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gamma", "size", "whole", "columns", "world"),
+    [("*bf16", "*bf16", 2, 0, 2048, 4), ("*bf16", "*fp32", 2, 0, 1024, 4), ("*fp32", "*bf16", 4, 1, 4096, 2),
+     ("*fp16", "*fp32", 2, 1, 256, 8)],
+)  # fmt: skip
+def test_every_binary_adds_a_rows_squares_in_one_order(dtype, gamma, size, whole, columns, world):
+    """Else a row's bits would depend on how many others there are. whole: H is a multiple of 16, so that a thread can
+    load 16 bytes at once; of gamma in another dtype than x that is another number of columns."""
+    found = child(_LAYOUTS, dtype, gamma, size, whole, columns, world)
+    assert len(found) == 4
+    assert all(len(layouts) >= 1 for layouts in found.values()), found
+    assert len({tuple(layout) for layouts in found.values() for layout in layouts}) == 1, found

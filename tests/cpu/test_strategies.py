@@ -297,7 +297,7 @@ def test_rows_tie_often_and_a_bias_leaves_them_tied(op: str):
     """A bias of many values has no two experts tie, and a sort that loses the order of ties is not seen beside it."""
     drawn = [case for case in _drawn(op, 300) if len(case.steps) == 1]
     tied = [case for case in drawn if {"tied_best", "tied_lane"} & set(case.fault_names)]
-    assert len(tied) > 0.25 * len(drawn)
+    assert len(tied) > {"topk_sigmoid": 0.2, "grouped_topk": 0.13}[op] * len(drawn)  # without `sometimes` 0.12, 0.05
     biased = [case for case in tied if case.config["bias"]]
     assert sum("tied_bias" in case.fault_names for case in biased) > 0.4 * len(biased)
 

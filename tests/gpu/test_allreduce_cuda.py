@@ -71,12 +71,15 @@ def test_random_rows_round_as_the_reference_does(backend):
     assert normed[:, 3].isnan().all()
 
 
-@pytest.mark.parametrize("hidden", [130, 2048, 7168])
-def test_a_rows_bits_depend_on_that_row_alone(hidden):
+@pytest.mark.parametrize(("hidden", "dtype", "of_gamma"), [
+    (130, torch.bfloat16, torch.float32), (1025, torch.bfloat16, torch.float32), (1030, torch.bfloat16, torch.bfloat16),
+    (2048, torch.bfloat16, torch.float32), (4096, torch.float32, torch.bfloat16), (7168, torch.bfloat16, torch.float32),
+])  # fmt: skip
+def test_a_rows_bits_depend_on_that_row_alone(hidden, dtype, of_gamma):
     """Not on how many there are, nor on the way: each is a binary of its own."""
-    x = torch.randn(2, 600, hidden, device="cuda").bfloat16()
-    residual = torch.randn(600, hidden, device="cuda").bfloat16()
-    gamma = torch.rand(hidden, device="cuda")
+    x = torch.randn(2, 600, hidden, device="cuda").to(dtype)
+    residual = torch.randn(600, hidden, device="cuda").to(dtype)
+    gamma = torch.rand(hidden, device="cuda").to(of_gamma)
     group = LocalGroup(2, launches="single", capacity=16 << 20)
     whole = allreduce_rmsnorm(x, residual, gamma, group=group, backend="one_shot")
     for backend, (first, last) in itertools.product(BACKENDS, [(0, 600), (0, 1), (7, 20), (599, 600)]):
