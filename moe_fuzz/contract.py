@@ -114,7 +114,7 @@ class Capabilities:
     biases: bool = True  # b13 and b2
     nan_biases: bool = False  # a NaN or an infinity in an expert's bias reaches the tokens that name it, and no other
     separate_biases: bool = True  # takes either without the other, and each in a dtype of its own
-    recipes: tuple[str, ...] = ("dense", "integer", "one_hot", "ladder", "fine", "curve")  # of numbers
+    recipes: tuple[str, ...] = ("dense", "integer", "one_hot", "ladder", "fine", "curve", "cancel")  # of numbers
     # of layers
     max_ranks: int = 64  # data-parallel ranks whose batch it takes
     max_shards: int = 64

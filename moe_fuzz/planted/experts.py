@@ -200,6 +200,20 @@ def bf16_partial_sums(*tensors: Tensor, **options: Any) -> Tensor:
     return _Bf16Sums.run(*tensors, **options)
 
 
+class _NarrowParts(Layer):
+    def product(self, a: Tensor, w: Tensor) -> Tensor:
+        middle = a.shape[1] // 2
+        parts = [super(_NarrowParts, self).product(a[:, at], w[:, at]) for at in (slice(middle), slice(middle, None))]
+        return sum((part.to(self.x.dtype).float() for part in parts), torch.zeros_like(parts[0]))
+
+
+def narrow_split_sums(*tensors: Tensor, **options: Any) -> Tensor:
+    """The class of vllm#56887, partial sums in 16 bits. Of a split sum each half is float32, and is stored in the dtype
+    of x before they are added up: where they are small whole numbers, or as small as their sum, it loses nothing that
+    the last store does not."""
+    return _NarrowParts.run(*tensors, **options)
+
+
 class _Bf16Weights(Layer):
     def weight(self, token: Tensor, slot: Tensor) -> Tensor:
         return self.weights[token, slot].bfloat16().float()

@@ -62,6 +62,7 @@ EXPERTS: tuple[Planted, ...] = (
     _experts("biases_without_their_strides", "exact", "vllm#34673", "reads biases that are not packed as if they were",
              capabilities={"any_strides": True}),
     _experts("bf16_partial_sums", "exact", "vllm#56887", "adds the parts of a sum in bfloat16"),
+    _experts("narrow_split_sums", "exact", "vllm#56887", "stores the halves of a sum in 16 bits, and adds them up"),
     _experts("bf16_weights", "statistical", "flashinfer#3595", "rounds the router's weights to bfloat16", only=True,
              capabilities={"recipes": ("dense", "integer", "one_hot", "ladder")}),  # `fine` shows it in the bits
     _experts("bf16_biases", "exact", "vllm#22508", "keeps biases in bfloat16, whatever they come in"),

@@ -22,7 +22,7 @@ CONFIG = {
     "gate_layout": "first", "bias": "float32", "weight_on_input": False, "expert_map": "none", "recipe": "dense",
     "dialect": "minus_one", "edge": "right", "out": False, "magnitude": 2, "weight_scale": -3,
 }  # fmt: skip
-RECIPES = ("dense", "integer", "one_hot", "ladder", "fine", "curve")
+RECIPES = ("dense", "integer", "one_hot", "ladder", "fine", "curve", "cancel")
 
 
 def case(rows="0-6", padding="", faults=(), seed=5, **config):
@@ -44,7 +44,8 @@ def hashed(inputs):
 @pytest.mark.parametrize(
     ("recipe", "golden"),
     [("dense", "7d2deac8badfd7c1"), ("integer", "855f3efc794ba690"), ("one_hot", "5fd7303f3c1fdbf1"),
-     ("ladder", "110f1aab0f127bc5"), ("fine", "4465e11ed5b8556b"), ("curve", "e704aee3a5295d23")],
+     ("ladder", "110f1aab0f127bc5"), ("fine", "4465e11ed5b8556b"), ("curve", "e704aee3a5295d23"),
+     ("cancel", "034fedcbf80412d5")],
 )  # fmt: skip
 def test_the_bits_of_a_case_never_change(recipe, golden):
     faults = [Fault("extreme_weights", "weights", Labels.parse("1")), Fault("nan_rows", "x", Labels.parse("6"))]

@@ -177,7 +177,7 @@ def test_an_infinity_in_x_is_not_hidden() -> None:
 
 
 @FORMATS
-@pytest.mark.parametrize("recipe", ["dense", "integer", "one_hot", "ladder", "fine", "curve"])
+@pytest.mark.parametrize("recipe", ["dense", "integer", "one_hot", "ladder", "fine", "curve", "cancel"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_no_check_speaks_of_a_right_answer(activation: str, recipe: str, activations: str) -> None:
     """And on each case, every wrong answer that binding makes is rejected."""

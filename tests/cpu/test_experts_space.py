@@ -74,6 +74,23 @@ def test_a_side_as_long_as_a_model_has_it_is_kept_where_the_rest_is_small() -> N
     assert [afforded(experts) for experts in ("0", "0-3", "0-40")] == [(2048, 256), (16, 256), (16, 64)]
 
 
+def test_a_long_side_stays_where_all_else_is_cut_down_for_it() -> None:
+    sizes = {"hidden": (1, 16, 2048, 7168), "intermediate": (1, 16, 64, 256)}
+
+    def lengthy(experts: str, hidden: int, intermediate: int) -> tuple[object, ...]:
+        config = {"experts": experts, "hidden": hidden, "intermediate": intermediate}
+        found = cost.lengthy(config, sizes, (1, 2, 5, 64), 3 * 7168 * 32)
+        assert 3 * len(Labels.parse(str(found["experts"]))) * found["hidden"] * found["intermediate"] <= 3 * 7168 * 32
+        return found["experts"], found["hidden"], found["intermediate"]
+
+    assert lengthy("0-63", 7168, 256) == ("0-1", 7168, 16)
+    assert lengthy("0", 2048, 64) == ("0", 2048, 64)  # there is room for it
+    assert lengthy("0-63", 256, 7168) == ("0-1", 16, 7168)
+    assert lengthy("0-63", 256, 256) == ("0-63", 16, 16)  # no side is long: as of few elements
+    drawn = list(islice(strategies.grid(SPACE, EVERYTHING, "cpu", 3), 300))
+    assert sum(max(int(case.config[name]) for name in SPACE.sizes[2:]) >= cost.WIDE for case in drawn) > 15
+
+
 @BOTH
 def test_the_grid_is_valid_the_same_each_time_and_reaches_every_value(info):
     cases = list(islice(strategies.grid(SPACE, info, "cuda", 3), 800))

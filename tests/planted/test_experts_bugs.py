@@ -113,6 +113,7 @@ MINUS = torch.tensor([[0], [-1], [4], [3]], dtype=torch.int32)
         ("biases_without_their_strides", layer(b2=torch.arange(128.0).view(32, 4).t())),
         ("one_flag_for_both_biases", layer(b2=torch.arange(128.0).view(4, 32))),
         ("bf16_partial_sums", layer(hidden=512, inter=256)),
+        ("narrow_split_sums", layer(hidden=512, inter=256)),
         ("k_tail_dropped", layer(hidden=40)),
         ("last_experts_dropped", layer(experts=7, tokens=7)),
         ("duplicate_counted_once", layer(ids=torch.tensor([[1, 1]] * 4, dtype=torch.int32))),

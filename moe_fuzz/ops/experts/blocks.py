@@ -72,6 +72,8 @@ def projections(case: Case, labels: Sequence[int], device: Device) -> Tensors:
 class Maker(recipes.Maker):
     """One projection of a case."""
 
+    together = BLOCK
+
     def __init__(self, case: Case, labels: Sequence[int], device: Device, name: str) -> None:
         super().__init__(case, labels, device, ("w2",) if name == "w2" else ("w13/gate", "w13/up"))
         self.alpha = self._alpha(name)  # float32 [E]
@@ -87,7 +89,8 @@ class Maker(recipes.Maker):
         in float16 1 on a ladder, and more than half of that."""
         word = generator.words(self.case.seed, f"{name}_alpha", [0], self.labels)[0]  # int64 [E]
         if self.recipe in WRITTEN:
-            return uploaded(torch.exp2((word % 5 - 2).float()), self.device)
+            least = 2 if self.recipe == "cancel" and name == "w13" else -2  # its largest number is 4096
+            return uploaded(torch.exp2((word % 5 + least).float()), self.device)
         limit = 2.0**self.scale
         if self.recipe == "ladder":
             limit = 2.0 ** (6 if self.dtype == torch.bfloat16 else 0)
@@ -122,6 +125,7 @@ class Maker(recipes.Maker):
         # the largest is written as 1, 2 or 4, so that its half has a code as well; 3 bits need a scale that has them
         shift, zero = word % 3, amax == 0
         shift = torch.where(bits > 0, torch.minimum(shift, (exponent + 5).clamp(min=0)), shift)
+        shift = torch.maximum(shift, exponent - 9)  # no scale is larger than 2^8
         power = exponent - 1 - shift
         share = blocks.abs() / torch.where(zero, 1.0, amax)[..., None]  # 0, a half, 1
         size = (share * 2).int() << shift[..., None]  # 0, 1, 2, 4, 8

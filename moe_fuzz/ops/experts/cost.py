@@ -12,9 +12,11 @@ MAX_ELEMENTS = 1 << 27
 #: Elements of the projections of a case. A GPU makes and multiplies far more in a millisecond, but they are also laid
 #: into fences, and judged in float64: of four times as many 54 planted bugs took as many cases, and 1.6 times as long.
 BUDGET = 1 << 19
-SHARES = (1.0, 1 / 8)  # of it, for one case in two each: most flaws show in sizes that cost less than their judgement
+SHARES = (1.0, 1 / 8)  # of it, for one case in three each: most flaws show in sizes that cost less than their judgement
+LONG = "long"  # and for the third: a side as long as models have it stays, and all else is cut down
 CROWD = 3 * 32 * 32  # of an expert, where it is slots that a case has many of
 WIDE, OF_WIDE = 2048, 4  # a side that long is a model's own, and may take so many times the budget
+NARROW = 16  # what the other side of a long one keeps
 FP4_BUDGET = 1 << 18  # in the interpreter, a number that has to be decoded costs ten times as much
 #: Seconds that an interpreted case may take; most take a third of it. A block of slots takes 7 ms in the two products
 #: however small it is, an expert with a slot has one at least, and a case calls the kernel three times or four.
@@ -28,6 +30,23 @@ def afforded(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]], b
     """The config as `shrunk` to the budget, or to a larger one where that leaves a side as long as models have them."""
     wide = shrunk(config, sizes, OF_WIDE * budget)
     return wide if max(int(wide[name]) for name in sizes) >= WIDE else shrunk(config, sizes, budget)
+
+
+def lengthy(
+    config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]], counts: Sequence[int], budget: float
+) -> dict[str, Scalar]:  # fmt: skip
+    """The config with its longer side, where models have one as long: the other side is cut down to the budget, and
+    then the number of experts. Else of so many that half of the cases have, a long side would hardly ever be left.
+    counts: the numbers of experts that can be had."""
+    name = max(sizes, key=lambda name: int(config[name]))
+    if int(config[name]) < WIDE:
+        return shrunk(config, sizes, SHARES[-1] * budget)
+    others = {other: [size for size in sizes[other] if size >= NARROW] for other in sizes if other != name}
+    whole = shrunk(config, others, budget)
+    each = 3 * int(whole["hidden"]) * int(whole["intermediate"])
+    most = max(min(counts), int(budget) // each)
+    count = max(n for n in (len(Labels.parse(str(whole["experts"]))), *counts) if n <= most)
+    return shrunk({**whole, "experts": str(Labels.range(count))}, sizes, budget)
 
 
 def shrunk(config: Mapping[str, Scalar], sizes: Mapping[str, Sequence[int]], budget: float) -> dict[str, Scalar]:

@@ -14,7 +14,8 @@ from moe_fuzz.ops.validity import require_experts, require_fields, require_integ
 
 SIZES = ("hidden", "intermediate")
 MAX_SIZE = 1 << 16
-RECIPES = ("dense", "integer", "one_hot", "ladder", "fine", "curve")
+RECIPES = ("dense", "integer", "one_hot", "ladder", "fine", "curve", "cancel")
+NO_CLAMP = ("integer", "fine", "cancel")  # are exact by their gate, and no gate makes swiglu_oai so
 
 #: What b13 is and what b2 is, or both of them: a checkpoint may have either without the other.
 BIASES = ("none", "dtype/none", "none/dtype", "dtype", "float32/none", "none/float32", "float32", "dtype/float32",
@@ -54,7 +55,7 @@ def limits_of(info: TargetInfo) -> dict[str, tuple[Scalar, ...]]:
         "activation": tuple(v for v in FIELDS["activation"] if v in can.activations),
         "gate_layout": tuple(v for v in FIELDS["gate_layout"] if v in can.gate_layouts),
         "recipe": tuple(v for v in RECIPES if v in can.recipes
-                        and (v not in ("integer", "fine") or set(can.activations) - {"swiglu_oai"})
+                        and (v not in NO_CLAMP or set(can.activations) - {"swiglu_oai"})
                         and (v != "curve" or set(can.activations) - {"relu2"})),
         "dialect": tuple(v for v in FIELDS["dialect"] if v in info.contract.accepts),
     }
@@ -82,7 +83,7 @@ def config_of(case: Case, fields: Mapping[str, tuple[Scalar, ...]], most_experts
     for name in SIZES:
         require_integer(case, name, MAX_SIZE)
     require_values(case, fields)
-    if config["recipe"] in ("integer", "fine") and config["activation"] == "swiglu_oai":
+    if config["recipe"] in NO_CLAMP and config["activation"] == "swiglu_oai":
         raise CaseError("config.recipe", "no gate makes swiglu_oai exact", "use one_hot, which its bound judges")
     if config["recipe"] == "curve" and config["activation"] == "relu2":
         raise CaseError("config.recipe", "relu2 has no gate", "use one_hot")

@@ -8,7 +8,7 @@ from functools import partial
 
 from moe_fuzz.case import MODES, Case, Fault, Scalar
 from moe_fuzz.labels import Labels
-from moe_fuzz.ops.experts.fields import FIELDS, bias_dtypes
+from moe_fuzz.ops.experts.fields import FIELDS, NO_CLAMP, bias_dtypes
 from moe_fuzz.ops.moves import plainer_faults, simpler_runs, with_fitting_faults
 
 Fields = Mapping[str, tuple[Scalar, ...]]
@@ -17,7 +17,7 @@ Fields = Mapping[str, tuple[Scalar, ...]]
 def mended(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """The config with what depends on other fields cut down to them, so that equal cases look equal."""
     whole = {**config, "top_k": min(int(config["top_k"]), len(Labels.parse(str(config["experts"]))))}
-    if whole["activation"] == "swiglu_oai" and whole["recipe"] in ("integer", "fine"):
+    if whole["activation"] == "swiglu_oai" and whole["recipe"] in NO_CLAMP:
         whole["recipe"] = "one_hot"
     if whole["activation"] == "relu2" and whole["recipe"] == "curve":
         whole["recipe"] = "one_hot"

@@ -6,21 +6,26 @@ summation gives the same bits. one_hot: each row of a projection reads one colum
 
 fine: integer, but with routing weights of 13 bits, or where a bias is float32 with that of as many: what loses bits
 of them on the way is off by less than a step of the result, and shows where that is rounded.
+cancel: integer, but with two large numbers of either sign in each row of a projection, far apart, that cancel to the
+last bit: a sum has 13 bits on its way, and few at its end. What is kept of it in 16 bits from step to step, or of its
+parts, is then off by whole steps of the result. For it columns of x are the same from either end, and so are rows of
+w13 and their biases: both numbers are multiplied by the same.
 curve: one_hot, but with gates from -15 to 15, where an activation is a curve. A gate is that of all experts, and each
 column of y reads the same one of all: so no sum hides what is off by parts of a small result.
 
-integer, one_hot and fine are exact because column 0 of x is a constant and a gate row reads it alone: the gate is 32
-(or 64 with its bias), where silu(g) = gelu(g) = g in float32. No gate makes swiglu_oai exact: there one_hot is judged
-within its bound, as curve is everywhere.
+All but dense, ladder and curve are exact because column 0 of x is a constant and a gate row reads it alone: the gate is
+32 (or 64 with its bias), where silu(g) = gelu(g) = g in float32. No gate makes swiglu_oai exact: there one_hot is
+judged within its bound, as curve is everywhere.
 
 Each value hangs on the labels of its expert and its row, of its column, and on nothing else. What a projection of
-one_hot or curve reads also hangs on the number of columns, where the column would be past the last.
+one_hot, curve or cancel reads also hangs on the number of columns, where the column would be past the last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import ClassVar
 
 import torch
 
@@ -33,10 +38,11 @@ from moe_fuzz.ops.experts.fields import bias_dtypes
 Device = torch.device | str
 Tensors = dict[str, torch.Tensor]
 
-WHOLE = ("integer", "fine")  # of whole numbers
+WHOLE = ("integer", "fine", "cancel")  # of whole numbers
 EXACT = (*WHOLE, "one_hot")
 WRITTEN = (*EXACT, "curve")  # whose numbers are few, and in NVFP4, too
 _GATE = 32.0
+_CANCELLED = {"w13/up": 4096.0, "w2": 128.0}  # h is a multiple of 32
 _E2M1 = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NONZERO = {"relu2": 8}  # about how many of the first columns a row of an integer projection reads; each later column
 _NONZERO_DEFAULT = 64  # c is read with the probability of that over c: what is summed up stays small for any width
@@ -163,10 +169,11 @@ def tokens(case: Case, words: draw.Drawn, device: Device) -> torch.Tensor:
     if recipe not in WHOLE or case.config.get("activations") == "nvfp4":
         # A 6 in each 16 columns, under which NVFP4 loses nothing of the others.
         at = torch.arange(hidden, device=x.device)
-        largest = torch.where(at < 16, 1 + (row[:, None] & 0xFFFF) % 15, (row[:, None] >> 16) & 15)
+        room = 8 if recipe == "cancel" else 16  # the block in the middle is mirrored itself
+        largest = torch.where(at < 16, 1 + (row[:, None] & 0xFFFF) % (room - 1), (row[:, None] >> 16) & (room - 1))
         x = torch.where(at % 16 == largest, torch.where(x < 0, -6.0, 6.0).to(dtype), x)
     x[:, 0] = 1.0 if recipe in WHOLE else 4.0
-    return x
+    return _mirrored(x) if recipe == "cancel" else x
 
 
 def routing_weights(case: Case, words: draw.Drawn, device: Device) -> torch.Tensor:
@@ -214,6 +221,8 @@ def biases(maker: Maker) -> Tensors:
 
 class Maker:
     """The projections of one case, or those of these names."""
+
+    together: ClassVar[int] = 1  # columns that share a scale, beside which a large number leaves no small one
 
     def __init__(
         self, case: Case, labels: Sequence[int], device: Device, names: Sequence[str] = ("w13/gate", "w13/up", "w2")
@@ -268,11 +277,13 @@ class Maker:
         word = draw.mixed(*self.drawn.lines("w13/up", self.device))
         reads = _NONZERO.get(str(self.case.config["activation"]), _NONZERO_DEFAULT)
         odds = (reads << 15) // torch.arange(1, self.hidden + 1, device=word.device)
-        return self._shaped(((word >> 1) < odds) * (1 - 2 * (word & 1)), self.inter).to(self.dtype)
+        up = self._shaped(((word >> 1) < odds) * (1 - 2 * (word & 1)), self.inter).to(self.dtype)
+        return _mirrored(self._cancelling("w13/up", up), 1) if self.recipe == "cancel" else up
 
     def down(self) -> torch.Tensor:  # [E, H, I]
         if self.recipe in WHOLE:
-            return self._table("w2", "fives")
+            down = self._table("w2", "fives")
+            return self._cancelling("w2", down) if self.recipe == "cancel" else down
         if self.recipe == "curve":
             return self._one_hot("w2", self._powers() / 16, "w2/common")
         if self.recipe == "one_hot":
@@ -289,13 +300,14 @@ class Maker:
             return None
         kinds = {"integer": ("gate", "small", "eights"), "one_hot": ("gate", "halves", "halves"),
                  "curve": ("bent_bias", "halves", "tiny")}  # a larger one would hide a small result
-        kinds["fine"] = kinds["integer"]
+        kinds["fine"] = kinds["cancel"] = kinds["integer"]
         if dtype == torch.float32:  # h in float16 has so many bits that some would be half way; a square has too many
             plain = self.dtype == torch.float16 or self.case.config["activation"] == "relu2"
             kinds["fine"] = ("gate", "small" if plain else "fine_small", "fine_large")
         kind = dict(zip(("b13/gate", "b13/up", "b2"), kinds.get(self.recipe, ("tent",) * 3), strict=True))[name]
         exponent = self._bias_exponent(name) if self.recipe == "dense" else 0
-        return _look_up(kind, exponent, dtype, *self.drawn.lines(name, self.device))
+        bias = _look_up(kind, exponent, dtype, *self.drawn.lines(name, self.device))
+        return _mirrored(bias) if self.recipe == "cancel" and name != "b2" else bias
 
     def _bias_exponent(self, name: str) -> int:
         """Of the size of what they are added to, or so. Lost beside it, no check would see a bias; and where it is all
@@ -335,8 +347,27 @@ class Maker:
         out = torch.zeros((len(self.labels), rows, columns), dtype=self.dtype, device=self.device)
         return out.scatter_(2, column[:, :, None], value[:, :, None])
 
+    def _cancelling(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """With two large numbers in each row that are multiplied by the same and cancel, where small ones are left."""
+        rows, columns = self.sides(name)
+        if columns < 4 * self.together:
+            return values
+        word = self.drawn.rows(name, self.device).view(-1, rows, 1).long()  # [E, rows, 1]
+        at, sign = (word >> 1) % (columns // 2), 1 - 2 * (word & 1)
+        column = torch.arange(columns, device=word.device)
+        inward = torch.minimum(column, columns - 1 - column)  # from either end
+        large = torch.where(column == inward, sign, -sign) * _CANCELLED[name]
+        values = values.masked_fill(inward // self.together == at // self.together, 0.0)
+        return torch.where(inward == at, large.to(values.dtype), values)
+
     def _shaped(self, values: torch.Tensor, rows: int) -> torch.Tensor:
         return values.view(len(self.labels), rows, values.shape[-1])
+
+
+def _mirrored(values: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """What stands left of the middle of this dimension, from the right, too."""
+    at = torch.arange(values.shape[dim], device=values.device)
+    return values.index_select(dim, torch.minimum(at, at.flip(0)))
 
 
 def _fine_biases(case: Case) -> bool:

@@ -95,7 +95,7 @@ class ExpertsSpace:
             self._sizes("hidden", HIDDEN, can.max_hidden, can.min_multiple_h),
             self._sizes("intermediate", INTERMEDIATE, can.max_intermediate, can.min_multiple_i),
             *(Axis(name, values, self._often(name, values)) for name, values in self.limits(info).items()),
-            Axis(_SHARE, cost.SHARES),
+            Axis(_SHARE, (*cost.SHARES, cost.LONG)),
         )
 
     @staticmethod
@@ -121,11 +121,15 @@ class ExpertsSpace:
         return MODES if info.contract.graph else MODES[:1]
 
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:
-        budget = self.budget * float(config.get(_SHARE, 1))
+        share = config.get(_SHARE, 1)
         drawn = {name: value for name, value in config.items() if name != _SHARE}
-        whole = moves.mended({**drawn, "experts": str(Labels.range(int(config["experts"])))})
-        allowed = {axis.name: axis.values for axis in self.axes(info)}
-        return cost.afforded(whole, {name: [int(value) for value in allowed[name]] for name in SIZES}, budget)
+        whole = {**drawn, "experts": str(Labels.range(int(config["experts"])))}
+        allowed = {axis.name: [int(value) for value in axis.values] for axis in self.axes(info)
+                   if axis.name in ("experts", *SIZES)}  # fmt: skip
+        counts = allowed.pop("experts")
+        if share == cost.LONG:
+            return moves.mended(cost.lengthy(whole, allowed, counts, self.budget))
+        return cost.afforded(moves.mended(whole), allowed, self.budget * float(share))
 
     def crowded(
         self, config: dict[str, Scalar], allowed: Mapping[str, Sequence[Scalar]], info: TargetInfo, means: Means,

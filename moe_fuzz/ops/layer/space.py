@@ -47,7 +47,8 @@ FIELDS: dict[str, tuple[Scalar, ...]] = {
     "activation": ("silu", "gelu", "relu2", "swiglu_oai"),
     "gate_layout": ("first", "up_first", "interleaved"),
     "expert_bias": BIASES,  # of b13 and of b2
-    "recipe": ("dense", "integer", "fine"),  # numbers of order 1; whole ones; those with biases of 13 bits
+    # numbers of order 1; whole ones; those with biases of 13 bits; those with large ones that cancel
+    "recipe": ("dense", "integer", "fine", "cancel"),
     "edge": ("right", "left"),
     "out": (False, True),
     "magnitude": (0, 2, -4, 5),  # hidden states lie within ±2^magnitude
