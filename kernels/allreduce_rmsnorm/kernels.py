@@ -29,6 +29,7 @@ def one_shot_kernel(
     eps, timeout,
     WORLD: tl.constexpr, WORLD_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    ALIKE: tl.constexpr,  # no load of gamma is wider than one of x
     SINGLE: tl.constexpr,  # a block has one tile: x stays in registers, and what the norm needs is asked for early
     TOGETHER: tl.constexpr, PARTS: tl.constexpr,  # unused: one signature for both kernels
     PHASE: tl.constexpr,  # 0: the whole call · 1: push · 2: sum and norm
@@ -53,7 +54,7 @@ def one_shot_kernel(
         residual = own
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + where, mask=inside, other=0.0)
-        gamma = _gamma(gamma_ptr, hidden, COLUMNS)
+        gamma = _gamma(gamma_ptr, hidden, COLUMNS, ALIKE)
         base = tl.load(buffers_ptr + rank)  # and the other addresses are in the same line of the cache
         half, broken = begin_call(state_ptr, blocks, PHASE < 2)
         slots = tl.multiple_of((base + half * half_bytes).to(x_ptr.dtype), 16)
@@ -78,7 +79,7 @@ def one_shot_kernel(
         if PHASE == 0 and WORLD > 1:
             came = meet(signals_ptr, state_ptr, fault_ptr + local, rank, block, broken, timeout, 1, WORLD, WORLD_PAD)
         if PHASE != 1:
-            gamma = _gamma(gamma_ptr, hidden, COLUMNS)
+            gamma = _gamma(gamma_ptr, hidden, COLUMNS, ALIKE)
             for tile in range(block, tl.cdiv(tokens, ROWS), blocks):
                 row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
                 where, inside = row * hidden + column, (row < tokens) & (column < hidden)
@@ -102,6 +103,7 @@ def two_shot_kernel(
     eps, timeout,
     WORLD: tl.constexpr, WORLD_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    ALIKE: tl.constexpr,  # no load of gamma is wider than one of x
     SINGLE: tl.constexpr,  # unused: one signature for both kernels
     TOGETHER: tl.constexpr,  # of how many shares rows are normed at once
     PARTS: tl.constexpr,  # of a row, a program each: a power of two that divides WORLD
@@ -164,7 +166,7 @@ def two_shot_kernel(
                                 timeout, 2, WORLD, WORLD_PAD, PARTS)  # fmt: skip
     if PHASE == 0 or PHASE == 3:
         column = tl.arange(0, COLUMNS)[None, :]
-        gamma = _gamma(gamma_ptr, hidden, COLUMNS)
+        gamma = _gamma(gamma_ptr, hidden, COLUMNS, ALIKE)
         sums = slots + WORLD * slot_stride
         place = tl.arange(0, TOGETHER * ROWS)[:, None]
         for tile in range(block, tl.cdiv(share, ROWS), blocks):
@@ -210,11 +212,15 @@ def _sum(
 
 
 @triton.jit
-def _gamma(gamma_ptr, hidden, COLUMNS: tl.constexpr):
-    """[COLUMNS], of one dimension: Triton lays out all tiles of a shape for the widest load that one of them allows,
-    and in that order squares are added. Gamma beside a single row would decide it there, and not beside several."""
+def _gamma(gamma_ptr, hidden, COLUMNS: tl.constexpr, ALIKE: tl.constexpr):
+    """[1, COLUMNS]. Triton lays out all tiles of a shape for the widest load that one of them allows, and in that order
+    squares are added. Where gamma's is wider than a row's it is loaded in one dimension: else it would decide the order
+    beside a single row, and not beside several."""
+    if ALIKE:
+        column = tl.arange(0, COLUMNS)[None, :]
+        return tl.load(gamma_ptr + column, mask=column < hidden, other=0.0)
     column = tl.arange(0, COLUMNS)
-    return tl.load(gamma_ptr + column, mask=column < hidden, other=0.0)
+    return tl.load(gamma_ptr + column, mask=column < hidden, other=0.0)[None, :]
 
 
 @triton.jit
@@ -224,7 +230,7 @@ def _finish(total, gamma, normed_ptr, sum_ptr, where, inside, hidden, eps, INTER
     tl.store(sum_ptr + where, stored, mask=inside)
     value = tl.where(inside, _wide(stored, INTERPRETED), 0.0)
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / hidden + eps)
-    normed = value * scale[:, None] * _wide(gamma, INTERPRETED)[None, :]
+    normed = value * scale[:, None] * _wide(gamma, INTERPRETED)
     tl.store(normed_ptr + where, _rounded(normed, normed_ptr.dtype.element_ty, INTERPRETED), mask=inside)
 
 

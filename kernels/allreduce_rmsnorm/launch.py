@@ -122,7 +122,8 @@ def _launch(
             group.half_bytes, slot,
             eps, int(group.timeout_s * 1e9),
             WORLD=world, WORLD_PAD=triton.next_power_of_2(world), ROWS=rows, COLUMNS=columns,  # constants
-            HAS_RESIDUAL=residual is not None, SINGLE=backend == "one_shot" and tokens <= blocks * rows,
+            HAS_RESIDUAL=residual is not None, ALIKE=hidden % 16 == 0 and gamma.element_size() >= size,
+            SINGLE=backend == "one_shot" and tokens <= blocks * rows,
             TOGETHER=_together(world // parts, rows * columns, warps), PARTS=parts, PHASE=phase,
             INTERPRETED=_INTERPRETED, num_warps=warps, maxnreg=_REGISTERS,
             enable_fp_fusion=False,  # else a sum of squares might be fused in one binary, and not in another

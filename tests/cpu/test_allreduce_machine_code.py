@@ -23,7 +23,7 @@ from moe_fuzz.kernels.allreduce_rmsnorm import kernels
 name, dtype, world, columns, single, phase, parts = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 kernel = getattr(kernels, name + "_kernel")
 constants = {"WORLD": world, "WORLD_PAD": world, "ROWS": 1, "COLUMNS": columns, "HAS_RESIDUAL": True,
-             "SINGLE": bool(single), "TOGETHER": 2, "PARTS": parts, "PHASE": phase, "INTERPRETED": False}
+             "ALIKE": True, "SINGLE": bool(single), "TOGETHER": 2, "PARTS": parts, "PHASE": phase, "INTERPRETED": False}
 types = {n: dtype for n in ("x_ptr", "residual_ptr", "gamma_ptr", "normed_ptr", "sum_ptr")}
 types |= {n: "*i64" for n in ("buffers_ptr", "signals_ptr", "state_ptr", "fault_ptr")}
 types |= {"eps": "fp32", "timeout": "i64"}
@@ -51,7 +51,8 @@ target = GPUTarget("cuda", 90, 32)
 
 def laid_out(kernel, single, together, parts):
     constants = {"WORLD": world, "WORLD_PAD": world, "ROWS": rows, "COLUMNS": columns, "HAS_RESIDUAL": True,
-                 "SINGLE": single, "TOGETHER": together, "PARTS": parts, "PHASE": 0, "INTERPRETED": False}
+                 "ALIKE": alike, "SINGLE": single, "TOGETHER": together, "PARTS": parts, "PHASE": 0,
+                 "INTERPRETED": False}
     types = {n: dtype for n in ("x_ptr", "residual_ptr", "normed_ptr", "sum_ptr")} | {"gamma_ptr": gamma}
     types |= {n: "*i64" for n in ("buffers_ptr", "signals_ptr", "state_ptr", "fault_ptr")}
     types |= {"eps": "fp32", "timeout": "i64"}
@@ -79,6 +80,7 @@ def laid_out(kernel, single, together, parts):
 dtype, gamma, size, whole, columns, world = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 rows = max(1, 512 // columns)
 warps = min(16, max(1, rows * columns * size // 512))
+alike = bool(whole) and int(gamma[-2:]) >= 8 * size  # as launch.py has it
 found = {f"one shot, single={single}": laid_out(kernels.one_shot_kernel, single, 1, 1) for single in (1, 0)}
 for parts in (1, 2):
     together = launch._together(world // parts, rows * columns, warps)
