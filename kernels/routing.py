@@ -202,9 +202,9 @@ def _lanes(
 ) -> dict[str, Any]:
     """How rows lie in `topk_by_lanes`."""
     warps = 4
-    if interpreted and (experts % 5 or experts > 384):
-        # Each step costs the same whatever its size: all of a row is one, longer than a warp. One size in five lies as
-        # on a GPU, for lists are to be run as well.
+    if interpreted and ((experts + top_k) % 4 or experts > 384):
+        # Each step costs the same whatever its size: all of a row is one, longer than a warp. One shape in four lies as
+        # on a GPU, for lists are to be run as well, of every length: which shapes do must not be the experts' alone.
         lanes, each = max(64, triton.next_power_of_2(experts)), 1
         rows = interpreted_rows(tokens, lanes)
     else:

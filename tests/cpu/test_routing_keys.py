@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from functools import partial
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -14,6 +15,7 @@ import triton.language as tl
 
 from moe_fuzz.kernels import routing
 from moe_fuzz.kernels.routing_keys import float_of, order_of, row_sum
+from moe_fuzz.ops.routing.space import EXPERTS, TOP_K
 
 # inf - inf of a row's scores is the NaN that the kernels mean it to be; numpy would mention it
 pytestmark = [
@@ -119,6 +121,17 @@ def test_warps_of_a_program():
     blocks = [routing._lanes(tokens, 128, 8, False, H200, interpreted=False) for tokens in range(1, 9000, 7)]
     assert {(block["ROWS"], block["num_warps"]) for block in blocks} == {(4, 4), (16, 16)}
     assert routing._lanes(4096, 1024, 8, False, H200, interpreted=False)["num_warps"] == 4
+
+
+def test_lists_of_every_length_are_interpreted_and_most_shapes_are_not():
+    """Lists cost the interpreter two to three times as much."""
+    drawn = [(experts, top_k) for experts in EXPERTS for top_k in TOP_K if experts > 32 and top_k <= experts]
+    lengths = Counter(routing._lanes(8, *shape, True, 1, interpreted=True)["EACH"] for shape in drawn)
+    assert min(lengths[each] for each in (2, 3, 4, 6, 8, 12)) >= 4
+    assert lengths[1] > 0.7 * len(drawn)
+    known = {(block["EACH"], block["SORTED"]) for block in (routing._lanes(8, *shape, True, 1, interpreted=True)
+                                                            for shape in drawn)}  # fmt: skip
+    assert {(each, sorted_) for each in (2, 3, 4, 6, 8, 12) for sorted_ in (False, True)} <= known
 
 
 class _Spy:

@@ -324,6 +324,18 @@ def test_what_kernels_have_a_path_for_is_drawn_often():
         assert sum(config[field] == 1 for config in configs) > least * len(configs), field
 
 
+def test_one_group_and_nothing_else_is_drawn_with_each_dialect():
+    """A path of its own, to another kernel: what it says of the flags is told again there."""
+    drawn: list[Case] = []
+    info = replace(EVERYTHING, name="grouped_topk@all", op="grouped_topk")
+    drive(strategies.rounds(GROUPED, info, "cpu", 1), 5, 1000, lambda cases: drawn.extend(cases[:2]))
+    plain = Counter(case.config["padding"] for case in drawn
+                    if case.config["n_group"] == case.config["topk_group"] and case.config["is_padding"]
+                    and not case.config["n_shared"] and not case.config["expert_map"])  # fmt: skip
+    for dialect in PADDING_DIALECTS:
+        assert plain[dialect] > 0.006 * len(drawn), dialect
+
+
 def test_a_device_sees_sizes_that_narrow_indices_do_not_hold():
     for space in (SPACE, GROUPED):
         cases = list(islice(strategies.grid(space, replace(EVERYTHING, op=space.op), "cuda", 0), 800))

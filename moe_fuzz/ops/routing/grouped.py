@@ -74,8 +74,9 @@ class GroupedSpace(space.RoutingSpace):
                  often=(ALL_GROUPS,), between=any_number),
             Axis("scoring", can.scorings),
             Axis("group_score", can.group_scores),
-            Axis("n_shared", [n for n in N_SHARED if n <= can.n_shared], often=(0, 0)),
-            Axis("expert_map", (False, True) if can.expert_map else (False,)),
+            # One group with neither is another kernel's, and is drawn with each dialect.
+            Axis("n_shared", [n for n in N_SHARED if n <= can.n_shared], often=(0,) * 6),
+            Axis("expert_map", (False, True) if can.expert_map else (False,), often=(False,)),
         )
 
     def complete(self, config: Mapping[str, Scalar], info: TargetInfo) -> dict[str, Scalar]:

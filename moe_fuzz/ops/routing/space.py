@@ -128,7 +128,7 @@ class RoutingSpace:
             Axis("renormalize", can.renormalize),
             Axis("bias", (True,) if can.bias_required else (False, True) if can.bias else (False,)),
             Axis("scale", [s for s in SCALES if s or can.zero_scale] if can.scale else (1.0,)),
-            Axis("is_padding", (False, True) if can.is_padding else (False,)),
+            Axis("is_padding", (False, True) if can.is_padding else (False,), often=(True,) * can.is_padding),
             Axis("padding", contract.padding),
             Axis("edge", ("right", "left")),
             Axis("out", (False, True) if can.out else (False,)),
