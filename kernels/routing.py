@@ -209,8 +209,6 @@ def _lanes(
         rows = interpreted_rows(tokens, lanes)
     else:
         lanes = min(32, triton.next_power_of_2(experts))
-        if interpreted:  # few lanes for few experts: a list of two cannot be out of order but by all of it
-            lanes = min(lanes, triton.next_power_of_2(max(8, top_k, triton.cdiv(experts, 6))))
         # Sorting longer lists takes the compiler seconds, each time anew in fuzzing, so four warps share them. But they
         # meet twice for each expert taken: a row of 512 with k = 22 takes them 6,560 instructions, and one warp 1,656.
         longest = 12 if wide and not (top_k > 16 and top_k in KNOWN_K) else 16
