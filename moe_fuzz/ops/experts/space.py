@@ -139,7 +139,8 @@ class ExpertsSpace:
         expert has as many only where far more can be afforded. There: more experts than 8 bits count, as many slots.
         allowed: of each axis, the values that may be drawn."""
         dear = means.interpreted or "activations" in config  # each expert with a slot
-        counts = [int(n) for n in allowed["experts"] if (int(n) <= 2 if dear else int(n) > 256)]
+        most = min(2, int(config["top_k"]))  # more of them than a row has slots would share these
+        counts = [int(n) for n in allowed["experts"] if (int(n) <= most if dear else int(n) > 256)]
         if not counts:
             return config
         whole = self.complete({**config, "experts": chosen.choice(counts)}, info)
