@@ -93,7 +93,10 @@ def test_a_sound_target_passes_what_two_calls_or_a_plan_are_judged_by(runner: Ru
     name, family = f"{op}@torch", get_space(op).family
     function, shown = bind(name).function, set()
     checks = {"align": ("slots", "experts", "fill", "inverse"), "nvfp4": ("isolation", "batch_invariance")}
-    for case in islice((one for one in draw(op, runner.describe(name), "cpu", 1) if len(one.steps) == 1), 15):
+    drawn = islice((one for one in draw(op, runner.describe(name), "cpu", 1) if len(one.steps) == 1), 60)
+    for number, case in enumerate(drawn):
+        if number >= 15 and ("huge" in shown or op != "experts_bf16"):  # one case in four has such neighbours
+            break
         if case.mode != "eager" or not case.steps[0].tokens or _costs_too_much(case):
             continue
         exhibit = exhibit_of(runner, case, name)
