@@ -128,7 +128,8 @@ class Capabilities:
     signed_scales: bool = False  # of experts_nvfp4: scales of blocks, and factors of experts, may be below 0
     expert_scales: bool = True  # takes a global scale for each expert
     activation_formats: tuple[str, ...] = ("as_given", "nvfp4")  # of experts_nvfp4
-    backends: tuple[str, ...] = ()  # which take activations as they are, and can be forced by the argument `backend`
+    # ways to the same result, forced by the argument `backend`; of experts_nvfp4 those that take activations as given
+    backends: tuple[str, ...] = ()
     # of allreduce_rmsnorm alone
     max_world: int = 8  # ranks of a group
     launches: tuple[str, ...] = ("phases",)  # of all ranks in one process: "phases" | "single", see ops/allreduce

@@ -73,6 +73,13 @@ ALLREDUCE: tuple[Planted, ...] = (
            "up to 4 rows are multiplied in another order", only=True, contract={"batch_invariant": True}),
     _state("order_of_arrival", "determinism", "vllm#51290", "adds parts up in the order in which they arrive",
            only=True, contract={"sum_order": "any"}),
+    # a backend that is not the chosen one
+    _state("one_stage_adds_before_rounding", "backends", "aiter#2586",
+           "of two ways the one that is not chosen does not round the sum", only=True,
+           contract={"rounds": ("sum", "residual")}, capabilities={"backends": ("one_stage", "two_stage")}),
+    _state("two_stages_by_other_arithmetic", "backends", "aiter#2359",
+           "the way that is not chosen has another kernel for the norm", only=True,
+           contract={"batch_invariant": True}, capabilities={"backends": ("one_stage", "two_stage")}),
     # graphs
     _state("counts_rows_on_the_host", "capture", "vllm#28334", "reads on the host whether all is finite", only=True,
            contract={"graph": True}, capabilities={"one_host_path": True, "out": False}),

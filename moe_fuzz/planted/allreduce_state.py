@@ -105,14 +105,19 @@ def tile_with_nan_in_float64(x: Tensor, residual: Any, gamma: Tensor, eps: float
         for first in range(0, len(total), 16):
             rows = slice(first, first + 16)
             if not torch.isfinite(total[rows].float()).all():
-                value = total[rows].float()
-                root = 1 / torch.sqrt(value.square().sum(dim=-1, keepdim=True) / x.shape[-1] + eps)
-                made[rows] = (value * (root * gamma.float())).to(x.dtype)
+                made[rows] = _gamma_first(total[rows], gamma, eps)
         parts.of_rank(residual_out, rank, group).copy_(total)
         parts.of_rank(normed, rank, group).copy_(made)
 
     parts.one_shot(x, group, finish)
     return found
+
+
+def _gamma_first(stored: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    """`parts.norm` in another order of roundings."""
+    value = stored.float()
+    root = 1 / torch.sqrt(value.square().sum(dim=-1, keepdim=True) / stored.shape[-1] + eps)
+    return (value * (root * gamma.float())).to(stored.dtype)
 
 
 def few_rows_by_other_arithmetic(x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, out: Any = None
@@ -122,11 +127,46 @@ def few_rows_by_other_arithmetic(x: Tensor, residual: Any, gamma: Tensor, eps: f
 
     def finish(rank: int, read: list[Tensor]) -> None:
         total = parts.summed(read, residual).to(x.dtype)
-        made = parts.norm(total, gamma, eps)
-        if len(total) <= 4:
-            value = total.float()
-            root = 1 / torch.sqrt(value.square().sum(dim=-1, keepdim=True) / x.shape[-1] + eps)
-            made = (value * (root * gamma.float())).to(x.dtype)
+        made = _gamma_first(total, gamma, eps) if len(total) <= 4 else parts.norm(total, gamma, eps)
+        parts.of_rank(residual_out, rank, group).copy_(total)
+        parts.of_rank(normed, rank, group).copy_(made)
+
+    parts.one_shot(x, group, finish)
+    return found
+
+
+# ---- a backend that is not the chosen one ----------------------------------------------------------------------------
+
+
+def one_stage_adds_before_rounding(
+    x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, backend: str | None = None, out: Any = None
+) -> Any:  # fmt: skip
+    """aiter#2586: of two ways one rounds the sum before the residual is added, and the other after. It is not the
+    chosen one, until a table of sizes is tuned."""
+    normed, residual_out = found = parts.results(x, out)
+
+    def finish(rank: int, read: list[Tensor]) -> None:
+        total = parts.summed(read, residual if backend == "one_stage" else None)
+        if backend != "one_stage":
+            total = total.to(x.dtype).float()
+            total = total if residual is None else total + residual.float()
+        parts.of_rank(residual_out, rank, group).copy_(total.to(x.dtype))
+        parts.of_rank(normed, rank, group).copy_(parts.norm(total.to(x.dtype), gamma, eps))
+
+    parts.one_shot(x, group, finish)
+    return found
+
+
+def two_stages_by_other_arithmetic(
+    x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, backend: str | None = None, out: Any = None
+) -> Any:  # fmt: skip
+    """aiter#2359: another way has another kernel for the norm, which multiplies by gamma first: a row has other bits
+    once its message is long enough for that."""
+    normed, residual_out = found = parts.results(x, out)
+
+    def finish(rank: int, read: list[Tensor]) -> None:
+        total = parts.summed(read, residual).to(x.dtype)
+        made = _gamma_first(total, gamma, eps) if backend == "two_stage" else parts.norm(total, gamma, eps)
         parts.of_rank(residual_out, rank, group).copy_(total)
         parts.of_rank(normed, rank, group).copy_(made)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_fuzz.contract import Capabilities, Contract, declares
 from moe_fuzz.kernels import allreduce_rmsnorm as kernels
-from moe_fuzz.kernels.allreduce_rmsnorm.dispatch import ALWAYS
+from moe_fuzz.kernels.allreduce_rmsnorm.dispatch import ALWAYS, BACKENDS
 
 #: A peer may still compile what this rank has compiled already; a rank that hangs is for the parent to find.
 _PATIENCE = 20.0
@@ -19,7 +19,7 @@ _PROMISES: dict[str, Any] = {
     "contract": Contract(deterministic=True, batch_invariant=True, isolated=True, rounds=("residual",),
                          sum_order="rank"),
     "capabilities": Capabilities(out=True, alignment=1, any_strides=True, launches=("phases", "single"),
-                                 processes=("cuda",), cuts=True),
+                                 processes=("cuda",), cuts=True, backends=BACKENDS),
     "clauses": {"*": "the contract in the docstring of moe_fuzz.reference.allreduce_rmsnorm"},
 }  # fmt: skip
 _RANKS: dict[tuple[int, int], kernels.RankGroup] = {}  # of this process, by number and capacity
@@ -56,11 +56,11 @@ def _called(
 
 @declares(**_PROMISES)
 def allreduce_rmsnorm(
-    x: Tensor, residual: Tensor | None, gamma: Tensor, eps: float, *, group: Any,
+    x: Tensor, residual: Tensor | None, gamma: Tensor, eps: float, *, group: Any, backend: str | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The way that the dispatch table has for the size."""
-    return _called(None, x, residual, gamma, eps, group=group, out=out)
+    """The way that the dispatch table has for the size, or the one that is forced."""
+    return _called(backend, x, residual, gamma, eps, group=group, out=out)
 
 
 @declares(**_PROMISES)

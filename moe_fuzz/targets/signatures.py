@@ -84,6 +84,10 @@ def _cut_quantize(can: Capabilities, takes: Collection[str]) -> Capabilities:
     )
 
 
+def _cut_allreduce(can: Capabilities, takes: Collection[str]) -> Capabilities:
+    return replace(_cut_common(can, takes), backends=can.backends if "backend" in takes else ())
+
+
 _ROUTER: Mapping[str, tuple[str, ...]] = {
     "renormalize": ("renormalize", "norm_topk_prob"),
     "bias": ("bias", "correction_bias", "e_score_correction_bias"),
@@ -121,12 +125,13 @@ SIGNATURES: Mapping[str, Signature] = {
         ("hidden", "gate", "w13", "w2", "top_k"), _LAYER, ("is_padding", "bias", "b13", "b2", "observe", "out"),
         _cut_layer,
     ),
-    # (x, residual, gamma, eps, *, group, out) -> (normed, residual_out). group: kernels/allreduce_rmsnorm/group.py
+    # (x, residual, gamma, eps, *, group, backend, out) -> (normed, residual_out).
+    # group: kernels/allreduce_rmsnorm/group.py
     "allreduce_rmsnorm": Signature(
         ("x", "residual", "gamma", "eps"),
-        {"group": ("group",), "out": ("out",)},
-        ("out",),
-        _cut_common,
+        {"group": ("group",), "backend": ("backend",), "out": ("out",)},
+        ("backend", "out"),
+        _cut_allreduce,
     ),
     "nvfp4_quantize": Signature(
         ("x", "global_scale"),

@@ -1,4 +1,5 @@
-"""Relations between two calls, bit for bit: bad rows change no other, a replay is an eager call."""
+"""Relations between two calls, bit for bit: bad rows change no other, a replay is an eager call, and
+which backend runs is nobody's business."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import torch
 
 from moe_fuzz.checks import check
 from moe_fuzz.checks.allreduce.observation import AllreduceObservation, Outputs
+from moe_fuzz.checks.allreduce.parity import bound, exact, residual
+from moe_fuzz.checks.allreduce.structural import ranks, written
 from moe_fuzz.checks.coordinates import first
 from moe_fuzz.checks.relations import REPEATS
 from moe_fuzz.ops.allreduce.inputs import AllreduceInputs
@@ -20,6 +23,7 @@ def ahead(seen: AllreduceObservation) -> Sequence[AllreduceInputs]:
     """What the relations will call, whatever came back."""
     found = [seen.inputs] if seen.info.contract.deterministic else []
     found += [seen.healed_inputs] if _isolated(seen) else []
+    found += [seen.forced[1]] if seen.forced else []
     return [*found, seen.fewer[1]] if _invariant(seen) else found
 
 
@@ -105,6 +109,28 @@ def _invariant(seen: AllreduceObservation) -> bool:
     """Not in graphs, whose sizes are fixed, nor across processes, where all ranks would have to call as often."""
     plain = seen.eager is None and seen.case.mode == "eager"
     return plain and seen.info.contract.batch_invariant and len(seen.fewer[0]) > 0
+
+
+@check("allreduce", "backends", relation=True)
+def backends(seen: AllreduceObservation) -> list[Violation]:
+    """A backend that is forced gives each row the bits that the chosen one gave, where a row has the same bits whatever
+    is beside it: sizes choose the backend. Else what it gives is judged like the outputs themselves."""
+    if seen.forced is None:
+        return []
+    name, inputs = seen.forced
+    other = seen.call(inputs)
+    if not (seen.info.contract.deterministic and seen.info.contract.batch_invariant):
+        forced = seen.with_outputs(other)
+        found = next(filter(None, (judge(forced) for judge in (written, ranks, exact, residual, bound))), [])
+        return [replace(one, check="backends", message=f"with the backend {name!r}: {one.message}") for one in found]
+    if changed(seen.outputs, other, seen.judged) is None:
+        return []
+    for _ in range(REPEATS):  # a difference that comes and goes is nondeterminism
+        if changed(seen.outputs, seen.call(seen.inputs), seen.judged) or changed(
+            other, seen.call(inputs), seen.judged
+        ):
+            return []
+    return _compared(seen, "backends", f"the backend {name!r} gives other bits", seen.outputs, other, seen.judged)
 
 
 def _of_rows(outputs: Outputs, rows: torch.Tensor) -> Outputs:

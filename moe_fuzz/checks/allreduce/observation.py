@@ -105,6 +105,16 @@ class AllreduceObservation:
             changed["residual"] = whole.plain["residual"][rows]
         return rows, replace(whole.replace(**changed), rows=[whole.rows[row] for row in rows.tolist()])
 
+    @cached_property
+    def forced(self) -> tuple[str, AllreduceInputs] | None:
+        """A backend and a call with it forced; of half the cases, each backend in its turn. Not in graphs, which have
+        the backend of their capture, nor across processes, where all ranks would have to call as often."""
+        names = self.info.capabilities.backends
+        turn = self.case.seed % (2 * len(names)) if names else 0
+        if turn >= len(names) or self.case.mode != "eager" or not self.inputs.tokens:
+            return None
+        return names[turn], replace(self.inputs, options={**self.inputs.options, "backend": names[turn]})
+
     # ---- what may have come back ------------------------------------------------------------------------------------
 
     @cached_property

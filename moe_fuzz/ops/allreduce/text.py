@@ -20,6 +20,7 @@ CHECKS = {
     "tail": "what lies behind a message in the ranks' buffers keeps its pattern",
     "isolation": "NaN, Inf and overflow in a row of any rank change no other row, where declared",
     "batch_invariance": "a row has the same bits alone and with fewer rows, where declared",
+    "backends": "a backend that is forced gives the same bits, where batch_invariant; else it is judged as results are",
     "replay": "a graph's replay gives what an eager call gives, bit for bit where deterministic",
     "determinism": "the same input gives the same bits, where declared; a graph is replayed",
 }
