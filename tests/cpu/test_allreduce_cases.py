@@ -350,6 +350,17 @@ def spoiled(seen: AllreduceObservation, name: str, values: dict[int, float]) -> 
     return [(one.where, one.message) for one in CHECKS["allreduce"]["ranks"](changed)]
 
 
+def test_half_of_the_cases_force_a_backend_each_in_its_turn() -> None:
+    info = replace(INFO, capabilities=replace(INFO.capabilities, backends=("one", "two")))
+    forced = [replace(seen(case(seed=seed)), info=info).forced for seed in range(4)]
+    assert [one and one[0] for one in forced] == ["one", "two", None, None]
+    assert forced[0] is not None
+    assert forced[0][1].options["backend"] == "one"
+    for given in ({"mode": "graph"}, {"tokens": 0}):
+        assert not replace(seen(case(seed=0, **given)), info=info).forced
+    assert seen(case(seed=0)).forced is None
+
+
 def test_the_rank_that_is_wrong_is_named() -> None:
     four = seen(case(ranks=4, dtype="float32"))
     [(where, said)] = spoiled(four, "residual_out", {2: 4.0})
