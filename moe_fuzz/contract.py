@@ -112,6 +112,7 @@ class Capabilities:
     activations: tuple[str, ...] = ("silu", "gelu", "relu2", "swiglu_oai")  # of nvfp4_quantize: that it fuses
     gate_layouts: tuple[str, ...] = ("first", "up_first", "interleaved")
     biases: bool = True  # b13 and b2
+    nan_weights: bool = False  # of experts_bf16: a NaN or an infinity in an expert's projections, the same
     nan_biases: bool = False  # a NaN or an infinity in an expert's bias reaches the tokens that name it, and no other
     separate_biases: bool = True  # takes either without the other, and each in a dtype of its own
     recipes: tuple[str, ...] = ("dense", "integer", "one_hot", "ladder", "fine", "curve", "cancel")  # of numbers

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moe_fuzz import generator
 from moe_fuzz.faults.align import IdsCanvas, IdsFault
 from moe_fuzz.faults.fault import Canvas, Fault, register
 
@@ -86,6 +87,30 @@ class BrokenBiases(Fault):
         hit = torch.where(alone < count, alone == place, canvas.choose(positions, 4, self.name + "/where") == 0)
         infinite = canvas.table([torch.inf, -torch.inf], canvas.values.dtype)
         kind = canvas.choose_rows([0], 10, self.name)  # NaN in four of five
+        broken = torch.where(kind > 1, canvas.nans(positions, self.name), infinite[kind.clamp(max=1)])
+        canvas.values[positions] = torch.where(hit, broken, canvas.values[positions])
+
+
+@register
+class BrokenWeights(Fault):
+    """NaN, +Inf or -Inf in the projections of experts, as one leaves them that was never loaded: all of an expert, one
+    number in four, or one alone. Beside tokens that name it are those that do not, and no mask of zeros keeps it from
+    them."""
+
+    name = "broken_weights"
+
+    def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
+        count = canvas.values.shape[1]
+        extent = int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}/extent", [0], [0], 4))
+        if extent == 0:  # one alone, in each expert another
+            place = torch.arange(count, device=canvas.device)
+            hit = canvas.choose_rows(positions, count, self.name + "/where") == place
+        elif extent == 1:
+            hit = canvas.choose(positions, 4, self.name + "/where") == 0
+        else:
+            hit = torch.ones((), dtype=torch.bool, device=canvas.device)
+        infinite = canvas.table([torch.inf, -torch.inf], canvas.values.dtype)
+        kind = canvas.choose_rows(positions, 10, self.name)  # NaN in four of five
         broken = torch.where(kind > 1, canvas.nans(positions, self.name), infinite[kind.clamp(max=1)])
         canvas.values[positions] = torch.where(hit, broken, canvas.values[positions])
 

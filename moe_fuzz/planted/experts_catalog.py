@@ -95,6 +95,9 @@ EXPERTS: tuple[Planted, ...] = (
     _bits("split_k_atomics", "determinism", "vllm#56887", "adds the parts of a sum as they arrive"),
     # memory
     _memory("result_in_hidden_states", "fence", "sglang#31870", "leaves the result in x as well"),
+    _memory("tail_masked_on_one_side", "finite", "triton#10772",
+            "reads the next expert's weights where H ends, and multiplies them by 0", only=True,
+            capabilities={"nan_weights": True}),
     _memory("tail_read_in_vectors", "fence", "flashinfer#4237", "reads eight weights at a time, past the last row",
             only=True),
     _memory("bulk_store_past_the_end", "fence", "flashinfer#3957", "stores 64 elements at a time, past the result",

@@ -53,6 +53,20 @@ def result_in_hidden_states(*tensors: Tensor, **options: Any) -> Tensor:
     return y
 
 
+class _OneSideMasked(Layer):
+    def up_product(self, e: int, token: Tensor) -> Tensor:
+        found, beyond = super().up_product(e, token), -self.hidden % 32
+        if beyond and e + 1 < self.experts:
+            found[:, -1] += 0.0 * self.w13[e + 1].flatten()[:beyond].float().sum()
+        return found
+
+
+def tail_masked_on_one_side(*tensors: Tensor, **options: Any) -> Tensor:
+    """triton#10772: H is gone through in steps of 32, and in the last of them x is masked alone. What is read past an
+    expert's weights is the next one's, times 0: nothing, as long as all of them are numbers."""
+    return _OneSideMasked.run(*tensors, **options)
+
+
 def tail_read_in_vectors(*tensors: Tensor, **options: Any) -> Tensor:
     """flashinfer#4237: weights are read eight at a time where 8 does not divide I. What is too much is thrown away, so
     every result is right; behind the last row of the last expert it is another's memory."""

@@ -55,7 +55,7 @@ experts_bf16 = declares(
     # not batch-invariant: block shapes follow the number of slots, and with them the order of a sum
     contract=Contract(deterministic=True, accepts=PADDING_DIALECTS),
     capabilities=Capabilities(dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True,
-                              nan_biases=True, one_host_path=True),
+                              nan_weights=True, nan_biases=True, one_host_path=True),
     clauses={"*": "the contract in the docstring of moe_fuzz.reference.experts_bf16"},
 )(experts.experts_bf16)  # fmt: skip
 moe_layer = declares(

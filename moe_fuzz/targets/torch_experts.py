@@ -23,7 +23,7 @@ def _product(a: Tensor, w: Tensor) -> Tensor:  # [n, D], [R, D] -> [n, R] float3
 @declares(
     contract=Contract(deterministic=True, graph=False, slot="float32"),  # it asks the device which experts have tokens
     capabilities=Capabilities(compiles=False, dtypes=("bfloat16", "float16"), out=True, alignment=1, any_strides=True,
-                              nan_biases=True),
+                              nan_weights=True, nan_biases=True),
 )  # fmt: skip
 def experts_bf16(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, *, expert_map: Tensor | None = None,

@@ -286,6 +286,33 @@ def test_a_nan_in_a_bias_is_that_of_the_tokens_that_name_its_expert(activation, 
     assert alone > 0 or name == "b2"
 
 
+@pytest.mark.parametrize("name", ["w13", "w2"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_weights_that_are_no_numbers_are_a_matter_of_the_tokens_that_name_their_expert(activation, name):
+    told, spared = 0, 0
+    for seed in range(12):
+        case = case_of(rows=24, experts=12, seed=seed, activation=activation, faults=(Fault("broken_weights", name),))
+        seen = observe(case)
+        assert judge(seen) == {}
+        hit = ~seen.inputs.plain[name].isfinite().flatten(1).all(dim=1)
+        assert hit.any()
+        token = (hit[seen.expert] & seen.kept).any(dim=1)
+        assert bool(seen.claimed[~token].all())
+        assert not bool(seen.hopeless[~token].any())
+        assert bool(seen.outputs.y[~token].isfinite().all())
+        lost = seen.hopeless
+        if bool(lost.any()):
+            told += 1
+            hidden = seen.with_outputs(torch.where(lost, 0.0, seen.outputs.y).to(seen.outputs.y.dtype))
+            assert "finite" in judge(hidden)
+        if bool(token.any()) and not bool(token.all()):  # a product with 0 is no mask
+            spared += 1
+            mixed = seen.outputs.y + 0.0 * seen.outputs.y.float().sum(dim=0).to(seen.outputs.y.dtype)
+            assert "finite" in judge(seen.with_outputs(mixed))
+    assert told > 3
+    assert spared > 3
+
+
 def test_a_nan_beside_a_dropped_weight_is_told_as_what_it_is():
     def careless(inputs: ExpertsInputs) -> Tensor:
         return reference(inputs) + (0.0 * inputs.plain["weights"].sum(dim=1, keepdim=True)).to(inputs.plain["x"].dtype)

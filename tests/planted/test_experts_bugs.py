@@ -139,6 +139,13 @@ def test_a_nan_is_lost_in_a_clamp(gate_layout):
     assert reference(x, *rest, **options)[1].isnan().any()
 
 
+def test_a_nan_of_the_next_expert_is_no_matter_of_this_one():
+    (x, w13, w2, weights, ids), options = layer(hidden=40, tokens=3, experts=4)
+    assert not differs("tail_masked_on_one_side", (x, w13, w2, weights, ids), options)
+    w13[3] = torch.nan  # whom nobody names
+    assert differs("tail_masked_on_one_side", (x, w13, w2, weights, ids), options)
+
+
 def test_a_nan_in_a_dropped_slot_gets_through():
     (x, w13, w2, weights, ids), options = layer(ids=MINUS)
     weights[1] = torch.nan

@@ -11,7 +11,7 @@ from moe_fuzz.contract import TargetInfo
 from moe_fuzz.ops.experts import cost, text
 from moe_fuzz.ops.experts.fields import FIELDS
 from moe_fuzz.ops.experts.presets import MODELS_NVFP4
-from moe_fuzz.ops.experts.space import PLACES, ExpertsSpace
+from moe_fuzz.ops.experts.space import PLACES, WEIGHT_FAULT, ExpertsSpace
 from moe_fuzz.ops.space import FaultPlace
 
 #: How x and what lies between the products are calibrated for their data, simplest first: a power of two, a number like
@@ -33,8 +33,9 @@ SENSELESS = {"zero_scale": "zero", "infinite_scale": "infinite", "nan_scale": "n
 #: Of activations alone: the factor of a weight may be below 0, or as small.
 SENSELESS_CALIBRATION = {"subnormal_scale": "subnormal", "negative_scale": "negative"}
 FACTORS, CALIBRATIONS = ("w13_alpha", "w2_alpha"), ("x_global", "h_global")
-#: Codes are packed and start at whole blocks, so of their layout nothing can be a fault.
-_LAYOUTS = ("noncontiguous", "transposed", "misaligned", "int32_boundary")
+#: Codes are packed and start at whole blocks, and each is a number: nothing of them can be a fault.
+_CODES = ("w13", "w2")
+_FAULTS = {name: line for name, line in text.FAULTS.items() if name != WEIGHT_FAULT}
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Fp4Space(ExpertsSpace):
     top_ks: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 22)
 
     checks: ClassVar[Mapping[str, str]] = text.CHECKS | text.FP4_CHECKS
-    faults: ClassVar[Mapping[str, str]] = text.FAULTS | text.FP4_FAULTS
+    faults: ClassVar[Mapping[str, str]] = _FAULTS | text.FP4_FAULTS
     places: ClassVar[tuple[FaultPlace, ...]] = (
-        *(place for place in PLACES if place.tensor not in ("w13", "w2") or place.fault not in _LAYOUTS),
+        *(place for place in PLACES if place.tensor not in _CODES),
         *(FaultPlace(fault, scales, on_rows=False) for scales in SCALES for fault in (*PADDING_FAULTS, *BLOCK_FAULTS)),
         *(FaultPlace(fault, scale, on_rows=False) for scale in (*FACTORS, *CALIBRATIONS) for fault in SENSELESS),
         *(FaultPlace(fault, scale, on_rows=False) for scale in CALIBRATIONS for fault in SENSELESS_CALIBRATION),

@@ -18,11 +18,12 @@ from moe_fuzz.faults.experts import WeightsCanvas, write_padding
 from moe_fuzz.fence import Arena
 from moe_fuzz.mirror import answers, on_host, uploaded
 from moe_fuzz.ops.experts import recipes
-from moe_fuzz.ops.experts.space import BIAS_FAULT
+from moe_fuzz.ops.experts.space import BROKEN, WEIGHT_FAULT
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 from moe_fuzz.reference.align import expert_of_slot
 
 _FINITE = "_moe_fuzz_finite_rows"  # an attribute of x, into which nobody writes once it is made
+_BROKEN = "_moe_fuzz_broken"  # an attribute of a weight: the same with a fault in it
 _DRAWN_ON_HOST = 1 << 17  # keys of the selection of experts: of more a device takes the largest sooner
 _STALE = 62  # the stream of rows that no step of the case has had
 _BENIGN = 61  # of what rows could have held instead
@@ -41,6 +42,7 @@ class ExpertsInputs(Inputs):
     recipe: str = "dense"
     padding: torch.Tensor = field(default_factory=_no_rows)  # bool [T]: rows that are flagged as padding
     ordinary: torch.Tensor = field(default_factory=_no_rows)  # bool [T]: x and weights are as the recipe makes them
+    broken: bool = False  # some projections hold NaN or infinities
     turned: tuple[str, ...] = ()  # weights whose columns are packed, and rows are not
     folds: dict[str, int] = field(default_factory=dict)  # of the weights that are not packed: rows between the gaps
 
@@ -67,7 +69,8 @@ class ExpertsInputs(Inputs):
     @property
     def finite_weights(self) -> bool:
         """Whether all numbers of the projections are finite, their biases and their global scales."""
-        return all(answers([self.plain[name].isfinite().all() for name in ("b13", "b2") if name in self.plain]))
+        biases = [name for name in ("b13", "b2") if name in self.plain]
+        return not self.broken and all(answers([self.plain[name].isfinite().all() for name in biases]))
 
     @property
     def finite(self) -> bool:
@@ -140,8 +143,8 @@ def filled(
     options |= {name: config[name] for name in ("scale_layout", "activations") if name in config}
     plain = dict(fixed)
     for fault in step.faults:
-        if fault.name == BIAS_FAULT:
-            plain[fault.tensor] = with_biases(case, fault.name, fault.tensor, plain[fault.tensor])
+        if fault.name in BROKEN:
+            plain[fault.tensor] = with_broken(case, fault.name, fault.tensor, plain[fault.tensor])
     stream = case.stream(step_index)
     words = recipes.drawn(case, rows, stream)
     x = Canvas("x", recipes.tokens(case, words, device), rows, range(int(config["hidden"])), case.seed)
@@ -165,7 +168,7 @@ def filled(
     touched = False  # x: by more than another layout
     last: list[int] = []  # rows of a fault that hangs on what the others leave
     for fault in step.faults:
-        if fault.tensor not in canvases or fault.name == BIAS_FAULT:  # laid already
+        if fault.tensor not in canvases or fault.name in BROKEN:  # laid already
             continue
         positions = fault.rows.positions(step.rows) if fault.rows else list(range(len(rows)))
         if fault.name == "stale_rows":
@@ -188,19 +191,28 @@ def filled(
     if not touched:  # every recipe gives finite numbers
         setattr(x.values, _FINITE, torch.ones(len(rows), dtype=torch.bool))
     inputs = kind(options, plain, recipe=str(config["recipe"]), padding=uploaded(padding, device),
-                  ordinary=uploaded(ordinary, device))  # fmt: skip
+                  ordinary=uploaded(ordinary, device),
+                  broken=any(fault.name == WEIGHT_FAULT for fault in step.faults))  # fmt: skip
     for name, canvas in canvases.items():
         _lay_out(inputs, name, canvas)
     return inputs
 
 
-def with_biases(case: Case, fault: str, name: str, biases: torch.Tensor) -> torch.Tensor:
-    """The biases with a fault in those of some experts, of one at least."""
+def with_broken(case: Case, fault: str, name: str, whole: torch.Tensor) -> torch.Tensor:
+    """Biases or projections with a fault in those of some experts, of one at least; the same tensor for all steps of a
+    case, since it is a weight."""
+    kept = getattr(whole, _BROKEN, None)
+    if kept is not None:
+        assert isinstance(kept, torch.Tensor)
+        return kept
     labels = recipes.shard(case)[0]
-    canvas = Canvas(name, biases.clone(), labels, range(biases.shape[1]), case.seed)
-    hit = some_experts(case, name, fault, biases.device, each=1).nonzero().flatten().tolist()
+    values = whole.flatten(1).clone()
+    canvas = Canvas(name, values, labels, range(values.shape[1]), case.seed)
+    hit = some_experts(case, name, fault, whole.device, each=1).nonzero().flatten().tolist()
     FAULTS[fault].lay(canvas, hit or [0])
-    return canvas.values
+    found = canvas.values.view(whole.shape)
+    setattr(whole, _BROKEN, found)
+    return found
 
 
 def some_experts(case: Case, name: str, fault: str, device: torch.device, each: int = 2) -> torch.Tensor:

@@ -42,7 +42,8 @@ _EAGER_IDS = ("wide_ids",)  # they are int64, and a graph's buffer has one dtype
 _DUPLICATES = ("all_to_one", "hot_expert", "duplicate_experts", "empty_experts")
 _STRIDED = ("noncontiguous", "transposed", "int32_boundary")
 _BIASES = ("b13", "b2")
-BIAS_FAULT = "broken_biases"  # those of some experts
+BIAS_FAULT, WEIGHT_FAULT = "broken_biases", "broken_weights"  # those of some experts
+BROKEN = (BIAS_FAULT, WEIGHT_FAULT)
 _PROJECTIONS = ("w13", "w2")
 _NO_PIECES = ("eager", "graph")  # a producer's graph would need real memory for all that lies between rows
 PLACES = (
@@ -60,6 +61,7 @@ PLACES = (
     *(FaultPlace(fault, name, on_rows=False, needs="bias") for fault in _STRIDED[:2] for name in _BIASES),
     FaultPlace(BIAS_FAULT, "b13", on_rows=False, needs="bias", often=3),  # which of its halves, and in front of a curve
     FaultPlace(BIAS_FAULT, "b2", on_rows=False, needs="bias"),
+    *(FaultPlace(WEIGHT_FAULT, name, on_rows=False) for name in _PROJECTIONS),
     FaultPlace("noncontiguous", "expert_map", on_rows=False, needs="expert_map"),
 )
 
@@ -172,6 +174,8 @@ class ExpertsSpace:
             return "an expert twice in a row"
         if fault == BIAS_FAULT:
             return "" if can.nan_biases else f"NaN in {tensor}"
+        if fault == WEIGHT_FAULT:
+            return "" if can.nan_weights else f"NaN in {tensor}"
         any_strides = fault == "far_columns" or tensor in (*_BIASES, "expert_map")
         any_strides |= fault == "transposed" and tensor in _PROJECTIONS
         if (fault in _STRIDED and not can.strided) or (any_strides and not can.any_strides):

@@ -53,6 +53,7 @@ FAULTS = {
     "sentinel_ids": "ids of no expert: -1, -2, E, E + 1, the largest and smallest int32",
     "wide_ids": "ids are int64, some beyond 32 bits, whose low 32 bits are an expert's",
     "int64_ids": "ids are int64",
+    "broken_weights": "NaN, +Inf or -Inf in the projections of some experts: one number, one in four, or all of them",
     "broken_biases": "NaN, +Inf or -Inf in the biases of some experts: in one place, or in a quarter of them",
     "noncontiguous": "rows stand apart in a wider buffer, or the entries of a map",
     "int32_boundary": "rows of x, or experts of a projection, so far apart that offsets pass 2^31 elements",
