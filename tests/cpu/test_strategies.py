@@ -155,7 +155,7 @@ def test_pairwise_brings_every_value_early():
 def _grid_of(op, count, *faults):
     """The first cases on a GPU for a target that takes whatever there is, and what is laid in each."""
     accepts = ("distinct", "minus_one", "num_experts", "garbage")
-    can = replace(EVERYTHING.capabilities, any_strides=True, nan_biases=True)
+    can = replace(EVERYTHING.capabilities, any_strides=True, nan_weights=True, nan_biases=True)
     info = replace(EVERYTHING, op=op, contract=Contract(accepts=accepts, padding=PADDING_DIALECTS), capabilities=can)
     space = RestrictedSpace(get_space(op), Restriction(faults=faults or None))
     cases = list(islice(strategies.grid(space, info, "cuda", 1), count))
