@@ -138,6 +138,7 @@ class Capabilities:
     max_processes: int = 8  # ranks with a process each: as many as there are devices
     gamma_dtypes: tuple[str, ...] = ("dtype", "float32", "bfloat16", "float16")
     residual: tuple[bool, ...] = (True, False)
+    residual_in_place: bool = False  # `out` may hold the residual itself for residual_out, as serving has it
     max_burst: int = 1000  # calls without a wait in between
     max_groups: int = 2  # at the same time
     cuts: bool = False  # takes messages larger than its group's buffers

@@ -36,6 +36,8 @@ def allreduce_rmsnorm(
 
     Implementations take `group` besides: who the ranks are. A group with all ranks in one process takes x [R, T, H] and
     gives what each rank has got, [R, T, H]; a rank with a process of its own takes its x [T, H] and gives [T, H].
+    Who takes `out` may take the residual itself as the buffer of residual_out, and declares it: in a group with all
+    ranks in one process the residual then has a part for each rank, [R, T, H].
 
     Raises ValueError for anything outside these shapes, dtypes and names.
     """

@@ -90,6 +90,8 @@ class Taped(Simulated):
         super().__init__(inputs, target, arena, with_out, pieces)
         call = self.call
         self._tape: Tape | None = None
+        if call.shared:  # done again, it would find what it has written
+            return
         tape = Tape([*call.tensors.values(), *call.out])
         try:
             with self._calling(), arena.own():

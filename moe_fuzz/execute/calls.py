@@ -45,13 +45,20 @@ class Call:
         self.fluid = inputs.fluid
         self.plain = dict(inputs.plain)  # what they hold
         self.out: tuple[torch.Tensor, ...] = ()
+        self.shared: dict[str, torch.Tensor] = {}  # tensors that a result takes the place of
+        replaced = inputs.in_place if with_out else {}
         with arena.gathering():
-            self.tensors = inputs.place(arena, capabilities)
+            self.tensors = inputs.place(arena, capabilities, without=replaced.values())
             if with_out:
                 self.out = tuple(
                     arena.tensor(name, shape, dtype, "output", max(dtype.itemsize, capabilities.alignment))
                     for name, (shape, dtype) in self.given.items()
                 )
+        for result, buffer in zip(self.given, self.out, strict=bool(self.out)):
+            if result in replaced:
+                self.shared[replaced[result]] = buffer
+        self._fill_shared()
+        self.tensors |= self.shared
         self.device = self.first.device
         self.arguments: dict[str, Any] = inputs.options | self.tensors
         if with_out:
@@ -67,15 +74,24 @@ class Call:
         with self.arena.gathering():
             for name, tensor in self.tensors.items():
                 value = inputs.plain[name]
-                if self.plain[name] is not value or not self.arena.options.is_readonly(name):
+                if name in self.shared:  # it is filled where results are poisoned: before each call
+                    self.plain[name] = value
+                elif self.plain[name] is not value or not self.arena.options.is_readonly(name):
                     self.arena.fill(tensor, value)
                     # A target may keep what it knows of a tensor until that is written, and on CUDA another was.
                     torch.autograd.graph.increment_version(tensor)
                     self.plain[name] = value
 
     def poison(self) -> None:
-        """Makes the buffers of ours look as if nothing had been written."""
-        self.arena.poison(self.out)
+        """Makes the buffers of ours look as if nothing had been written; those that a call reads hold what it is to
+        find there."""
+        shared = {buffer.data_ptr() for buffer in self.shared.values()}
+        self.arena.poison([buffer for buffer in self.out if buffer.data_ptr() not in shared])
+        self._fill_shared()
+
+    def _fill_shared(self) -> None:
+        for name, buffer in self.shared.items():
+            self.arena.fill(buffer, self.plain[name].expand(buffer.shape))
 
     def bare(self, first: torch.Tensor | None = None) -> Any:
         """Calls the target and returns what it returns. Nothing is guarded, nothing waits for the device.

@@ -110,7 +110,7 @@ class Captured(Bucket):
         # no replay need write it again.
         pairs = [(one, old) for one, old in zip(self._given, warm, strict=True) if one is not None and old is not None]
         fresh = [one for one, old in pairs if one.data_ptr() != old.data_ptr()]
-        self._poisoned = [*call.out] if call.out else [one for one in fresh if 0 not in one.stride()]
+        self._poisoned = [] if call.out else [one for one in fresh if 0 not in one.stride()]
         self._poisoned += [one for one in self._result if one is not None] if pieces else []
 
     def _record(self, pool: GraphPool, function: Callable[[], Any]) -> Any:
@@ -119,6 +119,7 @@ class Captured(Bucket):
         return result
 
     def _poison(self) -> None:
+        self.call.poison()
         self.call.arena.poison(self._poisoned)
 
     def _replay(self) -> Results:

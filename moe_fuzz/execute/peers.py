@@ -210,7 +210,7 @@ class _Around:
         """Calls of as many rows, of one row, of half of them; other numbers and weights, of the same sizes."""
         tokens, scale = x.shape[-2], -gamma.flip(0)
         for count in (tokens, min(1, tokens), tokens // 2):
-            held = None if residual is None else residual[tokens - count :].clone()
+            held = None if residual is None else residual[..., tokens - count :, :].clone()
             yield -x[..., tokens - count :, :].clone(), held, scale
 
     def _pause(self, capturing: bool) -> None:

@@ -7,7 +7,7 @@ is a function of the case alone, with the same bits on every device.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -52,6 +52,8 @@ class Inputs(ABC):
     options: dict[str, Any]  # the op's plain arguments, by name
     plain: dict[str, torch.Tensor] = field(default_factory=dict)  # its tensors, by name; those it has not are not there
     lies: dict[str, Lie] = field(default_factory=dict)  # of the tensors that are not packed
+    #: Results that take a tensor's place, where the case gives buffers: the target reads and writes the same memory.
+    in_place: dict[str, str] = field(default_factory=dict)
 
     #: The tensors that change from replay to replay of a graph. All others are weights. The first has a row a token.
     fluid: ClassVar[tuple[str, ...]] = ()
@@ -97,11 +99,15 @@ class Inputs(ABC):
         """What a server captures a graph on: zeros, and every row a token. The weights are there."""
         return self.replace(**{name: torch.zeros_like(self.plain[name]) for name in self.fluid if name in self.plain})
 
-    def place(self, arena: Arena, capabilities: Capabilities) -> dict[str, torch.Tensor]:
-        """Lays the tensors into the arena, flush against its guards. Weights that lie there already stay as they are,
-        unless a target may have written into them."""
+    def place(
+        self, arena: Arena, capabilities: Capabilities, without: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Lays the tensors into the arena, flush against its guards, but for those named in `without`. Weights that lie
+        there already stay as they are, unless a target may have written into them."""
         placed = {}
         for name, plain in self.plain.items():
+            if name in without:
+                continue
             if name in self.fluid or not arena.options.is_readonly(name):
                 placed[name] = self._place(name, plain, arena, capabilities)
                 continue

@@ -66,6 +66,9 @@ ALLREDUCE: tuple[Planted, ...] = (
     _state("flags_by_size", "pads", "vllm#2760", "beyond 8 rows signals are left behind", only=True),
     _state("pairs_of_vectors", "tail", "flashinfer#4473", "32 bytes are stored where 16 are left of the buffer",
            only=True),
+    _state("residual_read_after_its_store", "bound", "ggml#1491",
+           "reads the residual once more, where its own result lies by then", only=True,
+           capabilities={"residual_in_place": True}),
     # other arithmetic than for other rows, or than last time
     _state("tile_with_nan_in_float64", "isolation", "vllm#37758",
            "one NaN, and the 16 rows of its tile are computed by other arithmetic", only=True),

@@ -93,6 +93,22 @@ def clears_whole_vectors_of_out(x: Tensor, residual: Any, gamma: Tensor, eps: fl
     return found
 
 
+def residual_read_after_its_store(x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, out: Any = None
+                                  ) -> Any:  # fmt: skip
+    """ggml#1491: a second pass reads an input again whose memory the first has written its result to: in place, the
+    norm is of a sum that has the residual in it as it was, and as it is."""
+    normed, residual_out = found = parts.results(x, out)
+
+    def finish(rank: int, read: list[Tensor]) -> None:
+        own = residual if residual is None or residual.dim() == 2 else parts.of_rank(residual, rank, group)
+        parts.of_rank(residual_out, rank, group).copy_(parts.summed(read, own).to(x.dtype))
+        again = parts.summed(read, own).to(x.dtype)
+        parts.of_rank(normed, rank, group).copy_(parts.norm(again, gamma, eps))
+
+    parts.one_shot(x, group, finish)
+    return found
+
+
 def tile_with_nan_in_float64(x: Tensor, residual: Any, gamma: Tensor, eps: float, *, group: Any, out: Any = None
                              ) -> Any:  # fmt: skip
     """vllm#37758: a NaN on one rank, and its neighbours take another path: the 16 rows of its tile are computed by

@@ -19,7 +19,8 @@ _PROMISES: dict[str, Any] = {
     "contract": Contract(deterministic=True, batch_invariant=True, isolated=True, rounds=("residual",),
                          sum_order="rank"),
     "capabilities": Capabilities(out=True, alignment=1, any_strides=True, launches=("phases", "single"),
-                                 processes=("cuda",), cuts=True, backends=BACKENDS),
+                                 processes=("cuda",), cuts=True, backends=BACKENDS,
+                                 residual_in_place=True),
     "clauses": {"*": "the contract in the docstring of moe_fuzz.reference.allreduce_rmsnorm"},
 }  # fmt: skip
 _RANKS: dict[tuple[int, int], kernels.RankGroup] = {}  # of this process, by number and capacity

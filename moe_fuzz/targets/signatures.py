@@ -85,7 +85,10 @@ def _cut_quantize(can: Capabilities, takes: Collection[str]) -> Capabilities:
 
 
 def _cut_allreduce(can: Capabilities, takes: Collection[str]) -> Capabilities:
-    return replace(_cut_common(can, takes), backends=can.backends if "backend" in takes else ())
+    return replace(
+        _cut_common(can, takes), backends=can.backends if "backend" in takes else (),
+        residual_in_place=can.residual_in_place and "out" in takes,
+    )  # fmt: skip
 
 
 _ROUTER: Mapping[str, tuple[str, ...]] = {

@@ -184,6 +184,49 @@ def test_calls_around_its_own_have_other_weights():
         assert [torch.equal(one, gamma) for one in given] == [number == at for number in range(burst + 1)]
 
 
+IN_PLACE = '''
+import torch
+from moe_fuzz.contract import Capabilities, Contract, declares
+
+
+@declares(contract=Contract(deterministic=True, batch_invariant=True, isolated=True),
+          capabilities=Capabilities(out=True, alignment=1, residual_in_place=True, one_host_path=True))
+def in_place(x, residual, gamma, eps, *, out=None):
+    normed, residual_out = out
+    assert residual.data_ptr() == residual_out.data_ptr()
+    assert residual.shape == x.shape
+    total = x.float().sum(dim=0) + residual.float()
+    residual_out.copy_(total)
+    value = residual_out.float()
+    normed.copy_(value * torch.rsqrt(value.square().mean(dim=-1, keepdim=True) + eps) * gamma.float())
+    return out
+'''
+
+
+@pytest.mark.parametrize(("mode", "refilled"), [("eager", False), ("eager", True), ("graph", False),
+                                                ("piecewise", False)])  # fmt: skip
+def test_a_residual_in_place_is_as_it_was_before_each_call(runner, tmp_path, mode, refilled):
+    """Every rank has its own, in the buffer of the result. It is written anew for calls and replays that come again."""
+    (tmp_path / "mine.py").write_text(IN_PLACE)
+    target = f"allreduce_rmsnorm@{tmp_path / 'mine.py'}:in_place"
+    steps = tuple(Step(Labels.range(tokens), refilled=refilled and index > 0) for index, tokens in enumerate((5, 5, 3)))
+    made = Case("allreduce_rmsnorm", {**SPACE.simplest, "out": "in_place", "ranks": 3}, steps, 4, mode)
+    SPACE.validate(made)
+    verdict = runner.run(made, target, RunOptions())
+    assert verdict.kind == PASS, verdict
+    assert verdict.parity
+
+
+def test_a_residual_in_place_is_packed_and_there() -> None:
+    with pytest.raises(CaseError, match="needs config\\.residual"):
+        case(out="in_place", residual=False)
+    with pytest.raises(CaseError, match="lies as results do"):
+        case(Fault("noncontiguous", "residual"), out="in_place")
+    info = replace(INFO, capabilities=replace(INFO.capabilities, out=True))
+    assert "does not take out=in_place" in SPACE.refusal(case(out="in_place"), info)
+    assert {one.config["out"] for one in SPACE.simplify(case(out="in_place"))} >= {False, True}
+
+
 # ---- answers --------------------------------------------------------------------------------------------------------
 
 

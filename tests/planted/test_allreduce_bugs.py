@@ -109,6 +109,7 @@ def test_friendly_input_shows_nothing(planted):
     ("pairs_of_vectors", {"steps": (step(1),), "hidden": 8}),
     ("tile_with_nan_in_float64", {"steps": (step(8, "nan_rows", "x1", "3"),), "dtype": "float32", "hidden": 512}),
     ("few_rows_by_other_arithmetic", {"steps": (step(64),), "dtype": "float32", "hidden": 512}),
+    ("residual_read_after_its_store", {"out": "in_place"}),
     ("one_stage_adds_before_rounding", {"hidden": 256}),
     ("two_stages_by_other_arithmetic", {"steps": (step(64),), "dtype": "float32", "hidden": 512}),
     ("order_of_arrival", {"ranks": 8, "dtype": "float32", "recipe": "wide", "hidden": 256}),

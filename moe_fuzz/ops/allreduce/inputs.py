@@ -11,6 +11,7 @@ import torch
 from moe_fuzz import generator
 from moe_fuzz.case import Case
 from moe_fuzz.faults import FAULTS, Canvas, allreduce  # noqa: F401 - its faults register
+from moe_fuzz.ops.allreduce.text import IN_PLACE
 from moe_fuzz.ops.inputs import Inputs, Lie, Result
 
 #: Integers up to this are exact in each dtype: what all ranks and the residual may come to.
@@ -64,7 +65,8 @@ def materialize(case: Case, step_index: int, device: torch.device | str = "cpu")
                 if canvas.values.numel():
                     FAULTS[fault.name].lay(canvas, positions)
     options = {"eps": config["eps"], "residual": None}
-    inputs = AllreduceInputs(options, {"x": x, **tensors, "gamma": gamma}, rows=rows)
+    in_place = {"residual_out": "residual"} if config["out"] == IN_PLACE else {}
+    inputs = AllreduceInputs(options, {"x": x, **tensors, "gamma": gamma}, in_place=in_place, rows=rows)
     for name in inputs.plain:
         inputs.lies[name] = _lie(places[name])
     return inputs

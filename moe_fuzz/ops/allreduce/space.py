@@ -56,7 +56,7 @@ FIELDS: Mapping[str, tuple[Scalar, ...]] = {
     "capacity": ("exact", "double", "half", "short"),
     "captured": (False, True),  # in the mode ranks: each rank replays graphs
     "edge": ("right", "left"),
-    "out": (False, True),
+    "out": (False, True, text.IN_PLACE),
 }
 
 #: On rows, the plainest first.
@@ -125,7 +125,7 @@ class AllreduceSpace:
             "groups": name == "groups" and int(value) > can.max_groups,
             "capacity": value in ("half", "short") and not can.cuts,
             "captured": bool(value) and not info.contract.graph,
-            "out": bool(value) and not can.out,
+            "out": bool(value) and not (can.residual_in_place if value == text.IN_PLACE else can.out),
         }.get(name, False)
 
     def modes(self, info: TargetInfo) -> tuple[str, ...]:
@@ -136,6 +136,8 @@ class AllreduceSpace:
         whole = dict(config)
         if int(whole["burst"]) > 8 and int(whole["hidden"]) > 256:
             whole["burst"] = 8  # a thousand calls are for small messages
+        if whole["out"] == text.IN_PLACE and not whole["residual"]:
+            whole["out"] = True
         return whole
 
     def tokens(self, config: Mapping[str, Scalar], means: Means) -> tuple[int, ...]:
@@ -163,7 +165,12 @@ class AllreduceSpace:
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
         return tuple(p for p in self.places if not self._refused(p.fault, p.tensor, info)
-                     and (not p.needs or config[p.needs]))  # fmt: skip
+                     and (not p.needs or config[p.needs]) and not self._packed(p.fault, p.tensor, config))  # fmt: skip
+
+    @staticmethod
+    def _packed(fault: str, tensor: str, config: Mapping[str, Scalar]) -> bool:
+        """Whether the tensor lies as results do, and the fault is another layout."""
+        return config["out"] == text.IN_PLACE and tensor == "residual" and fault in (*_STRIDED, "misaligned")
 
     def _refused(self, fault: str, tensor: str, info: TargetInfo) -> str:
         """Why the target does not take the fault; empty if it does."""
@@ -181,12 +188,16 @@ class AllreduceSpace:
         require_values(case, {name: values for name, values in FIELDS.items() if name != "hidden"})
         if case.mode == RANKS and config["ranks"] == 1:
             raise CaseError("config.ranks", "must be more than 1 in mode ranks")
+        if config["out"] == text.IN_PLACE and not config["residual"]:
+            raise CaseError("config.out", "needs config.residual where it is in place")
         for index, step in enumerate(case.steps):
             if step.tokens * int(config["hidden"]) * int(config["ranks"]) > MAX_ELEMENTS:
                 raise CaseError(f"steps[{index}].rows", f"{step.tokens} rows of {config['hidden']} are too many")
             for number, fault in enumerate(step.faults):
                 where = f"steps[{index}].faults[{number}]"
                 place = require_place(self, case, fault, where)
+                if self._packed(fault.name, fault.tensor, config):
+                    raise CaseError(where, "a residual in place lies as results do")
                 require_rows(place, fault, where)
                 if place.needs and not config[place.needs]:
                     raise CaseError(where, f"{fault.name} on {fault.tensor} needs config.{place.needs}")
@@ -220,6 +231,7 @@ class AllreduceSpace:
         named = ("dtype", "gamma_dtype", "recipe", "launches", "pace", "capacity", "edge")
         found |= {f"{name}={config[name]}" for name in named if config[name] != FIELDS[name][0]}
         found |= {name for name in ("captured", "out") if config[name]}
+        found |= {"residual in place"} if config["out"] == text.IN_PLACE else set()
         found |= {"no residual"} if not config["residual"] else set()
         found |= {"burst"} if config["burst"] else set()
         found |= {"two groups"} if config["groups"] == 2 else set()
@@ -237,6 +249,7 @@ class AllreduceSpace:
             for value in [v for v in values if int(v) < int(own)] if sizes else values[: values.index(own)]:
                 changed = case.with_config(**{name: value})
                 if not changed.config["residual"]:
+                    changed = changed.with_config(out=bool(changed.config["out"]))
                     changed = moves.with_fitting_faults(changed, lambda fault: fault.tensor != "residual")
                 if changed.mode != RANKS or changed.config["ranks"] != 1:
                     yield changed

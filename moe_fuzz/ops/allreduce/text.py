@@ -33,6 +33,7 @@ FAULTS = {
     "negative_subnormals": "negative numbers below the normal ones among others: flushed, they are -0",
     "overflowing_squares": "finite numbers whose squares do not fit float32 any more",
 }
+IN_PLACE = "in_place"  # the residual is the buffer of residual_out: a value of `out`
 _PLAIN = {"launches": "phases", "pace": "together", "burst": 0, "groups": 1, "capacity": "exact"}
 
 
@@ -48,7 +49,8 @@ def label(case: Case) -> str:
     parts += [f"eps={config['eps']:g}"] if config["eps"] != 1e-6 else []
     parts += [f"{name}={config[name]}" for name, plain in _PLAIN.items()
               if config[name] != plain and not (name == "launches" and case.mode == RANKS)]  # fmt: skip
-    parts += [name for name in ("captured", "out") if config[name]]
+    parts += ["captured"] if config["captured"] else []
+    parts += ["out in place" if config["out"] == IN_PLACE else "out"] if config["out"] else []
     parts += [f"|x|<2^{config['magnitude']}"] if config["magnitude"] else []
     parts += [f"fenced {config['edge']}"] if config["edge"] != "right" else []
     faults = text.fault_lines(case)
