@@ -155,7 +155,7 @@ class ShiftedRows(Fault):
         powers = (5, 8, 14) if canvas.values.dtype == torch.float16 else (5, 8, 14, 20)
         offsets = canvas.table([sign * 2.0**power for power in powers for sign in (-1, 1)])
         offset = offsets[canvas.choose_rows(positions, len(offsets), self.name)]  # [P, 1]
-        depth = canvas.choose_rows(positions, 16, self.name + "/small")
+        depth = canvas.choose_rows(positions, 16, self.name + "/faint")
         offset = torch.where(depth < 4, -12.0 - 4.0 * depth.float(), offset)
         canvas.values[canvas.at(positions)] = _moved(canvas.values[canvas.at(positions)], offset)
 
