@@ -142,16 +142,22 @@ class ClusteredTop(Fault):
 
 @register
 class ShiftedRows(Fault):
-    """A row's logits share a large offset, up or down. Softmax does not see it; an exponential from which the row's
-    maximum was not subtracted, or a maximum that started at 0, over- or underflows."""
+    """A row's logits share an offset. Softmax does not see it; an exponential from which the row's maximum was not
+    subtracted, or a maximum that started at 0, over- or underflows where it is large, up or down.
+
+    In every fourth row it is -12 to -24: the sigmoids are small, and their sum is not below 2^-40, so that an epsilon
+    in a denominator is seen in the weights.
+    """
 
     name = "shifted_rows"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         powers = (5, 8, 14) if canvas.values.dtype == torch.float16 else (5, 8, 14, 20)
         offsets = canvas.table([sign * 2.0**power for power in powers for sign in (-1, 1)])
-        pick = canvas.choose_rows(positions, len(offsets), self.name)  # [P, 1]
-        canvas.values[canvas.at(positions)] = _moved(canvas.values[canvas.at(positions)], offsets[pick])
+        offset = offsets[canvas.choose_rows(positions, len(offsets), self.name)]  # [P, 1]
+        depth = canvas.choose_rows(positions, 16, self.name + "/faint")
+        offset = torch.where(depth < 4, -12.0 - 4.0 * depth.float(), offset)
+        canvas.values[canvas.at(positions)] = _moved(canvas.values[canvas.at(positions)], offset)
 
 
 @register

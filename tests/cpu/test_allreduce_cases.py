@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moe_fuzz import strategies
+from moe_fuzz.campaign.drive import drive
 from moe_fuzz.campaign.selftest import draw
 from moe_fuzz.case import RANKS, Case, Fault, Step, in_mode
 from moe_fuzz.checks import CHECKS, PARITY
@@ -19,7 +20,7 @@ from moe_fuzz.checks.allreduce.binding import binding, wrong_answers
 from moe_fuzz.checks.allreduce.bounds import Bounded, bounded_norm, bounded_sum
 from moe_fuzz.checks.allreduce.family import FAMILY
 from moe_fuzz.checks.allreduce.observation import AllreduceObservation, Outputs
-from moe_fuzz.contract import Contract, TargetInfo
+from moe_fuzz.contract import Capabilities, Contract, TargetInfo
 from moe_fuzz.errors import CaseError
 from moe_fuzz.execute.peers import TAIL, Peers
 from moe_fuzz.execute.runner import Runner
@@ -340,6 +341,18 @@ def test_the_grid_covers_every_value():
 
 
 @pytest.mark.interpreter
+def test_blocks_have_several_tiles_and_the_last_one_is_not_whole() -> None:
+    """In the interpreter 8 blocks in all take 8 rows at a time: as many rows are rare where each case costs ranks."""
+    can = Capabilities(launches=("phases",), max_burst=1, max_world=4)
+    drawn: list[Case] = []
+    drive(strategies.rounds(SPACE, replace(INFO, capabilities=can), "cpu", 1), 5, 100, drawn.extend)
+    behind = [one for one in drawn
+              if any(s.tokens * int(one.config["ranks"]) > 64 and s.tokens % 8 for s in one.steps)]  # fmt: skip
+    assert len(behind) > 0.08 * len(drawn)
+    assert {int(one.config["ranks"]) for one in behind} == {1, 2, 3, 4}
+    assert SPACE.seams(SPACE.simplest, (1, 16, 33, 64, 65)) == [33, 65]
+
+
 def test_what_a_target_is_not_given_on_a_cpu_is_told() -> None:
     """Both where a campaign has nothing left, and where one case is refused; it is the device's fault, not its own."""
     runner = Runner("cpu")

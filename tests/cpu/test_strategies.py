@@ -295,7 +295,7 @@ def test_swizzled_scales_are_often_more_than_a_tile_of_128_rows():
 @pytest.mark.parametrize("op", ["topk_sigmoid", "grouped_topk"])
 def test_rows_tie_often_and_a_bias_leaves_them_tied(op: str):
     """A bias of many values has no two experts tie, and a sort that loses the order of ties is not seen beside it."""
-    drawn = [case for case in _drawn(op, 300) if len(case.steps) == 1]
+    drawn = [case for case in _drawn(op, 1500) if len(case.steps) == 1]  # of 300, the share is 2 % off either way
     tied = [case for case in drawn if {"tied_best", "tied_lane"} & set(case.fault_names)]
     assert len(tied) > {"topk_sigmoid": 0.2, "grouped_topk": 0.13}[op] * len(drawn)  # without `sometimes` 0.12, 0.05
     biased = [case for case in tied if case.config["bias"]]

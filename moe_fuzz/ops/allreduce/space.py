@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -150,6 +150,12 @@ class AllreduceSpace:
         if means.device == "cpu":
             return tuple(t for t in found if self.cpu_seconds(t, config, means) <= most) or TOKENS[:5]
         return tuple(t for t in found if t * int(config["hidden"]) * int(config["ranks"]) <= CUDA_ELEMENTS)
+
+    @staticmethod
+    def seams(config: Mapping[str, Scalar], tokens: Sequence[int]) -> list[int]:
+        """Of more rows than its blocks have tiles, a block has several, one after another: in the interpreter of more
+        than 8 for each of the 8 blocks that the ranks share. The last one is not whole."""
+        return [count for count in tokens if count * int(config["ranks"]) > 64 and count % 8]
 
     def roomy(self, config: dict[str, Scalar], means: Means) -> dict[str, Scalar]:
         """With fewer calls, and of fewer ranks, where it has no room for one row."""

@@ -33,7 +33,7 @@ FAULTS = {
     "partial_inf": "a quarter of a row is +Inf, a quarter -Inf",
     "masked_experts": "experts masked by -Inf, a third of them or a run; the others far down in every second row",
     "clustered_top": "the best experts are those of one lane: every second, every 32nd, a run of them, or a half",
-    "shifted_rows": "all logits of a row shifted by the same large number",
+    "shifted_rows": "all logits of a row shifted by the same number",
     "huge_rows": "the dtype's largest numbers of both signs",
     "ladder": "zeros, subnormals, a ladder of magnitudes",
     "ties": "rows of few distinct values",
