@@ -2,8 +2,8 @@
 
 The worker says what the calls are made of (execute/exhibit.py); the templates beside this file hold the script:
 `script.py.j2` its frame, `judge.py.j2` what is wrong with the answer of a router in plain torch, `general.py.j2` with
-any other (`align.py.j2`, `allreduce.py.j2`, `nvfp4.py.j2` and `relations.py.j2` are parts of it), `buckets.py.j2` graphs and their
-replays, `memory.py.j2` the tensors' memory, with what differs between devices in `pages_cpu.py.j2` and
+any other (`align.py.j2`, `allreduce.py.j2`, `nvfp4.py.j2` and `relations.py.j2` are parts of it), `buckets.py.j2`
+graphs and their replays, `memory.py.j2` the tensors' memory, with what differs between devices in `pages_cpu.py.j2` and
 `pages_cuda.py.j2`.
 """
 
