@@ -3,16 +3,18 @@
 An exhibit is a JSON value, made by the worker, which has torch; the parent renders it into `repro.py` and tables.
 
     {"op": "topk_softmax", "device": "cpu", "edge": "right", "memory_limit": null, "contract": {…}, "interpreter": "…",
-     "tape": "…",
+     "tape": "…", "peers": {"world": 2, …} or null,
      "load": {"kind": "file", "path": "/…/routing.py", "attribute": "topk_softmax", "factory": false, …},
      "steps": [{"top_k": 2, "tokens": 3, "experts": 8, "scale": 1.0, "renormalize": false, "padding": "distinct",
-                "width": 2, "scoring": "softmax", "n_group": 1, "topk_group": 1, "group_score": "max", "n_shared": 0,
+                "width": 2, "fluid": ["logits", …], "results": {"weights": …, "ids": …},
+                "scoring": "softmax", "n_group": 1, "topk_group": 1, "group_score": "max", "n_shared": 0,
                 "tensors": {"logits": TENSOR, …}, "out": {"weights": …, "ids": …} or null,
                 "keywords": {"renormalize": {"value": false}, "bias": {"tensor": "bias"}, "out": {"out": true}},
                 "flagged": [2], "lawful": [0, 1], "defined": [0, 1], "healed": {"rows": [2], "values": TENSOR} or null,
                 "subset": [1] or null, "refills": null or the number of the step whose tensors it fills anew}]}
 
-Those are the steps of routing; execute/exhibit_general.py has those of other families.
+Those are the steps of routing; `fluid`: the tensors that change from replay to replay. `peers`: who the ranks of an
+all-reduce are, and what calls there are around its own. execute/exhibit_general.py has the steps of other families.
 
 `load` is how a script gets at the target: {"kind": "file" | "module" | "source", …}. A target that stands for a call
 into a library says what it calls (execute/barecall.py); its source is written from that, and `load` also has
@@ -46,7 +48,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.checks.routing.observation import Outputs, RoutingObservation
 from moe_fuzz.errors import CaseError
-from moe_fuzz.execute import interpreter_language, interpreter_nan, interpreter_values, tape
+from moe_fuzz.execute import interpreter_language, interpreter_nan, interpreter_values, peers, tape
 from moe_fuzz.execute.barecall import BareCall, bare_call
 from moe_fuzz.execute.exhibit_general import general_step
 from moe_fuzz.execute.exhibit_tensor import tensor
@@ -79,6 +81,7 @@ def exhibit(case: Case, target: Target, device: str = "cpu") -> dict[str, Any]:
         "load": _load(target),
         "interpreter": _interpreter(target) if device == "cpu" else "",
         "tape": _tape(case, target) if device == "cpu" else "",
+        "peers": _peers(case, target) if get_space(case.op).family == "allreduce" else None,
         "steps": steps,
     }
 
@@ -97,6 +100,8 @@ def _step(case: Case, index: int, target: Target) -> dict[str, Any]:
         "tokens": seen.tokens,
         "experts": seen.experts,
         "width": inputs.width,
+        "fluid": list(inputs.fluid),
+        "results": {name: {"shape": list(shape)} for name, (shape, _) in inputs.results.items()},
         "scoring": seen.scoring,
         **_NO_GROUPS,
         **inputs.options,
@@ -108,6 +113,20 @@ def _step(case: Case, index: int, target: Target) -> dict[str, Any]:
         "defined": defined.tolist(),
         "healed": healed,
         "subset": defined.flip(0)[::2].tolist() if invariant else None,  # as the check batch_invariance takes them
+    }
+
+
+def _peers(case: Case, target: Target) -> dict[str, Any]:
+    config = case.config
+    return {
+        "group": target.keywords.get("group", ""),
+        "world": int(config["ranks"]),
+        "capacity": peers.capacity_of(case),
+        "launches": str(config["launches"]),
+        "pace": str(config["pace"]),
+        "seed": case.seed,
+        "groups": int(config["groups"]),
+        "burst": int(config["burst"]),
     }
 
 

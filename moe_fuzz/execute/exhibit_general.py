@@ -2,11 +2,13 @@
 
     {"tokens": 3, "tensors": {"x": TENSOR, …}, "positional": [{"tensor": "x"}, {"value": 8}], "keywords": {…},
      "spelled": {"expert_map": "map", …}: an argument of the op -> the target's name for it,
-     "options": {"block_size": 8, …}, "others": {…}, "results": {"y": {"dtype": "bfloat16", "shape": [3, 64]}},
+     "options": {"block_size": 8, …}, "fluid": ["x", …], "blank": {"ids": TENSOR}, "others": {…},
+     "results": {"y": {"dtype": "bfloat16", "shape": [3, 64]}},
      "out": {"y": {…}} or null, "generous": false}
 
 TENSOR has also "fold": the [rows, columns] or [elements] as which it is laid into memory; null: as it is;
 and "turned": its columns are packed, and its rows are not.
+`blank`: what a graph is captured on where that is not zeros.
 `generous`: results may be larger than said. `others`: see execute/exhibit_others.py.
 """
 
@@ -26,11 +28,9 @@ from moe_fuzz.targets.bind import Target
 
 
 def general_step(case: Case, index: int, target: Target) -> dict[str, Any]:
-    """One step of a case. CaseError for a case that is captured into graphs."""
-    if case.mode not in ("eager", "ranks"):
-        raise CaseError("mode", f"a script with graphs of {case.op} cannot be written yet", "use `moe-fuzz replay`")
-    if FAMILIES[case.op].staged is not None:
-        raise CaseError("op", f"a script with the ranks of {case.op} cannot be written yet", "use `moe-fuzz replay`")
+    """One step of a case. CaseError for one whose ranks have a process each."""
+    if case.processes > 1:
+        raise CaseError("mode", "a script calls all ranks in one process, not a process each", "use `moe-fuzz replay`")
     inputs = FAMILIES[case.op].materialize(case, index, "cpu")
     alignment = target.info.capabilities.alignment
     results = {name: {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
@@ -49,6 +49,8 @@ def general_step(case: Case, index: int, target: Target) -> dict[str, Any]:
         "keywords": keywords,
         "spelled": dict(target.keywords),
         "options": inputs.options,
+        "fluid": list(inputs.fluid),
+        "blank": _blank(inputs) if case.mode in ("graph", "piecewise") else {},
         "others": others_of(case, index, target, inputs),
         "results": results,
         "out": {name: one | {"alignment": max(sizes[name], alignment)} for name, one in results.items()}
@@ -58,11 +60,17 @@ def general_step(case: Case, index: int, target: Target) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _blank(inputs: Inputs) -> dict[str, Any]:
+    made = inputs.blank().plain
+    return {name: tensor(made[name]) for name in inputs.fluid if name in made and made[name].any()}
+
+
 def _placed(name: str, inputs: Inputs, alignment: int) -> dict[str, Any]:
     plain, lie = inputs.plain[name], inputs.lies.get(name, Lie())
     rows = getattr(inputs, "folds", {}).get(name)
     apart = lie.gap or lie.column_stride
-    fold = [rows, plain.numel() // rows] if rows else None if plain.dim() in (1, 2) or apart else [plain.numel()]
+    as_it_is = plain.dim() in (1, 2) or apart or name in inputs.fluid
+    fold = [rows, plain.numel() // rows] if rows else None if as_it_is else [plain.numel()]
     strides = list(lie.strides(fold or plain.shape))
     if name in getattr(inputs, "turned", ()):
         fold, strides = None, [plain[0].numel(), 1, plain.shape[1]]

@@ -6,6 +6,7 @@
      "fewer": [1] or null,                                   the rows of a call with fewer, in their order
      "compared": [0, 1] or null,                             rows that a second call must repeat; null: all of them
      "backends": ["cutlass"],                                those that are forced in turn
+     "rounds": [["residual"]],                               of an all-reduce: of its contracts one is kept
      "spoilt": [[0, 3]]}                                     of a quantizer: row and block of those with NaN or Inf
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from moe_fuzz.case import Case
+from moe_fuzz.checks.allreduce.observation import AllreduceObservation
 from moe_fuzz.checks.experts.observation import ExpertsObservation
 from moe_fuzz.checks.families import FAMILIES
 from moe_fuzz.checks.layer.observation import LayerObservation
@@ -25,13 +27,20 @@ from moe_fuzz.ops.inputs import Inputs, element_bits
 from moe_fuzz.targets.bind import Target
 
 _NONE: dict[str, Any] = {"healed": {}, "kept": [], "huge": None, "fewer": None, "compared": None,
-                         "backends": [], "spoilt": []}  # fmt: skip
+                         "backends": [], "rounds": [], "spoilt": []}  # fmt: skip
 
 
 def others_of(case: Case, index: int, target: Target, inputs: Inputs) -> dict[str, Any]:
     """As the relations of its family take them; they know it of the inputs alone."""
     seen = FAMILIES[case.op].observe(case, index, target.info, inputs, None, _no_call)
     invariant = target.info.contract.batch_invariant and inputs.tokens > 1
+    if isinstance(seen, AllreduceObservation):
+        return _NONE | {
+            "healed": _healed(seen),
+            "kept": _places(seen.defined),
+            "fewer": seen.fewer[0].tolist() if invariant else None,
+            "rounds": [list(contract.rounds) for contract in target.info.choices("rounds")],
+        }
     if not inputs.tokens:
         return _NONE
     if isinstance(seen, ExpertsObservation):
@@ -72,6 +81,13 @@ def _changed(inputs: Inputs, other: Inputs) -> dict[str, Any]:
         if len(rows):
             found[name] = {"rows": rows.tolist(), "values": tensor(new[rows])}
     return found
+
+
+def _healed(seen: AllreduceObservation) -> dict[str, Any]:
+    """The rows that are not defined, of every rank."""
+    rows, other = (~seen.defined).nonzero().flatten(), seen.healed_inputs
+    names = [name for name in ("x", "residual") if len(rows) and name in other.plain]
+    return {name: {"rows": rows.tolist(), "values": tensor(other.plain[name][..., rows, :])} for name in names}
 
 
 def _huge(kept: torch.Tensor, real: torch.Tensor) -> dict[str, Any]:

@@ -142,16 +142,21 @@ def tails() -> list[Violation]:
     return found
 
 
+def capacity_of(case: Case) -> int:
+    """Bytes of the largest message that the groups of a case are made for."""
+    config = case.config
+    row = int(config["hidden"]) * getattr(torch, str(config["dtype"])).itemsize
+    largest = max(step.tokens for step in case.steps) * row
+    sizes = {"exact": largest, "double": 2 * largest, "half": largest // 2, "short": largest - row}
+    return max(16, row, sizes[str(config["capacity"])])
+
+
 @contextlib.contextmanager
 def staged(case: Case, target: Target, device: str, options: RunOptions) -> Iterator[Target]:
     """The target with its group, and with the calls around its own. The groups live as long as the block."""
     config = case.config
     rank = meeting.rank() if case.processes > 1 else None
-    item = getattr(torch, str(config["dtype"])).itemsize
-    row = int(config["hidden"]) * item
-    largest = max(step.tokens for step in case.steps) * row
-    sizes = {"exact": largest, "double": 2 * largest, "half": largest // 2, "short": largest - row}
-    capacity = max(16, row, sizes[str(config["capacity"])])
+    capacity = capacity_of(case)
     where = torch.device(device) if device == "cpu" else torch.device("cuda", torch.cuda.current_device())
     groups = [
         Peers(int(config["ranks"]), rank, where, capacity, str(config["launches"]), str(config["pace"]), case.seed, at,

@@ -13,15 +13,17 @@ from moe_fuzz.verdict import CRASH, HANG, OOM, Violation
 _SHOWS = {CRASH: "died", "fence": "died", HANG: "hung", "oom": "memory", OOM: "memory", "error": "raised",
           "capture": "uncapturable"}  # fmt: skip
 #: Checks that `general.py.j2` can judge for any op, beside what a child process shows.
-_GENERAL = ("canary", "determinism", "structure", "written")
-#: By family. Rules of a plan, whatever its order, are in align.py.j2, bytes in nvfp4.py.j2.
-_RULES = {"align": ("slots", "experts", "fill", "inverse", "order", "stable")}
+_GENERAL = ("canary", "determinism", "replay", "structure", "written")
+#: By family. Rules of a plan, whatever its order, are in align.py.j2, bytes in nvfp4.py.j2, ranks in allreduce.py.j2.
+_RULES = {"align": ("count", "slots", "experts", "fill", "inverse", "order", "stable")}
 _BYTES = {"nvfp4": ("scale", "codes", "finite", "padding")}
+_GROUP = {"allreduce": ("ranks", "exact", "residual", "bound", "pads", "tail", "isolation", "batch_invariance")}
 #: Pairs of calls: relations.py.j2, and for blocks nvfp4.py.j2.
 _RELATIONS = {
     "experts": ("determinism", "isolation", "batch_invariance", "relabel", "shards", "scaling", "backends"),
     "layer": ("isolation",),
-    "nvfp4": ("determinism", "isolation", "batch_invariance"),
+    "nvfp4": ("determinism", "isolation", "batch_invariance", "replay"),
+    "allreduce": ("isolation", "batch_invariance"),
 }
 
 
@@ -35,6 +37,7 @@ class Judged:
     plan: bool = False  # by a rule of the family's own, of a plan
     bytes: bool = False
     relation: bool = False
+    group: bool = False  # by what all ranks of an all-reduce have got
 
 
 def judged(finding: Finding) -> Judged:
@@ -44,10 +47,12 @@ def judged(finding: Finding) -> Judged:
     if family == "routing":
         return Judged(family, shows, "judge.py.j2")
     found = next(iter(finding.verdict.violations), None)
-    plan, its_bytes, relation = (check in checks.get(family, ()) for checks in (_RULES, _BYTES, _RELATIONS))
-    if shows == "wrong" and check not in _GENERAL and not plan and not (relation and found) and not _known(found):
+    kinds = (_RULES, _BYTES, _RELATIONS, _GROUP)
+    plan, its_bytes, relation, group = (check in checks.get(family, ()) for checks in kinds)
+    can = check in _GENERAL or plan or group or (relation and found) or _known(found)
+    if shows == "wrong" and not can:
         raise CaseError("", f"a script cannot judge {check} of {finding.case.op} yet", "use `moe-fuzz replay`")
-    return Judged(family, shows, "general.py.j2", plan, its_bytes, relation)
+    return Judged(family, shows, "general.py.j2", plan, its_bytes, relation, group)
 
 
 def _known(found: Violation | None) -> bool:

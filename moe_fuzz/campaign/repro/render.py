@@ -2,8 +2,8 @@
 
 The worker says what the calls are made of (execute/exhibit.py); the templates beside this file hold the script:
 `script.py.j2` its frame, `judge.py.j2` what is wrong with the answer of a router in plain torch, `general.py.j2` with
-any other (`align.py.j2`, `nvfp4.py.j2` and `relations.py.j2` are parts of it), `buckets.py.j2` graphs and their
-replays, `memory.py.j2` the tensors' memory, with what differs between devices in `pages_cpu.py.j2` and
+any other (`align.py.j2`, `allreduce.py.j2`, `nvfp4.py.j2` and `relations.py.j2` are parts of it), `buckets.py.j2`
+graphs and their replays, `memory.py.j2` the tensors' memory, with what differs between devices in `pages_cpu.py.j2` and
 `pages_cuda.py.j2`.
 """
 
@@ -42,6 +42,7 @@ _HANG = 10  # the least seconds after which the script says that it hangs, where
 _MEMORY = 4 << 30  # bytes, where the worker had no limit
 _WIDTH = 117  # three quotes stand before the first line
 #: what an exhibit's `load` may leave out
+_BITWISE = ("isolation", "batch_invariance", "determinism", "replay", "ranks", "residual")  # checks
 _FAR = {"int32_boundary", "far_columns"}  # layouts of gigabytes of addresses
 _NOTHING: Mapping[str, Any] = {"libraries": [], "environment": {}, "imports": [], "calls": ""}
 #: what a script may need of the standard library
@@ -144,6 +145,9 @@ def render(
         "case": case,
         "steps": list(case.steps),
         "graphs": graphs,
+        "first": exhibit["steps"][0]["fluid"][0],
+        "count": len(exhibit["steps"][0]["results"]),
+        "peers": _peers([*earlier, case]),
         "refills": refills,
         "fills": graphs or refills or bool(fence["readonly"]),
         "wants_healed": check in ("isolation", "batch_invariance") or by.shows != "wrong",
@@ -151,7 +155,7 @@ def render(
         "fence": fence,
         "guards": bool(fence["names"] or fence["own"] == "fence"),
         "poisons": poisons,
-        "bits": poisons or by.relation or check in ("isolation", "batch_invariance", "determinism", "replay"),
+        "bits": poisons or by.relation or check in _BITWISE,
         "compressed": any("zlib" in tensor for step in everywhere for tensor in all_tensors(step)),
         "int64": any(tensor["dtype"] == "int64" for step in everywhere for tensor in all_tensors(step)),
         "attempts": 1 if finding.reproduces == "always" else _ATTEMPTS,
@@ -162,6 +166,15 @@ def render(
     body = template.render(context, imports=())
     imports = [name for name in _MODULES if re.search(rf"\b{re.escape(name)}\.", body)]
     return template.render(context, imports=imports)
+
+
+def _peers(cases: Sequence[Calls]) -> dict[str, Any] | None:
+    """What the cases of an all-reduce need: whether other calls are made around theirs."""
+    who = [calls.peers for calls in cases if calls.peers]
+    if not who:
+        return None
+    keyword = f", {who[-1]['group']}=self.groups[0]" if who[-1]["group"] else ""
+    return {"around": any(one["burst"] or one["groups"] > 1 for one in who), "keyword": keyword}
 
 
 def _deadline(finding: Finding, device: str) -> int:

@@ -17,10 +17,16 @@ class Calls:
 
     steps: tuple[tuple[str, Step], ...]  # suffix of all names of a step, and the step
     buckets: tuple[tuple[int | str, str], ...]
+    peers: Mapping[str, Any] | None = None  # of an all-reduce: who its ranks are
 
     @property
     def graph(self) -> bool:
         return bool(self.buckets)
+
+    def who(self) -> str:
+        """The ranks, as arguments in Python."""
+        return ", ".join(f"{name}={value!r}".replace("'", '"') for name, value in (self.peers or {}).items()
+                         if name != "group")
 
 
 def calls_of(case: Case, exhibit: Mapping[str, Any], suffixes: Sequence[str]) -> Calls:
@@ -48,13 +54,14 @@ def calls_of(case: Case, exhibit: Mapping[str, Any], suffixes: Sequence[str]) ->
         }
     order = sorted(set(keys), key=lambda key: (-key[0], keys.index(key))) if graph else []
     buckets = tuple((names[key], suffixes[keys.index(key)]) for key in order)
-    return Calls(tuple(zip(suffixes, steps, strict=True)), buckets)
+    return Calls(tuple(zip(suffixes, steps, strict=True)), buckets, exhibit["peers"])
 
 
 def all_tensors(step: Step) -> list[Mapping[str, Any]]:
     """Those whose bits the script holds."""
+    blank = step.get("blank", {}).values() if step["makes"] else ()
     healed = [step["healed"]] if step["healed"] else step["others"]["healed"].values() if "others" in step else []
-    return [*step["tensors"].values(), *(one["values"] for one in healed)]
+    return [*step["tensors"].values(), *blank, *(one["values"] for one in healed)]
 
 
 def _with_inputs(step: Mapping[str, Any]) -> Step:
