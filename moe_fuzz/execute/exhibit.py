@@ -53,6 +53,7 @@ from moe_fuzz.execute.barecall import BareCall, bare_call
 from moe_fuzz.execute.exhibit_general import general_step
 from moe_fuzz.execute.exhibit_tensor import tensor
 from moe_fuzz.ops import get_space
+from moe_fuzz.ops.allreduce.text import IN_PLACE
 from moe_fuzz.ops.inputs import Inputs, Lie
 from moe_fuzz.ops.routing.inputs import materialize
 from moe_fuzz.targets import registry
@@ -173,6 +174,8 @@ def _interpreter(target: Target) -> str:
 def _tape(case: Case, target: Target) -> str:
     """What stands in for CUDA's graphs, where anything does."""
     if case.mode not in ("graph", "piecewise") or not target.info.capabilities.one_host_path:
+        return ""
+    if case.config.get("out") == IN_PLACE:  # done again, it would find what it has written
         return ""
     return _below_imports(Path(str(tape.__file__)).read_text(encoding="utf-8")).replace("canary.", "")
 

@@ -4,11 +4,12 @@
      "spelled": {"expert_map": "map", …}: an argument of the op -> the target's name for it,
      "options": {"block_size": 8, …}, "fluid": ["x", …], "blank": {"ids": TENSOR}, "others": {…},
      "results": {"y": {"dtype": "bfloat16", "shape": [3, 64]}},
-     "out": {"y": {…}} or null, "generous": false}
+     "out": {"y": {…}} or null, "in_place": {"residual_out": "residual"}, "generous": false}
 
 TENSOR has also "fold": the [rows, columns] or [elements] as which it is laid into memory; null: as it is;
 and "turned": its columns are packed, and its rows are not.
 `blank`: what a graph is captured on where that is not zeros.
+`in_place`: results whose buffer is an input's, too.
 `generous`: results may be larger than said. `others`: see execute/exhibit_others.py.
 """
 
@@ -55,6 +56,7 @@ def general_step(case: Case, index: int, target: Target) -> dict[str, Any]:
         "results": results,
         "out": {name: one | {"alignment": max(sizes[name], alignment)} for name, one in results.items()}
         if has_out else None,
+        "in_place": inputs.in_place if has_out else {},
         "generous": get_space(case.op).family == "align",
         "healed": None,
     }  # fmt: skip
