@@ -258,10 +258,11 @@ def test_an_entry_of_a_configured_target_is_left_alone_where_another_is_named(ca
         '[tool.moe-fuzz.gate]\ntargets = ["topk_softmax@topk_softmax.mine:router", "kernels.py:sound"]\n'
     )
     entry = '[[known]]\ntarget = "topk_softmax@*{}"\ncheck = "ids"\ntracker = "a#1"\nowner = "@me"\n'
-    entries = (entry.format(place) + "expires = 2020-01-01\n" for place in ("mine:router", "/kernels.py:sound"))
+    entry += 'reproduces = "sometimes"\nexpires = 2020-01-01\n'
+    entries = map(entry.format, ("mine:router", "/kernels.py:sound"))
     (tmp_path / "moe-fuzz-ledger.toml").write_text("".join(entries))
-    ran = call("gate", "topk_softmax@torch", *CPU, "--cases", "1")
-    assert "ledger\n" not in ran.out, ran.out
+    ran = call("gate", "topk_softmax@builtin", *CPU, "--cases", "4")
+    assert (ran.code, "expired" in ran.out) == (0, False), ran.out + ran.err
 
 
 @pytest.mark.parametrize(("day", "said"), [
