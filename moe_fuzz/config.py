@@ -88,6 +88,7 @@ KEYS: Mapping[str, Callable[[Any], Any]] = {
 
 
 _TABLES = ("providers", "gate", "paths")
+_NO_MARKS = str.maketrans("", "", "-_. ")  # moe_fuzz, moefuzz and MoE-Fuzz are all meant to be moe-fuzz
 
 
 def env_name(key: str) -> str:
@@ -150,8 +151,9 @@ def _read_table(path: Path) -> Mapping[str, Any] | None:
     except RecursionError as error:
         raise UsageError(f"{path} is nested deeper than can be read", "correct the file") from error
     tool = data.get("tool", {})
-    if isinstance(tool, dict) and "moe_fuzz" in tool:
-        raise UsageError(f"{path}: unknown table [tool.moe_fuzz]", f"the table is called [{TABLE}]")
+    for name in tool if isinstance(tool, dict) else ():
+        if name != "moe-fuzz" and name.lower().translate(_NO_MARKS) == "moefuzz":
+            raise UsageError(f"{path}: unknown table [tool.{name}]", f"the table is called [{TABLE}]")
     table = tool.get("moe-fuzz") if isinstance(tool, dict) else None
     if table is not None and not isinstance(table, dict):
         raise UsageError(f"{path}: tool.moe-fuzz must be a table, not {table!r}", f"write [{TABLE}]")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_fuzz.config_values import count, did_you_mean, flag, strings, text, texts
+from moe_fuzz.config_values import choice, count, did_you_mean, flag, strings, text, texts
 from moe_fuzz.errors import UsageError
 from moe_fuzz.ops import OPS
 from moe_fuzz.options import LIB_VARIABLES, ProviderOptions
@@ -16,11 +16,12 @@ from moe_fuzz.written import parse_duration, parse_size
 
 TABLE = "tool.moe-fuzz"
 
-#: The keys of `[tool.moe-fuzz.gate]`. The variable of `base-python` is `MOE_FUZZ_GATE_BASE_PYTHON`. What a profile is
-#: called, the gate knows.
+GATE_PROFILES = ("quick", "default", "deep")  # what is in them, the gate knows
+
+#: The keys of `[tool.moe-fuzz.gate]`. The variable of `base-python` is `MOE_FUZZ_GATE_BASE_PYTHON`.
 GATE_KEYS: Mapping[str, Callable[[Any], Any]] = {
     "targets": texts,
-    "profile": text,
+    "profile": choice(*GATE_PROFILES),
     "time": parse_duration,
     "cases": count(1),
     "seed": count(0),

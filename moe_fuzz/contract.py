@@ -16,6 +16,8 @@ PADDING_DIALECTS = ("distinct", "minus_one", "num_experts", "zero_weight", "garb
 
 #: What a finding breaks: what the target's own project documents or its callers rely on, or our stricter rule.
 FINDING_CLASSES = ("contract", "robustness")
+#: The clause where no other is declared.
+UNDECLARED = "its project's promises are not declared, so it is held to the contract of the op, and a gate is red"
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,14 @@ class TargetInfo:
         clause = next((self.clauses[key] for key in keys if key in self.clauses), None)
         if clause is not None:
             return "contract", clause
-        return "robustness", next((self.unpromised[key] for key in keys if key in self.unpromised), "")
+        silent = UNDECLARED if self.silent else ""
+        return "robustness", next((self.unpromised[key] for key in keys if key in self.unpromised), silent)
+
+    @property
+    def silent(self) -> bool:
+        """Says nothing at all of what its project promises, as a kernel under development. (Of those in plain torch,
+        there is no project that could.)"""
+        return not self.clauses and not self.unpromised and self.provider != "torch"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -39,8 +39,9 @@ def render_issue(finding: Finding, repro: bool) -> str:
     if finding.env:
         lines += ["## Versions", "", *(f"- {name}: {value}" for name, value in finding.env.items()), ""]
     lines += ["## Find the commit that broke it", "", "```sh", bisect(finding), "```", "",
-              "In a checkout of the target, `BUILD` being what builds and installs it. What cannot be built or loaded "
-              "is skipped. `--target OP@PROVIDER` gives the same input to another implementation.", ""]  # fmt: skip
+              "In a checkout of the target, `BUILD` being what builds and installs it (`true`, if nothing does). What "
+              "cannot be built or loaded is skipped. `--target OP@PROVIDER` gives the same input to another "
+              "implementation.", ""]  # fmt: skip
     if finding.verdict.detail:
         lines += ["## Output", "", "```", finding.verdict.detail.replace("```", "'''").rstrip(), "```", ""]
     lines += _details("case.json", ["```json", finding.case.dumps(indent=1), "```"])

@@ -73,6 +73,9 @@ class StateDir:
         if self.path.exists() and not self.path.is_dir():
             raise EnvironmentProblem(f"the state directory {self.path} is a file", _HINT)
         try:
+            if not self.path.exists():  # git is to pass over it, unless the project has made a place for it
+                self.path.mkdir(parents=True)
+                (self.path / ".gitignore").write_text("*\n")
             for name in FOLDERS:
                 (self.path / name).mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self.path / "lock")

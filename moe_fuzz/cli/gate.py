@@ -29,6 +29,7 @@ from moe_fuzz.cli.machine import architecture, gpus, human
 from moe_fuzz.cli.run import expand, pick_sanitizer, runnable, screen
 from moe_fuzz.config_tables import TABLE
 from moe_fuzz.errors import EXIT_CLEAN, EnvironmentProblem, UsageError
+from moe_fuzz.ops import OPS
 from moe_fuzz.options import ProviderOptions
 from moe_fuzz.restriction import Restriction
 from moe_fuzz.sanitize.automatic import automatic
@@ -100,7 +101,8 @@ def command(
     """
     names = expand(targets, op)
     entries = read_ledger(ledger)  # one that cannot be read is told by the change that broke it
-    stray = strays(entries, (*names, *(target.name for target in registry.known(planted=True))))
+    everywhere = (*names, *configured(ctx), *(target.name for target in registry.known(planted=True)))
+    stray = strays(entries, everywhere)
     names, notes = touched(names, changed_from, ledger or ledger_path()) if changed_from is not None else (names, ())
     if not names:
         notes = (*notes, *(f"ledger: {entry.name}: {no_target(entry)}" for entry in stray))
@@ -149,6 +151,13 @@ def command(
     if lost and summary.exit_code == EXIT_CLEAN:
         raise EnvironmentProblem(f"nothing was found, but the report {lost[0]} could not be written to its end")
     ctx.exit(summary.exit_code)
+
+
+def configured(ctx: click.Context) -> Iterator[str]:
+    """The project's own functions that the configuration names: known, also where others are gated by name."""
+    for text in (ctx.default_map or {}).get("targets", ()):
+        if ":" in text:
+            yield from (text,) if "@" in text else (f"{op}@{text}" for op in OPS)
 
 
 def touched(names: Sequence[str], revision: str, ledger: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

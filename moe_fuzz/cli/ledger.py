@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,6 +15,19 @@ from moe_fuzz.campaign.state import StateDir
 from moe_fuzz.cli import params
 from moe_fuzz.cli.gate import ledger_path
 from moe_fuzz.errors import EnvironmentProblem, UsageError
+
+
+def _day(value: Any) -> datetime.date:
+    try:
+        day = datetime.date.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is not a day: write it like 2027-06-30") from None
+    if day <= datetime.date.today():
+        raise ValueError(f"{day} has come already, so the gate would be red at once: name a day to come")
+    return day
+
+
+DAY = params.Parsed("day", _day, datetime.date)
 
 
 @click.group(short_help="Write findings into the ledger of known ones.")
@@ -27,13 +41,13 @@ def command(ctx: click.Context) -> None:
 @click.argument("finding")
 @click.option("--tracker", required=True, metavar="REF", help="The issue: its address, or like vllm#39391, KERNEL-12.")
 @click.option("--owner", required=True, metavar="WHO", help="Who looks at it.")
-@click.option("--expires", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="From that day on the gate is red.")
+@click.option("--expires", type=DAY, metavar="DATE", help="From that day on the gate is red, e.g. 2027-06-30.")
 @click.option("--note", default="", help="For a person.")
 @click.option("--ledger", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", show_envvar=True,
               envvar=config.env_name("gate-ledger"), help="[default: the one that gates read]")
 @params.state_dir
 def add(
-    finding: str, tracker: str, owner: str, expires: datetime.datetime | None, note: str, ledger: Path | None,
+    finding: str, tracker: str, owner: str, expires: datetime.date | None, note: str, ledger: Path | None,
     state_dir: Path,
 ) -> None:  # fmt: skip
     """Write the entry of FINDING, an id or the beginning of one, at the end of the ledger."""
@@ -42,7 +56,7 @@ def add(
     known = {entry.fingerprint for entry in ledger_file.load(path, missing_ok=True)}
     if known & found.ids:
         raise UsageError(f"{path} has an entry for {found.id}", "change that one")
-    text = ledger_file.render(found, path.parent.resolve(), tracker, owner, expires.date() if expires else None, note)
+    text = ledger_file.render(found, path.parent.resolve(), tracker, owner, expires, note)
     ledger_file.check(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,11 @@ class Source:
         own, _ = params.pick_fence(fence or (self.finding.own if self.finding else None), device)
         return RunOptions(fence=FenceOptions(own=own), deadline=deadline)
 
+    def _elsewhere(self) -> str:
+        """How the target may be called on this machine."""
+        place, colon, function = self.case.target.partition("@")[2].rpartition(":")
+        return f"path/to/{Path(place).name}:{function}" if colon else f"{self.case.op}@builtin"
+
     def target(self, asked: str | None) -> str:
         """The target to run on: the one asked for, else the one the case names."""
         from moe_fuzz.targets.registry import resolve
@@ -50,7 +55,12 @@ class Source:
         name = asked or self.case.target
         if not name:
             raise UsageError("the case names no target", f"say which: --target {self.case.op}@builtin")
-        targets = resolve(name, self.case.op)
+        try:
+            targets = resolve(name, self.case.op)
+        except UsageError as error:
+            if not asked:  # a file or a target of the machine that the case was found on
+                error.hint = f"the case names it; where it is another here, say which: --target {self._elsewhere()}"
+            raise
         if len(targets) != 1:
             raise UsageError(f"{name!r} means {len(targets)} targets", f"name one of {', '.join(targets)}")
         if targets[0].partition("@")[0] != self.case.op:

@@ -53,9 +53,9 @@ class TargetError(Exception):
         self.violation = Violation(
             "error",
             name,
-            f"raised {name} on a valid input: {message}{unwritten}",
+            f"raised {name} on a valid input{f': {message}' if message else ''}{unwritten}",
             expected="a result",
-            got=f"{name}: {message}",
+            got=f"{name}: {message}" if message else name,
             site=site_of(error),
         )
 
@@ -70,12 +70,20 @@ class CaptureFailed(Exception):
 
 
 def guarded(call: Callable[[], _T], device: str) -> _T:
-    """Runs the target's code; whatever it raises comes out as TargetError, or as the DeviceLost that it comes of."""
+    """Runs the target's code; whatever it raises comes out as TargetError, or as the DeviceLost that it comes of.
+
+    sys.exit in a kernel library is an error like any other, and so is KeyboardInterrupt: no terminal reaches a worker.
+    """
+    process = os.getpid()
     try:
-        result = call()
+        try:
+            result = call()
+        finally:
+            if os.getpid() != process:  # a fork of the target's that came back, and would give verdicts, too
+                os._exit(0)
         if device == "cuda":
             launch_errors.surface()
-    except (Exception, SystemExit) as error:  # sys.exit in a kernel library is an error like any other
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         if device == "cuda":
             launch_errors.forget()  # what the target has told of; the next to ask would be told it again
             cuda_driver.synchronize()

@@ -57,12 +57,12 @@ class GraphPool:
                 graph.capture_begin(pool=self.handle, capture_error_mode=_error_mode())
                 try:
                     result = function()
-                except (Exception, SystemExit):
+                except (Exception, SystemExit, KeyboardInterrupt):
                     with contextlib.suppress(RuntimeError):  # another error, which would hide this one
                         graph.capture_end()
                     raise
                 graph.capture_end()
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
             with contextlib.suppress(DeviceLost):  # the process is given up either way
                 cuda_driver.synchronize()
             raise CaptureFailed(TargetError(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_fuzz.campaign.events import EntryResult, Summary
+from moe_fuzz.contract import UNDECLARED
 
 _ORDER = ("fixed", "expired", "flaky", "changed", "no-target", "not-run", "unseen", "quiet", "absent", "known")
 
@@ -19,6 +20,9 @@ def gate(result: Summary) -> list[str]:
         lines.append(f"  {result.reason}")
     if found.held_back:
         lines.append(f"  {found.held_back:,} cases were held back: known findings take their process down")
+    owed = [finding.id for finding in result.new if finding.id in found.red and finding.clause == UNDECLARED]
+    if owed:
+        lines.append(f"  red, as their targets declare no promises and so owe the op's contract: {', '.join(owed)}")
     tolerated = [finding.id for finding in result.new if finding.id not in found.red]
     if tolerated:
         lines.append(f"  of class robustness, and so not red without --strict: {', '.join(tolerated)}")

@@ -80,8 +80,7 @@ def _load(location: str) -> tuple[Callable[..., Any], str]:
         module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:
         raise EnvironmentProblem(
-            f"{place} cannot be imported: {type(error).__name__}: {error}",
-            "the worker imports it afresh: what it needs must be installed, or lie beside it",
+            f"{place} cannot be imported: {type(error).__name__}: {error}", _way_to_import(place, error)
         ) from error
     function: Any = module
     for part in attribute.split("."):
@@ -95,6 +94,15 @@ def _load(location: str) -> tuple[Callable[..., Any], str]:
     if not callable(function):
         raise UsageError(f"{location} is {type(function).__name__}, not a function")
     return function, str(getattr(module, "__file__", place))
+
+
+def _way_to_import(place: str, error: Exception) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        script = f"{sys.executable} " + (place if place.endswith(".py") else f"-c 'import {place}'")
+        return f"the worker imports it afresh, as `{script}` does, which shows where it fails"
+    if (error.name or "") == place.partition(".")[0] and not place.endswith(".py"):
+        return "the worker imports it afresh: install its project, or set PYTHONPATH to the folder that it lies in"
+    return "the worker imports it afresh: what it needs must be installed, in PYTHONPATH, or lie beside it"
 
 
 def _module_from_file(path: Path) -> Any:

@@ -250,14 +250,16 @@ class Worker:
         layout, kills = self._layout(process), autopsy.oom_kills()
         current: Case | None = None
         clock = CaseClock(options.deadline, options.first_deadline, options.until)
-        reading, offset = Reading(process.pid), 0
+        reading, offset, begun = Reading(process.pid), 0, 0
         try:
             process.channel.send({"round": [case.to_json(digest=False) for case in cases], "target": target,
                                   "options": options.to_json()})
             while True:
                 event = next_event(process, clock, self._log, reading)
                 if "start" in event:
-                    current, offset = cases[event["start"]], event["log"]
+                    if event["start"] != begun:  # a copy of the process speaks, too
+                        raise Garbled(f"case {event['start']} of the round begins, and it is the turn of {begun}")
+                    current, offset, begun = cases[begun], event["log"], begun + 1
                     clock.restart()
                 elif "still" in event or "goes" in event:
                     clock.stand(str(event.get("still", "")))
@@ -266,6 +268,8 @@ class Worker:
                     if clock.slow or clock.over:
                         raise Expired
                 elif "verdict" in event:
+                    if current is None or event["verdict"] != begun - 1:
+                        raise Garbled(f"a verdict on case {event['verdict']} of the round, which is not running")
                     current = None
                     verdict = Verdict.from_json(event["is"])
                     give(verdict)

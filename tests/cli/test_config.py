@@ -101,6 +101,7 @@ minimize-time = 3
         ("time = []", "time: [] is not a duration"),
         ("device = 'gpu'", "device: must be one of auto, cpu, cuda"),
         ("profile = 'quik'", "did you mean quick"),
+        ("gate.profile = 'quik'", "[tool.moe-fuzz.gate] profile: must be one of quick, default, deep, not 'quik'"),
         ("targets = 'topk_softmax'", "targets: must be a list of strings"),
         ("checks = [1]", "checks: must be a list of strings"),
         ("report = ['ndjson=']", "is not KIND=PATH"),
@@ -146,7 +147,10 @@ def test_providers_have_interpreters_libraries_and_variables(tmp_path: Path) -> 
     assert config.load(write(tmp_path / "bare", "cases = 1"), {}).providers == {}
 
 
-@pytest.mark.parametrize("text", ["[tool.moe-fuzz", "[tool.moe_fuzz]\ncases = 1", "[tool]\nmoe-fuzz = 3"])
+@pytest.mark.parametrize("text", [
+    "[tool.moe-fuzz", "[tool.moe_fuzz]\ncases = 1", "[tool.moefuzz]\ncases = 1", "[tool.MoE-Fuzz.gate]\ncases = 1",
+    "[tool]\nmoe-fuzz = 3",
+])
 def test_broken_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "pyproject.toml").write_text(text)
     with pytest.raises(UsageError, match=r"pyproject\.toml"):

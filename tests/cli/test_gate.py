@@ -253,6 +253,26 @@ def test_a_change_of_the_ledger_is_gated(call: Callable, committed: Path) -> Non
     assert call(*words).code == 2
 
 
+def test_an_entry_of_a_configured_target_is_left_alone_where_another_is_named(call: Callable, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.moe-fuzz.gate]\ntargets = ["topk_softmax@topk_softmax.mine:router", "kernels.py:sound"]\n'
+    )
+    entry = '[[known]]\ntarget = "topk_softmax@*{}"\ncheck = "ids"\ntracker = "a#1"\nowner = "@me"\n'
+    entry += 'reproduces = "sometimes"\nexpires = 2020-01-01\n'
+    entries = map(entry.format, ("mine:router", "/kernels.py:sound"))
+    (tmp_path / "moe-fuzz-ledger.toml").write_text("".join(entries))
+    ran = call("gate", "topk_softmax@builtin", *CPU, "--cases", "4")
+    assert (ran.code, "expired" in ran.out) == (0, False), ran.out + ran.err
+
+
+@pytest.mark.parametrize(("day", "said"), [
+    ("2020-01-01", "2020-01-01 has come already"), ("tomorrow", "write it like 2027-06-30"),
+])
+def test_the_day_of_an_entry_is_one_to_come(call: Callable, day: str, said: str) -> None:
+    ran = call("ledger", "add", "5ff2384ea3", "--tracker", "a#1", "--owner", "@me", "--expires", day)
+    assert (ran.code, said in ran.err) == (2, True), ran.err
+
+
 def test_an_entry_of_a_mistyped_target_is_told(call: Callable, committed: Path) -> None:
     """Of a target that is known and not gated here, nothing is said."""
     entry = '[[known]]\ntarget = "{}"\ncheck = "ids"\ntracker = "a#1"\nowner = "@me"\nreproduces = "sometimes"\n'

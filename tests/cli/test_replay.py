@@ -112,6 +112,12 @@ def test_another_target(call: Callable, pool: Any, case: Case) -> None:
     assert call("replay", replace(case, target="").inline(), "--target", "topk_softmax@torch").code == 0
 
 
+def test_a_file_of_another_machine(call: Callable, pool: Any, case: Case) -> None:
+    ran = call("replay", replace(case, target="topk_softmax@/there/kernels.py:router").inline())
+    assert (ran.code, "there is no file /there/kernels.py" in ran.err) == (2, True)
+    assert "say which: --target path/to/kernels.py:router" in ran.err
+
+
 def test_a_finding_by_the_beginning_of_its_id(call: Callable, pool: Any, kept: Finding) -> None:
     pool.judge = always(DUPLICATE)
     ran = call("replay", kept.id[:4])

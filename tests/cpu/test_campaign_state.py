@@ -23,6 +23,14 @@ def test_making_the_object_touches_nothing(tmp_path):
     assert not (tmp_path / "state").exists()
 
 
+def test_git_passes_over_a_new_one_and_one_that_was_there_is_left_as_it_is(tmp_path):
+    for place in (tmp_path / "new" / "state", tmp_path):
+        with StateDir(place):
+            pass
+    assert (tmp_path / "new" / "state" / ".gitignore").read_text() == "*\n"
+    assert not (tmp_path / ".gitignore").exists()
+
+
 def test_entering_creates_and_locks(tmp_path):
     with StateDir(tmp_path) as state:
         assert {entry.name for entry in tmp_path.iterdir()} >= set(FOLDERS)

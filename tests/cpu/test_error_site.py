@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,19 @@ def test_site_is_in_a_file_of_the_targets(tmp_path: Path, name: str, site: str) 
     with pytest.raises(TargetError) as caught:
         guarded(getattr(module, name), "cpu")
     assert caught.value.violation.site == site
+
+
+def test_an_interrupt_that_a_target_raises_is_its_error() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(TargetError) as caught:
+        guarded(interrupted, "cpu")
+    assert caught.value.violation.message == "raised KeyboardInterrupt on a valid input"
+
+
+def test_a_copy_of_the_process_does_not_come_back_from_the_call() -> None:
+    copy = guarded(os.fork, "cpu")
+    if copy == 0:
+        os._exit(7)
+    assert os.waitpid(copy, 0)[1] == 0

@@ -13,6 +13,7 @@ from moe_fuzz.campaign.findings import load_findings, write_finding
 from moe_fuzz.campaign.gate.judge import Judge
 from moe_fuzz.campaign.interfaces import Sanitized
 from moe_fuzz.campaign.state import StateDir
+from moe_fuzz.contract import UNDECLARED
 from moe_fuzz.report import junit, text
 from moe_fuzz.report.story import Story
 from moe_fuzz.verdict import REJECTED, Verdict
@@ -57,7 +58,10 @@ def test_a_target_that_promises_nothing_is_held_to_the_contract(tmp_path):
             return replace(super().describe(target), clauses={})
 
     judge = when(nan_on_odd, bad("order", "ascending"))
-    assert gate(tmp_path, judge, pool=Silent(judge)).run().exit_code == 1
+    summary = gate(tmp_path, judge, pool=Silent(judge)).run()
+    (found,) = summary.new
+    assert (summary.exit_code, found.clause) == (1, UNDECLARED)
+    assert f"and so owe the op's contract: {found.id}" in "\n".join(text.summary(summary, "x"))
 
 
 def test_what_fails_on_the_base_build_is_not_new(tmp_path):

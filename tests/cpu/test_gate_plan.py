@@ -12,6 +12,7 @@ from moe_fuzz.campaign.gate import engine, plan
 from moe_fuzz.campaign.gate.engine import CASES_SHARE, QUIET_SHARE
 from moe_fuzz.campaign.gate.plan import PROFILES
 from moe_fuzz.campaign.plan import ROUND
+from moe_fuzz.config_tables import GATE_PROFILES
 from moe_fuzz.report import text
 from tests.cpu.campaign_fakes import GOOD, TARGET, FakePool, Listener, always_good, bad, nan_on_odd, toy, when
 from tests.cpu.gate_runs import KNOWN, SMALL, gate, judged
@@ -183,6 +184,7 @@ def test_rounds_that_are_good_do_not_last_to_their_end_either(tmp_path):
 
 
 def test_the_profiles_grow_and_leave_room(tmp_path):
+    assert tuple(PROFILES) == GATE_PROFILES
     quick, default, deep = PROFILES.values()
     assert (quick.seconds, default.seconds) < (120, 600)
     for device in ("cpu", "cuda"):

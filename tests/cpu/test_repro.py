@@ -168,14 +168,15 @@ def test_another_failure_is_neither(runner: Runner, tmp_path: Path, batch: Batch
         "def raises(logits, top_k, **rest): raise ValueError('no')\n"
         "def aborts(logits, top_k, **rest): os.abort()\n"
         "def exits(logits, top_k, **rest): sys.exit(0)\n"
+        "def interrupts(logits, top_k, **rest): raise KeyboardInterrupt\n"
         "def make():\n    return raises\n"
     )
     ends = tmp_path / "ends.py"
     ends.write_text("import os\nos._exit(0)\n")
-    names = ("raises", "aborts", "exits", "make()")
+    names = ("raises", "aborts", "exits", "interrupts", "make()")
     answers = batch(*([script, f"{other}:{name}"] for name in names), [script, f"{ends}:f"])
-    assert [code for code, _ in answers] == [2, 2, 2, 2, 3]
-    words = ("ValueError", "SIGABRT", "SystemExit", "ValueError", "exit code 0")
+    assert [code for code, _ in answers] == [2, 2, 2, 2, 2, 3]
+    words = ("ValueError", "SIGABRT", "SystemExit", "KeyboardInterrupt", "ValueError", "exit code 0")
     for (_, said), word in zip(answers, words, strict=True):
         assert word in said
 

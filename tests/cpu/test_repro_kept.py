@@ -29,7 +29,8 @@ RECORDS = {record["twin"].partition("@planted.")[2]: record for record in map(
     json.loads, (file.read_text() for file in sorted((ROOT / "tests" / "regressions" / "upstream").glob("*.json")))
 ) if record["twin"]}  # fmt: skip
 RANKS = ("no_end_barrier", "rotated_partitions", "mean_times_ranks", "second_pass_is_packed",
-         "flags_by_size", "pairs_of_vectors", "residual_read_after_its_store", "tile_with_nan_in_float64", "few_rows_by_other_arithmetic")  # fmt: skip
+         "flags_by_size", "pairs_of_vectors", "residual_read_after_its_store", "tile_with_nan_in_float64",
+         "few_rows_by_other_arithmetic")  # fmt: skip
 GRAPHS = ("other_order_in_a_graph", "counts_rows_on_the_host", "filled_once", "counts_cleared_once",
           "ranked_backwards_in_a_graph", "reciprocals_in_a_graph", "frozen_hidden_states")  # fmt: skip
 #: Why a case has none.

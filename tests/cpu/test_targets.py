@@ -198,14 +198,19 @@ def test_factories_and_attributes(file: Path) -> None:
         ("{file}:grouped", UsageError, "'groups' without a default"),
         ("{file}.py:plain", EnvironmentProblem, "cannot be imported"),
         ("no_such_package.module:f", EnvironmentProblem, "cannot be imported"),
+        ("no_such_package.module:f", EnvironmentProblem, "set PYTHONPATH to the folder that it lies in"),
+        ("{lacking}:plain", EnvironmentProblem, "what it needs must be installed"),
         ("{bad}:plain", EnvironmentProblem, "SyntaxError"),
+        ("{bad}:plain", EnvironmentProblem, "bad.py` does, which shows where it fails"),
     ],
 )
 def test_what_cannot_be_bound_says_why(file: Path, place: str, error: type[Exception], says: str) -> None:
     bad = file.parent / "bad.py"
     bad.write_text("def broken(:\n")
+    lacking = file.parent / "lacking.py"
+    lacking.write_text("import no_such_package\n")
     with pytest.raises(error) as caught:
-        bind("topk_softmax@" + place.format(file=file, bad=bad))
+        bind("topk_softmax@" + place.format(file=file, bad=bad, lacking=lacking))
     assert says in f"{caught.value.message} {caught.value.hint}"  # type: ignore[attr-defined]
 
 

@@ -160,6 +160,14 @@ def test_a_worker_that_died_idle_is_no_problem_of_the_next_target(pool):
             assert pool.stats.idle_deaths == before + 1
 
 
+def test_two_that_answer_for_one_are_told_from_it(worker):
+    """A copy of the worker's process, left by a fork, gives each verdict a second time."""
+    verdicts = worker.run([case("fork_and_go_on"), case("nap")], TARGET, PATIENT)
+    assert [v.kind for v in verdicts] == ["pass", "crash"]
+    assert verdicts[1].key[1] == "garbled-pipe"
+    assert "case 0 of the round" in verdicts[1].violations[0].message
+
+
 def test_a_grandchild_that_holds_the_socket_hides_no_death(worker, tmp_path):
     marker = tmp_path / "pid"
     started = time.monotonic()
