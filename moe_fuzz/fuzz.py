@@ -43,14 +43,15 @@ def fuzz(
     max_cases: int = 200,
     seed: int = 0,
     checks: Sequence[str] | None = None,
-    max_seconds: float | None = None,
+    max_seconds: float | None = 60.0,
 ) -> Callable[[Callable[[], Any]], Callable[..., None]]:
     """Makes a pytest test of a factory that returns an implementation of `op`.
 
-    `max_cases` and `max_seconds` are the budget, whichever ends first; the same `seed` gives the same cases. `checks`
-    limits the checks to those named (`moe-fuzz list checks`). The test fails on confirmed findings, each with its
-    minimal input and the line that replays it, and when nothing ran. It also fails, with the reason, where a worker
-    process could not import the factory; see `target_name`.
+    `max_cases` and `max_seconds` are the budget, whichever ends first; the same `seed` draws the same cases. Where
+    there is a time, cases are left out that Triton's interpreter would take seconds for; without one (None) all are
+    run, however long that takes. `checks` limits the checks to those named (`moe-fuzz list checks`). The test fails on
+    confirmed findings, each with its minimal input and the line that replays it, and when nothing ran. It also fails,
+    with the reason, where a worker process could not import the factory; see `target_name`.
     """
     if not isinstance(op, str):
         hint = 'write @fuzz("topk_softmax"); `moe-fuzz list ops` names the ops'

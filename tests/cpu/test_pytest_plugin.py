@@ -87,6 +87,37 @@ def test_target_names_file_and_factory(tmp_path: Path) -> None:
     assert target_name("topk_softmax", factory) == f"topk_softmax@{tmp_path / 'test_mine.py'}:test_router()"
 
 
+def test_a_test_ends_after_a_minute_unless_it_says_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In Triton's interpreter hundreds of cases may take a quarter of an hour, in silence."""
+    from moe_fuzz.campaign import engine
+
+    asked: list[tuple[int | None, float | None]] = []
+
+    class Ended(Exception):
+        pass
+
+    def campaign(settings: engine.Settings, *_: object, **__: object) -> None:
+        asked.append((settings.cases, settings.seconds))
+        raise Ended
+
+    monkeypatch.setattr(engine, "Campaign", campaign)
+    module = load(tmp_path / "test_mine.py", """
+        from moe_fuzz import fuzz
+
+        @fuzz("topk_softmax", max_cases=5)
+        def test_router():
+            return None
+
+        @fuzz("topk_softmax", max_seconds=None)
+        def test_patient():
+            return None
+    """)
+    for test in (module.test_router, module.test_patient):
+        with pytest.raises(Ended):
+            test()
+    assert asked == [(5, 60.0), (200, None)]
+
+
 CAPTURES = """
 def outer():
     k = 3
