@@ -39,6 +39,7 @@ def others_of(case: Case, index: int, target: Target, inputs: Inputs) -> dict[st
             "healed": _healed(seen),
             "kept": _places(seen.defined),
             "fewer": seen.fewer[0].tolist() if invariant else None,
+            "backends": [seen.forced[0]] if seen.forced else [],
             "rounds": [list(contract.rounds) for contract in target.info.choices("rounds")],
         }
     if not inputs.tokens:

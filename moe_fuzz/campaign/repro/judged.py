@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from moe_fuzz.campaign.finding import Finding
 from moe_fuzz.errors import CaseError
@@ -17,13 +19,14 @@ _GENERAL = ("canary", "determinism", "replay", "structure", "written")
 #: By family. Rules of a plan, whatever its order, are in align.py.j2, bytes in nvfp4.py.j2, ranks in allreduce.py.j2.
 _RULES = {"align": ("count", "slots", "experts", "fill", "inverse", "order", "stable")}
 _BYTES = {"nvfp4": ("scale", "codes", "finite", "padding")}
-_GROUP = {"allreduce": ("ranks", "exact", "residual", "bound", "pads", "tail", "isolation", "batch_invariance")}
+_GROUP = {"allreduce": ("ranks", "exact", "residual", "bound", "pads", "tail", "isolation", "batch_invariance",
+                        "backends")}  # fmt: skip
 #: Pairs of calls: relations.py.j2, and for blocks nvfp4.py.j2.
 _RELATIONS = {
     "experts": ("determinism", "isolation", "batch_invariance", "relabel", "shards", "scaling", "backends"),
     "layer": ("isolation",),
     "nvfp4": ("determinism", "isolation", "batch_invariance", "replay"),
-    "allreduce": ("isolation", "batch_invariance"),
+    "allreduce": ("isolation", "batch_invariance", "backends"),
 }
 
 
@@ -40,14 +43,18 @@ class Judged:
     group: bool = False  # by what all ranks of an all-reduce have got
 
 
-def judged(finding: Finding) -> Judged:
-    """CaseError where a script would make the calls, find nothing wrong, and call the bug fixed."""
+def judged(finding: Finding, contract: Mapping[str, Any]) -> Judged:
+    """contract: that of the target. CaseError where a script would make the calls, find nothing wrong, and call the bug
+    fixed."""
     family, check = get_space(finding.case.op).family, finding.check
     shows = _SHOWS.get(check, "wrong")
     if family == "routing":
         return Judged(family, shows, "judge.py.j2")
     found = next(iter(finding.verdict.violations), None)
     kinds = (_RULES, _BYTES, _RELATIONS, _GROUP)
+    by_bits = contract["deterministic"] and contract["batch_invariant"]
+    if family == "allreduce" and check == "backends" and not by_bits:  # any of half a dozen rules may be broken
+        raise CaseError("", "a script compares backends by their bits, which may differ", "use `moe-fuzz replay`")
     plan, its_bytes, relation, group = (check in checks.get(family, ()) for checks in kinds)
     can = check in _GENERAL or plan or group or (relation and found) or _known(found)
     if shows == "wrong" and not can:

@@ -117,7 +117,7 @@ def render(
         earlier.append(calls_of(other, its, [f"_BEFORE_{first + i}" for i in range(len(its["steps"]))]))
     several = len(exhibit["steps"]) > 1
     case = calls_of(finding.case, exhibit, [f"_{i + 1}" if several else "" for i in range(len(exhibit["steps"]))])
-    by, fence = judged(finding), _fence(finding, bare)
+    by, fence = judged(finding, exhibit["contract"]), _fence(finding, bare)
     everywhere = [step for calls in (*earlier, case) for _, step in calls.steps]
     graphs = any(calls.graph for calls in (*earlier, case))
     refills = any(step["holds"] for step in everywhere)
