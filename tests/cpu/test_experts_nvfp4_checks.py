@@ -12,8 +12,9 @@ from moe_fuzz.case import Fault
 from moe_fuzz.checks.experts.binding import miswritten
 from moe_fuzz.checks.experts.requantized import quantized, requantized
 from moe_fuzz.checks.experts.structural import finite
-from moe_fuzz.contract import Contract
+from moe_fuzz.contract import Contract, TargetInfo
 from moe_fuzz.labels import Labels
+from moe_fuzz.ops import get_space
 from moe_fuzz.ops.experts.fp4_inputs import Fp4Inputs, decoded, linear, materialize, swizzled
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
 from moe_fuzz.reference.experts_bf16 import ACTIVATIONS, GATE_LAYOUTS
@@ -22,6 +23,7 @@ from moe_fuzz.reference.nvfp4 import E4M3, dequantize, nvfp4_quantize, swizzle
 from tests.cpu.experts_seen import FAMILY, FP4_STRICT, fp4_case_of, judge, observe, reference
 
 FORMATS = pytest.mark.parametrize("activations", ["as_given", "nvfp4"])
+FP4, TAKES = get_space("experts_nvfp4"), TargetInfo("experts_nvfp4@test", "experts_nvfp4", "test")
 NEAR = replace(FP4_STRICT, rounding="near", nonfinite="any")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,6 +91,32 @@ def test_faults_of_scales() -> None:
         assert 0 < int(hit.sum()) < 12
         scale = made(Fault(name, "x_global")).plain["x_global"]
         assert bool((scale == value) | (scale.isnan() & (value != value)))
+
+
+def test_blocks_of_x_at_the_ends_and_ties_of_the_format() -> None:
+    """Where x is quantized, by its own global scale; no check speaks of the right answer, or of other arithmetic."""
+    def amax(fault: str) -> tuple[Tensor, Tensor]:
+        """Of the blocks of rows 0 and 1, and of the others: 448 is the largest scale."""
+        laid = Fault(fault, "x", Labels.parse("0-1"))
+        case = fp4_case_of(activations="nvfp4", recipe="dense", rows=6, hidden=256, faults=(laid,))
+        seen = observe(case, contract=FP4_STRICT)
+        assert judge(seen) == {}
+        assert judge(replace(seen, info=replace(seen.info, contract=NEAR))) == {}
+        scale = seen.inputs.plain["x_global"].double() / 6
+        found = seen.inputs.plain["x"].double().unflatten(1, (-1, 16)).abs().amax(dim=2) * scale
+        return found[:2], found[2:]
+
+    most, others = amax("scale_saturation")
+    assert (most > 448).any()
+    assert (others <= 448).all()
+    assert (amax("tiny_block")[0] <= 2.0**-10).any()
+    middle = (E4M3[1:] + E4M3[:-1]).double() / 2
+    near = (amax("scale_ties")[0][..., None] / middle - 1).abs().amin(dim=-1)
+    assert (near < 2.0**-7).all()
+    power = amax("code_ties")[0].log2()
+    assert (power - power.round()).abs().max() < 2.0**-6
+    given = fp4_case_of(activations="as_given").config
+    assert not {"scale_ties", "tiny_block"} & {place.fault for place in FP4.places_for(given, TAKES)}
 
 
 @pytest.mark.parametrize("layout", ["linear", "swizzled"])

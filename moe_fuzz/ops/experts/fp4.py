@@ -32,6 +32,8 @@ BLOCK_FAULTS: Mapping[str, str] = {NAN_BLOCKS: "NaN", SIGNED_BLOCKS: "scales bel
 SENSELESS = {"zero_scale": "zero", "infinite_scale": "infinite", "nan_scale": "nan"}
 #: Of activations alone: the factor of a weight may be below 0, or as small.
 SENSELESS_CALIBRATION = {"subnormal_scale": "subnormal", "negative_scale": "negative"}
+#: Blocks of x at the ends and ties of the format, which an x in NVFP4 is quantized by.
+X_BLOCKS = ("scale_ties", "code_ties", "tiny_block", "scale_saturation")
 FACTORS, CALIBRATIONS = ("w13_alpha", "w2_alpha"), ("x_global", "h_global")
 #: Codes are packed and start at whole blocks, and each is a number: nothing of them can be a fault.
 _CODES = ("w13", "w2")
@@ -52,6 +54,7 @@ class Fp4Space(ExpertsSpace):
     faults: ClassVar[Mapping[str, str]] = _FAULTS | text.FP4_FAULTS
     places: ClassVar[tuple[FaultPlace, ...]] = (
         *(place for place in PLACES if place.tensor not in _CODES),
+        *(FaultPlace(fault, "x", on_rows=True) for fault in X_BLOCKS),
         *(FaultPlace(fault, scales, on_rows=False) for scales in SCALES for fault in (*PADDING_FAULTS, *BLOCK_FAULTS)),
         *(FaultPlace(fault, scale, on_rows=False) for scale in (*FACTORS, *CALIBRATIONS) for fault in SENSELESS),
         *(FaultPlace(fault, scale, on_rows=False) for scale in CALIBRATIONS for fault in SENSELESS_CALIBRATION),
@@ -73,10 +76,11 @@ class Fp4Space(ExpertsSpace):
         }
 
     def places_for(self, config: Mapping[str, Scalar], info: TargetInfo) -> tuple[FaultPlace, ...]:
-        without = CALIBRATIONS if config["activations"] == "as_given" else ()
+        given = config["activations"] == "as_given"  # there is no calibration, and x is no blocks
         packed = config["scale_layout"] == "linear"  # there is no padding
         return tuple(p for p in super().places_for(config, info)
-                     if p.tensor not in without and not (packed and p.fault in PADDING_FAULTS))  # fmt: skip
+                     if not (given and (p.tensor in CALIBRATIONS or p.fault in X_BLOCKS))
+                     and not (packed and p.fault in PADDING_FAULTS))  # fmt: skip
 
     def _refused(self, fault: str, tensor: str, info: TargetInfo) -> str:
         kind = (SENSELESS | SENSELESS_CALIBRATION).get(fault)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 
@@ -11,7 +11,7 @@ import torch
 from moe_fuzz import generator
 from moe_fuzz.case import Case, Scalar
 from moe_fuzz.faults import FAULTS, Canvas
-from moe_fuzz.faults.nvfp4 import ScaleCanvas
+from moe_fuzz.faults.nvfp4 import BlockCanvas, ScaleCanvas
 from moe_fuzz.mirror import answers, on_host, uploaded
 from moe_fuzz.ops.experts import blocks, recipes
 from moe_fuzz.ops.experts.fp4 import CALIBRATIONS, FACTORS, NAN_BLOCKS, SCALES, SIGNED_BLOCKS
@@ -29,6 +29,12 @@ class Fp4Inputs(ExpertsInputs):
     @property
     def inter(self) -> int:
         return 2 * self.plain["w2"].shape[2]
+
+    @classmethod
+    def canvas(cls, x: torch.Tensor, rows: Sequence[int], seed: int, fixed: Mapping[str, torch.Tensor]) -> Canvas:
+        scale = fixed.get("x_global")
+        each = torch.ones(1, device=x.device) if scale is None else scale.float().reshape(1)
+        return BlockCanvas("x", x, rows, range(x.shape[1]), seed, scales=each.expand(len(rows)))
 
     @property
     def quantizes(self) -> bool:

@@ -48,6 +48,11 @@ class ExpertsInputs(Inputs):
 
     fluid: ClassVar[tuple[str, ...]] = ("x", "weights", "ids")
 
+    @classmethod
+    def canvas(cls, x: torch.Tensor, rows: Sequence[int], seed: int, fixed: Mapping[str, torch.Tensor]) -> Canvas:
+        """x while its faults are laid; `fixed`: what does not change from step to step."""
+        return Canvas("x", x, rows, range(x.shape[1]), seed)
+
     @property
     def results(self) -> dict[str, Result]:
         return {"y": (tuple(self.plain["x"].shape), self.plain["x"].dtype)}
@@ -147,7 +152,7 @@ def filled(
             plain[fault.tensor] = with_broken(case, fault.name, fault.tensor, plain[fault.tensor])
     stream = case.stream(step_index)
     words = recipes.drawn(case, rows, stream)
-    x = Canvas("x", recipes.tokens(case, words, device), rows, range(int(config["hidden"])), case.seed)
+    x = kind.canvas(recipes.tokens(case, words, device), rows, case.seed, plain)
     # The routing decision is laid out on the host: it is small, and who judges asks for it again and again.
     weights = WeightsCanvas("weights", recipes.routing_weights(case, words, "cpu"), rows, range(top_k), case.seed)
     there = "cpu" if len(rows) * len(case.experts) <= _DRAWN_ON_HOST else device

@@ -64,6 +64,10 @@ FAULTS = {
 
 
 FP4_FAULTS = {
+    "scale_ties": "each block's maximum lies where its scale is halfway between two, or a bit beside that",
+    "code_ties": "values lie halfway between two codes, or a bit beside that",
+    "tiny_block": "one block in two is so small that its scale rounds to zero, or is subnormal",
+    "scale_saturation": "one block in two is beyond 448 times its global scale, by a little or by far",
     "poison_scales": "the padding of swizzled scales holds 0x7F, a NaN",
     "nan_blocks": "the scales of some blocks are NaN, in some experts",
     "signed_blocks": "the scales of some blocks are below 0, their codes have the other sign; so have whole experts",
