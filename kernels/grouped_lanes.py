@@ -13,6 +13,7 @@ from triton.language.extra.cuda import gdc_wait
 
 if __package__:
     from .routing_keys import (
+        biased_score,
         clamped,
         divisor,
         exchanged,
@@ -28,6 +29,7 @@ if __package__:
     from .routing_lanes import flat, row_top, slots_of, total_of
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
     from routing_keys import (
+        biased_score,
         clamped,
         divisor,
         exchanged,
@@ -102,7 +104,7 @@ def grouped_by_lanes(
         if HAS_BIAS:
             at = tl.broadcast_to(bias_ptr + (first_of_lane + v) * bias_stride, (ROWS, LANES))
             bias = tl.reshape(tl.load(flat(at), mask=flat(all_ok), other=0.0), (ROWS, LANES))
-            rank = (1.0 / (1.0 + tl.exp(-xs[v])) if SIGMOID else tl.exp(xs[v] - row_peak) * (1.0 / total)) + bias
+            rank = biased_score(xs[v], 0.0 if SIGMOID else row_peak, 1.0 if SIGMOID else total, bias, SIGMOID)
         low = ((LANES - 1 - lane) * EACH + (EACH - 1 - v))[None, :]  # the lower the expert, the higher
         keys = keys + (key_of(rank, low, True, True, WIDE, LIST == 16),)
     for _ in tl.static_range(LIST - EACH):

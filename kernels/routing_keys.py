@@ -114,6 +114,21 @@ def relative_score(x, top, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr):
 
 
 @triton.jit
+def biased_score(x, top, total, bias, SIGMOID: tl.constexpr):
+    """The score of a logit and its bias, which experts are ranked by: the same bits for equal ones, wherever they are.
+
+    The product and the sum of a softmax's are fused by hand. The compiler fuses what it finds side by side: with Triton
+    3.6 and a strided bias the products of one list and not of another, so that of two experts with the same logit and
+    the same bias the second was the better one.
+    """
+    if SIGMOID:
+        rank = 1.0 / (1.0 + tl.exp(-x)) + bias
+    else:
+        rank = tl.fma(tl.exp(x - top), tl.broadcast_to(1.0 / total, x.shape), bias)
+    return rank
+
+
+@triton.jit
 def saturated(score, NAN_SAFE: tl.constexpr):
     """NaN scores 0, as -inf does, and +inf 1, as the dtype's largest number does. On a GPU that is part of the product
     that makes the score, or one addition, where to clamp the logit would take two instructions."""

@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_wait
 
 if __package__:
     from .routing_keys import (
+        biased_score,
         clamped,
         divisor,
         exchanged,
@@ -29,6 +30,7 @@ if __package__:
     )
 else:  # loaded by its path, as the script of a finding does: its neighbours are on sys.path
     from routing_keys import (
+        biased_score,
         clamped,
         divisor,
         exchanged,
@@ -124,7 +126,7 @@ def topk_by_lanes(
         if HAS_BIAS:
             at = bias_base + tl.full([], v * LANES, tl.int64) * bias_stride
             bias = tl.load(at, mask=row_ok & (column < experts), other=0.0)
-            rank = (1.0 / (1.0 + tl.exp(-xs[v])) if SIGMOID else tl.exp(xs[v] - top) * (1.0 / total)) + bias
+            rank = biased_score(xs[v], 0.0 if SIGMOID else top, 1.0 if SIGMOID else total, bias, SIGMOID)
         low = (LANES - 1 - lane)[None, :] + LANES * (EACH - 1 - v)  # the lower the expert, the higher
         keys = keys + (key_of(rank, low, column < experts, FULL, WIDE, EACH == 16),)
     if SORTED:
