@@ -279,7 +279,7 @@ def test_every_tensor_has_a_layout_of_its_own_often_enough(op: str):
 
 @pytest.mark.parametrize("op", OPS)
 def test_strides_that_nobody_declared_are_in_the_contract(op: str):
-    """Who declares nothing has the docstring alone. What it calls [T, k] and no more is read as packed, and is right."""
+    """Who declares nothing has the docstring alone: where that says [T, k] and no more, packed is a fair reading."""
     space, drawn = get_space(op), []
     info = TargetInfo(f"{op}@user", op, "user", contract=Contract(graph=False), declared=False)
     drive(strategies.rounds(space, info, "cpu", 1), 5, 300, lambda cases: drawn.extend(cases[:2]))
