@@ -14,7 +14,7 @@ _ACTIVATIONS = (None, "silu")
 
 
 def nvfp4_quantize(
-    x: Tensor,  # [M, K] float32 | bfloat16 | float16, any strides, K a multiple of 16; [M, 2K] with an activation
+    x: Tensor,  # [M, K] float32 | bfloat16 | float16, any strides; M >= 0, K a multiple of 16; [M, 2K] with silu
     global_scale: Tensor,  # [1] float32 | bfloat16; [E] with expert_ids
     layout: str = "linear",  # "linear" | "swizzled"
     *,

@@ -13,8 +13,8 @@ ROUNDS = ("sum", "residual", "normed")
 
 
 def allreduce_rmsnorm(
-    x: Tensor,  # [R, T, H] bfloat16 | float16 | float32: what each of R >= 1 ranks holds; T >= 0, H >= 1
-    residual: Tensor | None,  # [T, H], dtype of x, the same on every rank
+    x: Tensor,  # [R, T, H] bfloat16 | float16 | float32: any strides; what each of R >= 1 ranks holds; T >= 0, H >= 1
+    residual: Tensor | None,  # [T, H], dtype of x, any strides, the same on every rank
     gamma: Tensor,  # [H] bfloat16 | float16 | float32
     eps: float = 1e-6,  # > 0
     *,

@@ -22,8 +22,8 @@ def experts_nvfp4(
     x: Tensor,  # [T, H] bfloat16 | float16, any strides; T >= 0
     w13: Tensor,  # [E, 2I, H/2] (relu2: [E, I, H/2]) uint8, two codes a byte, the first in the low nibble
     w2: Tensor,  # [E, H, I/2] uint8
-    weights: Tensor,  # [T, k] float32
-    ids: Tensor,  # [T, k] int32 | int64, k >= 1
+    weights: Tensor,  # [T, k] float32, any strides
+    ids: Tensor,  # [T, k] int32 | int64, any strides; k >= 1
     w13_scales: Tensor,  # [E, 2I, H/16], or swizzled [E, 2I to whole 128, H/16 to whole 4], uint8 | float8_e4m3fn
     w2_scales: Tensor,  # [E, H, I/16], or swizzled [E, H to whole 128, I/16 to whole 4]
     w13_alpha: Tensor,  # [E] float32: the inverse of an expert's global scale

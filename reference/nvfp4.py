@@ -26,8 +26,9 @@ def nvfp4_quantize(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Quantizes rows to NVFP4: codes uint8 [M, K/2], and scales float8_e4m3fn, [M, K/16] or swizzled.
 
-    x: [M, K] float32, bfloat16 or float16, K a multiple of 16. With activation="silu" it is [M, 2K], the gate first,
-        and what is quantized is silu(gate) * up, computed in float32 and rounded to the dtype of x.
+    x: [M, K] float32, bfloat16 or float16, any strides; M >= 0, K >= 16 a multiple of 16. With activation="silu" it is
+        [M, 2K], the gate first, and what is quantized is silu(gate) * up, computed in float32 and rounded to the dtype
+        of x.
     global_scale: [1] float32 or bfloat16, most often 448 * 6 / (largest |x|); with `expert_ids` [E], one an expert.
     expert_ids: [M] int32 or int64, the expert of each row. A row whose id is not in [0, E) has codes 0 and scales 0.
     layout: "linear" or "swizzled", see `swizzle`: there, scales are [M to whole 128, K/16 to whole 4], padding zero.

@@ -27,7 +27,7 @@ _ALIGNMENT = 16
 
 
 def allreduce_rmsnorm(
-    x: Tensor,  # [T, H] of this rank, or [R, T, H] of all; bfloat16 | float16 | float32; T >= 0, H >= 1
+    x: Tensor,  # [T, H] of this rank, or [R, T, H] of all; bfloat16 | float16 | float32, any strides; T >= 0, H >= 1
     residual: Tensor | None,  # as x; [T, H] may stand for [R, T, H]
     gamma: Tensor,  # [H] bfloat16 | float16 | float32
     eps: float = 1e-6,  # > 0

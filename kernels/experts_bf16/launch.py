@@ -27,8 +27,8 @@ def experts_bf16(
     x: Tensor,  # [T, H] bfloat16 | float16, any strides; T >= 0
     w13: Tensor,  # [E, 2I, H] (relu2: [E, I, H]), dtype of x, any strides
     w2: Tensor,  # [E, H, I], dtype of x, any strides
-    weights: Tensor,  # [T, k] float32
-    ids: Tensor,  # [T, k] int32 | int64, k >= 1
+    weights: Tensor,  # [T, k] float32, any strides
+    ids: Tensor,  # [T, k] int32 | int64, any strides; k >= 1
     *,
     expert_map: Tensor | None = None,  # [G] int32: id -> expert in [0, E), or -1
     activation: str = "silu",

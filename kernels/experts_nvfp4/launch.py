@@ -38,8 +38,8 @@ def experts_nvfp4(
     x: Tensor,  # [T, H] bfloat16 | float16, any strides; T >= 0
     w13: Tensor,  # [E, 2I, H/2] (relu2: [E, I, H/2]) uint8, aligned to 8 bytes
     w2: Tensor,  # [E, H, I/2] uint8, aligned to 8 bytes
-    weights: Tensor,  # [T, k] float32
-    ids: Tensor,  # [T, k] int32 | int64, k >= 1
+    weights: Tensor,  # [T, k] float32, any strides
+    ids: Tensor,  # [T, k] int32 | int64, any strides; k >= 1
     w13_scales: Tensor,  # [E, 2I, H/16], or swizzled and padded, uint8 | float8_e4m3fn
     w2_scales: Tensor,  # [E, H, I/16], or swizzled and padded
     w13_alpha: Tensor,  # [E] float32

@@ -128,7 +128,9 @@ def _functions(module: Any) -> list[str]:
     ]
 
 
-def _refuse_unknown(parameters: Mapping[str, inspect.Parameter], known: set[str], signature: Signature) -> None:
+def _refuse_unknown(
+    parameters: Mapping[str, inspect.Parameter], known: set[str], signature: Signature, can: Capabilities
+) -> None:
     """UsageError for a function that could not be called: a TypeError of our own call would pass for its bug."""
     named = [p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     star = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
@@ -139,13 +141,14 @@ def _refuse_unknown(parameters: Mapping[str, inspect.Parameter], known: set[str]
         raise UsageError(f"the function does not take {', '.join(wanted[:-1])} and {wanted[-1]} as its first "
                          f"{_NUMBERS[len(wanted)]} positional arguments",
                          f"wrap it in a function of ({', '.join(wanted)}, …){factory}")  # fmt: skip
-    always = {s for name in spellings if name not in signature.optional for s in spellings[name]}
+    always = {s for name in spellings if signature.always_given(name, can) for s in spellings[name]}
     for p in named:
         if p in first or p.default is not p.empty or (p.name in known and p.name in always):
             continue
+        needs = " (or declare Capabilities(bias_required=True))" if p.name in spellings.get("bias", ()) else ""
         raise UsageError(
             f"the function has a parameter {p.name!r} without a default, which not every case has a value for",
-            f"give it one, or wrap the function; the names known are {', '.join(sum(spellings.values(), ()))}",
+            f"give it one{needs}, or wrap the function; the names known are {', '.join(sum(spellings.values(), ()))}",
         )
 
 
@@ -166,11 +169,11 @@ def _read_signature(
         for argument, names in signature.spellings.items()
         if takes_all or any(s in parameters for s in names)
     }
-    if has_signature:
-        _refuse_unknown(parameters, set(keywords.values()), signature)
     declared: Capabilities | None = promise.get("capabilities")
     capabilities = declared or Capabilities(out="out" in keywords)
     capabilities = signature.cut(capabilities, keywords)
+    if has_signature:
+        _refuse_unknown(parameters, set(keywords.values()), signature, capabilities)
     contract: Contract | None = promise.get("contract")
     if contract is None:
         named = "dialect" if "dialect" in signature.spellings else "padding"  # a layer's word, and a router's

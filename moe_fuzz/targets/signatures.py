@@ -23,6 +23,14 @@ class Signature:
     optional: tuple[str, ...]  # arguments that not every case has
     cut: Cut  # (declared capabilities, arguments that the function takes by keyword) -> what is left of them
 
+    def always_given(self, argument: str, can: Capabilities) -> bool:
+        """Whether every case has a value for it, of those that a target of these capabilities is given."""
+        if argument == "bias" and can.bias_required:
+            return True
+        if argument in ("x_global", "h_global") and can.activation_formats == ("nvfp4",):
+            return True
+        return argument not in self.optional
+
 
 def _cut_common(can: Capabilities, takes: Collection[str]) -> Capabilities:
     return replace(can, out=can.out and "out" in takes, expert_map=can.expert_map and "expert_map" in takes)

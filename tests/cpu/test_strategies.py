@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, islice
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -28,6 +30,7 @@ from moe_fuzz.ops.space import Axis, Means
 from moe_fuzz.restriction import RestrictedSpace, Restriction
 from moe_fuzz.sequences import MODEST
 
+REFERENCE = Path(__file__).resolve().parents[2] / "reference"
 SPACE = get_space("topk_softmax")
 EVERYTHING = TargetInfo(
     "topk_softmax@all",
@@ -272,6 +275,22 @@ def test_every_tensor_has_a_layout_of_its_own_often_enough(op: str):
             there = [of for case, of in zip(single, laid, strict=True) if place in space.places_for(case.config, info)]
             assert sum(of[place.tensor] > 0 for of in there) > 0.1 * len(there), place.tensor
     assert sum(not of for of in laid) > 0.45 * len(laid), "what is packed and aligned has paths of its own"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_strides_that_nobody_declared_are_in_the_contract(op: str):
+    """Who declares nothing has the docstring alone: where that says [T, k] and no more, packed is a fair reading."""
+    space, drawn = get_space(op), []
+    info = TargetInfo(f"{op}@user", op, "user", contract=Contract(graph=False), declared=False)
+    drive(strategies.rounds(space, info, "cpu", 1), 5, 300, lambda cases: drawn.extend(cases[:2]))
+    strided = {re.sub(r"\d$", "", fault.tensor) if op == "allreduce_rmsnorm" else fault.tensor
+               for case in drawn for step in case.steps for fault in step.faults
+               if fault.name in ("noncontiguous", "transposed", "int32_boundary", "far_columns")}  # fmt: skip
+    module = {"nvfp4_quantize": "nvfp4", "topk_softmax": "routing", "topk_sigmoid": "routing"}.get(op, op)
+    told = (REFERENCE / f"{module}.py").read_text()
+    assert strided or op == "moe_layer"  # which gives them to who declares any strides alone
+    for tensor in strided:
+        assert re.search(rf"^    {tensor}: .*any strides", told, re.M), tensor
 
 
 def test_no_rows_are_few_cases():

@@ -54,6 +54,14 @@ def one(logits, *, top_k):
 def biased(logits, k, bias):
     return plain(logits, k)
 
+@declares(capabilities=Capabilities(bias_required=True))
+def needs_bias(logits, k, *, e_score_correction_bias):
+    return plain(logits + e_score_correction_bias, k)
+
+@declares(capabilities=Capabilities(activation_formats=("nvfp4",)))
+def quantizes(x, w13, w2, weights, ids, s13, s2, alpha13, alpha2, *, x_global, h_global):
+    return x
+
 def grouped(logits, k, renormalize, groups):
     return plain(logits, k)
 
@@ -181,6 +189,11 @@ def test_declarations_are_cut_down_to_the_signature(file: Path) -> None:
     assert TargetInfo.from_json(info.to_json()) == info
 
 
+def test_what_a_declaration_makes_certain_needs_no_default(file: Path) -> None:
+    assert bind(f"topk_softmax@{file}:needs_bias").info.capabilities.bias_required
+    assert bind(f"experts_nvfp4@{file}:quantizes").info.capabilities.activation_formats == ("nvfp4",)
+
+
 def test_factories_and_attributes(file: Path) -> None:
     assert bind(f"topk_softmax@{file}:factory()")({"logits": torch.randn(1, 4), "top_k": 1})[1].shape == (1, 1)
     assert bind(f"topk_softmax@{file}:Holder.inside")({"logits": torch.randn(1, 4), "top_k": 1})[1].shape == (1, 1)
@@ -195,6 +208,7 @@ def test_factories_and_attributes(file: Path) -> None:
         ("{file}:factory", UsageError, "named with () behind"),
         ("{file}:one", UsageError, "first two positional"),
         ("{file}:biased", UsageError, "'bias' without a default"),
+        ("{file}:biased", UsageError, "give it one (or declare Capabilities(bias_required=True))"),
         ("{file}:grouped", UsageError, "'groups' without a default"),
         ("{file}.py:plain", EnvironmentProblem, "cannot be imported"),
         ("no_such_package.module:f", EnvironmentProblem, "cannot be imported"),
