@@ -237,7 +237,7 @@ def test_a_broken_bias_has_nan_or_an_infinity_in_one_place_or_in_many():
 
 
 def test_a_bias_masks_all_experts_or_all_but_a_few():
-    """Who marks with -Inf what is taken goes wrong there alone: of 30 experts, nearly half of the biases with -Inf leave
+    """Who marks with -Inf what is taken goes wrong there alone: of 30 experts, half of the biases with -Inf leave
     none, and a fifth a few."""
     left = []
     for seed in range(200):
