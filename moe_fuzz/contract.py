@@ -48,7 +48,9 @@ class Contract:
     truncates: bool = False  # stores cut off instead of rounding
     logits: str = "float32"  # of a layer: "dtype": its logits are rounded to that of hidden
     combine: str = "float32"  # of a layer: in which the shards' results are added up: "float32" | "dtype"
-    accepts: tuple[str, ...] = ("distinct",)  # the padding dialects whose slots it takes; of align too
+    # the padding dialects whose slots it takes; of align too, and of nvfp4_quantize, of whose expert_ids they say which
+    # there are besides experts. ("distinct",): it is given ids of experts, and no others
+    accepts: tuple[str, ...] = ("distinct",)
     # of align alone, where `ordered` says that blocks stand in ascending order of expert
     stable: bool = False  # the slots of an expert ascend
     tail: str = "minus_one"  # expert_ids past the blocks in use: "minus_one" | "any": nobody reads them

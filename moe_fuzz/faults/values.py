@@ -291,15 +291,18 @@ class ExtremeBias(Fault):
 @register
 class BrokenBias(Fault):
     """NaN, +Inf or -Inf in a bias: in few places, in one of three, or everywhere. Where NaN or +Inf is, no row is
-    defined, and each still has k experts; -Inf masks an expert, and leaves rows defined."""
+    defined, and each still has k experts; -Inf masks an expert, and leaves rows defined. It is most often nearly
+    everywhere: who marks with -Inf what is taken names an expert twice only where fewer than k others are left."""
 
     name = "broken_bias"
 
     def lay(self, canvas: Canvas, positions: Sequence[int]) -> None:
         one_of = canvas.table([12, 3, 1], torch.int64)[canvas.choose_rows(positions, 3, self.name + "/spread")]
-        hit = canvas.choose(positions, 12, self.name + "/hit") % one_of == 0  # told by an expert's label alone
+        place = canvas.choose(positions, 12, self.name + "/hit")  # told by an expert's label alone
         infinite = canvas.table([torch.inf, -torch.inf], canvas.values.dtype)
         kind = canvas.choose_rows(positions, 3, self.name)
+        few_left = (kind == 1) & (canvas.choose_rows(positions, 2, self.name + "/left") == 0) & (one_of > 1)
+        hit = torch.where(few_left, canvas.choose(positions, 32, self.name + "/lone") != 0, place % one_of == 0)
         broken = torch.where(kind == 2, canvas.nans(positions, self.name), infinite[kind.clamp(max=1)])
         canvas.values[canvas.at(positions)] = torch.where(hit, broken, canvas.values[canvas.at(positions)])
 

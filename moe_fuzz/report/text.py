@@ -77,13 +77,17 @@ def _target(info: TargetInfo) -> str:
 
 def unasked(info: TargetInfo) -> str:
     """What servers ask of its like, and a target that declares no contract is never asked; empty where there is
-    nothing, or where somebody has said what it keeps."""
+    nothing, or where somebody has said what it keeps. Who declares one, and no promise of a project beside it, may have
+    forgotten which ids there are."""
+    space, contract, can = get_space(info.op), info.contract, info.capabilities
+    given = info.op != "nvfp4_quantize" or can.expert_scales  # ids at all
+    experts_alone = given and "sentinel_ids" in space.faults and len(contract.accepts) < 2
     if info.declared:
-        return ""
-    space, contract = get_space(info.op), info.contract
-    silent = info.capabilities.is_padding and contract.padding == ("garbage",)
+        forgotten = experts_alone and info.silent
+        return "is given ids of experts, and none of padding: it declares no Contract(accepts=…)" if forgotten else ""
+    silent = can.is_padding and contract.padding == ("garbage",)
     asks = {
-        "ids of no expert, as padding has (accepts)": "sentinel_ids" in space.faults and len(contract.accepts) < 2,
+        "ids of no expert, as padding has (accepts)": experts_alone,
         "what it writes for padding rows (padding)": "is_padding" in space.fields and silent,
         "replays of a graph (graph)": not contract.graph,
     }

@@ -236,6 +236,19 @@ def test_a_broken_bias_has_nan_or_an_infinity_in_one_place_or_in_many():
     assert 10 < defined < 60, "experts masked by their bias leave rows defined"
 
 
+def test_a_bias_masks_all_experts_or_all_but_a_few():
+    """Who marks with -Inf what is taken goes wrong there alone: of 30 experts, half of the biases with -Inf leave
+    none, and a fifth a few."""
+    left = []
+    for seed in range(200):
+        case = replace(case_of(Fault("broken_bias", "bias"), bias=True, experts=30), seed=seed)
+        bias = materialize(case, 0).plain["bias"]
+        left += [int(bias.isfinite().sum())] if (bias < torch.inf).all() else []
+    few, none = sum(1 <= count <= 6 for count in left), sum(count == 0 for count in left)
+    assert none > 0.4 * len(left)
+    assert few > 0.15 * len(left)
+
+
 def test_masked_experts_come_in_runs_too():
     case = case_of(Fault("masked_experts", "logits", Labels.range(200)), rows=200, experts=96)
     masked = materialize(case, 0).plain["logits"] == -torch.inf

@@ -18,7 +18,7 @@ from moe_fuzz.case import Case
 from moe_fuzz.checks.allreduce.observation import AllreduceObservation
 from moe_fuzz.checks.allreduce.observation import Outputs as Reduced
 from moe_fuzz.checks.experts.observation import ExpertsObservation
-from moe_fuzz.contract import Capabilities, Contract, TargetInfo
+from moe_fuzz.contract import PADDING_DIALECTS, Capabilities, Contract, TargetInfo
 from moe_fuzz.ops import get_space
 from moe_fuzz.ops.experts.fp4_inputs import Fp4Inputs
 from moe_fuzz.ops.experts.inputs import ExpertsInputs
@@ -68,9 +68,21 @@ def test_a_campaign_tells_what_it_does_not_ask_for_want_of_a_contract() -> None:
                        for op in ("topk_softmax", "experts_bf16"))  # fmt: skip
     assert [name in unasked(router) for name in ("accepts", "padding)", "graph)")] == [False, True, True]
     assert [name in unasked(experts) for name in ("accepts", "padding)", "graph)")] == [True, False, True]
-    assert not unasked(replace(experts, declared=True))
+    assert not unasked(replace(experts, declared=True, contract=replace(DEFAULT, accepts=("distinct", "minus_one"))))
+    assert not unasked(replace(router, declared=True))
     started = CampaignStarted("0", (experts,), "cpu", 1, 1, 1, None, ".moe-fuzz", False)
     assert f"note: f@file {unasked(experts)}" in header(started)
+
+
+@pytest.mark.parametrize("op", ["align", "experts_bf16", "experts_nvfp4", "nvfp4_quantize"])
+def test_who_declares_a_contract_is_told_that_it_is_given_no_ids_of_padding(op: str) -> None:
+    """A quantizer that read the scale of the expert E passed, as it had declared all but what it accepts."""
+    own = TargetInfo("f@file", op, "user")
+    assert "accepts" in unasked(own)
+    assert not unasked(replace(own, clauses={"*": "its documentation"})), "who quotes its project knows what it takes"
+    assert not unasked(replace(own, contract=Contract(accepts=PADDING_DIALECTS)))
+    idless = replace(own, capabilities=Capabilities(expert_scales=False))
+    assert bool(unasked(idless)) == (op != "nvfp4_quantize")
 
 
 def test_the_contracts_of_which_one_is_kept() -> None:

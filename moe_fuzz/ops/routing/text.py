@@ -45,7 +45,7 @@ FAULTS = {
     "extreme_bias": "a bias of every sign and magnitude, -Inf too",
     "tied_bias": "a bias of few values, most often of one: experts whose logits tie still do",
     "negative_bias": "a bias that makes every biased score negative",
-    "broken_bias": "NaN, +Inf or -Inf in a bias: in few places, in one of three, or everywhere",
+    "broken_bias": "NaN, +Inf or -Inf in a bias: in few places, in one of three, or everywhere; -Inf in nearly all",
     "noncontiguous": "rows stand apart in a wider buffer, or the elements of a vector",
     "int32_boundary": "rows so far apart that offsets pass 2^31 elements",
     "far_columns": "columns so far apart that offsets pass 2^31 elements",
