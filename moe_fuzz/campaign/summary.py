@@ -45,7 +45,7 @@ def _exit(rows: Sequence[TargetRow], new: bool, broken: int, interrupted: bool) 
     if interrupted:
         return EXIT_INTERRUPTED, "interrupted; run the same command again to go on"
     if new:
-        return EXIT_FINDING, ""
+        return EXIT_FINDING, f"there are findings, and {reason(broken)}" if broken else ""
     if broken:
         return EXIT_INTERNAL, reason(broken)
     reasons = [f"{row.target} is unavailable: {row.unavailable}" for row in rows if row.unavailable]

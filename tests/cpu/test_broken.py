@@ -47,6 +47,10 @@ def test_a_finding_beside_it_is_found(tmp_path):
     assert summary.verdicts["broken"]
     assert [finding.check for finding in summary.new] == ["routing"]
     assert summary.exit_code == 1
+    assert summary.reason == f"there are findings, and moe-fuzz itself failed on {summary.verdicts['broken']} cases"
+    red = gate(tmp_path / "gate", judge).run()
+    assert red.exit_code == 1
+    assert red.reason.endswith(f"; moe-fuzz itself failed on {red.verdicts['broken']} cases")
 
 
 def test_each_place_is_told_once_and_five_at_most(tmp_path):

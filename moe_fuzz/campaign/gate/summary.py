@@ -84,7 +84,7 @@ def _exit(
     stale = [result for result in entries if result.status in RED]
     reasons += [f"ledger: {result.entry['name']} ({result.entry['tracker']}) {result.message}" for result in stale]
     if reasons:
-        return EXIT_FINDING, "; ".join(reasons)
+        return EXIT_FINDING, "; ".join([*reasons, *([reason(broken)] if broken else [])])
     if broken:
         return EXIT_INTERNAL, reason(broken)
     reasons = [f"{row.target} is unavailable: {row.unavailable}" for row in rows if row.unavailable]
