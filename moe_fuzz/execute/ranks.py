@@ -28,7 +28,7 @@ class OneRank(Inputs):
 
     def __init__(self, whole: Inputs, rank: int) -> None:
         plain = {name: tensor[rank] if name == "x" else tensor for name, tensor in whole.plain.items()}
-        super().__init__(whole.options, plain, whole.lies, whole.in_place)
+        super().__init__(whole.options, plain, whole.lies, in_place=whole.in_place)
         self.fluid = whole.fluid  # type: ignore[misc]
         self._results = {name: (shape[1:], dtype) for name, (shape, dtype) in whole.results.items()}
 

@@ -53,7 +53,7 @@ class Inputs(ABC):
     plain: dict[str, torch.Tensor] = field(default_factory=dict)  # its tensors, by name; those it has not are not there
     lies: dict[str, Lie] = field(default_factory=dict)  # of the tensors that are not packed
     #: Results that take a tensor's place, where the case gives buffers: the target reads and writes the same memory.
-    in_place: dict[str, str] = field(default_factory=dict)
+    in_place: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     #: The tensors that change from replay to replay of a graph. All others are weights. The first has a row a token.
     fluid: ClassVar[tuple[str, ...]] = ()

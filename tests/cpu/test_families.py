@@ -16,7 +16,7 @@ from moe_fuzz.checks import families
 from moe_fuzz.checks.family import Family, answered
 from moe_fuzz.checks.relations import differs
 from moe_fuzz.contract import Capabilities, Contract, TargetInfo
-from moe_fuzz.errors import CaseError
+from moe_fuzz.execute.exhibit_general import general_step
 from moe_fuzz.execute.runner import Runner
 from moe_fuzz.fence import FenceOptions
 from moe_fuzz.labels import Labels
@@ -125,7 +125,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         checks.check("toy", name, parity=name == "exact", relation=name == "again")(function)
     family = Family("toy", materialize, Outputs, Observation, lambda seen: [])
     monkeypatch.setattr(families, "FAMILIES", {**families.FAMILIES, "toy_scale": family})
-    monkeypatch.setattr("moe_fuzz.execute.steps.FAMILIES", families.FAMILIES)
+    for module in ("steps", "exhibit_general", "exhibit_others"):
+        monkeypatch.setattr(f"moe_fuzz.execute.{module}.FAMILIES", families.FAMILIES)
     monkeypatch.setattr(ops, "_SPACES", {**ops._SPACES, "toy_scale": ScaleSpace()})
     yield
     for registered in (checks.CHECKS, checks.PARITY, checks.RELATIONS):
@@ -167,12 +168,14 @@ def test_what_is_no_result_says_what_is() -> None:
 
 
 @pytest.mark.usefixtures("toy")
-def test_an_op_without_scripts_of_its_graphs_says_so() -> None:
-    runner = Runner("cpu")
-    runner._targets["toy_scale@it"] = Target(TargetInfo("toy_scale@it", "toy_scale", "it"), scale, {}, ())
+def test_a_graph_of_any_op_has_what_its_script_needs() -> None:
+    target = Target(TargetInfo("toy_scale@it", "toy_scale", "it"), scale, {}, ("x", "table", "ids"))
     case = Case("toy_scale", {"experts": "0-4", "edge": "right"}, (Step(Labels.range(1)),), 7, "graph")
-    with pytest.raises(CaseError, match="a script with graphs"):
-        runner.exhibit(case, "toy_scale@it")
+    step = general_step(case, 0, target)
+    assert step["fluid"] == ["x", "ids"]
+    assert set(step["tensors"]) == set(materialize(case, 0).plain)
+    assert set(step["blank"]) <= set(step["fluid"])
+    assert list(step["results"]) == ["y"]
 
 
 def test_what_was_computed_without_outputs_stays() -> None:
