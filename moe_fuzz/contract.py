@@ -116,8 +116,8 @@ class Capabilities:
     activations: tuple[str, ...] = ("silu", "gelu", "relu2", "swiglu_oai")  # of nvfp4_quantize: that it fuses
     gate_layouts: tuple[str, ...] = ("first", "up_first", "interleaved")
     biases: bool = True  # b13 and b2
-    nan_weights: bool = False  # of experts_bf16: a NaN or an infinity in an expert's projections, the same
     nan_biases: bool = False  # a NaN or an infinity in an expert's bias reaches the tokens that name it, and no other
+    nan_weights: bool = False  # the same of its projections; of experts_bf16 alone
     separate_biases: bool = True  # takes either without the other, and each in a dtype of its own
     recipes: tuple[str, ...] = ("dense", "integer", "one_hot", "ladder", "fine", "curve", "cancel")  # of numbers
     # of layers
@@ -133,7 +133,8 @@ class Capabilities:
     signed_scales: bool = False  # of experts_nvfp4: scales of blocks, and factors of experts, may be below 0
     expert_scales: bool = True  # takes a global scale for each expert
     activation_formats: tuple[str, ...] = ("as_given", "nvfp4")  # of experts_nvfp4
-    # ways to the same result, forced by the argument `backend`; of experts_nvfp4 those that take activations as given
+    # ways to the same result, forced by the argument `backend`, for every size that the target takes; of experts_nvfp4
+    # those that take activations as given
     backends: tuple[str, ...] = ()
     # of allreduce_rmsnorm alone
     max_world: int = 8  # ranks of a group

@@ -199,6 +199,7 @@ def choice(
     device: Device = "cpu",
 ) -> torch.Tensor:  # fmt: skip
     """int64 [R, C] in [0, count), count <= 2^16: which of `count` things each place takes."""
+    assert count <= 1 << 16, f"{count} things are more than 16 bits tell apart"
     if torch.device(device).type == "cpu" and not len(rows) == len(columns) == 1:
         word = _on_host(seed, name, rows, columns, stream)
         word >>= 16

@@ -73,11 +73,11 @@ class StateDir:
         if self.path.exists() and not self.path.is_dir():
             raise EnvironmentProblem(f"the state directory {self.path} is a file", _HINT)
         try:
-            if not self.path.exists():  # git is to pass over it, unless the project has made a place for it
-                self.path.mkdir(parents=True)
-                (self.path / ".gitignore").write_text("*\n")
+            made = not self.path.exists()
             for name in FOLDERS:
                 (self.path / name).mkdir(parents=True, exist_ok=True)
+            if made:  # git is to pass over it, unless the project has made a place for it
+                (self.path / ".gitignore").write_text("*\n")
             lock = filelock.FileLock(self.path / "lock")
             lock.acquire(timeout=0)
         except filelock.Timeout:

@@ -25,6 +25,7 @@ WEIGHED = 0.1  # seconds: of cases that take longer, what counts is their error 
 FADING = 0.99  # of what was learned at each further case: the machine may have been busy
 SELDOM = 16  # cases are left out for each that goes all the same: no kind of case is never tried
 DEAR = 4.0  # seconds that such a one may be expected to take, unless all take longer
+DEAREST = 7.0  # and then: well before a deadline
 _SWEEPS = 50
 
 
@@ -61,9 +62,10 @@ class Thrift:
             return True
 
     def _may_take(self) -> float:
-        """Where all of them take longer, it is one of the quicker quarter: the quickest yet would be long in coming."""
+        """Where all of them take longer, one of the quicker quarter: the quickest yet would be long in coming. But none
+        that may be taken for one that hangs, unless it is the quickest."""
         least, *others = sorted(self._left_out)
-        return DEAR if least <= DEAR else others[len(others) // 4]
+        return DEAR if least <= DEAR else max(least, min(others[len(others) // 4], DEAREST))
 
 
 def extent(space: Space, case: Case) -> float:

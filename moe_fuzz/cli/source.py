@@ -45,8 +45,8 @@ class Source:
 
     def _elsewhere(self) -> str:
         """How the target may be called on this machine."""
-        place, colon, function = self.case.target.partition("@")[2].rpartition(":")
-        return f"path/to/{Path(place).name}:{function}" if colon else f"{self.case.op}@builtin"
+        place, _, function = self.case.target.partition("@")[2].rpartition(":")
+        return f"path/to/{Path(place).name}:{function}" if place.endswith(".py") else f"{self.case.op}@builtin"
 
     def target(self, asked: str | None) -> str:
         """The target to run on: the one asked for, else the one the case names."""

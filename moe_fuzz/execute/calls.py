@@ -92,6 +92,7 @@ class Call:
     def _fill_shared(self) -> None:
         for name, buffer in self.shared.items():
             self.arena.fill(buffer, self.plain[name].expand(buffer.shape).contiguous())
+            torch.autograd.graph.increment_version(buffer)
 
     def bare(self, first: torch.Tensor | None = None) -> Any:
         """Calls the target and returns what it returns. Nothing is guarded, nothing waits for the device.

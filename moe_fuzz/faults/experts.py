@@ -103,8 +103,9 @@ class BrokenWeights(Fault):
         count = canvas.values.shape[1]
         extent = int(generator.choice(canvas.seed, f"{canvas.name}/{self.name}/extent", [0], [0], 4))
         if extent == 0:  # one alone, in each expert another
-            place = torch.arange(count, device=canvas.device)
-            hit = canvas.choose_rows(positions, count, self.name + "/where") == place
+            where = f"{canvas.name}/{self.name}/where"  # of more places than `choice` can tell apart
+            word = generator.words(canvas.seed, where, canvas.labels(positions), [0], device=canvas.device)
+            hit = word % count == torch.arange(count, device=canvas.device)
         elif extent == 1:
             hit = canvas.choose(positions, 4, self.name + "/where") == 0
         else:

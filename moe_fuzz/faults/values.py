@@ -145,7 +145,7 @@ class ShiftedRows(Fault):
     """A row's logits share an offset. Softmax does not see it; an exponential from which the row's maximum was not
     subtracted, or a maximum that started at 0, over- or underflows where it is large, up or down.
 
-    In every fourth row it is -12 to -24: the sigmoids are small, and their sum is not below 2^-40, so that an epsilon
+    In one row of four it is -12 to -24: the sigmoids are small, and their sum is not below 2^-40, so that an epsilon
     in a denominator is seen in the weights.
     """
 
@@ -291,7 +291,7 @@ class ExtremeBias(Fault):
 @register
 class BrokenBias(Fault):
     """NaN, +Inf or -Inf in a bias: in few places, in one of three, or everywhere. Where NaN or +Inf is, no row is
-    defined, and each still has k experts; -Inf masks an expert, and leaves rows defined. It is most often nearly
+    defined, and each still has k experts; -Inf masks an expert, and leaves rows defined. It is often nearly
     everywhere: who marks with -Inf what is taken names an expert twice only where fewer than k others are left."""
 
     name = "broken_bias"

@@ -340,7 +340,6 @@ def test_the_grid_covers_every_value():
             SPACE.validate(simpler)
 
 
-@pytest.mark.interpreter
 def test_blocks_have_several_tiles_and_the_last_one_is_not_whole() -> None:
     """In the interpreter 8 blocks in all take 8 rows at a time: as many rows are rare where each case costs ranks."""
     can = Capabilities(launches=("phases",), max_burst=1, max_world=4)
@@ -353,6 +352,7 @@ def test_blocks_have_several_tiles_and_the_last_one_is_not_whole() -> None:
     assert SPACE.seams(SPACE.simplest, (1, 16, 33, 64, 65)) == [33, 65]
 
 
+@pytest.mark.interpreter
 def test_what_a_target_is_not_given_on_a_cpu_is_told() -> None:
     """Both where a campaign has nothing left, and where one case is refused; it is the device's fault, not its own."""
     runner = Runner("cpu")

@@ -39,9 +39,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of
 def test_every_planted_bug_shows_without_moe_fuzz(
     runner: Runner, tmp_path: Path, batch: Batch, bare: bool
 ) -> None:
-    """And a healthy router passes the same scripts. `stale_row_max`, which needs a call before, has its own test."""
+    """And a healthy router passes the same scripts. `stale_row_max`, which needs a call before, has its own test. Bare
+    scripts are the others without their guards: of those a third is enough, beside all of them on a GPU."""
     bugs = [bug for bug in SCRIPTED if "cpu" in bug.devices]
     assert {bug.check for bug in bugs} == set(SAYS)
+    bugs = bugs[::3] if bare else bugs
     runs = []
     for bug in bugs:
         case, verdict = failing(runner, bug)

@@ -50,9 +50,11 @@ def pretended(text: str) -> str:
 @pytest.mark.interpreter
 def test_every_planted_bug_shows_on_the_stand_in(runner: Runner, tmp_path: Path, batch: Batch) -> None:
     """Hangs are left to the GPU, where a script gives kernels the time to compile, and so is running out of memory; and
-    what a capture alone shows, which the stand-in has not."""
+    what a capture alone shows, which the stand-in has not. One bug of each check and every second: a GPU has all."""
     bugs = [bug for bug in SCRIPTED if "cpu" in bug.devices and bug.check not in ("hang", "oom")
             and not bug.capabilities.get("one_host_path")]  # fmt: skip
+    each = {bug.check: bug for bug in bugs}
+    bugs = [bug for at, bug in enumerate(bugs) if at % 2 == 0 or each[bug.check] is bug]
     runs = []
     for bug in bugs:
         case, verdict = failing(runner, bug)

@@ -41,9 +41,9 @@ _DEADLINE = 60  # seconds for what should not hang
 _HANG = 10  # the least seconds after which the script says that it hangs, where the finding does not say
 _MEMORY = 4 << 30  # bytes, where the worker had no limit
 _WIDTH = 117  # three quotes stand before the first line
-#: what an exhibit's `load` may leave out
 _BITWISE = ("isolation", "batch_invariance", "determinism", "replay", "ranks", "residual")  # checks
 _FAR = {"int32_boundary", "far_columns"}  # layouts of gigabytes of addresses
+#: what an exhibit's `load` may leave out
 _NOTHING: Mapping[str, Any] = {"libraries": [], "environment": {}, "imports": [], "calls": ""}
 #: what a script may need of the standard library
 _MODULES = ("ast", "base64", "contextlib", "ctypes", "faulthandler", "functools", "glob", "importlib",
