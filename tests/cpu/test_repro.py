@@ -40,10 +40,10 @@ def test_every_planted_bug_shows_without_moe_fuzz(
     runner: Runner, tmp_path: Path, batch: Batch, bare: bool
 ) -> None:
     """And a healthy router passes the same scripts. `stale_row_max`, which needs a call before, has its own test. Bare
-    scripts are the others without their guards: of those a third is enough, beside all of them on a GPU."""
+    scripts are the others without their guards: half of the bugs are shown by these. On a GPU all are shown by both."""
     bugs = [bug for bug in SCRIPTED if "cpu" in bug.devices]
     assert {bug.check for bug in bugs} == set(SAYS)
-    bugs = bugs[::3] if bare else bugs
+    bugs = [bug for at, bug in enumerate(bugs) if bare == (at % 2 == 1 and bug.check not in ("fence", "canary"))]
     runs = []
     for bug in bugs:
         case, verdict = failing(runner, bug)
